@@ -1,0 +1,22 @@
+"""auxkern: sums of logits from several models, fused into one loss and one sampler.
+
+Auxiliary Tuning (Zeldes et al. 2020, arXiv 2006.16823) adds the logits of a small trainable
+model to those of a frozen one. ``auxkern.cross_entropy`` trains such a sum without writing it.
+"""
+
+from auxkern import nn
+from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from auxkern.ops.registry import Explanation, explain
+from auxkern.terms import Logits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyStats",
+    "Explanation",
+    "Logits",
+    "__version__",
+    "cross_entropy",
+    "explain",
+    "nn",
+]

@@ -1,0 +1,1 @@
+"""Operators: one public file each, with its contract, checks, autograd and reduction."""

@@ -1,0 +1,515 @@
+"""Cross-entropy of a sum of logit terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from auxkern.ops import registry
+from auxkern.terms import Logits, as_terms
+
+REDUCTIONS = ("none", "mean", "sum")
+_TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class CrossEntropyStats(NamedTuple):
+    """Per-row figures of one ``cross_entropy`` call, detached; shaped like ``target``.
+
+    They describe the plain nll, before label smoothing, weights and reduction. Ignored rows
+    hold 0 (argmax -1). With ``shift=True`` position t describes the prediction of token t + 1.
+
+    Attributes:
+        nll: (...) float32, ``lse - z[target]`` in nats.
+        lse: (...) float32, ``logsumexp_v z[v]``.
+        argmax: (...) int64, lowest id among the largest logits.
+        z_loss: (...) float32, ``z_loss * lse**2``, what the option added to the row's loss.
+        term_nll: (I, ...) float32, nll of the target under ``softmax`` of each term alone
+            (with its scale and softcap): what the LM alone and the auxiliary alone gave it.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    argmax: Tensor
+    z_loss: Tensor
+    term_nll: Tensor
+
+
+class _Problem(NamedTuple):
+    """A checked call: everything resolved that a backend need not know about."""
+
+    terms: list[Logits]
+    target: Tensor  # (N,) int64, shifted if asked
+    token_weight: Tensor | None  # (N,) float32 or float64, shifted if asked
+    shape: torch.Size  # of the target as given
+    vocab_size: int
+    backend: str
+
+
+def cross_entropy(
+    terms: Sequence[Logits | Tensor] | Logits | Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Cross-entropy of a sum of logit terms, without materialising the sum.
+
+        z[n, v] = sum over the terms of  scale * softcap(values[n, v])
+        nll[n]  = logsumexp_v z[n, v] - z[n, target[n]]               (Zeldes et al. 2020, eq. 1)
+        row[n]  = (1 - label_smoothing) * nll[n]
+                + label_smoothing * mean_v (logsumexp z[n] - z[n, v])     (Szegedy et al. 2016)
+                + z_loss * logsumexp_v(z[n, v])**2                     (Chowdhery et al. 2022)
+
+    Logits are summed in float32, float64 if any of them is float64. A gradient is computed, and
+    its memory taken, only for terms that require one. Inputs are never written to.
+
+    Args:
+        terms: 1 to 8 ``Logits`` or bare tensors (..., V) with equal leading dimensions, on one
+            device; dtypes may differ. Strides are honoured; nothing is copied.
+        target: (...) integer ids in [0, V), or ``ignore_index``.
+        ignore_index: rows with this target add nothing to the loss and get zero gradient.
+        reduction: "mean" (over rows that are not ignored, weighted by ``token_weight``), "sum"
+            or "none".
+        normalizer: positive number, or 0-d tensor, that divides the summed loss instead of the
+            number of rows (Hugging Face's ``num_items_in_batch``); not with reduction="none".
+        token_weight: (...) floating-point weight of each row's loss.
+        label_smoothing: in [0, 1]; the share of the uniform distribution over the V ids.
+        z_loss: weight of ``lse**2``; reported apart in the stats.
+        shift: the causal shift: position t is scored against target t + 1 of the last leading
+            dimension, the last position is ignored. Nothing of the size of the logits is copied.
+        vocab_size: use ids [0, vocab_size) only; needed when terms are padded differently.
+        return_stats: also return a ``CrossEntropyStats``, from the same pass.
+        backend: "triton", "cpu", "reference", or None to choose (see ``auxkern.explain``).
+
+    Returns:
+        0-d float32 loss (float64 if any term is), or (...) for reduction="none"; 0, still
+        connected to the graph, if every row is ignored. With ``return_stats`` a pair of it and
+        a ``CrossEntropyStats``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or (CPU
+            tensors only; elsewhere the check would stop the device, and the row's loss and
+            gradient are NaN) a target lies outside [0, V).
+        RuntimeError: the backend asked for cannot run on these inputs.
+    """
+    _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index)
+    problem = _check(terms, target, token_weight, ignore_index, shift, vocab_size, backend)
+    nll, lse, smooth, argmax, term_nll = _forward(
+        problem, ignore_index, want_smooth=label_smoothing > 0, want_stats=return_stats
+    )
+
+    row = nll if label_smoothing == 0 else (1 - label_smoothing) * nll + label_smoothing * smooth
+    if z_loss > 0:
+        row = row + z_loss * lse.square()
+    loss = _reduce(row, problem, ignore_index, reduction, normalizer)
+    if not return_stats:
+        return loss
+    shape = problem.shape
+    stats = CrossEntropyStats(
+        nll=nll.detach().view(shape),
+        lse=lse.detach().view(shape),
+        argmax=argmax.view(shape),
+        z_loss=(z_loss * lse.detach().square()).view(shape),
+        term_nll=term_nll.view(len(problem.terms), *shape),
+    )
+    return loss, stats
+
+
+def _check_options(
+    reduction: str,
+    normalizer: float | Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(map(repr, REDUCTIONS))}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    for name, value, upper in (("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, math.inf)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not (0 <= value <= upper and value < math.inf):
+            bound = f"in [0, {upper:g}]" if upper < math.inf else "finite and not negative"
+            raise ValueError(f"{name} is {value}; it must be {bound}")
+    if normalizer is None:
+        return
+    if reduction == "none":
+        raise ValueError('normalizer divides a summed loss; use it with reduction="mean" or "sum"')
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {type(normalizer).__name__}")
+    elif not (0 < normalizer < math.inf):
+        raise ValueError(f"normalizer is {normalizer}; it must be positive and finite")
+
+
+def _check(
+    terms: Any,
+    target: Any,
+    token_weight: Any,
+    ignore_index: int,
+    shift: bool,
+    vocab_size: int | None,
+    backend: str | None,
+) -> _Problem:
+    terms = as_terms(terms)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor of ids, got {type(target).__name__}")
+    if target.dtype not in _TARGET_DTYPES:
+        raise TypeError(f"target has dtype {target.dtype}; ids must be integers (torch.int64)")
+    device = terms[0].values.device
+    for index, term in enumerate(terms):
+        values = term.values
+        if values.device != device:
+            raise ValueError(
+                f"terms[{index}].values is on {values.device} but terms[0].values is on {device}; "
+                "move them to one device"
+            )
+        if values.shape[:-1] != target.shape:
+            raise ValueError(
+                f"terms[{index}].values has shape {tuple(values.shape)}, so target must have shape "
+                f"{tuple(values.shape[:-1])}, but it has {tuple(target.shape)}; reshape one of them"
+            )
+    if target.device != device:
+        raise ValueError(f"target is on {target.device} but terms[0].values is on {device}; move it there")
+    if shift and target.dim() == 0:
+        raise ValueError("shift=True needs a position dimension; target is 0-d")
+    shape = target.shape
+    weight = _checked_weight(token_weight, target, terms)
+    rows = target.to(torch.int64)
+    if shift:
+        rows = _shifted(rows, ignore_index)
+        weight = None if weight is None else _shifted(weight, 0.0)
+    return _Problem(
+        terms=terms,
+        target=rows.reshape(-1).contiguous(),
+        token_weight=None if weight is None else weight.reshape(-1),
+        shape=shape,
+        vocab_size=_vocabulary(terms, vocab_size),
+        backend=registry.choose(backend, device, tuple(t.values.dtype for t in terms)),
+    )
+
+
+def _checked_weight(token_weight: Any, target: Tensor, terms: list[Logits]) -> Tensor | None:
+    if token_weight is None:
+        return None
+    if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
+        kind = token_weight.dtype if isinstance(token_weight, Tensor) else type(token_weight).__name__
+        raise TypeError(f"token_weight must be a floating-point tensor, got {kind}")
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"token_weight has shape {tuple(token_weight.shape)} but target has {tuple(target.shape)}; "
+            "give each target one weight"
+        )
+    if token_weight.device != target.device:
+        raise ValueError(f"token_weight is on {token_weight.device} but target is on {target.device}; move it there")
+    return token_weight.to(_row_dtype([t.values for t in terms]))
+
+
+def _shifted(rows: Tensor, fill: float) -> Tensor:
+    """(..., T): entry t holds entry t + 1, the last holds ``fill``."""
+    return torch.cat([rows[..., 1:], torch.full_like(rows[..., :1], fill)], dim=-1)
+
+
+def _vocabulary(terms: list[Logits], vocab_size: int | None) -> int:
+    sizes = [term.values.shape[-1] for term in terms]
+    if vocab_size is None:
+        for index, size in enumerate(sizes):
+            if size != sizes[0]:
+                raise ValueError(
+                    f"terms[{index}].values has {size} ids but terms[0].values has {sizes[0]}; pass "
+                    f"vocab_size={min(sizes)} to use the shared ids only"
+                )
+        vocab_size = sizes[0]
+    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if vocab_size < 1:
+        raise ValueError(f"the vocabulary has {vocab_size} ids; there must be at least 1")
+    for index, size in enumerate(sizes):
+        if vocab_size > size:
+            raise ValueError(
+                f"vocab_size is {vocab_size} but terms[{index}].values has {size} ids; "
+                f"pass vocab_size={min(sizes)} or less"
+            )
+    return vocab_size
+
+
+def _reduce(
+    row: Tensor, problem: _Problem, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+) -> Tensor:
+    weight = problem.token_weight
+    if weight is not None:
+        # An ignored row's weight is not read: a NaN there must not reach the loss.
+        weight = torch.where(problem.target != ignore_index, weight, 0.0)
+        row = row * weight
+    if reduction == "none":
+        return row.view(problem.shape)
+    total = row.sum()
+    if normalizer is not None:
+        if not isinstance(normalizer, Tensor):
+            return total / normalizer
+        normalizer = normalizer.to(row)
+    elif reduction == "sum":
+        return total
+    elif weight is not None:
+        normalizer = weight.sum()
+    else:
+        normalizer = (problem.target != ignore_index).sum().to(row)
+    # Nothing to normalise: 0 / 0 would turn "no rows" into NaN.
+    empty = (normalizer == 0) & (total == 0)
+    return total / torch.where(empty, 1.0, normalizer)
+
+
+def _forward(
+    problem: _Problem, ignore_index: int, *, want_smooth: bool, want_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    values = [term.values for term in problem.terms]
+    scales = [term.scale for term in problem.terms]
+    softcaps = [term.softcap or 0.0 for term in problem.terms]
+    settings = (scales, softcaps, problem.vocab_size, ignore_index, want_smooth, want_stats, problem.backend)
+    if torch.is_grad_enabled() and any(v.requires_grad for v in values):
+        return _CrossEntropyRows.apply(problem.target, *settings, *values)
+    nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
+        values, problem.target, *settings
+    )
+    return nll, row_max + log_sum, smooth, argmax, term_nll
+
+
+class _CrossEntropyRows(torch.autograd.Function):
+    """(nll, lse, smooth, argmax, term_nll) per row; the first three are differentiable.
+
+    With p = softmax(z), y the target and g the three incoming gradients,
+
+        dz[v] = (g_nll + g_lse + g_smooth) p[v] - g_nll [v = y] - g_smooth / V
+
+    At v = y the difference p - 1 cancels when the model is sure, so that entry is computed from
+    the nll as ``expm1(-nll)`` and handed to the backend apart.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        target: Tensor,
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        ignore_index: int,
+        want_smooth: bool,
+        want_stats: bool,
+        backend: str,
+        *values: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
+            list(values), target, scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats, backend
+        )
+        ctx.save_for_backward(target, nll, row_max, log_sum, *values)
+        ctx.settings = (scales, softcaps, vocab_size, ignore_index, backend)
+        ctx.mark_non_differentiable(argmax, term_nll)
+        ctx.set_materialize_grads(False)
+        return nll, row_max + log_sum, smooth, argmax, term_nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_smooth: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        target, nll, row_max, log_sum, *values = ctx.saved_tensors
+        scales, softcaps, vocab_size, ignore_index, backend = ctx.settings
+        constants = (None,) * 8
+        zero = torch.zeros_like(nll)
+        g_nll, g_lse, g_smooth = (zero if g is None else g for g in (g_nll, g_lse, g_smooth))
+
+        constant = g_smooth / vocab_size
+        total = g_nll + g_lse + g_smooth
+        at_target = total * torch.expm1(-nll) + (g_lse + g_smooth) - constant
+        counts = target != ignore_index
+        coefficients = (total * torch.exp(-log_sum), constant, at_target)
+
+        needed = [i for i in range(len(values)) if ctx.needs_input_grad[len(constants) + i]]
+        # Terms that see the same dz share one gradient tensor, as the two sides of a sum do.
+        keys = {i: _gradient_key(i, values[i], scales[i], softcaps[i]) for i in needed}
+        first = {key: i for i, key in reversed(keys.items())}
+        wanted = sorted(first.values())
+        gradients = torch.ops.auxkern.cross_entropy_backward(
+            values,
+            target,
+            row_max,
+            *(torch.where(counts, c, zero) for c in coefficients),
+            scales,
+            softcaps,
+            vocab_size,
+            wanted,
+            backend,
+        )
+        by_term = dict(zip(wanted, gradients, strict=True))
+        return constants + tuple(
+            by_term[first[keys[i]]] if i in keys else None for i in range(len(values))
+        )
+
+
+def _gradient_key(index: int, values: Tensor, scale: float, softcap: float) -> tuple[Any, ...]:
+    """Equal for terms whose gradients are equal: a softcap's depends on its own values."""
+    return (values.dtype, values.shape[-1], scale, index if softcap else None)
+
+
+def _row_dtype(values: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any term is, float32 otherwise: the dtype that rows and sums have."""
+    return torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+
+
+def _as_rows(index: int, values: Tensor) -> Tensor:
+    """(..., V) as (outer, inner, V) without a copy; row n is [n // inner, n % inner]."""
+    groups: list[tuple[int, int]] = []
+    for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        else:
+            groups.append((size, stride))
+    if len(groups) > 2:
+        raise ValueError(
+            f"terms[{index}].values of shape {tuple(values.shape)} and strides {tuple(values.stride())} "
+            "cannot be read as rows without a copy; pass values.contiguous()"
+        )
+    while len(groups) < 2:
+        groups.insert(0, (1, 0))
+    (outer, outer_stride), (inner, inner_stride) = groups
+    return values.as_strided(
+        (outer, inner, values.shape[-1]), (outer_stride, inner_stride, values.stride(-1))
+    )
+
+
+def _check_target_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target[{row}] (flattened) is {int(target[row])}, outside [0, {vocab_size}); "
+            f"use ignore_index={ignore_index} for rows that do not count"
+        )
+
+
+torch.library.define(
+    "auxkern::cross_entropy_forward",
+    "(Tensor[] values, Tensor target, float[] scales, float[] softcaps, SymInt vocab_size, "
+    "int ignore_index, bool want_smooth, bool want_stats, str backend) "
+    "-> (Tensor nll, Tensor row_max, Tensor log_sum, Tensor smooth, Tensor argmax, Tensor term_nll)",
+)
+torch.library.define(
+    "auxkern::cross_entropy_backward",
+    "(Tensor[] values, Tensor target, Tensor row_max, Tensor exp_coefficient, Tensor constant, "
+    "Tensor target_gradient, float[] scales, float[] softcaps, SymInt vocab_size, int[] wanted, "
+    "str backend) -> Tensor[]",
+)
+
+
+@torch.library.impl("auxkern::cross_entropy_forward", "default")
+def _cross_entropy_forward(
+    values: list[Tensor],
+    target: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_size: int,
+    ignore_index: int,
+    want_smooth: bool,
+    want_stats: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    if target.numel() == 0:
+        return _empty_rows(values, target, want_smooth, want_stats)
+    if target.device.type == "cpu":
+        _check_target_range(target, vocab_size, ignore_index)
+    rows = [_as_rows(i, v) for i, v in enumerate(values)]
+    return (
+        registry.load(backend)
+        .cross_entropy_forward(
+            rows, target, scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats
+        )
+        .tensors()
+    )
+
+
+@torch.library.register_fake("auxkern::cross_entropy_forward")
+def _cross_entropy_forward_fake(
+    values: list[Tensor],
+    target: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_size: int,
+    ignore_index: int,
+    want_smooth: bool,
+    want_stats: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return _empty_rows(values, target, want_smooth, want_stats)
+
+
+def _empty_rows(
+    values: list[Tensor], target: Tensor, want_smooth: bool, want_stats: bool
+) -> tuple[Tensor, ...]:
+    N, dtype = target.shape[0], _row_dtype(values)
+    return (
+        target.new_empty(N, dtype=dtype),
+        target.new_empty(N, dtype=dtype),
+        target.new_empty(N, dtype=dtype),
+        target.new_empty(N if want_smooth else 0, dtype=dtype),
+        target.new_empty(N if want_stats else 0),
+        target.new_empty((len(values), N) if want_stats else (0, 0), dtype=dtype),
+    )
+
+
+@torch.library.impl("auxkern::cross_entropy_backward", "default")
+def _cross_entropy_backward(
+    values: list[Tensor],
+    target: Tensor,
+    row_max: Tensor,
+    exp_coefficient: Tensor,
+    constant: Tensor,
+    target_gradient: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_size: int,
+    wanted: list[int],
+    backend: str,
+) -> list[Tensor]:
+    if target.numel() == 0:
+        return [values[i].new_empty(values[i].shape) for i in wanted]
+    rows = [_as_rows(i, v) for i, v in enumerate(values)]
+    gradients = registry.load(backend).cross_entropy_backward(
+        rows, target, row_max, exp_coefficient, constant, target_gradient, scales, softcaps, vocab_size, wanted
+    )
+    return [g.view(values[i].shape) for i, g in zip(wanted, gradients, strict=True)]
+
+
+@torch.library.register_fake("auxkern::cross_entropy_backward")
+def _cross_entropy_backward_fake(
+    values: list[Tensor],
+    target: Tensor,
+    row_max: Tensor,
+    exp_coefficient: Tensor,
+    constant: Tensor,
+    target_gradient: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_size: int,
+    wanted: list[int],
+    backend: str,
+) -> list[Tensor]:
+    return [values[i].new_empty(values[i].shape) for i in wanted]

@@ -1,0 +1,191 @@
+"""Which backend runs an operator, and why.
+
+A backend is one object that says whether it can run (``refusal``) and does the arithmetic of
+every operator it knows. The table below is the only place that names them; each is imported
+when first asked for, so a machine without Triton or without the native library still imports
+auxkern.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a backend's ``cross_entropy_forward`` returns, one entry per row.
+
+    Float fields are float32 (float64 if any term is float64); a field that was not asked for
+    has no elements. Rows whose target is ``ignore_index`` are not read: they hold 0 (argmax -1).
+    Rows whose target lies outside [0, V) hold NaN in ``nll`` and ``row_max``.
+
+    z is the sum of the terms over the first V ids, y the target.
+    """
+
+    nll: Tensor  # (N,)   lse - z[y], precise also when p[y] is close to 1
+    row_max: Tensor  # (N,)   max_v z[v]
+    log_sum: Tensor  # (N,)   log sum_v exp(z[v] - row_max); lse = row_max + log_sum
+    smooth: Tensor  # (N,)   mean_v (lse - z[v])
+    argmax: Tensor  # (N,)   int64, lowest id among equals
+    term_nll: Tensor  # (I, N) nll of the target under softmax(term i alone)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.nll, self.row_max, self.log_sum, self.smooth, self.argmax, self.term_nll
+
+
+class Backend(Protocol):
+    """The arithmetic of every operator, on checked inputs.
+
+    Logits arrive as (outer, inner, V or more) strided views with outer * inner = N; row n of a
+    term is [n // inner, n % inner]. Each term has its own split.
+    """
+
+    name: str
+
+    def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+        """Why this backend cannot run on these inputs; None if it can."""
+        ...
+
+    def cross_entropy_forward(
+        self,
+        values: list[Tensor],  # I terms of (outer_i, inner_i, >= V)
+        target: Tensor,  # (N,) int64, contiguous
+        scales: list[float],
+        softcaps: list[float],  # 0 means none
+        vocab_size: int,
+        ignore_index: int,
+        want_smooth: bool,
+        want_stats: bool,  # argmax and term_nll
+    ) -> Rows: ...
+
+    def cross_entropy_backward(
+        self,
+        values: list[Tensor],
+        target: Tensor,  # (N,) int64, contiguous
+        row_max: Tensor,  # (N,)
+        exp_coefficient: Tensor,  # (N,)
+        constant: Tensor,  # (N,)
+        target_gradient: Tensor,  # (N,)
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        wanted: list[int],
+    ) -> list[Tensor]:
+        """Gradients of the terms in ``wanted``, contiguous, shaped and typed like their values.
+
+            dz[n, v] = target_gradient[n]                                        v = target[n]
+            dz[n, v] = exp_coefficient[n] * exp(z[n, v] - row_max[n]) - constant[n]   other v < V
+            dz[n, v] = 0                                                          v >= V
+            d_values = dz * scale * (1 - tanh(values / softcap)**2)
+
+        A row whose three coefficients are all 0 is 0 whatever its logits hold.
+        """
+        ...
+
+
+_MODULES = {
+    "triton": "auxkern.backends.triton",
+    "cpu": "auxkern.backends.cpu",
+    "reference": "auxkern.backends.reference",
+}
+BACKENDS = tuple(_MODULES)  # in order of preference
+
+
+@cache
+def _import(name: str) -> Backend | str:
+    try:
+        return importlib.import_module(_MODULES[name]).BACKEND
+    except (ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def refusal(name: str, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why the backend called ``name`` cannot run on these inputs; None if it can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"backend is {name!r}; choose one of {', '.join(map(repr, BACKENDS))}, or None")
+    backend = _import(name)
+    return backend if isinstance(backend, str) else backend.refusal(device, dtypes)
+
+
+def load(name: str) -> Backend:
+    """The backend called ``name``, which ``choose`` has accepted."""
+    backend = _import(name)
+    if isinstance(backend, str):
+        raise RuntimeError(f"backend {name!r} cannot run: {backend}")
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs and why the others do not; ``print`` it.
+
+    Attributes:
+        backend: name of the backend that runs.
+        device: torch device the question was asked for.
+        dtypes: dtypes of the terms.
+        refusals: reason of every backend that was preferred but cannot run.
+    """
+
+    backend: str
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+        lines = [f"{self.device} [{dtypes}]: backend {self.backend!r}"]
+        lines += [f"  not {name!r}: {reason}" for name, reason in self.refusals.items()]
+        return "\n".join(lines)
+
+
+@cache
+def explain(device: torch.device | str, *dtypes: torch.dtype) -> Explanation:
+    """Which backend ``backend=None`` chooses for terms on ``device``, and why.
+
+    Args:
+        device: torch device or its name.
+        dtypes: dtypes of the terms; float32 when none is given.
+    """
+    device = torch.device(device)
+    asked = dtypes or (torch.float32,)
+    refusals: dict[str, str] = {}
+    for name in BACKENDS:
+        reason = refusal(name, device, asked)
+        if reason is None and name == "triton" and device.type == "cpu":
+            # Reached under TRITON_INTERPRET=1 only: it proves kernels, it does not serve users.
+            reason = "the Triton interpreter runs on the CPU only when it is asked for by name"
+        if reason is None:
+            return Explanation(name, device, asked, refusals)
+        refusals[name] = reason
+    raise RuntimeError(f"no backend can run on {device}: {refusals}")
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The name of the backend to run: the one asked for, or the first that can.
+
+    ``torch.compile`` asks once, while it traces.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend asked for cannot run on these inputs.
+    """
+    if backend is None:
+        return explain(device, *dtypes).backend
+    reason = refusal(backend, device, dtypes)
+    if reason is not None:
+        raise RuntimeError(
+            f"backend={backend!r} cannot run: {reason}. Pass backend=None to choose one that can"
+        )
+    return backend
