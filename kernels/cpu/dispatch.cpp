@@ -1,0 +1,165 @@
+// The C interface: checks, choice of instruction set, threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cross_entropy.h"
+
+namespace {
+
+using namespace auxkern;
+
+bool has_isa(int32_t isa) {
+    switch (isa) {
+        case AUXKERN_ISA_GENERIC: return true;
+#if defined(__x86_64__)
+        case AUXKERN_ISA_AVX2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        case AUXKERN_ISA_AVX512:
+            return has_isa(AUXKERN_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl");
+#endif
+        default: return false;
+    }
+}
+
+int32_t best_isa() {
+    for (int32_t isa : {AUXKERN_ISA_AVX512, AUXKERN_ISA_AVX2})
+        if (has_isa(isa)) return isa;
+    return AUXKERN_ISA_GENERIC;
+}
+
+template <class Task>
+using Kernel = void (*)(const Task &, int64_t, int64_t);
+
+template <class Task>
+Kernel<Task> pick(int32_t isa, Kernel<Task> generic, Kernel<Task> avx2, Kernel<Task> avx512) {
+    if (isa == AUXKERN_ISA_AVX512) return avx512;
+    return isa == AUXKERN_ISA_AVX2 ? avx2 : generic;
+}
+
+#if defined(__x86_64__)
+#define AUXKERN_PICK(Task, name, isa) pick<Task>(isa, generic::name, avx2::name, avx512::name)
+#else
+#define AUXKERN_PICK(Task, name, isa) pick<Task>(isa, generic::name, nullptr, nullptr)
+#endif
+
+// Rows are taken from a shared counter, so that a slow thread does not hold up the rest. Which
+// thread takes a row changes nothing in it.
+template <class Task>
+struct Work {
+    Kernel<Task> kernel;
+    const Task *task;
+    int64_t rows, grab;
+    std::atomic<int64_t> next{0};
+
+    static void body(void *context) {
+        auto &work = *static_cast<Work *>(context);
+        for (;;) {
+            const int64_t begin = work.next.fetch_add(work.grab, std::memory_order_relaxed);
+            if (begin >= work.rows) return;
+            work.kernel(*work.task, begin, std::min(begin + work.grab, work.rows));
+        }
+    }
+};
+
+template <class Task>
+void run(Kernel<Task> kernel, const Task &task, const auxkern_execution &execution) {
+    constexpr int64_t MIN_LOGITS_PER_THREAD = 1 << 15;  // about 10 us of work, what a thread costs
+    const int64_t logits = task.N * task.V * task.n_terms;
+    const int64_t useful = std::min(task.N, std::max<int64_t>(1, logits / MIN_LOGITS_PER_THREAD));
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(execution.threads, useful));
+
+    Work<Task> work;
+    work.kernel = kernel;
+    work.task = &task;
+    work.rows = task.N;
+    work.grab = std::max<int64_t>(1, (1 << 14) / task.V);
+    if (threads <= 1) return Work<Task>::body(&work);
+    if (execution.parallel) return execution.parallel(Work<Task>::body, &work, threads, 0);
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < threads; ++i) others.emplace_back(Work<Task>::body, &work);
+    Work<Task>::body(&work);
+    for (auto &thread : others) thread.join();
+}
+
+int32_t check(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V, const auxkern_execution *execution) {
+    if (!terms || !execution || n_terms < 1 || n_terms > AUXKERN_MAX_TERMS || N < 0 || V < 1 ||
+        execution->threads < 1)
+        return AUXKERN_BAD_ARGUMENT;
+    for (int32_t i = 0; i < n_terms; ++i)
+        if ((N > 0 && !terms[i].values) || terms[i].width < V || terms[i].inner < 1 || terms[i].dtype < AUXKERN_F32 ||
+            terms[i].dtype > AUXKERN_BF16)
+            return AUXKERN_BAD_ARGUMENT;
+    if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
+    return AUXKERN_OK;
+}
+
+int32_t resolve(int32_t isa) { return isa == AUXKERN_ISA_BEST ? best_isa() : isa; }
+
+// A gradient of the size of the logits is fresh memory. In 4 KiB pages its page faults cost more
+// than the kernel; asking for large ones is a hint that systems may ignore.
+void prefer_large_pages(void *start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t LARGE = uintptr_t(1) << 21;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(start) + LARGE - 1) & ~(LARGE - 1);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) & ~(LARGE - 1);
+    if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)start;
+    (void)bytes;
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t auxkern_abi_version(void) { return AUXKERN_ABI_VERSION; }
+int32_t auxkern_has_isa(int32_t isa) { return has_isa(isa) ? 1 : 0; }
+int32_t auxkern_best_isa(void) { return best_isa(); }
+
+int32_t auxkern_cross_entropy_forward(const auxkern_term *terms, int32_t n_terms, const int64_t *target, int64_t N,
+                                      int64_t V, int64_t ignore_index, float *nll, float *row_max, float *log_sum,
+                                      float *smooth, int64_t *argmax, float *term_nll,
+                                      const auxkern_execution *execution) {
+    const int32_t status = check(terms, n_terms, N, V, execution);
+    if (status != AUXKERN_OK) return status;
+    if (N == 0) return AUXKERN_OK;
+    if (!target || !nll || !row_max || !log_sum) return AUXKERN_BAD_ARGUMENT;
+    const ForwardTask task{terms, n_terms, target, N, V, ignore_index, nll, row_max, log_sum, smooth, argmax, term_nll};
+    run<ForwardTask>(AUXKERN_PICK(ForwardTask, cross_entropy_forward, resolve(execution->isa)), task, *execution);
+    return AUXKERN_OK;
+}
+
+int32_t auxkern_cross_entropy_backward(const auxkern_term *terms, int32_t n_terms, const int64_t *target, int64_t N,
+                                       int64_t V, const float *row_max, const float *exp_coefficient,
+                                       const float *constant, const float *target_gradient, void *const *gradients,
+                                       const auxkern_execution *execution) {
+    const int32_t status = check(terms, n_terms, N, V, execution);
+    if (status != AUXKERN_OK) return status;
+    if (N == 0) return AUXKERN_OK;
+    if (!target || !row_max || !exp_coefficient || !constant || !target_gradient || !gradients)
+        return AUXKERN_BAD_ARGUMENT;
+    constexpr int64_t CACHE_BYTES = int64_t(8) << 20;  // a gradient above this will not be found in a cache later
+    int64_t bytes = 0;
+    for (int32_t i = 0; i < n_terms; ++i) {
+        if (!gradients[i]) continue;
+        const int64_t size = N * terms[i].width * (terms[i].dtype == AUXKERN_F32 ? 4 : 2);
+        prefer_large_pages(gradients[i], size);
+        bytes += size;
+    }
+    const BackwardTask task{terms, n_terms, target, N, V, row_max, exp_coefficient, constant, target_gradient,
+                            gradients, bytes > CACHE_BYTES};
+    run<BackwardTask>(AUXKERN_PICK(BackwardTask, cross_entropy_backward, resolve(execution->isa)), task, *execution);
+    return AUXKERN_OK;
+}
+
+}  // extern "C"
