@@ -1,0 +1,40 @@
+"""Fixtures of every test folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples on every machine and in every run; a slow machine is not a failure.
+settings.register_profile("auxkern", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("auxkern")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that ``torch.empty`` hands out holds NaN (integers: the largest one).
+
+    So an output that a kernel forgot to write is seen. PyTorch does the filling, as a part of
+    its deterministic mode.
+    """
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test change torch's number of threads; it is put back."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
