@@ -1,0 +1,62 @@
+"""Launch configurations, as data.
+
+Keys hold dtypes and numbers of terms, never a batch size: a new N or length compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARP = 32  # threads; AMD's 64 changes how many vectors a thread takes, not what is computed
+MAX_SPLITS = 128  # programs that may share a row; the width of the kernel that combines them
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is launched.
+
+    Attributes:
+        vectors: 16-byte vectors of the narrowest term that one thread has in flight per term.
+        warps: warps in a program.
+        programs: wanted per multiprocessor; fewer rows than that are split.
+    """
+
+    vectors: int
+    warps: int
+    programs: int
+
+    def block(self, granule: int) -> int:
+        """Columns in a tile, where a vector holds ``granule`` of them."""
+        return self.vectors * self.warps * WARP * granule
+
+
+# More terms bring more loads per column; fewer vectors of each then fill the same registers.
+_FORWARD = {1: Config(vectors=4, warps=4, programs=4), 2: Config(2, 4, 4), 8: Config(1, 4, 4)}
+_FORWARD_STATS = {2: Config(1, 4, 4), 8: Config(1, 8, 4)}
+_BACKWARD = {1: Config(vectors=4, warps=4, programs=4), 2: Config(2, 4, 4), 8: Config(1, 4, 4)}
+
+
+def _first_that_fits(table: dict[int, Config], number: int) -> Config:
+    return next(config for limit, config in table.items() if number <= limit)
+
+
+def forward(terms: int, want_stats: bool) -> Config:
+    """Configuration of the forward kernel for 1 to 8 terms."""
+    return _first_that_fits(_FORWARD_STATS if want_stats else _FORWARD, terms)
+
+
+def backward(terms: int) -> Config:
+    """Configuration of the backward kernel for 1 to 8 terms."""
+    return _first_that_fits(_BACKWARD, terms)
+
+
+def splits(rows: int, tiles: int, multiprocessors: int, config: Config) -> int:
+    """Programs that share one row: enough to give every multiprocessor its ``config.programs``.
+
+    Args:
+        rows: N.
+        tiles: tiles in a row; no program gets less than one.
+        multiprocessors: of the device.
+    """
+    wanted = -(-multiprocessors * config.programs // rows)
+    return max(1, min(wanted, tiles, MAX_SPLITS))

@@ -1,0 +1,419 @@
+"""Cross-entropy of a sum of logits, forward and backward.
+
+Forward: each program folds its share of a row, lane by lane, into an online softmax (Milakov and
+Gimelshein 2018, arXiv 1805.02867); lanes meet once, at the end, so the loop has no barrier. The
+target is left out of the fold: with p[y] near 1 the nll is log1p(everything else), not a difference.
+Few rows are split over programs, whose partial results a second kernel combines in fixed order.
+
+Backward: one pass, each gradient written once.
+"""
+
+import triton
+import triton.language as tl
+
+from auxkern.backends.triton.numerics import log1p, tanh, tanh_slope
+from auxkern.backends.triton.rows import body_pointers, contiguous_width, head_columns, read, row_pointer
+
+# Out of the running in an argmax.
+_NO_KEY: tl.constexpr = tl.constexpr(-(2**31))
+_NO_COLUMN: tl.constexpr = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _share(term, x, CAPPED: tl.constexpr):
+    """The term's share of z, from its value x."""
+    if CAPPED:
+        return term.scale * (term.softcap * tanh(x * (1.0 / term.softcap)))
+    return term.scale * x
+
+
+@triton.jit
+def _shares(terms, pointers, columns, mask, UNIT: tl.constexpr, CAPPED: tl.constexpr):
+    """Each term's share of z at ``columns``, as a tuple; 0 where ``mask`` forbids to read."""
+    shares = ()
+    for i in tl.static_range(len(terms)):
+        x = read(terms[i], pointers[i], columns, mask, UNIT[i])
+        shares += (_share(terms[i], x, CAPPED[i]),)
+    return shares
+
+
+@triton.jit
+def _total(shares):
+    total = shares[0]
+    for i in tl.static_range(1, len(shares)):
+        total += shares[i]
+    return total
+
+
+@triton.jit
+def _pivot(largest):
+    """``largest``, or 0 where there is no finite value yet: inf - inf must not arise."""
+    return tl.where(largest == -float("inf"), 0.0, largest)
+
+
+@triton.jit
+def _fold(softmax, z):
+    """Add the columns of z (R, K) to R online softmaxes (largest, sum of exp(z - largest))."""
+    largest = tl.maximum(softmax[0], tl.max(z, axis=1))
+    pivot = _pivot(largest)
+    total = softmax[1] * tl.exp(softmax[0] - pivot) + tl.sum(tl.exp(z - pivot[:, None]), axis=1)
+    return largest, total
+
+
+@triton.jit
+def _fold_distance(distance, pivot, z, counted):
+    """Add columns to (sum of pivot - z, number of columns), whose pivot was ``pivot[0]``."""
+    moved = distance[0] + distance[1] * (pivot[1] - pivot[0])
+    gaps = tl.sum(tl.where(counted, pivot[1][:, None] - z, 0.0), axis=1)
+    return moved + gaps, distance[1] + tl.sum(counted.to(tl.float32), axis=1)
+
+
+@triton.jit
+def _fold_best(best, z, columns, valid):
+    """Add columns to (key of the largest, its lowest column); NaN is the largest, as in torch."""
+    # Floats ordered as ints; -0 becomes 0 before, for they tie.
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
+    key = tl.where(z == z, bits ^ ((bits >> 31) & 0x7FFFFFFF), 2**31 - 1)
+    key = tl.where(valid, key, _NO_KEY)
+    top = tl.max(key, axis=1)
+    column = tl.min(tl.where(key == top[:, None], columns, _NO_COLUMN), axis=1)
+    better = (top > best[0]) | ((top == best[0]) & (column < best[1]))
+    return tl.where(better, top, best[0]), tl.where(better, column, best[1])
+
+
+@triton.jit
+def _empty_state(TERMS: tl.constexpr, R: tl.constexpr):
+    """R lanes before any column: softmax of z, distance, best, softmax of each of I terms."""
+    zero = tl.zeros([R], tl.float32)
+    softmax = (zero - float("inf"), zero)
+    best = (tl.full([R], _NO_KEY, tl.int32), tl.full([R], _NO_COLUMN, tl.int32))
+    terms = ()
+    for _ in tl.static_range(TERMS):
+        terms += (softmax,)
+    return softmax, (zero, zero), best, terms
+
+
+@triton.jit
+def _accumulate(
+    state, terms, pointers, columns, valid, y,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Fold the tile ``columns`` (R, K) into ``state``; ``valid`` columns only, y apart."""
+    shares = _shares(terms, pointers, columns, valid, UNIT, CAPPED)
+    z = _total(shares)
+    counted = valid & (columns != y)
+    softmax = _fold(state[0], tl.where(counted, z, -float("inf")))
+    distance = state[1]
+    best = state[2]
+    per_term = state[3]
+    if SMOOTH:
+        distance = _fold_distance(distance, (_pivot(state[0][0]), _pivot(softmax[0])), z, counted)
+    if STATS:
+        best = _fold_best(best, z, columns, valid)
+        per_term = ()
+        for i in tl.static_range(len(shares)):
+            share = tl.where(counted, shares[i], -float("inf"))
+            per_term += (_fold(state[3][i], share),)
+    return softmax, distance, best, per_term
+
+
+@triton.jit
+def _meet(softmax):
+    """The online softmaxes of all lanes as one."""
+    largest = tl.max(softmax[0], axis=0)
+    return largest, tl.sum(softmax[1] * tl.exp(softmax[0] - _pivot(largest)), axis=0)
+
+
+@triton.jit
+def _meet_all(state, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """``state`` of R lanes as the state of one."""
+    softmax = _meet(state[0])
+    distance = (0.0, 0.0)
+    best = (_NO_KEY, _NO_COLUMN)
+    per_term = ()
+    if SMOOTH:
+        moved = state[1][0] + state[1][1] * (_pivot(softmax[0]) - _pivot(state[0][0]))
+        distance = (tl.sum(moved, axis=0), tl.sum(state[1][1], axis=0))
+    if STATS:
+        top = tl.max(state[2][0], axis=0)
+        best = (top, tl.min(tl.where(state[2][0] == top, state[2][1], _NO_COLUMN), axis=0))
+        for i in tl.static_range(len(state[3])):
+            per_term += (_meet(state[3][i]),)
+    return softmax, distance, best, per_term
+
+
+@triton.jit
+def _nll(softmax, target):
+    """(nll, max, log of the sum of exp(z - max)) of a row from its other columns and its target."""
+    largest = tl.maximum(softmax[0], target)
+    others = softmax[1] * tl.exp(softmax[0] - largest)  # NaN if the whole row is -inf
+    on_top = target >= softmax[0]
+    # Where the target is not on top, the others hold at least the 1 of the largest.
+    excess = tl.where(on_top, others, (others - 1.0) + tl.exp(target - largest))
+    log_sum = log1p(excess)
+    nll = tl.where(on_top, log_sum, (largest - target) + log_sum)
+    return nll, largest, log_sum
+
+
+@triton.jit
+def _target_shares(terms, row, y, in_range, UNIT: tl.constexpr, CAPPED: tl.constexpr):
+    """(z[y], each term's share of it), NaN where the target is outside the vocabulary."""
+    pointers = ()
+    for i in tl.static_range(len(terms)):
+        pointers += (row_pointer(terms[i], row),)
+    shares = _shares(terms, pointers, y, in_range, UNIT, CAPPED)
+    return tl.where(in_range, _total(shares), float("nan")), shares
+
+
+@triton.jit
+def _write_row(
+    state, terms, out, row, N, V, y, ignored,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """A row's results from the state of all its columns but the target."""
+    in_range = (y >= 0) & (y < V) & (ignored == 0)
+    target, shares = _target_shares(terms, row, y, in_range, UNIT, CAPPED)
+    nll, largest, log_sum = _nll(state[0], target)
+    tl.store(out.nll + row, tl.where(ignored, 0.0, nll))
+    tl.store(out.row_max + row, tl.where(ignored, 0.0, tl.where(nll == nll, largest, float("nan"))))
+    tl.store(out.log_sum + row, tl.where(ignored, 0.0, log_sum))
+    if SMOOTH:
+        distance = state[1][0] + state[1][1] * (largest - _pivot(state[0][0])) + (largest - target)
+        tl.store(out.smooth + row, tl.where(ignored, 0.0, log_sum + distance / V))
+    if STATS:
+        tl.store(out.argmax + row, tl.where(ignored, -1, state[2][1]).to(tl.int64))
+        for i in tl.static_range(len(terms)):
+            term_nll, _, _ = _nll(state[3][i], tl.where(in_range, shares[i], float("nan")))
+            tl.store(out.term_nll + i * N + row, tl.where(ignored, 0.0, term_nll))
+
+
+@triton.jit
+def _store_partial(state, partial, row, split, N, splits, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """One program's state of one row into (fields, N, splits) buffers."""
+    plane = N.to(tl.int64) * splits
+    at = partial.sums + row * splits + split
+    tl.store(at, state[0][0])
+    tl.store(at + plane, state[0][1])
+    if SMOOTH:
+        tl.store(at + 2 * plane, state[1][0])
+        tl.store(at + 3 * plane, state[1][1])
+    if STATS:
+        best = partial.best + row * splits + split
+        tl.store(best, state[2][0])
+        tl.store(best + plane, state[2][1])
+        for i in tl.static_range(len(state[3])):
+            tl.store(at + (4 + 2 * i) * plane, state[3][i][0])
+            tl.store(at + (5 + 2 * i) * plane, state[3][i][1])
+
+
+@triton.jit
+def _load_partials(
+    partial, row, N, splits, TERMS: tl.constexpr, R: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr
+):
+    """The states of a row's programs, one in each of R lanes."""
+    softmax, distance, best, per_term = _empty_state(TERMS, R)
+    plane = N.to(tl.int64) * splits
+    lane = tl.arange(0, R)
+    valid = lane < splits
+    at = partial.sums + row * splits + lane
+    softmax = (tl.load(at, valid, -float("inf")), tl.load(at + plane, valid, 0.0))
+    if SMOOTH:
+        distance = (tl.load(at + 2 * plane, valid, 0.0), tl.load(at + 3 * plane, valid, 0.0))
+    if STATS:
+        where = partial.best + row * splits + lane
+        best = (tl.load(where, valid, _NO_KEY), tl.load(where + plane, valid, _NO_COLUMN))
+        per_term = ()
+        for i in tl.static_range(TERMS):
+            largest = tl.load(at + (4 + 2 * i) * plane, valid, -float("inf"))
+            per_term += ((largest, tl.load(at + (5 + 2 * i) * plane, valid, 0.0)),)
+    return softmax, distance, best, per_term
+
+
+@triton.jit
+def _edge_columns(head, body, width, G: tl.constexpr, R: tl.constexpr):
+    """(columns, valid) (R,): the head and the tail, fewer than G columns each; they fit in 2 G lanes."""
+    lane = tl.arange(0, R)
+    columns = tl.where(lane < G, lane - head, body + lane - G)
+    valid = (lane < head) | ((lane >= G) & (lane < 2 * G) & (columns < width))
+    return columns, valid
+
+
+@triton.jit
+def _cut(terms, row, width, LEADER: tl.constexpr, G: tl.constexpr):
+    """(head, end of the body, end of the row) of a row of ``width`` columns, counted from the head."""
+    head = 0
+    if LEADER >= 0:
+        head = tl.minimum(head_columns(terms[LEADER], row, G), width)
+    body = tl.multiple_of((width - head) // G * G, G)
+    return head, body, width - head
+
+
+@triton.jit
+def _range_of_program(body, split, splits, BLOCK: tl.constexpr):
+    """(begin, end of whole tiles, end) of the body's columns that program ``split`` takes."""
+    share = tl.cdiv(tl.cdiv(body, BLOCK), splits) * BLOCK
+    begin = tl.minimum(split * share, body)
+    end = tl.minimum(begin + share, body)
+    # Ends are multiples of a granule: a mask against them stays constant within a vector.
+    return begin, begin + (end - begin) // BLOCK * BLOCK, end
+
+
+@triton.jit(do_not_specialize=["target", "N", "V", "ignore_index", "splits"])
+def forward_kernel(
+    terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
+    target,  # (N,) int64
+    out,  # Rows: (N,) float32 and so on
+    partial,  # (4 + 2 I, N, splits) float32 and (2, N, splits) int32, if splits > 1
+    N, V, ignore_index, splits,
+    ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, LEADER: tl.constexpr,
+    SMOOTH: tl.constexpr, STATS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of row program_id(0) from its share program_id(1) of ``splits`` of the columns.
+
+    Reads each logit once. Memory-bound: BLOCK columns of every term are in flight per program, G per
+    thread and load; each group of G columns has its own online softmax, in registers.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    y = tl.load(target + row)
+    ignored = y == ignore_index
+    # An ignored row is a row without columns: nothing of it is read.
+    head, body, width = _cut(terms, row, tl.where(ignored, 0, V), LEADER, G)
+    y_column = tl.where((y >= 0) & (y < V), y - head, _NO_COLUMN).to(tl.int32)
+    pointers = body_pointers(terms, row, head, ALIGNED)
+
+    R: tl.constexpr = BLOCK // G
+    edge, valid = _edge_columns(head, body, width, G, R)
+    state = _accumulate(
+        _empty_state(len(terms), R), terms, pointers,
+        edge[:, None], (valid & (split == 0))[:, None], y_column, UNIT, CAPPED, SMOOTH, STATS,
+    )  # fmt: skip
+    tile = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
+    everywhere = tile == tile  # folds to no mask at all
+    begin, full, end = _range_of_program(body, split, splits, BLOCK)
+    for start in range(begin, full, BLOCK):
+        columns = tl.multiple_of(start, G) + tile
+        state = _accumulate(
+            state, terms, pointers, columns, everywhere, y_column, UNIT, CAPPED, SMOOTH, STATS
+        )
+    for start in range(full, end, BLOCK):  # at most once
+        columns = tl.multiple_of(start, G) + tile
+        state = _accumulate(
+            state, terms, pointers, columns, columns < end, y_column, UNIT, CAPPED, SMOOTH, STATS
+        )
+    softmax, distance, best, per_term = _meet_all(state, SMOOTH, STATS)
+    state = (softmax, distance, (best[0], best[1] + head), per_term)
+    if splits > 1:
+        _store_partial(state, partial, row, split, N, splits, SMOOTH, STATS)
+    else:
+        _write_row(state, terms, out, row, N, V, y, ignored, UNIT, CAPPED, SMOOTH, STATS)
+
+
+@triton.jit(do_not_specialize=["target", "N", "V", "ignore_index", "splits"])
+def combine_kernel(
+    terms,  # as above
+    target,  # (N,) int64
+    out,  # Rows
+    partial,  # written by forward_kernel
+    N, V, ignore_index, splits,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Statistics of row program_id(0) from the partial results of its ``splits`` programs."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target + row)
+    state = _load_partials(partial, row, N, splits, len(terms), LANES, SMOOTH, STATS)
+    state = _meet_all(state, SMOOTH, STATS)
+    _write_row(state, terms, out, row, N, V, y, y == ignore_index, UNIT, CAPPED, SMOOTH, STATS)
+
+
+@triton.jit
+def _write_gradients(
+    terms, pointers, gradients, out, columns, valid, live, y, coefficients,
+    WANTED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of columns, read only if the row is ``live``, written where ``valid``."""
+    row_max, exp_coefficient, constant, target_gradient = coefficients
+    values = ()
+    z = 0.0
+    for i in tl.static_range(len(terms)):
+        x = read(terms[i], pointers[i], columns, valid & (live != 0), UNIT[i])
+        values += (x,)
+        z += _share(terms[i], x, CAPPED[i])
+    dz = exp_coefficient * tl.exp(z - row_max) - constant
+    dz = tl.where(columns == y, target_gradient, dz)
+    for j in tl.static_range(len(gradients)):
+        term = terms[WANTED[j]]
+        d = dz * term.scale
+        if CAPPED[WANTED[j]]:
+            d *= tanh_slope(values[WANTED[j]] * (1.0 / term.softcap))
+        tl.store(out[j] + columns, d.to(out[j].dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _write_padding(gradient, row, V, split, splits, BLOCK: tl.constexpr):
+    """Zeros in columns [V, width) of a gradient's row."""
+    pointer = row_pointer(gradient, row)
+    width = contiguous_width(gradient)
+    for start in range(V + split * BLOCK, width, splits * BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        zero = tl.zeros([BLOCK], pointer.dtype.element_ty)
+        tl.store(pointer + columns, zero, mask=columns < width)
+
+
+@triton.jit(
+    do_not_specialize=["target", "row_max", "exp_coefficient", "constant", "target_gradient", "V", "splits"]
+)
+def backward_kernel(
+    terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
+    gradients,  # (N, as wide as its term) of terms[WANTED[j]], out
+    target,  # (N,) int64
+    row_max, exp_coefficient, constant, target_gradient,  # (N,) float32
+    V, splits,
+    WANTED: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_OUT: tl.constexpr, PADDED: tl.constexpr,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, LEADER: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of row program_id(0) in share program_id(1) of ``splits`` of its columns.
+
+    Reads each logit once, none of a row without gradient, and writes each gradient once.
+    Memory-bound, as the forward.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    e = tl.load(exp_coefficient + row)
+    c = tl.load(constant + row)
+    t = tl.load(target_gradient + row)
+    live = ((e != 0) | (c != 0) | (t != 0)).to(tl.int32)  # 1 for NaN; Triton's interpreter wants an int
+    # Of a dead row z is 0: with a maximum of 0 no inf or NaN arises to spoil its zeros.
+    coefficients = (tl.where(live != 0, tl.load(row_max + row), 0.0), e, c, t)
+    y = tl.load(target + row)
+
+    head, body, width = _cut(terms + gradients, row, V, LEADER, G)
+    y_column = tl.where((y >= 0) & (y < V), y - head, _NO_COLUMN).to(tl.int32)
+    pointers = body_pointers(terms, row, head, ALIGNED)
+    out = body_pointers(gradients, row, head, ALIGNED_OUT)
+    if split == 0:
+        columns, valid = _edge_columns(head, body, width, G, 2 * G)
+        _write_gradients(
+            terms, pointers, gradients, out, columns, valid, live, y_column, coefficients,
+            WANTED, UNIT, CAPPED,
+        )  # fmt: skip
+    tile = tl.arange(0, BLOCK)
+    everywhere = tile == tile  # folds to no mask at all
+    begin, full, end = _range_of_program(body, split, splits, BLOCK)
+    for start in range(begin, full, BLOCK):
+        columns = tl.multiple_of(start, G) + tile
+        _write_gradients(
+            terms, pointers, gradients, out, columns, everywhere, live, y_column, coefficients,
+            WANTED, UNIT, CAPPED,
+        )  # fmt: skip
+    for start in range(full, end, BLOCK):  # at most once
+        columns = tl.multiple_of(start, G) + tile
+        _write_gradients(
+            terms, pointers, gradients, out, columns, columns < end, live, y_column, coefficients,
+            WANTED, UNIT, CAPPED,
+        )  # fmt: skip
+    for j in tl.static_range(len(gradients)):
+        if PADDED[j]:
+            _write_padding(gradients[j], row, V, split, splits, BLOCK)

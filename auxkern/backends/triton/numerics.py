@@ -1,0 +1,45 @@
+"""Float32 functions that Triton lacks, or has only as a hardware approximation.
+
+``tl.log`` becomes ``lg2.approx``, whose error is absolute near 1 (CUDA C++ programming guide):
+the loss of a confident model would have no correct digit. libdevice has no interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, float32, to about 2 ulp; NaN stays NaN.
+
+    1 + x = 2**k (1 + f) with 1 + f in [0.70, 1.41), and log(1 + f) = 2 atanh(f / (2 + f)).
+    """
+    u = 1.0 + x
+    # Adding the distance from 1/sqrt(2) to 1 moves the exponent's step to sqrt(2).
+    k = ((u.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)) >> 23) - 127
+    shrink = ((127 - k) << 23).to(tl.float32, bitcast=True)
+    # With k = 0 the rounding of 1 + x never enters.
+    f = tl.where(k == 0, x, u * shrink - 1.0)
+    s = f / (2.0 + f)
+    s2 = s * s
+    series = s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11)))))
+    return k.to(tl.float32) * 0.6931471805599453 + 2.0 * (s + s * series)
+
+
+@triton.jit
+def tanh(u):
+    """tanh(u), float32, to about 2 ulp; 1 - exp(-2u) would cancel near 0, so a series is used there."""
+    a = tl.abs(u)
+    e = tl.exp(-2.0 * a)
+    large = (1.0 - e) / (1.0 + e)
+    a2 = a * a
+    series = a2 * (-1 / 3 + a2 * (2 / 15 + a2 * (-17 / 315 + a2 * (62 / 2835 - a2 * (1382 / 155925)))))
+    t = tl.where(a < 0.35, a + a * series, large)
+    return tl.where(u < 0, -t, t)
+
+
+@triton.jit
+def tanh_slope(u):
+    """1 - tanh(u)**2 without the difference, which cancels for large u."""
+    e = tl.exp(-2.0 * tl.abs(u))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
