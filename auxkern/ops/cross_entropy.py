@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from auxkern.ops import registry
 from auxkern.terms import Logits, as_terms
@@ -108,22 +107,23 @@ def cross_entropy(
     """
     _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index)
     problem = _check(terms, target, token_weight, ignore_index, shift, vocab_size, backend)
-    nll, lse, smooth, argmax, term_nll = _forward(
-        problem, ignore_index, want_smooth=label_smoothing > 0, want_stats=return_stats
+    weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
+    row, nll, lse, argmax, term_nll = _rows(
+        problem, ignore_index, label_smoothing, z_loss, return_stats, weight, denominator, reduction
     )
-
-    row = nll if label_smoothing == 0 else (1 - label_smoothing) * nll + label_smoothing * smooth
-    if z_loss > 0:
-        row = row + z_loss * lse.square()
-    loss = _reduce(row, problem, ignore_index, reduction, normalizer)
+    loss = row if weight is None else row * weight
+    if reduction == "none":
+        loss = loss.view(problem.shape)
+    else:
+        loss = loss.sum() if denominator is None else loss.sum() / denominator
     if not return_stats:
         return loss
     shape = problem.shape
     stats = CrossEntropyStats(
-        nll=nll.detach().view(shape),
-        lse=lse.detach().view(shape),
+        nll=nll.view(shape),
+        lse=lse.view(shape),
         argmax=argmax.view(shape),
-        z_loss=(z_loss * lse.detach().square()).view(shape),
+        z_loss=(z_loss * lse.square()).view(shape),
         term_nll=term_nll.view(len(problem.terms), *shape),
     )
     return loss, stats
@@ -250,117 +250,177 @@ def _vocabulary(terms: list[Logits], vocab_size: int | None) -> int:
     return vocab_size
 
 
-def _reduce(
-    row: Tensor, problem: _Problem, ignore_index: int, reduction: str, normalizer: float | Tensor | None
-) -> Tensor:
+def _weighting(
+    problem: _Problem, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+) -> tuple[Tensor | None, float | Tensor | None]:
+    """(N,) weight of each row, None for 1; and what divides their sum, None for nothing."""
+    counts = problem.target != ignore_index
     weight = problem.token_weight
     if weight is not None:
         # An ignored row's weight is not read: a NaN there must not reach the loss.
-        weight = torch.where(problem.target != ignore_index, weight, 0.0)
-        row = row * weight
-    if reduction == "none":
-        return row.view(problem.shape)
-    total = row.sum()
-    if normalizer is not None:
-        if not isinstance(normalizer, Tensor):
-            return total / normalizer
-        normalizer = normalizer.to(row)
-    elif reduction == "sum":
-        return total
-    elif weight is not None:
-        normalizer = weight.sum()
-    else:
-        normalizer = (problem.target != ignore_index).sum().to(row)
-    # Nothing to normalise: 0 / 0 would turn "no rows" into NaN.
-    empty = (normalizer == 0) & (total == 0)
-    return total / torch.where(empty, 1.0, normalizer)
+        weight = torch.where(counts, weight, 0.0)
+        counts = counts & (weight != 0)
+    if normalizer is None:
+        if reduction != "mean":
+            return weight, None
+        normalizer = counts.sum() if weight is None else weight.sum()
+    if not isinstance(normalizer, Tensor):
+        return weight, float(normalizer)
+    dtype = _row_dtype([t.values for t in problem.terms])
+    # No row counts: the sum is 0, and 0 / 0 would turn "nothing" into NaN.
+    return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
 
 
-def _forward(
-    problem: _Problem, ignore_index: int, *, want_smooth: bool, want_stats: bool
+def _rows(
+    problem: _Problem,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    want_stats: bool,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not."""
     values = [term.values for term in problem.terms]
     scales = [term.scale for term in problem.terms]
     softcaps = [term.softcap or 0.0 for term in problem.terms]
-    settings = (scales, softcaps, problem.vocab_size, ignore_index, want_smooth, want_stats, problem.backend)
+    settings = (scales, softcaps, problem.vocab_size, ignore_index, label_smoothing, z_loss)
     if torch.is_grad_enabled() and any(v.requires_grad for v in values):
-        return _CrossEntropyRows.apply(problem.target, *settings, *values)
+        expected = None
+        if (
+            reduction != "none"
+            and not torch.compiler.is_compiling()
+            and registry.makes_gradient_with_forward(problem.backend)
+        ):
+            expected = _expected_gradient(problem, weight, denominator)
+        return _CrossEntropyRows.apply(
+            problem.target, expected, *settings, want_stats, problem.backend, *values
+        )
     nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
-        values, problem.target, *settings
+        values, problem.target, *settings[:4], label_smoothing > 0, want_stats, problem.backend
     )
-    return nll, row_max + log_sum, smooth, argmax, term_nll
+    lse = row_max + log_sum
+    return _row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
+
+
+def _expected_gradient(
+    problem: _Problem, weight: Tensor | None, denominator: float | Tensor | None
+) -> Tensor:
+    """(N,) d loss / d row, to the last bit what autograd will bring if the loss is the root."""
+    one = torch.ones((), dtype=_row_dtype([t.values for t in problem.terms]), device=problem.target.device)
+    each = (one if denominator is None else one / denominator).detach().expand(problem.target.shape)
+    return each if weight is None else each * weight.detach()
+
+
+def _row_loss(nll: Tensor, lse: Tensor, smooth: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    row = nll if label_smoothing == 0 else (1 - label_smoothing) * nll + label_smoothing * smooth
+    return row if z_loss == 0 else row + z_loss * lse.square()
 
 
 class _CrossEntropyRows(torch.autograd.Function):
-    """(nll, lse, smooth, argmax, term_nll) per row; the first three are differentiable.
+    """The loss of each row, and its gradient.
 
-    With p = softmax(z), y the target and g the three incoming gradients,
+    With p = softmax(z), y the target, s the smoothing, q the z-loss and g the incoming gradient,
 
-        dz[v] = (g_nll + g_lse + g_smooth) p[v] - g_nll [v = y] - g_smooth / V
+        dz[v] = g (1 + 2 q lse) p[v] - g (1 - s) [v = y] - g s / V
 
     At v = y the difference p - 1 cancels when the model is sure, so that entry is computed from
     the nll as ``expm1(-nll)`` and handed to the backend apart.
+
+    A backend may make the gradient during the forward pass, while a row's logits are still in the
+    cache, for the incoming gradient that is expected. If another one comes, or backward runs a
+    second time, the gradient is computed afresh from the logits: it is never rescaled.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         target: Tensor,
+        expected: Tensor | None,
         scales: list[float],
         softcaps: list[float],
         vocab_size: int,
         ignore_index: int,
-        want_smooth: bool,
+        label_smoothing: float,
+        z_loss: float,
         want_stats: bool,
         backend: str,
         *values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
-            list(values), target, scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats, backend
-        )
-        ctx.save_for_backward(target, nll, row_max, log_sum, *values)
-        ctx.settings = (scales, softcaps, vocab_size, ignore_index, backend)
-        ctx.mark_non_differentiable(argmax, term_nll)
-        ctx.set_materialize_grads(False)
-        return nll, row_max + log_sum, smooth, argmax, term_nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_smooth: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        target, nll, row_max, log_sum, *values = ctx.saved_tensors
-        scales, softcaps, vocab_size, ignore_index, backend = ctx.settings
-        constants = (None,) * 8
-        zero = torch.zeros_like(nll)
-        g_nll, g_lse, g_smooth = (zero if g is None else g for g in (g_nll, g_lse, g_smooth))
-
-        constant = g_smooth / vocab_size
-        total = g_nll + g_lse + g_smooth
-        at_target = total * torch.expm1(-nll) + (g_lse + g_smooth) - constant
-        counts = target != ignore_index
-        coefficients = (total * torch.exp(-log_sum), constant, at_target)
-
-        needed = [i for i in range(len(values)) if ctx.needs_input_grad[len(constants) + i]]
+        needed = [i for i in range(len(values)) if ctx.needs_input_grad[len(_SETTINGS) + i]]
         # Terms that see the same dz share one gradient tensor, as the two sides of a sum do.
         keys = {i: _gradient_key(i, values[i], scales[i], softcaps[i]) for i in needed}
         first = {key: i for i, key in reversed(keys.items())}
-        wanted = sorted(first.values())
-        gradients = torch.ops.auxkern.cross_entropy_backward(
-            values,
-            target,
-            row_max,
-            *(torch.where(counts, c, zero) for c in coefficients),
-            scales,
-            softcaps,
-            vocab_size,
-            wanted,
-            backend,
-        )
+        ctx.sources = {i: first[key] for i, key in keys.items()}
+        ctx.settings = (scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend)
+        ctx.expected, ctx.ready = expected, None
+        if expected is None:
+            rows = torch.ops.auxkern.cross_entropy_forward(
+                values, target, *ctx.settings[:4], label_smoothing > 0, want_stats, backend
+            )
+        else:
+            *rows, ctx.ready = torch.ops.auxkern.cross_entropy_forward_gradient(
+                values, target, expected, *ctx.settings[:6], want_stats, _wanted(ctx), backend
+            )
+        nll, row_max, log_sum, smooth, argmax, term_nll = rows
+        lse = row_max + log_sum
+        row = _row_loss(nll, lse, smooth, label_smoothing, z_loss)
+        if row is nll:
+            row = nll.clone()
+        ctx.save_for_backward(target, nll, row_max, log_sum, *values)
+        ctx.mark_non_differentiable(nll, lse, argmax, term_nll)
+        return row, nll, lse, argmax, term_nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        target, nll, row_max, log_sum, *values = ctx.saved_tensors
+        wanted = _wanted(ctx)
+        gradients, ctx.ready = ctx.ready, None
+        if gradients is None or not torch.equal(g, ctx.expected):
+            scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend = ctx.settings
+            z_slope = 2 * z_loss * (row_max + log_sum)
+            total = g * (1 + z_slope)
+            constant = g * (label_smoothing / vocab_size)
+            at_target = total * torch.expm1(-nll) + g * (label_smoothing + z_slope) - constant
+            counts = target != ignore_index
+            coefficients = (total * torch.exp(-log_sum), constant, at_target)
+            gradients = torch.ops.auxkern.cross_entropy_backward(
+                values,
+                target,
+                row_max,
+                *(torch.where(counts, c, 0.0) for c in coefficients),
+                scales,
+                softcaps,
+                vocab_size,
+                wanted,
+                backend,
+            )
         by_term = dict(zip(wanted, gradients, strict=True))
-        return constants + tuple(
-            by_term[first[keys[i]]] if i in keys else None for i in range(len(values))
+        return (None,) * len(_SETTINGS) + tuple(
+            by_term[ctx.sources[i]] if i in ctx.sources else None for i in range(len(values))
         )
+
+
+# The arguments of _CrossEntropyRows.forward before the values.
+_SETTINGS = (
+    "target",
+    "expected",
+    "scales",
+    "softcaps",
+    "vocab_size",
+    "ignore_index",
+    "label_smoothing",
+    "z_loss",
+    "want_stats",
+    "backend",
+)
+
+
+def _wanted(ctx: Any) -> list[int]:
+    """Indices of the terms whose gradient a backend has to write."""
+    return sorted(set(ctx.sources.values()))
 
 
 def _gradient_key(index: int, values: Tensor, scale: float, softcap: float) -> tuple[Any, ...]:
@@ -411,6 +471,14 @@ torch.library.define(
     "(Tensor[] values, Tensor target, float[] scales, float[] softcaps, SymInt vocab_size, "
     "int ignore_index, bool want_smooth, bool want_stats, str backend) "
     "-> (Tensor nll, Tensor row_max, Tensor log_sum, Tensor smooth, Tensor argmax, Tensor term_nll)",
+)
+torch.library.define(
+    "auxkern::cross_entropy_forward_gradient",
+    "(Tensor[] values, Tensor target, Tensor row_weight, float[] scales, float[] softcaps, "
+    "SymInt vocab_size, int ignore_index, float label_smoothing, float z_loss, bool want_stats, "
+    "int[] wanted, str backend) "
+    "-> (Tensor nll, Tensor row_max, Tensor log_sum, Tensor smooth, Tensor argmax, Tensor term_nll, "
+    "Tensor[] gradients)",
 )
 torch.library.define(
     "auxkern::cross_entropy_backward",
@@ -475,6 +543,64 @@ def _empty_rows(
     )
 
 
+@torch.library.impl("auxkern::cross_entropy_forward_gradient", "default")
+def _cross_entropy_forward_gradient(
+    values: list[Tensor],
+    target: Tensor,
+    row_weight: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    want_stats: bool,
+    wanted: list[int],
+    backend: str,
+) -> tuple[Any, ...]:
+    if target.numel() == 0:
+        return *_empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
+    if target.device.type == "cpu":
+        _check_target_range(target, vocab_size, ignore_index)
+    views = [_as_rows(i, v) for i, v in enumerate(values)]
+    rows, gradients = registry.load(backend).cross_entropy_forward_gradient(
+        views,
+        target,
+        row_weight,
+        scales,
+        softcaps,
+        vocab_size,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        want_stats,
+        wanted,
+    )
+    return *rows.tensors(), [g.view(values[i].shape) for i, g in zip(wanted, gradients, strict=True)]
+
+
+@torch.library.register_fake("auxkern::cross_entropy_forward_gradient")
+def _cross_entropy_forward_gradient_fake(
+    values: list[Tensor],
+    target: Tensor,
+    row_weight: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    want_stats: bool,
+    wanted: list[int],
+    backend: str,
+) -> tuple[Any, ...]:
+    return *_empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
+
+
+def _empty_like(values: list[Tensor], wanted: list[int]) -> list[Tensor]:
+    return [values[i].new_empty(values[i].shape) for i in wanted]
+
+
 @torch.library.impl("auxkern::cross_entropy_backward", "default")
 def _cross_entropy_backward(
     values: list[Tensor],
@@ -490,7 +616,7 @@ def _cross_entropy_backward(
     backend: str,
 ) -> list[Tensor]:
     if target.numel() == 0:
-        return [values[i].new_empty(values[i].shape) for i in wanted]
+        return _empty_like(values, wanted)
     rows = [_as_rows(i, v) for i, v in enumerate(values)]
     gradients = registry.load(backend).cross_entropy_backward(
         rows, target, row_max, exp_coefficient, constant, target_gradient, scales, softcaps, vocab_size, wanted
@@ -512,4 +638,4 @@ def _cross_entropy_backward_fake(
     wanted: list[int],
     backend: str,
 ) -> list[Tensor]:
-    return [values[i].new_empty(values[i].shape) for i in wanted]
+    return _empty_like(values, wanted)
