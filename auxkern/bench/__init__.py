@@ -1,0 +1,5 @@
+"""Benchmarks: ``python -m auxkern.bench``, ``auxkern.bench.real`` and ``auxkern.bench.report``.
+
+An operator's file (``cross_entropy.py``) holds its inputs, implementations, float64 check and
+floor; the rest knows no operator. Nothing else in the package imports from here.
+"""

@@ -1,0 +1,100 @@
+"""``python -m auxkern.bench``: auxkern beside eager PyTorch, ``torch.compile`` and other libraries."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from auxkern.bench import operators, session
+from auxkern.bench.cases import DTYPES, OPERATORS, VOCABULARIES, Case, select_cases
+from auxkern.bench.results import CaseResult
+from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
+from auxkern.terms import MAX_TERMS
+
+_EPILOG = """\
+Each implementation is first checked against float64; a wrong one is reported and not timed.
+Forward runs without gradients, as in evaluation; forward + backward makes the gradient of the
+last term (the auxiliary) only, in freshly allocated memory, as in a training step.
+Without --case, --n and --dtype a standard list of cases is run; with any of them, all
+combinations, where the default is gpt2, 512 rows (8,192 on a GPU), float32.
+Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options; 130 after Ctrl-C.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints tables, and writes JSON and a plot if asked.
+
+    Args:
+        argv: arguments after the program's name; those of the process when None.
+
+    Returns:
+        0; 1 if an implementation of auxkern was wrong or failed; 130 after Ctrl-C. Bad options
+        exit with 2 (``SystemExit``, as argparse does).
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    session.check_common_options(parser, options)
+    device = session.device_from(parser, options.device)
+    cases = select_cases(
+        device.type,
+        ops=options.op,
+        models=options.case,
+        rows=options.n,
+        dtypes=options.dtype,
+        terms=options.terms,
+        quick=options.quick,
+    )
+    try:
+        for dtype in {case.dtype for case in cases}:
+            backends_for(device, DTYPES[dtype], options.backend)
+    except (ValueError, RuntimeError) as error:
+        parser.error(f"--backend: {error}")
+    run = session.new_run(parser.prog, argv, device)
+    return session.carry_out(run, [_job(case, device, options) for case in cases], options)
+
+
+def _job(case: Case, device: torch.device, options: argparse.Namespace) -> session.Job:
+    def measure(progress: Progress) -> CaseResult:
+        effort = QUICK if options.quick else NORMAL
+        return measure_case(operators.load(case.op), case, device, options.backend, effort, progress)
+
+    return str(case), measure
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m auxkern.bench",
+        description=__doc__.split(": ", 1)[1] if __doc__ else None,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    vocabularies = ", ".join(f"{name} {size:,}" for name, size in VOCABULARIES.items())
+    parser.add_argument(
+        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: all)"
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        choices=VOCABULARIES,
+        help=f"vocabulary of a model (repeatable): {vocabularies}",
+    )
+    parser.add_argument("--n", action="append", type=session.positive, metavar="N", help="rows (repeatable)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="dtype of every term (repeatable)")
+    parser.add_argument(
+        "--terms",
+        type=session.positive,
+        choices=range(1, MAX_TERMS + 1),
+        default=2,
+        metavar=f"1..{MAX_TERMS}",
+        help="number of terms, the last of which is trained (default 2)",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    session.add_common_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

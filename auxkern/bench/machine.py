@@ -1,0 +1,79 @@
+"""What a result was measured on, as printable facts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import auxkern
+
+
+def machine_facts(device: torch.device) -> dict[str, str]:
+    """Printable facts by name: processor, threads, device, versions, system, load."""
+    facts = {
+        "device": _device_name(device),
+        "processor": processor_name(),
+        "threads": f"{torch.get_num_threads()} of {usable_cores()} cores",
+        "auxkern": auxkern.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if hasattr(os, "getloadavg"):
+        facts["load before"] = f"{os.getloadavg()[0]:.2f} (one minute)"
+    return facts
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def busy_before() -> str | None:
+    """A remark if other work filled at least half the cores in the last minute; None otherwise."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load < cores / 2:
+        return None
+    return f"The machine was busy before the run: load {load:.1f} on {cores} cores. Times may be too long."
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor's model name, with its instruction sets as PyTorch sees them."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        size = properties.total_memory / 2**30
+        return f"{properties.name}, {size:.0f} GiB, CUDA {torch.version.cuda or torch.version.hip}"
+    return device.type
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,100 @@
+"""What the runner needs to know about an operator, and where each one's file is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from auxkern.bench.cases import OPERATORS, Case
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator's loss.
+
+    Attributes:
+        name: what tables call it; "eager" is the one that ratios refer to.
+        description: the code that runs, for legends.
+        ours: whether it belongs to auxkern.
+        loss: inputs -> 0-d loss, with a graph to ``inputs.leaves()`` where gradients are enabled.
+    """
+
+    name: str
+    description: str
+    ours: bool
+    loss: Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far an implementation is from float64, relative; and how far it may be."""
+
+    loss: float
+    gradient: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        # Written so that NaN does not pass.
+        return self.loss <= self.tolerance and self.gradient <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least traffic that a pass can have, as a call that does nothing else."""
+
+    run: Callable[[], object]
+    bytes: int
+
+
+class Inputs(Protocol):
+    """A case's tensors."""
+
+    def leaves(self) -> Sequence[Tensor]:
+        """The tensors whose gradients are asked for."""
+        ...
+
+
+class Operator(Protocol):
+    """Everything about one operator that a benchmark must know."""
+
+    name: str
+
+    def needed_bytes(self, case: Case) -> int:
+        """Memory that the hungriest implementation takes, inputs included."""
+        ...
+
+    def inputs(self, case: Case, device: torch.device) -> Any:
+        """Made-up tensors of the case's shape, the same in every run."""
+        ...
+
+    def implementations(
+        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
+    ) -> list[Implementation]:
+        """Ours on each of ``backends``, then every peer that is installed and runs there."""
+        ...
+
+    def exact(self, inputs: Any) -> Any:
+        """The float64 result, computed once per case."""
+        ...
+
+    def errors(self, inputs: Any, exact: Any, loss: Tensor) -> Errors:
+        """Errors of ``loss`` and of the gradients that now lie in ``inputs.leaves()``."""
+        ...
+
+    def floors(self, inputs: Any) -> dict[str, Floor]:
+        """One floor by pass name."""
+        ...
+
+
+def load(name: str) -> Operator:
+    """The operator called ``name``, one of ``auxkern.bench.cases.OPERATORS``."""
+    if name not in OPERATORS:
+        raise ValueError(f"op is {name!r}; choose one of {', '.join(OPERATORS)}")
+    operator: Operator = importlib.import_module(f"auxkern.bench.{name}").OPERATOR
+    return operator

@@ -1,0 +1,168 @@
+"""Bars of time and memory, one row of panels per case."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auxkern.bench.results import PASSES, CaseResult, Result, Run, replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+SUFFIXES = (".png", ".svg")
+# (forward, forward + backward): light and dark of one hue.
+_OURS, _PEER = ("#9ecae1", "#1f6fb4"), ("#d0d0d0", "#7f7f7f")
+_BAR = 0.38  # height of one bar where neighbours are 1 apart
+_INCH_PER_IMPLEMENTATION, _INCH_PER_CASE, _INCH_HEAD, _INCH_FOOT, _WIDTH = 0.46, 0.8, 1.1, 0.75, 11.0
+
+
+def plot(run: Run, path: Path) -> None:
+    """Draws ``run`` into ``path``.
+
+    Args:
+        run: what was measured.
+        path: file name that ends in .png or .svg.
+
+    Raises:
+        ValueError: nothing was timed, or the file name ends otherwise.
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
+    cases = [case for case in run.cases if _timed(case)]
+    if not cases:
+        raise ValueError("nothing was timed, so there is nothing to plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [_INCH_PER_CASE + _INCH_PER_IMPLEMENTATION * len(_timed(case)) for case in cases]
+    parts = (_INCH_HEAD, sum(heights), _INCH_FOOT)
+    figure = Figure(figsize=(_WIDTH, sum(parts)), layout="constrained")
+    FigureCanvasAgg(figure)
+    head, body, foot = figure.subfigures(3, 1, height_ratios=parts)
+    _head(head, cases)
+    grid = body.subplots(len(cases), 2, height_ratios=heights, width_ratios=(3, 2), squeeze=False)
+    for case, (time_axes, memory_axes) in zip(cases, grid, strict=True):
+        _draw_time(time_axes, case)
+        _draw_memory(memory_axes, case)
+    foot.text(0.01, 0.9, _footer(run), fontsize=7.5, color="#555555", va="top", linespacing=1.4)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:], dpi=130)
+    replace_file(path, image.getvalue())
+
+
+def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
+    """Title, what the work is, legend."""
+    figure.suptitle("Loss of a sum of logits: how long it takes, how much memory", fontsize=14, y=0.97)
+    terms = sorted({case.terms for case in cases})
+    figure.text(
+        0.5,
+        0.58,
+        f"cross-entropy of {' or '.join(map(str, terms))} terms (N rows, V vocabulary), gradient for one. "
+        "Shorter is better; (2.0x) = twice the speed of eager PyTorch",
+        ha="center",
+        fontsize=9.5,
+    )
+    handles = _legend_handles()
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=8.5,
+        columnspacing=1.4,
+    )
+
+
+def _timed(case: CaseResult) -> list[Result]:
+    return [result for result in case.results if result.passes]
+
+
+def _draw_time(axes: Axes, case: CaseResult) -> None:
+    results = _timed(case)
+    for offset, (shade, name) in zip((-_BAR / 2, _BAR / 2), enumerate(PASSES), strict=True):
+        timings = [result.passes[name].time for result in results]
+        medians = [timing.median * 1e3 for timing in timings]
+        errors = [
+            [(t.median - t.q1) * 1e3 for t in timings],
+            [(t.q3 - t.median) * 1e3 for t in timings],
+        ]
+        positions = [index + offset for index in range(len(results))]
+        axes.barh(
+            positions,
+            medians,
+            _BAR,
+            xerr=errors,
+            color=_colours(results, shade),
+            error_kw={"lw": 0.8, "alpha": 0.6},
+        )
+        axes.axvline(case.floor[name].median * 1e3, color=("#e6a15c", "#c8102e")[shade], lw=1.1, ls="--")
+        eager = case.eager(name)
+        for position, median, timing in zip(positions, medians, timings, strict=True):
+            ratio = f"  ({eager / timing.median:.1f}x)" if eager and eager != timing.median else ""
+            axes.text(timing.q3 * 1e3, position, f"  {median:.3g} ms{ratio}", va="center", fontsize=8)
+    _finish(axes, results, f"{case.model}: V {case.V:,} · N {case.N:,} · {case.dtype}", "time, ms")
+
+
+def _draw_memory(axes: Axes, case: CaseResult) -> None:
+    results = _timed(case)
+    known = False
+    for offset, (shade, name) in zip((-_BAR / 2, _BAR / 2), enumerate(PASSES), strict=True):
+        for index, result in enumerate(results):
+            extra = result.passes[name].extra_bytes
+            position = index + offset
+            if extra is None:
+                axes.text(0, position, " n/a", va="center", fontsize=8)
+                continue
+            known = True
+            axes.barh(position, extra / 1e6, _BAR, color=_colours([result], shade))
+            axes.text(extra / 1e6, position, f"  {extra / 1e6:,.0f} MB", va="center", fontsize=8)
+    _finish(axes, results, "peak memory beyond the inputs", "memory, MB")
+    axes.set_yticklabels([])
+    if not known:
+        axes.set_xlim(0, 1)
+
+
+def _finish(axes: Axes, results: list[Result], title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(unit, fontsize=8)
+    axes.tick_params(labelsize=8.5)
+    axes.set_yticks(range(len(results)), [result.name for result in results])
+    for label, result in zip(axes.get_yticklabels(), results, strict=True):
+        label.set_fontweight("bold" if result.ours else "normal")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    # Room for the numbers at the ends of the bars.
+    axes.set_xlim(0, axes.get_xlim()[1] * (1.45 if unit.startswith("time") else 1.3))
+
+
+def _colours(results: list[Result], shade: int) -> list[str]:
+    return [(_OURS if result.ours else _PEER)[shade] for result in results]
+
+
+def _legend_handles() -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    return [
+        Patch(color=_OURS[0], label="auxkern: forward"),
+        Patch(color=_OURS[1], label="forward + backward"),
+        Patch(color=_PEER[0], label="others: forward"),
+        Patch(color=_PEER[1], label="forward + backward"),
+        Line2D([], [], color="#e6a15c", ls="--", lw=1.1, label="floor, forward"),
+        Line2D([], [], color="#c8102e", ls="--", lw=1.1, label="floor, forward + backward"),
+    ]
+
+
+def _footer(run: Run) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
+    text = (
+        "Median of runs in turns, quartiles as error bars. Floor: time of one pass over the same bytes. "
+        f"Measured {run.date} with {run.command}: {facts}."
+    )
+    return textwrap.fill(text, 170)

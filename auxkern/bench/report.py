@@ -1,0 +1,96 @@
+"""``python -m auxkern.bench.report FILE.json``: tables and plots of a stored run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from auxkern.bench.results import Run, replace_file
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Renders what ``python -m auxkern.bench --json`` wrote.
+
+    Args:
+        argv: arguments after the program's name; those of the process when None.
+
+    Returns:
+        0, or 2 if a file cannot be read, drawn or updated.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if (options.update is None) != (options.name is None):
+        parser.error("--update FILE.md and --name NAME go together: NAME says between which markers")
+    try:
+        return _render(options)
+    except ModuleNotFoundError as error:
+        print(f"{parser.prog}: {error}; pip install 'auxkern[bench]'", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m auxkern.bench.report",
+        description="Render the JSON of a benchmark run. Without options it prints the tables.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, help="JSON written by a benchmark's --json")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bars of time and memory")
+    parser.add_argument(
+        "--update", type=Path, metavar="FILE.md", help="put the Markdown table between markers there"
+    )
+    parser.add_argument("--name", help="the markers are <!-- bench:NAME --> and <!-- /bench:NAME -->")
+    return parser
+
+
+def _render(options: argparse.Namespace) -> int:
+    from auxkern.bench import tables
+
+    run = Run.from_json(options.file.read_text(encoding="utf-8"))
+    if options.markdown:
+        print(tables.markdown(run), end="")
+    if options.update is not None:
+        text = options.update.read_text(encoding="utf-8")
+        replace_file(options.update, between_markers(text, options.name, tables.markdown(run)))
+    if options.plot is not None:
+        from auxkern.bench.plot import plot
+
+        plot(run, options.plot)
+    if not (options.markdown or options.update or options.plot):
+        print_run(run)
+    return 0
+
+
+def print_run(run: Run) -> None:
+    """Prints the tables of a run on stdout."""
+    from auxkern.bench import tables
+
+    console = tables.console_for_stdout()
+    tables.print_header(console, run)
+    for name, value in run.facts.items():
+        console.print(f"{name}: {value}", highlight=False, markup=False)
+    for case in run.cases:
+        tables.print_case(console, case)
+    tables.print_footer(console, run)
+
+
+def between_markers(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between ``<!-- bench:name -->`` and ``<!-- /bench:name -->``.
+
+    Raises:
+        ValueError: the pair of markers is not there exactly once, in this order.
+    """
+    start, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"the file must hold {start} and, after it, {end}, each once")
+    pattern = re.escape(start) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: f"{start}\n{content.strip()}\n{end}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

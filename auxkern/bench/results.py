@@ -1,0 +1,210 @@
+"""What a benchmark writes down: plain records that go to JSON and back.
+
+Times are seconds, sizes bytes. Tables and plots are drawn from these records only, so a stored
+file shows what the terminal showed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+PASSES = ("forward", "forward_backward")
+PASS_TITLES = {"forward": "forward", "forward_backward": "fwd + bwd"}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated measurements of one call, in seconds."""
+
+    median: float
+    q1: float
+    q3: float
+    minimum: float
+    maximum: float
+    repeats: int
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, in seconds."""
+        return (self.q3 - self.q1) / 2
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the quartiles lie more than 20% of the median apart."""
+        return self.q3 - self.q1 > 0.2 * self.median
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pass of one implementation.
+
+    Attributes:
+        time: seconds.
+        extra_bytes: peak memory above what the inputs take; None where it cannot be read.
+    """
+
+    time: Timing
+    extra_bytes: int | None
+
+
+@dataclass
+class Result:
+    """One implementation on one case.
+
+    Attributes:
+        name: what tables call it.
+        description: the code that ran, for legends.
+        ours: whether it belongs to auxkern.
+        status: "ok", "wrong" (fails the float64 check, not timed) or "failed" (raised).
+        message: why it is wrong or failed, empty otherwise.
+        loss_error: |loss - exact| / max(1, |exact|).
+        gradient_error: max |d - exact| / max |exact| over the checked rows.
+        first_call_seconds: time of its first forward and backward, compilation included.
+        passes: ``Measured`` by pass name; empty unless status is "ok".
+    """
+
+    name: str
+    description: str
+    ours: bool
+    status: str = "ok"
+    message: str = ""
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    first_call_seconds: float | None = None
+    passes: dict[str, Measured] = field(default_factory=dict)
+
+
+@dataclass
+class CaseResult:
+    """Everything measured on one case.
+
+    Attributes:
+        op: operator name.
+        model: name of the vocabulary ("gpt2") or of the data ("smollm2 on wordnet").
+        V, N: vocabulary and rows.
+        dtype: "float32", "bfloat16" or "float16", of every term.
+        terms: number of terms; the last one asks for a gradient.
+        tolerance: largest error that passes the float64 check.
+        floor: time of one pass over the same bytes, by pass name.
+        floor_bytes: those bytes, by pass name.
+        results: one per implementation.
+        notes: remarks for the reader.
+    """
+
+    op: str
+    model: str
+    V: int
+    N: int
+    dtype: str
+    terms: int
+    tolerance: float
+    floor: dict[str, Timing] = field(default_factory=dict)
+    floor_bytes: dict[str, int] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} · {self.model} · V {self.V:,} · N {self.N:,} · {self.dtype}"
+
+    def eager(self, name: str) -> float | None:
+        """Median seconds of eager PyTorch in the pass called ``name``; None if it has none."""
+        return next(
+            (r.passes[name].time.median for r in self.results if r.name == "eager" and r.passes), None
+        )
+
+    def best_peer(self, name: str) -> float | None:
+        """Median seconds of the fastest right implementation that is not ours."""
+        peers = [r.passes[name].time.median for r in self.results if not r.ours and r.passes]
+        return min(peers, default=None)
+
+
+@dataclass
+class Run:
+    """One run of a benchmark command, as stored in JSON.
+
+    Attributes:
+        command: what was typed.
+        date: ISO 8601, UTC.
+        machine: facts from ``auxkern.bench.machine``, printable values by name.
+        cases: finished cases.
+        facts: printable values by name that belong to no case (losses on real input).
+        notes: remarks for the reader.
+        interrupted: whether the run ended before its last case.
+    """
+
+    command: str
+    date: str
+    machine: dict[str, str]
+    cases: list[CaseResult] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        """The run that ``to_json`` wrote.
+
+        Raises:
+            ValueError: the text is not such a file, or has another schema number.
+        """
+        try:
+            record = json.loads(text)
+            schema = record.pop("schema")
+            if schema != SCHEMA:
+                raise ValueError(
+                    f"the file has schema {schema}, this version reads {SCHEMA}; run the benchmark again"
+                )
+            record["cases"] = [_case(case) for case in record["cases"]]
+            return cls(**record)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a result of auxkern.bench: {type(error).__name__}: {error}") from error
+
+
+def _case(record: dict[str, Any]) -> CaseResult:
+    record["floor"] = {name: Timing(**timing) for name, timing in record["floor"].items()}
+    record["results"] = [_result(result) for result in record["results"]]
+    return CaseResult(**record)
+
+
+def _result(record: dict[str, Any]) -> Result:
+    record["passes"] = {
+        name: Measured(Timing(**measured["time"]), measured["extra_bytes"])
+        for name, measured in record["passes"].items()
+    }
+    return Result(**record)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes ``content`` beside ``path`` and renames it, so that no reader meets half a file.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    if isinstance(content, str):
+        content = content.encode()
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        # mkstemp makes files that only their owner reads.
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

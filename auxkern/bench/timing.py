@@ -1,0 +1,132 @@
+"""Clocks, and measuring several calls in turns."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from auxkern.bench.results import Timing
+
+L2_FLUSH_BYTES = 256 * 2**20  # as in triton.testing.do_bench; larger than any GPU's L2
+
+
+@dataclass(frozen=True)
+class Call:
+    """One thing to time.
+
+    Attributes:
+        run: what is timed.
+        before: what has to happen before each run, outside the timing.
+    """
+
+    run: Callable[[], object]
+    before: Callable[[], object]
+
+
+class Clock(Protocol):
+    def seconds(self, call: Call) -> float: ...
+
+
+class WallClock:
+    """For work that is done when the call returns: CPU tensors."""
+
+    def seconds(self, call: Call) -> float:
+        call.before()
+        start = time.perf_counter()
+        call.run()
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """CUDA events around the call, after a write that evicts the inputs from the L2 cache.
+
+    The write also keeps the device busy while Python launches the call, so that launch latency
+    up to its length (about 0.1 ms) is hidden, as it is in a training step.
+
+    Args:
+        device: CUDA device of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flush = torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+
+    def seconds(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call.before()
+        with torch.cuda.device(self._device):
+            self._flush.zero_()
+            start.record()
+            call.run()
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else WallClock()
+
+
+def measure_in_turns(
+    calls: Sequence[Call],
+    clock: Clock,
+    *,
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int,
+    on_round: Callable[[float], None] = lambda share: None,
+) -> list[Timing]:
+    """Times every call once per round, in a new order each round.
+
+    A machine that slows down for a while slows every call alike, so ratios keep their meaning
+    where absolute times drift. The first round warms up and is not counted.
+
+    Args:
+        calls: what to time.
+        clock: how to time it.
+        seconds: rounds start until this much time has gone by.
+        min_rounds, max_rounds: bounds on the counted rounds.
+        on_round: told the share of the work that is done, in [0, 1].
+
+    Returns:
+        One ``Timing`` per call, in the order of ``calls``.
+    """
+    samples: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    shuffle = random.Random(0).shuffle
+    collecting = gc.isenabled()
+    gc.collect()
+    # A collection in the middle of a measurement would be charged to whoever ran then (as timeit).
+    gc.disable()
+    try:
+        for call in calls:
+            clock.seconds(call)
+        start = time.perf_counter()
+        for done in range(max_rounds):
+            elapsed = time.perf_counter() - start
+            if done >= min_rounds and elapsed > seconds:
+                break
+            on_round(min(1.0, max(elapsed / seconds, done / max_rounds)))
+            shuffle(order)
+            for index in order:
+                samples[index].append(clock.seconds(calls[index]))
+    finally:
+        if collecting:
+            gc.enable()
+    return [summary(sample) for sample in samples]
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median, quartiles and extremes of at least one measurement."""
+    if len(seconds) == 1:
+        q1 = q3 = seconds[0]
+    else:
+        q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(statistics.median(seconds), q1, q3, min(seconds), max(seconds), len(seconds))

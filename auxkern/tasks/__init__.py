@@ -1,0 +1,1 @@
+"""Conditional-generation tasks and their data."""
