@@ -10,6 +10,9 @@ a boundary are aligned with it; the host finds out which (``alignment``), kernel
 begins. Columns count from the end of the head, so that tiles of the body carry no run-time shift.
 """
 
+# A kernel builds tuples entry by entry, which mypy takes for one of fixed length.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ _UNBOUNDED = 2**30 - 2  # an inner size that no row number reaches; its code is 
 class Term(NamedTuple):
     """A term, or a gradient, as kernels take it: [n // inner, n % inner, v] of a strided tensor."""
 
-    values: Any  # Tensor
+    logits: Any  # Tensor
     outer_stride: int  # coded, in elements, like the three that follow
     inner_stride: int
     inner: int
@@ -122,7 +125,7 @@ def row_pointer(term, row):
     """Pointer to [row, 0] of a term; offsets in int64, for N * V passes 2**31."""
     inner = _decode(term.inner)
     outer_offset = (row // inner).to(tl.int64) * _decode(term.outer_stride)
-    return term.values + outer_offset + (row % inner).to(tl.int64) * _decode(term.inner_stride)
+    return term.logits + outer_offset + (row % inner).to(tl.int64) * _decode(term.inner_stride)
 
 
 @triton.jit
