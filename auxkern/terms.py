@@ -30,7 +30,7 @@ class Logits:
         softcap: positive finite float or None (Gemma 2 Team 2024, arXiv 2408.00118, section 2).
 
     Raises:
-        TypeError: ``values`` is not a floating-point tensor, or ``scale`` or ``softcap`` is
+        TypeError: ``values`` is not a strided floating-point tensor, or ``scale`` or ``softcap`` is
             not a number.
         ValueError: ``values`` has no vocabulary dimension, or ``scale`` or ``softcap`` is
             out of range.
@@ -47,6 +47,11 @@ class Logits:
             raise TypeError(
                 f"Logits.values has dtype {self.values.dtype}; "
                 "use float16, bfloat16, float32 or float64"
+            )
+        if self.values.layout != torch.strided:
+            raise TypeError(
+                f"Logits.values has layout {self.values.layout}; pass a strided tensor, "
+                "such as values.to_dense()"
             )
         if self.values.dim() == 0:
             raise ValueError("Logits.values has no dimensions; its shape must be (..., V)")

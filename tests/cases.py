@@ -326,7 +326,8 @@ def _within(name: str, ours: Tensor, exact: Tensor, allowed: Tensor | float) -> 
         bound = torch.as_tensor(allowed, device=error.device).expand_as(error).reshape(-1)[worst]
         raise AssertionError(
             f"{name}: {int((~good).sum())} of {good.numel()} entries are off; entry {int(worst)} is "
-            f"{ours.reshape(-1)[worst].item()!r}, exact {exact.reshape(-1)[worst].item()!r}, allowed error {float(bound):.3g}"
+            f"{ours.reshape(-1)[worst].item()!r}, exact {exact.reshape(-1)[worst].item()!r}, "
+            f"allowed error {float(bound):.3g}"
         )
 
 
@@ -411,7 +412,12 @@ def assert_stats(
         assert not x.requires_grad
         return x.reshape(-1)
 
-    _within("stats.nll", flat(stats.nll), exact.nll, nll.abs().nan_to_num(0) + ROW_ERROR * slack * (1 + exact.nll) + near)
+    _within(
+        "stats.nll",
+        flat(stats.nll),
+        exact.nll,
+        nll.abs().nan_to_num(0) + ROW_ERROR * slack * (1 + exact.nll) + near,
+    )
     lse_error = ROW_ERROR * (slack + exact.lse.abs()) + near
     _within("stats.lse", flat(stats.lse), exact.lse, lse_error)
     z_error = z_loss * (2 * exact.lse.abs() * lse_error) * 1.01 + 4 * FLOAT32_ULP * z_loss * exact.lse**2
@@ -437,7 +443,9 @@ def check(
     kept = {"grad_output", "wanted"}
     result = ours(terms, target, backend, **options)
     for term, copy in zip(terms, before, strict=True):
-        assert torch.equal(term.values.detach().nan_to_num(7.25), copy.nan_to_num(7.25)), "an input was written to"
+        assert torch.equal(term.values.detach().nan_to_num(7.25), copy.nan_to_num(7.25)), (
+            "an input was written to"
+        )
     assert torch.equal(target, target_before), "target was written to"
     assert result.loss.dtype == torch.float32
     expected_options = {k: v for k, v in options.items() if k not in kept}

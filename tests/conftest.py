@@ -13,6 +13,14 @@ settings.register_profile("auxkern", derandomize=True, deadline=None, max_exampl
 settings.load_profile("auxkern")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Memory that ``torch.empty`` hands out holds NaN (integers: the largest one).

@@ -321,7 +321,9 @@ def test_a_layout_that_needs_a_copy_is_refused(backend: str) -> None:
     device = device_of(backend)
     z = random_logits(2, 4, 6, 37, device=device)[:, :3, :5]
     y = random_target(2, 3, 5, V=37, device=device)
-    with pytest.raises(ValueError, match=r"terms\[1\]\.values of shape \(2, 3, 5, 37\) and strides .*contiguous\(\)"):
+    with pytest.raises(
+        ValueError, match=r"terms\[1\]\.values of shape \(2, 3, 5, 37\) and strides .*contiguous\(\)"
+    ):
         auxkern.cross_entropy([z.contiguous(), z], y, backend=backend)
     check([z.contiguous()], y, backend)
 

@@ -21,7 +21,9 @@ def loss64(terms: list[auxkern.Logits | Tensor], target: Tensor, **options: obje
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
-def test_one_term_is_functional_cross_entropy(reduction: str, label_smoothing: float, ignore_index: int) -> None:
+def test_one_term_is_functional_cross_entropy(
+    reduction: str, label_smoothing: float, ignore_index: int
+) -> None:
     z = random_logits(13, 11, dtype=torch.float64).requires_grad_()
     y = random_target(13, V=11, ignored=0.3, ignore_index=ignore_index)
     options = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
@@ -169,7 +171,9 @@ def test_gradcheck(options: dict[str, object]) -> None:
     b = random_logits(4, 5, dtype=torch.float64, spread=1, seed=1).requires_grad_()
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        return loss64([auxkern.Logits(a, scale=0.7), auxkern.Logits(b, scale=-1.3, softcap=1.5)], y, **options)
+        return loss64(
+            [auxkern.Logits(a, scale=0.7), auxkern.Logits(b, scale=-1.3, softcap=1.5)], y, **options
+        )
 
     assert torch.autograd.gradcheck(loss, (a, b))
 

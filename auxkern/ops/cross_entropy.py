@@ -82,8 +82,9 @@ def cross_entropy(
         ignore_index: rows with this target add nothing to the loss and get zero gradient.
         reduction: "mean" (over rows that are not ignored, weighted by ``token_weight``), "sum"
             or "none".
-        normalizer: positive number, or 0-d tensor, that divides the summed loss instead of the
-            number of rows (Hugging Face's ``num_items_in_batch``); not with reduction="none".
+        normalizer: positive number, or 0-d tensor on the terms' device or a CPU, that divides the
+            summed loss instead of the number of rows (Hugging Face's ``num_items_in_batch``); not
+            with reduction="none".
         token_weight: (...) floating-point weight of each row's loss.
         label_smoothing: in [0, 1]; the share of the uniform distribution over the V ids.
         z_loss: weight of ``lse**2``; reported apart in the stats.
@@ -106,7 +107,7 @@ def cross_entropy(
         RuntimeError: the backend asked for cannot run on these inputs.
     """
     _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index)
-    problem = _check(terms, target, token_weight, ignore_index, shift, vocab_size, backend)
+    problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
     weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
     row, nll, lse, argmax, term_nll = _rows(
         problem, ignore_index, label_smoothing, z_loss, return_stats, weight, denominator, reduction
@@ -138,8 +139,10 @@ def _check_options(
 ) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(map(repr, REDUCTIONS))}")
-    if not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index}, which no int64 target can hold")
     for name, value, upper in (("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, math.inf)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -163,6 +166,7 @@ def _check(
     terms: Any,
     target: Any,
     token_weight: Any,
+    normalizer: float | Tensor | None,
     ignore_index: int,
     shift: bool,
     vocab_size: int | None,
@@ -188,6 +192,12 @@ def _check(
             )
     if target.device != device:
         raise ValueError(f"target is on {target.device} but terms[0].values is on {device}; move it there")
+    if isinstance(normalizer, Tensor) and normalizer.device not in (device, torch.device("cpu")):
+        raise ValueError(
+            f"normalizer is on {normalizer.device} but terms[0].values is on {device}; move it there"
+        )
+    if not isinstance(shift, bool):
+        raise TypeError(f"shift must be a bool, got {type(shift).__name__}")
     if shift and target.dim() == 0:
         raise ValueError("shift=True needs a position dimension; target is 0-d")
     shape = target.shape
@@ -326,7 +336,7 @@ class _CrossEntropyRows(torch.autograd.Function):
         dz[v] = g (1 + 2 q lse) p[v] - g (1 - s) [v = y] - g s / V
 
     At v = y the difference p - 1 cancels when the model is sure, so that entry is computed from
-    the nll as ``expm1(-nll)`` and handed to the backend apart.
+    the nll, with p = exp(-nll) and p - 1 = expm1(-nll), and handed to the backend apart.
 
     A backend may make the gradient during the forward pass, while a row's logits are still in the
     cache, for the incoming gradient that is expected. If another one comes, or backward runs a
@@ -373,8 +383,17 @@ class _CrossEntropyRows(torch.autograd.Function):
         return row, nll, lse, argmax, term_nll
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = _CrossEntropyRows._gradients(ctx, g)
+        # torch.compile refuses second derivatives itself, and traces this under enabled gradients.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            values = ctx.saved_tensors[4:]
+            return tuple(None if d is None else _OnceDifferentiable.apply(d, *values) for d in gradients)
+        return gradients
+
+    @staticmethod
+    @torch.no_grad()
+    def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         target, nll, row_max, log_sum, *values = ctx.saved_tensors
         wanted = _wanted(ctx)
         gradients, ctx.ready = ctx.ready, None
@@ -383,7 +402,8 @@ class _CrossEntropyRows(torch.autograd.Function):
             z_slope = 2 * z_loss * (row_max + log_sum)
             total = g * (1 + z_slope)
             constant = g * (label_smoothing / vocab_size)
-            at_target = total * torch.expm1(-nll) + g * (label_smoothing + z_slope) - constant
+            at_target = g * (1 - label_smoothing) * torch.expm1(-nll) - constant
+            at_target = at_target + g * (label_smoothing + z_slope) * torch.exp(-nll)
             counts = target != ignore_index
             coefficients = (total * torch.exp(-log_sum), constant, at_target)
             gradients = torch.ops.auxkern.cross_entropy_backward(
@@ -400,6 +420,25 @@ class _CrossEntropyRows(torch.autograd.Function):
         by_term = dict(zip(wanted, gradients, strict=True))
         return (None,) * len(_SETTINGS) + tuple(
             by_term[ctx.sources[i]] if i in ctx.sources else None for i in range(len(values))
+        )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient made with ``create_graph=True``: differentiating it again is an error.
+
+    torch's ``once_differentiable`` raises only if the incoming gradient requires one; otherwise a
+    penalty on this gradient would take it for a constant and train on a wrong derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *values: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError(
+            "auxkern.cross_entropy has no second derivatives; for a penalty on its gradient use "
+            "torch.nn.functional.cross_entropy on the sum of the terms"
         )
 
 
