@@ -15,7 +15,11 @@ from auxkern.ops.registry import Rows
 ABI_VERSION = 1
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_STATUS = {1: "an argument is out of range", 2: "this CPU lacks the instruction set asked for"}
+_STATUS = {
+    1: "an argument is out of range",
+    2: "this CPU lacks the instruction set asked for",
+    3: "out of memory",
+}
 
 
 class _Term(Structure):
@@ -29,6 +33,15 @@ class _Term(Structure):
         ("dtype", c_int32),
         ("scale", c_float),
         ("softcap", c_float),
+    ]
+
+
+class _Gradient(Structure):
+    _fields_ = [
+        ("row_weight", c_void_p),
+        ("label_smoothing", c_float),
+        ("z_loss", c_float),
+        ("gradients", POINTER(c_void_p)),
     ]
 
 
@@ -62,7 +75,13 @@ def _load(path: Path) -> ctypes.CDLL:
     terms = [POINTER(_Term), c_int32, c_void_p, c_int64, c_int64]
     execution = [POINTER(_Execution)]
     library.auxkern_cross_entropy_forward.restype = c_int32
-    library.auxkern_cross_entropy_forward.argtypes = [*terms, c_int64, *[c_void_p] * 6, *execution]
+    library.auxkern_cross_entropy_forward.argtypes = [
+        *terms,
+        c_int64,
+        *[c_void_p] * 6,
+        POINTER(_Gradient),
+        *execution,
+    ]
     library.auxkern_cross_entropy_backward.restype = c_int32
     library.auxkern_cross_entropy_backward.argtypes = [*terms, *[c_void_p] * 5, *execution]
     return library
@@ -125,27 +144,63 @@ class Cpu:
         want_smooth: bool,
         want_stats: bool,
     ) -> Rows:
+        terms = _terms(values, scales, softcaps)
+        return self._forward(terms, values, target, vocab_size, ignore_index, want_smooth, want_stats, None)
+
+    def cross_entropy_forward_gradient(
+        self,
+        values: list[Tensor],
+        target: Tensor,
+        row_weight: Tensor,
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        want_stats: bool,
+        wanted: list[int],
+    ) -> tuple[Rows, list[Tensor]]:
+        gradients, pointers = _gradients(values, wanted)
+        row_weight = row_weight.contiguous()
+        request = _Gradient(row_weight.data_ptr(), label_smoothing, z_loss, pointers)
+        terms = _terms(values, scales, softcaps)
+        want_smooth = label_smoothing > 0
+        rows = self._forward(
+            terms, values, target, vocab_size, ignore_index, want_smooth, want_stats, request
+        )
+        return rows, gradients
+
+    def _forward(
+        self,
+        terms: ctypes.Array[_Term],
+        values: list[Tensor],
+        target: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        want_smooth: bool,
+        want_stats: bool,
+        gradient: _Gradient | None,
+    ) -> Rows:
         N = target.shape[0]
-
-        def row(wanted: bool = True) -> Tensor:
-            return torch.empty(N if wanted else 0)
-
+        smooth, stats = N if want_smooth else 0, N if want_stats else 0
         rows = Rows(
-            nll=row(),
-            row_max=row(),
-            log_sum=row(),
-            smooth=row(want_smooth),
-            argmax=target.new_empty(N if want_stats else 0),
-            term_nll=torch.empty((len(values), N) if want_stats else (0, 0)),
+            nll=torch.empty(N),
+            row_max=torch.empty(N),
+            log_sum=torch.empty(N),
+            smooth=torch.empty(smooth),
+            argmax=target.new_empty(stats),
+            term_nll=torch.empty((len(values) if stats else 0, stats)),
         )
         status = self._library.auxkern_cross_entropy_forward(
-            _terms(values, scales, softcaps),
-            len(values),
+            terms,
+            len(terms),
             target.data_ptr(),
             N,
             vocab_size,
             ignore_index,
             *(t.data_ptr() if t.numel() else None for t in rows.tensors()),
+            gradient,
             self._execution(),
         )
         _raise(status)
@@ -164,10 +219,7 @@ class Cpu:
         vocab_size: int,
         wanted: list[int],
     ) -> list[Tensor]:
-        gradients = [torch.empty(values[i].shape, dtype=values[i].dtype) for i in wanted]
-        pointers = (c_void_p * len(values))()
-        for i, gradient in zip(wanted, gradients, strict=True):
-            pointers[i] = gradient.data_ptr()
+        gradients, pointers = _gradients(values, wanted)
         # Bound to names first: a temporary would be freed before the kernel reads it.
         rows = [t.contiguous() for t in (row_max, exp_coefficient, constant, target_gradient)]
         status = self._library.auxkern_cross_entropy_backward(
@@ -195,6 +247,15 @@ def _terms(values: list[Tensor], scales: list[float], softcaps: list[float]) -> 
         term.stride_outer, term.stride_inner, term.stride_column = x.stride()
         term.dtype, term.scale, term.softcap = _DTYPES[x.dtype], scale, softcap
     return terms
+
+
+def _gradients(values: list[Tensor], wanted: list[int]) -> tuple[list[Tensor], ctypes.Array[c_void_p]]:
+    """Uninitialised gradients of the wanted terms, and a pointer for every term (null: not wanted)."""
+    gradients = [torch.empty(values[i].shape, dtype=values[i].dtype) for i in wanted]
+    pointers = (c_void_p * len(values))()
+    for i, gradient in zip(wanted, gradients, strict=True):
+        pointers[i] = gradient.data_ptr()
+    return gradients, pointers
 
 
 def _raise(status: int) -> None:

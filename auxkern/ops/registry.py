@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,33 @@ class Backend(Protocol):
         ...
 
 
+class BackendWithFusedGradient(Backend, Protocol):
+    """A backend that can also make the gradient during the forward pass."""
+
+    def cross_entropy_forward_gradient(
+        self,
+        values: list[Tensor],
+        target: Tensor,
+        row_weight: Tensor,  # (N,)
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        want_stats: bool,
+        wanted: list[int],
+    ) -> tuple[Rows, list[Tensor]]:
+        """The rows, with ``smooth`` if label_smoothing > 0, and d/d values of
+
+            sum_n row_weight[n] * ((1 - label_smoothing) nll[n] + label_smoothing smooth[n]
+                                   + z_loss lse[n]**2)
+
+        for the terms in ``wanted``, as ``cross_entropy_backward`` would return them.
+        """
+        ...
+
+
 _MODULES = {
     "triton": "auxkern.backends.triton",
     "cpu": "auxkern.backends.cpu",
@@ -118,7 +145,12 @@ def refusal(name: str, device: torch.device, dtypes: Iterable[torch.dtype]) -> s
     return backend if isinstance(backend, str) else backend.refusal(device, dtypes)
 
 
-def load(name: str) -> Backend:
+def makes_gradient_with_forward(name: str) -> bool:
+    """Whether the backend called ``name`` is a ``BackendWithFusedGradient``."""
+    return hasattr(_import(name), "cross_entropy_forward_gradient")
+
+
+def load(name: str) -> Any:
     """The backend called ``name``, which ``choose`` has accepted."""
     backend = _import(name)
     if isinstance(backend, str):

@@ -10,7 +10,6 @@ namespace auxkern {
 namespace AUXKERN_ISA {
 namespace {
 
-constexpr int64_t TILE = 1024;  // 4 KiB of float32: two of them leave room in the smallest L1
 
 struct alignas(64) Tile {
     float z[TILE];
@@ -33,6 +32,10 @@ struct Plain {
     vf operator()(vf x) const { return x * scale; }
 };
 
+struct Unscaled {
+    vf operator()(vf x) const { return x; }
+};
+
 struct Capped {
     float scale, cap;
     vf operator()(vf x) const { return vtanh(x / cap) * cap * scale; }
@@ -48,14 +51,23 @@ vf load_columns(const typename T::scalar *p, int64_t stride, int64_t count) {
     return load(lanes);
 }
 
+// Tiles of several terms are read in turn, each for one page at a time, which hardware prefetchers
+// do not follow. Prefetching past the end of the tensor is harmless.
+template <class S>
+void prefetch_next_tile(const S *p) {
+    for (int64_t i = 0; i < TILE; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + TILE + i);
+}
+
 template <bool ADD, class T, class F>
 void read_values(Tile &tile, const typename T::scalar *p, int64_t stride, int64_t count, F share) {
     int64_t i = 0;
-    if (stride == 1)
+    if (stride == 1) {
+        prefetch_next_tile(p);
         for (; i + LANES <= count; i += LANES) {
             const vf x = share(T::load(p + i));
             store(tile.z + i, ADD ? load(tile.z + i) + x : x);
         }
+    }
     for (; i < count; i += LANES) {
         const vf x = share(load_columns<T>(p + i * stride, stride, count - i));
         store(tile.z + i, ADD ? load(tile.z + i) + x : x);
@@ -67,6 +79,8 @@ void read_term(Tile &tile, const auxkern_term &term, int64_t row, int64_t column
     const auto *p = row_start<T>(term, row) + column * term.stride_column;
     if (term.softcap != 0)
         read_values<ADD, T>(tile, p, term.stride_column, count, Capped{term.scale, term.softcap});
+    else if (term.scale == 1)
+        read_values<ADD, T>(tile, p, term.stride_column, count, Unscaled{});
     else
         read_values<ADD, T>(tile, p, term.stride_column, count, Plain{term.scale});
 }
@@ -80,10 +94,38 @@ void read_term(Tile &tile, const auxkern_term &term, int64_t row, int64_t column
     }
 }
 
-void read_sum(Tile &tile, const auxkern_term *terms, int32_t n_terms, int64_t row, int64_t column, int64_t count) {
-    read_term<false>(tile, terms[0], row, column, count);
-    for (int32_t i = 1; i < n_terms; ++i) read_term<true>(tile, terms[i], row, column, count);
+bool is_plain(const auxkern_term &term) {
+    return term.stride_column == 1 && term.scale == 1 && term.softcap == 0;
 }
+
+// The usual sum, a frozen model's logits and an auxiliary's, without a stop in between.
+template <class T>
+void read_pair(Tile &tile, const auxkern_term &a, const auxkern_term &b, int64_t row, int64_t column, int64_t count) {
+    const auto *p = row_start<T>(a, row) + column, *q = row_start<T>(b, row) + column;
+    prefetch_next_tile(p);
+    prefetch_next_tile(q);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(tile.z + i, T::load(p + i) + T::load(q + i));
+    if (i < count) store(tile.z + i, load_columns<T>(p + i, 1, count - i) + load_columns<T>(q + i, 1, count - i));
+}
+
+void read_sum(Tile &tile, const auxkern_term *terms, int32_t n_terms, int64_t row, int64_t column, int64_t count) {
+    int32_t next = 1;
+    if (n_terms >= 2 && is_plain(terms[0]) && is_plain(terms[1]) && terms[0].dtype == terms[1].dtype) {
+        next = 2;
+        switch (terms[0].dtype) {
+            case AUXKERN_F32: read_pair<F32>(tile, terms[0], terms[1], row, column, count); break;
+            case AUXKERN_F16: read_pair<F16>(tile, terms[0], terms[1], row, column, count); break;
+            default: read_pair<BF16>(tile, terms[0], terms[1], row, column, count);
+        }
+    } else {
+        read_term<false>(tile, terms[0], row, column, count);
+    }
+    for (; next < n_terms; ++next) read_term<true>(tile, terms[next], row, column, count);
+}
+
+// Bytes ahead that gradients are prefetched for writing.
+constexpr int64_t PREFETCH_WRITE = 1024;
 
 // The online softmax of a row (Milakov & Gimelshein 2018), with the target kept out of the sum so
 // that 1 - p[target] does not cancel.
@@ -122,8 +164,8 @@ struct Row {
         pad(tile, count, -INFINITY);
     }
 
-    // Destroys the target's entry in the tile.
-    void add(Tile &tile, int64_t count, int64_t column, int64_t target, bool want_spread) {
+    // Destroys the target's entry in the tile; `saved`, unless null, receives the exponentials.
+    void add(Tile &tile, int64_t count, int64_t column, int64_t target, bool want_spread, float *saved) {
         pad(tile, count, -INFINITY);
         raise_max(tile, count, column);
         if (want_spread) add_spread(tile, count);
@@ -133,12 +175,20 @@ struct Row {
         }
         const float m = reference();
         vf even = splat(0), odd = splat(0);
+        float *e = saved ? saved : tile.z;
         int64_t i = 0;
         for (; i + LANES < count; i += 2 * LANES) {
-            even += vexp(load(tile.z + i) - m);
-            odd += vexp(load(tile.z + i + LANES) - m);
+            const vf low = vexp(load(tile.z + i) - m), high = vexp(load(tile.z + i + LANES) - m);
+            store(e + i, low);
+            store(e + i + LANES, high);
+            even += low;
+            odd += high;
         }
-        if (i < count) even += vexp(load(tile.z + i) - m);
+        if (i < count) {
+            const vf last = vexp(load(tile.z + i) - m);
+            store(e + i, last);
+            even += last;
+        }
         sum_other += reduce_sum(even + odd);
         seen += count;
     }
@@ -155,7 +205,131 @@ struct Row {
     }
 };
 
-void forward_row(const ForwardTask &task, int64_t row) {
+// ---- gradient --------------------------------------------------------------------------------
+
+// What a tile's gradient is made of: dz = a e - c, and at_target at column `target` (-1: not here).
+struct TileGradient {
+    const float *e;
+    float a, c, at_target;
+    int64_t target;
+};
+
+template <class T, bool CAPPED>
+void write_gradient(const GradientTask &task, const TileGradient &g, int32_t i, int64_t row, int64_t column,
+                    int64_t count) {
+    const auxkern_term &term = task.terms[i];
+    const float scale = term.scale, a = g.a * scale, c = g.c * scale, cap = term.softcap;
+    const int64_t stride = term.stride_column;
+    const auto *x = row_start<T>(term, row) + column * stride;
+    auto *p = static_cast<typename T::scalar *>(task.gradients[i]) + row * term.width + column;
+    const auto slope = [&](int64_t j) { return vtanh_slope(load_columns<T>(x + j * stride, stride, count - j) / cap); };
+    const auto at = [&](int64_t j) {
+        const vf dz = load(g.e + j) * a - c;
+        return CAPPED ? dz * slope(j) : dz;
+    };
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        __builtin_prefetch(p + j + PREFETCH_WRITE / sizeof(*p), 1);
+        T::store(p + j, at(j));
+    }
+    if (j < count) {
+        float lanes[LANES];
+        store(lanes, at(j));
+        for (int64_t k = j; k < count; ++k) T::store_scalar(p + k, lanes[k - j]);
+    }
+    if (g.target >= 0) {
+        const float dz = g.at_target * scale;
+        T::store_scalar(p + g.target, CAPPED ? dz * slope(g.target)[0] : dz);
+    }
+}
+
+template <class T>
+void write_gradient(const GradientTask &task, const TileGradient &g, int32_t i, int64_t row, int64_t column,
+                    int64_t count) {
+    if (task.terms[i].softcap != 0) write_gradient<T, true>(task, g, i, row, column, count);
+    else write_gradient<T, false>(task, g, i, row, column, count);
+}
+
+void write_gradients(const GradientTask &task, const TileGradient &g, int64_t row, int64_t column, int64_t count) {
+    for (int32_t i = 0; i < task.n_terms; ++i) {
+        if (!task.gradients[i]) continue;
+        switch (task.terms[i].dtype) {
+            case AUXKERN_F32: write_gradient<F32>(task, g, i, row, column, count); break;
+            case AUXKERN_F16: write_gradient<F16>(task, g, i, row, column, count); break;
+            default: write_gradient<BF16>(task, g, i, row, column, count);
+        }
+    }
+}
+
+inline int64_t inside(int64_t y, int64_t column, int64_t count) {
+    return y >= column && y < column + count ? y - column : -1;
+}
+
+void zero_columns(const GradientTask &task, int32_t i, int64_t row, int64_t from) {
+    const auxkern_term &term = task.terms[i];
+    const int64_t size = term.dtype == AUXKERN_F32 ? 4 : 2;
+    memset(static_cast<char *>(task.gradients[i]) + (row * term.width + from) * size, 0,
+           size_t((term.width - from) * size));
+}
+
+// What one row leaves behind for its gradient, in the thread's scratch memory.
+struct Saved {
+    float *exponentials;  // ceil(V / TILE) * TILE
+    float *tile_max;      // ceil(V / TILE): the maximum that a tile's exponentials are relative to
+    explicit Saved(float *scratch, int64_t V)
+        : exponentials(scratch), tile_max(scratch ? scratch + (V + TILE - 1) / TILE * TILE : nullptr) {}
+};
+
+// dz = a exp(z - m) - c, and at_target at the target.
+struct Coefficients {
+    float m, a, c, at_target;
+};
+
+void gradient_row(const GradientTask &task, int64_t row, int64_t y, Coefficients k) {
+    const bool nothing = k.a == 0 && k.c == 0 && k.at_target == 0;
+    for (int32_t i = 0; i < task.n_terms; ++i)
+        if (task.gradients[i]) zero_columns(task, i, row, nothing ? 0 : task.V);
+    if (nothing) return;
+
+    const int64_t V = task.V;
+    const float m = k.m == -INFINITY ? 0.0f : k.m;
+    Tile tile;
+    for (int64_t column = 0; column < V; column += TILE) {
+        const int64_t count = V - column < TILE ? V - column : TILE;
+        read_sum(tile, task.terms, task.n_terms, row, column, count);
+        for (int64_t i = 0; i < count; i += LANES) store(tile.z + i, vexp(load(tile.z + i) - m));
+        write_gradients(task, {tile.z, k.a, k.c, k.at_target, inside(y, column, count)}, row, column, count);
+    }
+}
+
+// The same from the exponentials that the forward pass saved, each relative to its tile's maximum.
+void gradient_row(const GradientTask &task, int64_t row, int64_t y, Coefficients k, const Saved &saved) {
+    for (int32_t i = 0; i < task.n_terms; ++i)
+        if (task.gradients[i]) zero_columns(task, i, row, task.V);
+    for (int64_t column = 0; column < task.V; column += TILE) {
+        const int64_t count = task.V - column < TILE ? task.V - column : TILE;
+        const float tile_max = saved.tile_max[column / TILE];
+        const float a = k.a * (tile_max == -INFINITY ? 0.0f : float(exp(double(tile_max) - double(k.m))));
+        const float *e = saved.exponentials + column;
+        write_gradients(task, {e, a, k.c, k.at_target, inside(y, column, count)}, row, column, count);
+    }
+}
+
+// With g the row's weight, s the smoothing and q the z-loss:
+//     dz[v] = g (1 + 2 q lse) p[v] - g (1 - s) [v = y] - g s / V
+// At the target p - 1 is taken as expm1(-nll), which does not cancel.
+Coefficients coefficients(const ForwardTask &task, int64_t row, const Row &sum) {
+    const double weight = task.gradient->row_weight[row], smoothing = task.gradient->label_smoothing;
+    const double log_sum = sum.log_sum();
+    const double z_slope = 2 * double(task.gradient->z_loss) * (double(sum.max) + log_sum);
+    const double total = weight * (1 + z_slope), c = weight * smoothing / double(task.V);
+    const double at_target = total * expm1(-sum.nll()) + weight * (smoothing + z_slope) - c;
+    return {sum.max, float(total * exp(-log_sum)), float(c), float(at_target)};
+}
+
+// ---- rows -------------------------------------------------------------------------------------
+
+void forward_row(const ForwardTask &task, int64_t row, float *scratch) {
     const int64_t y = task.target[row], V = task.V;
     const bool ignored = y == task.ignore_index;
     if (ignored || y < 0 || y >= V) {
@@ -165,18 +339,21 @@ void forward_row(const ForwardTask &task, int64_t row) {
         if (task.argmax) task.argmax[row] = -1;
         if (task.term_nll)
             for (int32_t i = 0; i < task.n_terms; ++i) task.term_nll[i * task.N + row] = fill;
+        if (task.gradient) gradient_row(task.write, row, y, {fill, fill, fill, fill});
         return;
     }
     Row sum, alone[AUXKERN_MAX_TERMS];
     Tile tile, share;
+    const Saved saved(scratch, V);
     for (int64_t column = 0; column < V; column += TILE) {
         const int64_t count = V - column < TILE ? V - column : TILE;
         read_sum(tile, task.terms, task.n_terms, row, column, count);
-        sum.add(tile, count, column, y, task.smooth != nullptr);
+        sum.add(tile, count, column, y, task.smooth != nullptr, scratch ? saved.exponentials + column : nullptr);
+        if (scratch) saved.tile_max[column / TILE] = sum.max;
         if (!task.term_nll) continue;
         for (int32_t i = 0; i < task.n_terms; ++i) {  // the values are in the cache by now
             read_term<false>(share, task.terms[i], row, column, count);
-            alone[i].add(share, count, column, y, false);
+            alone[i].add(share, count, column, y, false, nullptr);
         }
     }
     task.nll[row] = float(sum.nll());
@@ -186,121 +363,22 @@ void forward_row(const ForwardTask &task, int64_t row) {
     if (task.argmax) task.argmax[row] = sum.argmax;
     if (task.term_nll)
         for (int32_t i = 0; i < task.n_terms; ++i) task.term_nll[i * task.N + row] = float(alone[i].nll());
-}
-
-// ---- gradient --------------------------------------------------------------------------------
-
-inline void stream(float *p, vf x) {
-#if AUXKERN_LANES == 16
-    _mm512_stream_ps(p, (__m512)x);
-#elif AUXKERN_LANES == 8
-    _mm256_stream_ps(p, (__m256)x);
-#else
-    store(p, x);
-#endif
-}
-
-// Two vectors of 16-bit values fill what one streaming store writes.
-template <class T>
-inline void stream_pair(uint16_t *p, vf low, vf high) {
-#if AUXKERN_LANES >= 8
-    alignas(64) uint16_t lanes[2 * LANES];
-    T::store(lanes, low);
-    T::store(lanes + LANES, high);
-    stream(reinterpret_cast<float *>(p), load(reinterpret_cast<const float *>(lanes)));
-#else
-    T::store(p, low);
-    T::store(p + LANES, high);
-#endif
-}
-
-// How many elements from p to the next address a streaming store accepts.
-template <class S>
-int64_t until_aligned(const S *p) {
-    const uintptr_t bytes = sizeof(vf), over = reinterpret_cast<uintptr_t>(p) % bytes;
-    return over == 0 ? 0 : int64_t((bytes - over) / sizeof(S));
-}
-
-template <class T>
-void write_values(typename T::scalar *p, const float *z, int64_t count, float scale, bool around_cache) {
-    typedef typename T::scalar S;
-    constexpr int64_t STEP = int64_t(sizeof(vf) / sizeof(S));
-    int64_t i = 0;
-    if (around_cache) {
-        const int64_t head = until_aligned(p);
-        for (; i < head && i < count; ++i) T::store_scalar(p + i, z[i] * scale);
-        for (; i + STEP <= count; i += STEP) {
-            if constexpr (STEP == LANES) stream(p + i, load(z + i) * scale);
-            else stream_pair<T>(p + i, load(z + i) * scale, load(z + i + LANES) * scale);
-        }
-    }
-    for (; i + LANES <= count; i += LANES) T::store(p + i, load(z + i) * scale);
-    for (; i < count; ++i) T::store_scalar(p + i, z[i] * scale);
-}
-
-template <class T>
-void write_gradient(const BackwardTask &task, const Tile &dz, int32_t i, int64_t row, int64_t column, int64_t count) {
-    const auxkern_term &term = task.terms[i];
-    auto *p = static_cast<typename T::scalar *>(task.gradients[i]) + row * term.width + column;
-    if (term.softcap == 0) {
-        write_values<T>(p, dz.z, count, term.scale, task.stream);
-        return;
-    }
-    Tile capped;
-    const auto *x = row_start<T>(term, row) + column * term.stride_column;
-    for (int64_t j = 0; j < count; j += LANES) {
-        const vf u = load_columns<T>(x + j * term.stride_column, term.stride_column, count - j) / term.softcap;
-        store(capped.z + j, load(dz.z + j) * vtanh_slope(u));
-    }
-    write_values<T>(p, capped.z, count, term.scale, task.stream);
-}
-
-void write_gradient(const BackwardTask &task, const Tile &dz, int32_t i, int64_t row, int64_t column, int64_t count) {
-    switch (task.terms[i].dtype) {
-        case AUXKERN_F32: return write_gradient<F32>(task, dz, i, row, column, count);
-        case AUXKERN_F16: return write_gradient<F16>(task, dz, i, row, column, count);
-        default: return write_gradient<BF16>(task, dz, i, row, column, count);
-    }
-}
-
-void zero_columns(const BackwardTask &task, int32_t i, int64_t row, int64_t from) {
-    const auxkern_term &term = task.terms[i];
-    const int64_t size = term.dtype == AUXKERN_F32 ? 4 : 2;
-    memset(static_cast<char *>(task.gradients[i]) + (row * term.width + from) * size, 0,
-           size_t((term.width - from) * size));
+    if (task.gradient) gradient_row(task.write, row, y, coefficients(task, row, sum), saved);
 }
 
 void backward_row(const BackwardTask &task, int64_t row) {
-    const float a = task.exp_coefficient[row], c = task.constant[row], at_target = task.target_gradient[row];
-    const bool nothing = a == 0 && c == 0 && at_target == 0;
-    for (int32_t i = 0; i < task.n_terms; ++i)
-        if (task.gradients[i]) zero_columns(task, i, row, nothing ? 0 : task.V);
-    if (nothing) return;
-
-    const int64_t y = task.target[row], V = task.V;
-    const float m = task.row_max[row] == -INFINITY ? 0.0f : task.row_max[row];
-    Tile tile;
-    for (int64_t column = 0; column < V; column += TILE) {
-        const int64_t count = V - column < TILE ? V - column : TILE;
-        read_sum(tile, task.terms, task.n_terms, row, column, count);
-        for (int64_t i = 0; i < count; i += LANES) store(tile.z + i, a * vexp(load(tile.z + i) - m) - c);
-        if (y >= column && y < column + count) tile.z[y - column] = at_target;
-        for (int32_t i = 0; i < task.n_terms; ++i)
-            if (task.gradients[i]) write_gradient(task, tile, i, row, column, count);
-    }
+    gradient_row(task.write, row, task.target[row],
+                 {task.row_max[row], task.exp_coefficient[row], task.constant[row], task.target_gradient[row]});
 }
 
 }  // namespace
 
-void cross_entropy_forward(const ForwardTask &task, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) forward_row(task, row);
+void cross_entropy_forward(const ForwardTask &task, int64_t begin, int64_t end, float *scratch) {
+    for (int64_t row = begin; row < end; ++row) forward_row(task, row, scratch);
 }
 
-void cross_entropy_backward(const BackwardTask &task, int64_t begin, int64_t end) {
+void cross_entropy_backward(const BackwardTask &task, int64_t begin, int64_t end, float *) {
     for (int64_t row = begin; row < end; ++row) backward_row(task, row);
-#if AUXKERN_LANES >= 8
-    _mm_sfence();  // streaming stores are ordered by nothing else
-#endif
 }
 
 }  // namespace AUXKERN_ISA

@@ -2,6 +2,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -37,7 +40,7 @@ int32_t best_isa() {
 }
 
 template <class Task>
-using Kernel = void (*)(const Task &, int64_t, int64_t);
+using Kernel = void (*)(const Task &, int64_t, int64_t, float *);
 
 template <class Task>
 Kernel<Task> pick(int32_t isa, Kernel<Task> generic, Kernel<Task> avx2, Kernel<Task> avx512) {
@@ -59,35 +62,62 @@ struct Work {
     const Task *task;
     int64_t rows, grab;
     std::atomic<int64_t> next{0};
+    float *scratch = nullptr;  // scratch_floats for each thread, or null
+    int64_t scratch_floats = 0;
+    std::atomic<int64_t> threads_begun{0};
 
     static void body(void *context) {
         auto &work = *static_cast<Work *>(context);
+        float *scratch = work.scratch;
+        if (scratch) scratch += work.threads_begun.fetch_add(1, std::memory_order_relaxed) * work.scratch_floats;
         for (;;) {
             const int64_t begin = work.next.fetch_add(work.grab, std::memory_order_relaxed);
             if (begin >= work.rows) return;
-            work.kernel(*work.task, begin, std::min(begin + work.grab, work.rows));
+            work.kernel(*work.task, begin, std::min(begin + work.grab, work.rows), scratch);
         }
     }
 };
 
+int64_t logits(const ForwardTask &task) { return task.N * task.V * task.n_terms; }
+int64_t logits(const BackwardTask &task) { return task.N * task.write.V * task.write.n_terms; }
+
+// Floats of scratch memory per thread.
+int64_t scratch_floats(const ForwardTask &task) { return task.gradient ? scratch_size(task.V) : 0; }
+int64_t scratch_floats(const BackwardTask &) { return 0; }
+
 template <class Task>
-void run(Kernel<Task> kernel, const Task &task, const auxkern_execution &execution) {
+int32_t run(Kernel<Task> kernel, const Task &task, const auxkern_execution &execution) {
     constexpr int64_t MIN_LOGITS_PER_THREAD = 1 << 15;  // about 10 us of work, what a thread costs
-    const int64_t logits = task.N * task.V * task.n_terms;
-    const int64_t useful = std::min(task.N, std::max<int64_t>(1, logits / MIN_LOGITS_PER_THREAD));
+    const int64_t useful = std::min(task.N, std::max<int64_t>(1, logits(task) / MIN_LOGITS_PER_THREAD));
     const auto threads = static_cast<unsigned>(std::min<int64_t>(execution.threads, useful));
 
     Work<Task> work;
     work.kernel = kernel;
     work.task = &task;
     work.rows = task.N;
-    work.grab = std::max<int64_t>(1, (1 << 14) / task.V);
-    if (threads <= 1) return Work<Task>::body(&work);
-    if (execution.parallel) return execution.parallel(Work<Task>::body, &work, threads, 0);
-    std::vector<std::thread> others;
-    for (unsigned i = 1; i < threads; ++i) others.emplace_back(Work<Task>::body, &work);
-    Work<Task>::body(&work);
-    for (auto &thread : others) thread.join();
+    work.grab = std::max<int64_t>(1, (1 << 14) * task.N / logits(task));
+    work.scratch_floats = scratch_floats(task);
+    std::unique_ptr<float, decltype(&std::free)> scratch(nullptr, &std::free);
+    if (work.scratch_floats > 0) {
+        scratch.reset(static_cast<float *>(std::malloc(sizeof(float) * size_t(work.scratch_floats) * threads)));
+        if (!scratch) return AUXKERN_OUT_OF_MEMORY;
+        work.scratch = scratch.get();
+    }
+    if (threads <= 1) {
+        Work<Task>::body(&work);
+    } else if (execution.parallel) {
+        execution.parallel(Work<Task>::body, &work, threads, 0);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            for (unsigned i = 1; i < threads; ++i) others.emplace_back(Work<Task>::body, &work);
+        } catch (const std::system_error &) {
+            // The system gives no more threads; those there are, and this one, do the rows.
+        }
+        Work<Task>::body(&work);
+        for (auto &thread : others) thread.join();
+    }
+    return AUXKERN_OK;
 }
 
 int32_t check(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V, const auxkern_execution *execution) {
@@ -118,6 +148,12 @@ void prefer_large_pages(void *start, int64_t bytes) {
 #endif
 }
 
+GradientTask prepare(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V, void *const *gradients) {
+    for (int32_t i = 0; gradients && i < n_terms; ++i)
+        if (gradients[i]) prefer_large_pages(gradients[i], N * terms[i].width * (terms[i].dtype == AUXKERN_F32 ? 4 : 2));
+    return {terms, n_terms, V, gradients};
+}
+
 }  // namespace
 
 extern "C" {
@@ -129,14 +165,15 @@ int32_t auxkern_best_isa(void) { return best_isa(); }
 int32_t auxkern_cross_entropy_forward(const auxkern_term *terms, int32_t n_terms, const int64_t *target, int64_t N,
                                       int64_t V, int64_t ignore_index, float *nll, float *row_max, float *log_sum,
                                       float *smooth, int64_t *argmax, float *term_nll,
-                                      const auxkern_execution *execution) {
+                                      const auxkern_gradient *gradient, const auxkern_execution *execution) {
     const int32_t status = check(terms, n_terms, N, V, execution);
     if (status != AUXKERN_OK) return status;
     if (N == 0) return AUXKERN_OK;
     if (!target || !nll || !row_max || !log_sum) return AUXKERN_BAD_ARGUMENT;
-    const ForwardTask task{terms, n_terms, target, N, V, ignore_index, nll, row_max, log_sum, smooth, argmax, term_nll};
-    run<ForwardTask>(AUXKERN_PICK(ForwardTask, cross_entropy_forward, resolve(execution->isa)), task, *execution);
-    return AUXKERN_OK;
+    if (gradient && (!gradient->row_weight || !gradient->gradients)) return AUXKERN_BAD_ARGUMENT;
+    const ForwardTask task{terms, n_terms, target, N, V, ignore_index, nll, row_max, log_sum, smooth, argmax, term_nll,
+                           gradient, prepare(terms, n_terms, N, V, gradient ? gradient->gradients : nullptr)};
+    return run<ForwardTask>(AUXKERN_PICK(ForwardTask, cross_entropy_forward, resolve(execution->isa)), task, *execution);
 }
 
 int32_t auxkern_cross_entropy_backward(const auxkern_term *terms, int32_t n_terms, const int64_t *target, int64_t N,
@@ -148,18 +185,9 @@ int32_t auxkern_cross_entropy_backward(const auxkern_term *terms, int32_t n_term
     if (N == 0) return AUXKERN_OK;
     if (!target || !row_max || !exp_coefficient || !constant || !target_gradient || !gradients)
         return AUXKERN_BAD_ARGUMENT;
-    constexpr int64_t CACHE_BYTES = int64_t(8) << 20;  // a gradient above this will not be found in a cache later
-    int64_t bytes = 0;
-    for (int32_t i = 0; i < n_terms; ++i) {
-        if (!gradients[i]) continue;
-        const int64_t size = N * terms[i].width * (terms[i].dtype == AUXKERN_F32 ? 4 : 2);
-        prefer_large_pages(gradients[i], size);
-        bytes += size;
-    }
-    const BackwardTask task{terms, n_terms, target, N, V, row_max, exp_coefficient, constant, target_gradient,
-                            gradients, bytes > CACHE_BYTES};
-    run<BackwardTask>(AUXKERN_PICK(BackwardTask, cross_entropy_backward, resolve(execution->isa)), task, *execution);
-    return AUXKERN_OK;
+    const BackwardTask task{target, N, row_max, exp_coefficient, constant, target_gradient,
+                            prepare(terms, n_terms, N, V, gradients)};
+    return run<BackwardTask>(AUXKERN_PICK(BackwardTask, cross_entropy_backward, resolve(execution->isa)), task, *execution);
 }
 
 }  // extern "C"

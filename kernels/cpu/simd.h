@@ -135,18 +135,17 @@ struct BF16 {
         memcpy(&half, p, sizeof half);
         return (vf)(__builtin_convertvector(half, vu) << 16);
     }
-    static vh rounded(vf x) {
+    // Rounds to nearest, ties to even, into the upper half of each lane.
+    static vu rounded(vf x) {
         const vu bits = (vu)x;
-        const vu nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        const vu quiet_nan = (bits >> 16) | 0x40u;
         const vu is_nan = (vu)(x != x);
-        return __builtin_convertvector((nearest & ~is_nan) | (quiet_nan & is_nan), vh);
+        return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~is_nan) | ((bits | 0x400000u) & is_nan);
     }
     static void store(uint16_t *p, vf x) {
-        const vh half = rounded(x);
+        const vh half = __builtin_convertvector(rounded(x) >> 16, vh);
         memcpy(p, &half, sizeof half);
     }
-    static void store_scalar(uint16_t *p, float x) { *p = rounded(splat(x))[0]; }
+    static void store_scalar(uint16_t *p, float x) { *p = uint16_t(rounded(splat(x))[0] >> 16); }
     static float load_scalar(const uint16_t *p) {
         const uint32_t bits = uint32_t(*p) << 16;
         float x;

@@ -25,6 +25,7 @@ enum auxkern_status {
     AUXKERN_OK = 0,
     AUXKERN_BAD_ARGUMENT = 1,    /* a size, count or dtype out of range, or a null pointer */
     AUXKERN_UNSUPPORTED_ISA = 2, /* the instruction set asked for is not in this CPU or build */
+    AUXKERN_OUT_OF_MEMORY = 3,   /* no scratch memory, V floats per thread */
 };
 
 enum auxkern_dtype { AUXKERN_F32 = 0, AUXKERN_F16 = 1, AUXKERN_BF16 = 2 };
@@ -60,6 +61,15 @@ typedef struct {
     auxkern_parallel parallel; /* NULL: threads are started for the call and joined */
 } auxkern_execution;
 
+/* The gradient that a forward call makes on the way, while a row's logits are still in the cache:
+ * of sum_n row_weight[n] * ((1 - label_smoothing) nll[n] + label_smoothing smooth[n] + z_loss lse[n]^2). */
+typedef struct {
+    const float *row_weight; /* (N,) */
+    float label_smoothing;
+    float z_loss;
+    void *const *gradients; /* n_terms pointers to contiguous (N, width) of the term's dtype, or NULL */
+} auxkern_gradient;
+
 AUXKERN_EXPORT int32_t auxkern_abi_version(void);
 
 /* 1 if this CPU and build have the instruction set. */
@@ -82,6 +92,7 @@ AUXKERN_EXPORT int32_t auxkern_cross_entropy_forward(
     float *smooth,    /* (N,) or NULL */
     int64_t *argmax,  /* (N,) or NULL */
     float *term_nll,  /* (I, N) or NULL */
+    const auxkern_gradient *gradient, /* or NULL */
     const auxkern_execution *execution);
 
 /* dz[n, v] = exp_coefficient[n] * exp(z[n, v] - row_max[n]) - constant[n], target_gradient[n] at
