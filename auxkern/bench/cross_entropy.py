@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -99,23 +100,23 @@ class CrossEntropy:
     def errors(self, inputs: CrossEntropyInputs, exact: Exact, loss: Tensor) -> Errors:
         """Relative errors, and what is allowed.
 
-        1e-5 for float32 arithmetic: summing V exponentials in float32 is good to a few 1e-6.
-        Half-precision inputs may in addition be summed once in their own dtype, as most code
-        does; that moves a logit by up to u |z|, u the unit roundoff, and a probability by that
-        relative share. Twice that much passes.
+        A float32 sum of V exponentials, term by term, is off by about u sqrt(V), u = 2**-24
+        (Higham 2002, section 4.2: rounding errors grow as in a random walk); four times that
+        passes. Rounding a logit to its dtype, as code does that sums the terms before it widens
+        them, moves it by up to u |z| of that dtype, and a probability by that share; twice that
+        passes too.
         """
         (leaf,) = inputs.leaves()
         if leaf.grad is None or any(t.grad is not None for t in inputs.terms[:-1]):
             raise RuntimeError("the last term, and only it, must have a gradient")
         largest = exact.gradient.abs().max().item() or 1.0
         difference = (leaf.grad[exact.rows].double() - exact.gradient).abs().max().item()
-        tolerance = 1e-5
-        if leaf.dtype != torch.float32:
-            tolerance += torch.finfo(leaf.dtype).eps * (1 + exact.largest_logit)
+        summation = 4 * 2**-24 * math.sqrt(leaf.shape[-1])
+        rounding = torch.finfo(leaf.dtype).eps * (1 + exact.largest_logit)
         return Errors(
             loss=abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss)),
             gradient=difference / largest,
-            tolerance=tolerance,
+            tolerance=summation + rounding,
         )
 
     def floors(self, inputs: CrossEntropyInputs) -> dict[str, Floor]:

@@ -72,8 +72,7 @@ def print_run(run: Run) -> None:
 
     console = tables.console_for_stdout()
     tables.print_header(console, run)
-    for name, value in run.facts.items():
-        console.print(f"{name}: {value}", highlight=False, markup=False)
+    tables.print_facts(console, run)
     for case in run.cases:
         tables.print_case(console, case)
     tables.print_footer(console, run)

@@ -39,6 +39,12 @@ class Timing:
         """Whether the quartiles lie more than 20% of the median apart."""
         return self.q3 - self.q1 > 0.2 * self.median
 
+    def milliseconds(self) -> tuple[str, str]:
+        """Median and spread as text, in ms: three significant digits, at most three decimals."""
+        median, spread = self.median * 1e3, self.spread * 1e3
+        decimals = next((n for n, limit in enumerate((100, 10, 1)) if median >= limit), 3)
+        return f"{median:.{decimals}f}", f"{spread:.{decimals}f}"
+
 
 @dataclass(frozen=True)
 class Measured:

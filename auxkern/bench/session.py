@@ -118,6 +118,7 @@ def carry_out(run: Run, jobs: list[Job], options: argparse.Namespace) -> int:
 
     out, err = tables.console_for_stdout(), Console(stderr=True)
     tables.print_header(out, run)
+    tables.print_facts(out, run)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     # The bar is for eyes: a log file gets none of it.
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from auxkern.bench.results import PASS_TITLES, PASSES, CaseResult, Measured, Result, Run, Timing
+from auxkern.bench.results import PASS_TITLES, PASSES, CaseResult, Measured, Result, Run
 
 CAPTION = (
     "Times: median ± half the distance between the quartiles. vs eager, vs peer: how many times faster "
@@ -24,6 +24,12 @@ def print_header(console: Console, run: Run) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
     console.print(f"[bold]auxkern bench[/bold]  {escape(run.date)}  {escape(run.command)}", highlight=False)
     console.print(escape(facts), highlight=False, style="dim")
+
+
+def print_facts(console: Console, run: Run) -> None:
+    """What the run found apart from its tables."""
+    for name, value in run.facts.items():
+        console.print(f"[bold]{escape(name)}[/]: {escape(value)}", highlight=False)
 
 
 def print_case(console: Console, case: CaseResult) -> None:
@@ -45,7 +51,7 @@ def print_case(console: Console, case: CaseResult) -> None:
             _add_result(table, case, result)
         for name, timing in case.floor.items():
             title = "floor" if name == PASSES[0] else ""
-            table.add_row(title, PASS_TITLES[name], *_ms_pair(timing), style="dim")
+            table.add_row(title, PASS_TITLES[name], *timing.milliseconds(), style="dim")
         console.print(table)
     else:
         console.print(f"[bold]{escape(case.title)}", highlight=False)
@@ -95,7 +101,7 @@ def _cells(case: CaseResult, result: Result, name: str, measured: Measured) -> l
     median = measured.time.median
     error = result.loss_error if name == "forward" else result.gradient_error
     return [
-        *_ms_pair(measured.time),
+        *measured.time.milliseconds(),
         _ratio(case.eager(name), median),
         _ratio(case.best_peer(name), median),
         f"{100 * case.floor[name].median / median:.0f}" if name in case.floor else "-",
@@ -125,6 +131,7 @@ def markdown(run: Run) -> str:
         "",
         f"Measured {run.date} with `{run.command}`; {facts}.",
     ]
+    lines += [line for name, value in run.facts.items() for line in ("", f"{name}: {value}")]
     notes = [f"{case.model} {case.dtype}: {note}" for case in run.cases for note in case.notes]
     lines += [line for note in [*run.notes, *notes] for line in ("", note)]
     return "\n".join(lines) + "\n"
@@ -137,9 +144,9 @@ def _markdown_cells(case: CaseResult, result: Result) -> list[str]:
     eager = [case.eager(name) for name in PASSES]
     _, _, _, peer, floor, memory, _ = _cells(case, result, PASSES[1], both)
     return [
-        " ± ".join(_ms_pair(forward.time)),
+        " ± ".join(forward.time.milliseconds()),
         _ratio(eager[0], forward.time.median),
-        " ± ".join(_ms_pair(both.time)),
+        " ± ".join(both.time.milliseconds()),
         _ratio(eager[1], both.time.median),
         peer,
         floor,
@@ -150,22 +157,6 @@ def _markdown_cells(case: CaseResult, result: Result) -> list[str]:
 
 def _status(result: Result) -> str:
     return "WRONG" if result.status == "wrong" else result.status
-
-
-def _ms(seconds: float) -> str:
-    milliseconds = seconds * 1e3
-    return f"{milliseconds:.{_decimals(milliseconds)}f}"
-
-
-def _ms_pair(timing: Timing) -> tuple[str, str]:
-    """Median and spread, with the median's decimals."""
-    decimals = _decimals(timing.median * 1e3)
-    return _ms(timing.median), f"{timing.spread * 1e3:.{decimals}f}"
-
-
-def _decimals(milliseconds: float) -> int:
-    """As many as give three significant digits, and at most three."""
-    return next((n for n, limit in enumerate((100, 10, 1)) if milliseconds >= limit), 3)
 
 
 def _ratio(reference: float | None, median: float) -> str:

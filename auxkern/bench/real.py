@@ -1,0 +1,243 @@
+"""``python -m auxkern.bench.real``: the fused loss on a real LM's logits over real sentences."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import auxkern
+from auxkern.bench import session
+from auxkern.bench.cross_entropy import OPERATOR, CrossEntropyInputs
+from auxkern.bench.results import CaseResult
+from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_inputs
+from auxkern.tasks.smollm2 import load_smollm2
+from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
+
+T = 16  # positions per sentence; shorter ones are padded
+LARGEST_DIFFERENCE = 1e-5
+_WORDS = range(5, 13)  # such a sentence fills most of T and seldom passes it
+_IGNORED = -100
+
+
+class Batch(NamedTuple):
+    """Logits of both models and the ids they are scored on.
+
+    Attributes:
+        lm, aux: (B, T, V) float32.
+        ids: (B, T) int64 token ids, -100 where padded.
+    """
+
+    lm: Tensor
+    aux: Tensor
+    ids: Tensor
+
+
+class Agreement(NamedTuple):
+    """The fused loss beside float64; differences are relative."""
+
+    fused: float
+    exact: float
+    loss_difference: float
+    gradient_difference: float
+
+    @property
+    def passed(self) -> bool:
+        worst = max(self.loss_difference, self.gradient_difference)
+        return worst <= LARGEST_DIFFERENCE and self.fused == self.fused
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Scores sentences with SmolLM2 plus a small untrained auxiliary, checks, then measures.
+
+    Args:
+        argv: arguments after the program's name; those of the process when None.
+
+    Returns:
+        0; 1 if a fused loss or gradient is not within 1e-5 of float64, or an implementation of
+        auxkern fails; 2 if a package or the data is missing; 130 after Ctrl-C.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    session.check_common_options(parser, options)
+    if options.n < T:
+        parser.error(f"--n {options.n} is less than one sentence of {T} positions")
+    device = session.device_from(parser, options.device)
+    try:
+        backends, notes = backends_for(device, torch.float32, options.backend)
+    except (ValueError, RuntimeError) as error:
+        parser.error(f"--backend: {error}")
+    try:
+        print("loading SmolLM2-135M (the first time it is converted, about a minute)", file=sys.stderr)
+        batch = real_batch(options.wordnet, options.n // T, device)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return session.INTERRUPTED
+
+    run = session.new_run(parser.prog, argv, device)
+    run.notes += notes
+    agreements = {backend: compare(batch, backend) for backend in backends}
+    run.facts = _facts(batch, agreements)
+    status = session.carry_out(run, [("real logits", _measurement(batch, backends, options.quick))], options)
+    wrong = [backend for backend, agreement in agreements.items() if not agreement.passed]
+    for backend in wrong:
+        print(
+            f"{parser.prog}: backend {backend} is further than {LARGEST_DIFFERENCE} from float64",
+            file=sys.stderr,
+        )
+    return status or (1 if wrong else 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m auxkern.bench.real",
+        description="Real input: SmolLM2-135M's logits over WordNet's example sentences, plus those of a "
+        "small untrained auxiliary model. Compares the fused loss with float64, then measures.",
+        epilog="Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options or missing data; "
+        "130 after Ctrl-C.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--n", type=session.positive, default=512, help=f"rows; {T} for each sentence (default 512)"
+    )
+    parser.add_argument(
+        "--wordnet",
+        type=Path,
+        default=DEBIAN_FOLDER,
+        metavar="DIR",
+        help=f"folder with WordNet's data files (default {DEBIAN_FOLDER})",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    session.add_common_options(parser)
+    return parser
+
+
+def real_batch(wordnet: Path, B: int, device: torch.device) -> Batch:
+    """Logits of SmolLM2 and of an untrained auxiliary over B example sentences.
+
+    Args:
+        wordnet: folder with WordNet's data files.
+        B: number of sentences, spread evenly over all of WordNet.
+        device: where the models run.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: what is missing, and how to install it.
+        ValueError: there are fewer than B fitting sentences.
+    """
+    sentences = example_sentences(wordnet, B)
+    lm, tokenizer = load_smollm2()
+    encoded = tokenizer(
+        sentences,
+        padding="max_length",
+        truncation=True,
+        max_length=T,
+        padding_side="right",
+        return_tensors="pt",
+    ).to(device)
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    aux = untrained_auxiliary(lm.config.vocab_size)
+    with torch.no_grad():
+        logits = [model.to(device)(input_ids=ids, attention_mask=mask).logits for model in (lm, aux)]
+    return Batch(*logits, ids=ids.masked_fill(mask == 0, _IGNORED))
+
+
+def example_sentences(wordnet: Path, B: int) -> list[str]:
+    """B of WordNet's examples, of 5 to 12 words, evenly spaced in the files' order.
+
+    Raises:
+        FileNotFoundError: see ``read_synsets``.
+        ValueError: there are fewer than B.
+    """
+    fitting = [e for synset in read_synsets(wordnet) for e in synset.examples if len(e.split()) in _WORDS]
+    if len(fitting) < B:
+        raise ValueError(f"{wordnet} has {len(fitting)} fitting sentences but {B} are asked for; lower --n")
+    return [fitting[i * len(fitting) // B] for i in range(B)]
+
+
+def untrained_auxiliary(V: int) -> Any:
+    """A two-layer Llama of width 64 with its own head over V ids, the same in every run."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def compare(batch: Batch, backend: str) -> Agreement:
+    """The fused loss and its gradient for the auxiliary beside PyTorch's in float64."""
+    aux = batch.aux.detach().requires_grad_()
+    loss = auxkern.cross_entropy([batch.lm, aux], batch.ids, shift=True, backend=backend)
+    loss.backward()
+    exact, gradient_difference, largest = _exact(batch, aux.grad)
+    return Agreement(
+        fused=loss.item(),
+        exact=exact,
+        loss_difference=abs(loss.item() - exact) / abs(exact),
+        gradient_difference=gradient_difference / largest,
+    )
+
+
+def _exact(batch: Batch, gradient: Tensor) -> tuple[float, float, float]:
+    """(float64 loss, max |gradient - exact|, max |exact|), one sentence at a time."""
+    count = int((batch.ids[:, 1:] != _IGNORED).sum())
+    loss = difference = largest = 0.0
+    for lm, aux, ids, ours in zip(batch.lm, batch.aux, batch.ids, gradient, strict=True):
+        z = (lm.double() + aux.double()).requires_grad_()
+        share = F.cross_entropy(z[:-1], ids[1:], reduction="sum") / count
+        (exact,) = torch.autograd.grad(share, z)
+        loss += share.item()
+        difference = max(difference, (ours - exact).abs().max().item())
+        largest = max(largest, exact.abs().max().item())
+    return loss, difference, largest
+
+
+def _facts(batch: Batch, agreements: dict[str, Agreement]) -> dict[str, str]:
+    B, scored = batch.ids.shape[0], int((batch.ids[:, 1:] != _IGNORED).sum())
+    rows, V = batch.ids.numel(), batch.lm.shape[-1]
+    facts = {"data": f"{B} sentences, {scored} scored tokens in {rows} rows, V {V:,}"}
+    for backend, agreement in agreements.items():
+        alone = auxkern.cross_entropy(batch.lm, batch.ids, shift=True, backend=backend).item()
+        facts[f"LM alone, {backend}"] = f"mean nll {alone:.6f}"
+        facts[f"LM + auxiliary, {backend}"] = (
+            f"fused {agreement.fused:.8f}, float64 {agreement.exact:.8f}, relative difference "
+            f"{agreement.loss_difference:.1e}; of the gradient {agreement.gradient_difference:.1e}"
+        )
+    return facts
+
+
+def _measurement(batch: Batch, backends: list[str], quick: bool) -> Callable[[Progress], CaseResult]:
+    """Rows without the shift: every implementation gets next tokens as its targets."""
+    device = batch.lm.device
+    target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
+    inputs = CrossEntropyInputs(
+        [batch.lm.flatten(0, 1), batch.aux.flatten(0, 1).detach().requires_grad_()], target
+    )
+
+    def measure(progress: Progress) -> CaseResult:
+        N, V = inputs.terms[0].shape
+        case = CaseResult(OPERATOR.name, "SmolLM2 on WordNet", V, N, "float32", terms=2, tolerance=0.0)
+        implementations = OPERATOR.implementations(device, torch.float32, backends)
+        effort = QUICK if quick else NORMAL
+        return measure_inputs(OPERATOR, inputs, case, implementations, device, effort, progress)
+
+    return measure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
