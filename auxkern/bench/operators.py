@@ -32,16 +32,19 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Errors:
-    """How far an implementation is from float64, relative; and how far it may be."""
+    """How far an implementation is from float64, relative; and how far it may be.
+
+    ``tolerance`` has an entry for "loss" and one for "gradient".
+    """
 
     loss: float
     gradient: float
-    tolerance: float
+    tolerance: dict[str, float]
 
     @property
     def passed(self) -> bool:
         # Written so that NaN does not pass.
-        return self.loss <= self.tolerance and self.gradient <= self.tolerance
+        return self.loss <= self.tolerance["loss"] and self.gradient <= self.tolerance["gradient"]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ SUFFIXES = (".png", ".svg")
 # (forward, forward + backward): light and dark of one hue.
 _OURS, _PEER = ("#9ecae1", "#1f6fb4"), ("#d0d0d0", "#7f7f7f")
 # On white, so that the lines of the floor do not strike the numbers out.
-_LABEL = {
+_LABEL: dict[str, Any] = {
     "va": "center",
     "fontsize": 8,
     "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3},

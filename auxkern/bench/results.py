@@ -96,7 +96,7 @@ class CaseResult:
         V, N: vocabulary and rows.
         dtype: "float32", "bfloat16" or "float16", of every term.
         terms: number of terms; the last one asks for a gradient.
-        tolerance: largest error that passes the float64 check.
+        tolerance: largest "loss" and "gradient" error that pass the float64 check.
         floor: time of one pass over the same bytes, by pass name.
         floor_bytes: those bytes, by pass name.
         results: one per implementation.
@@ -109,7 +109,7 @@ class CaseResult:
     N: int
     dtype: str
     terms: int
-    tolerance: float
+    tolerance: dict[str, float] = field(default_factory=dict)
     floor: dict[str, Timing] = field(default_factory=dict)
     floor_bytes: dict[str, int] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)

@@ -15,6 +15,7 @@ import torch
 from auxkern.bench.results import Timing
 
 L2_FLUSH_BYTES = 256 * 2**20  # as in triton.testing.do_bench; larger than any GPU's L2
+MAX_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ def measure_in_turns(
     max_rounds: int,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> list[Timing]:
-    """Times every call once per round, in a new order each round.
+    """Times every call in each round, in a new order each round.
 
     A machine that slows down for a while slows every call alike, so ratios keep their meaning
-    where absolute times drift. The first round warms up and is not counted.
+    where absolute times drift. A round times a call that is k times faster than the slowest k
+    times, and at most ``MAX_REPEATS``. The first run of each call warms up and is not counted.
 
     Args:
         calls: what to time.
@@ -106,8 +108,8 @@ def measure_in_turns(
     # A collection in the middle of a measurement would be charged to whoever ran then (as timeit).
     gc.disable()
     try:
-        for call in calls:
-            clock.seconds(call)
+        warm = [clock.seconds(call) for call in calls]
+        repeats = [min(MAX_REPEATS, max(1, int(max(warm) / max(w, 1e-9)))) for w in warm]
         start = time.perf_counter()
         for done in range(max_rounds):
             elapsed = time.perf_counter() - start
@@ -116,7 +118,7 @@ def measure_in_turns(
             on_round(min(1.0, max(elapsed / seconds, done / max_rounds)))
             shuffle(order)
             for index in order:
-                samples[index].append(clock.seconds(calls[index]))
+                samples[index] += [clock.seconds(calls[index]) for _ in range(repeats[index])]
     finally:
         if collecting:
             gc.enable()
