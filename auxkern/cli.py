@@ -1,0 +1,36 @@
+"""The console command ``auxkern``: the same names as ``python -m auxkern.NAME``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "bench": ("auxkern.bench.__main__", "time the operators against eager, torch.compile and peers"),
+    "env": ("auxkern.env", "print versions, backends and why each was chosen"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: auxkern COMMAND [OPTIONS]", "", *lines, "", "auxkern COMMAND --help says more."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 for an unknown command."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
+        if arguments:
+            print(f"auxkern: there is no command {arguments[0]!r}\n", file=sys.stderr)
+        print(_usage(), file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    return int(module.main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""What a bug report needs: ``python -m auxkern.env``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import auxkern
+from auxkern.ops import registry
+
+_PACKAGES = ("triton", "transformers", "safetensors", "numpy", "liger-kernel", "cut-cross-entropy")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_name() -> str:
+    """The processor's model name as the system gives it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _devices() -> Iterator[torch.device]:
+    yield torch.device("cpu")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            yield torch.device("cuda", index)
+
+
+def describe() -> str:
+    """Versions, devices, and which backend runs where and why, as text."""
+    lines = [
+        f"auxkern {auxkern.__version__}",
+        f"python {platform.python_version()} on {platform.platform()}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
+        f"cpu {cpu_name()}",
+    ]
+    lines += [f"{package} {_version(package)}" for package in _PACKAGES]
+    lines += [
+        f"{device} {torch.cuda.get_device_name(device)}" for device in _devices() if device.type == "cuda"
+    ]
+    reason = registry.refusal("cpu", torch.device("cpu"), (torch.float32,))
+    if reason is None:
+        native = registry.load("cpu")
+        lines.append(f"native kernels: {native.isa}, {native.threading}, {native.path}")
+    else:
+        lines.append(f"native kernels: {reason}")
+    lines.append("")
+    for device in _devices():
+        for dtypes in ((torch.float32,), (torch.float16, torch.float32), (torch.float64,)):
+            lines.append(str(registry.explain(device, *dtypes)))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print ``describe()``; takes no options."""
+    argparse.ArgumentParser(prog="auxkern env", description=__doc__).parse_args(argv)
+    print(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

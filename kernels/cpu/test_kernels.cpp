@@ -1,0 +1,179 @@
+// The kernels against the formula in float64, for every instruction set of this CPU: random and
+// hard logits, each dtype, both ways of making the gradient, outputs poisoned with NaN.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "auxkern.h"
+
+namespace {
+
+int failures = 0;
+
+void check(bool ok, const char *what, int isa, double got, double want) {
+    if (ok) return;
+    std::printf("FAIL %s (isa %d): got %.9g, want %.9g\n", what, isa, got, want);
+    ++failures;
+}
+
+uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_bf16(uint16_t h) {
+    const uint32_t bits = uint32_t(h) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+struct Expected {
+    double nll, row_max, log_sum;
+    std::vector<double> p;
+};
+
+Expected softmax(const std::vector<double> &z, int64_t y) {
+    double m = z[0], s = 0;
+    for (double x : z) m = std::max(m, x);
+    Expected e;
+    for (double x : z) s += std::exp(x - m);
+    for (double x : z) e.p.push_back(std::exp(x - m) / s);
+    e.row_max = m;
+    e.log_sum = std::log(s);
+    e.nll = m - z[y] + e.log_sum;
+    return e;
+}
+
+bool near(double got, double want, double tolerance) {
+    return std::fabs(got - want) <= tolerance * std::max(1.0, std::fabs(want));
+}
+
+// Two terms, float32 and bfloat16, the second with a scale; V crosses a tile by one.
+void random_rows(int32_t isa, int32_t threads, int64_t V) {
+    constexpr int64_t N = 5;
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    std::vector<float> lm(N * V), aux(N * V);
+    std::vector<uint16_t> aux_bits(N * V);
+    for (float &x : lm) x = 4 * normal(random);
+    for (int64_t i = 0; i < N * V; ++i) {
+        aux_bits[i] = to_bf16(normal(random));
+        aux[i] = from_bf16(aux_bits[i]);
+    }
+    const std::vector<int64_t> target = {0, V - 1, V / 2, -100, V / 3};
+    const float scale = 0.5f;
+    const auxkern_term terms[2] = {{lm.data(), V, N, 0, V, 1, AUXKERN_F32, 1, 0},
+                                   {aux_bits.data(), V, N, 0, V, 1, AUXKERN_BF16, scale, 0}};
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    std::vector<float> nll(N, nan), row_max(N, nan), log_sum(N, nan), weight(N, 0.25f);
+    std::vector<uint16_t> fused(N * V, 0x7fc0), apart(N * V, 0x7fc0);
+    void *fused_gradients[2] = {nullptr, fused.data()}, *apart_gradients[2] = {nullptr, apart.data()};
+    const auxkern_gradient request = {weight.data(), 0, 0, fused_gradients};
+    const auxkern_execution execution = {threads, isa, nullptr};
+    int32_t status =
+        auxkern_cross_entropy_forward(terms, 2, target.data(), N, V, -100, nll.data(), row_max.data(), log_sum.data(),
+                                      nullptr, nullptr, nullptr, &request, &execution);
+    check(status == AUXKERN_OK, "forward status", isa, status, 0);
+
+    std::vector<float> a(N), c(N, 0.0f), at_target(N);
+    for (int64_t n = 0; n < N; ++n) {
+        const bool ignored = target[n] == -100;
+        a[n] = ignored ? 0 : weight[n] * std::exp(-log_sum[n]);
+        at_target[n] = ignored ? 0 : weight[n] * std::expm1(-nll[n]);
+    }
+    status = auxkern_cross_entropy_backward(terms, 2, target.data(), N, V, row_max.data(), a.data(), c.data(),
+                                            at_target.data(), apart_gradients, &execution);
+    check(status == AUXKERN_OK, "backward status", isa, status, 0);
+
+    for (int64_t n = 0; n < N; ++n) {
+        const int64_t y = target[n];
+        std::vector<double> z(V);
+        for (int64_t v = 0; v < V; ++v) z[v] = double(lm[n * V + v]) + scale * double(aux[n * V + v]);
+        const bool ignored = y == -100;
+        const Expected want = softmax(z, ignored ? 0 : y);
+        check(near(nll[n], ignored ? 0 : want.nll, 1e-6), "nll", isa, nll[n], want.nll);
+        check(near(row_max[n] + log_sum[n], ignored ? 0 : want.row_max + want.log_sum, 1e-6), "lse", isa,
+              row_max[n] + log_sum[n], want.row_max + want.log_sum);
+        for (int64_t v = 0; v < V; ++v) {
+            const double dz = ignored ? 0 : 0.25 * (want.p[v] - (v == y)) * scale;
+            // bfloat16 keeps 8 bits: half of its last place, and float32's noise before the rounding
+            check(std::fabs(from_bf16(fused[n * V + v]) - dz) <= 0.004 * std::fabs(dz) + 1e-9, "fused gradient", isa,
+                  from_bf16(fused[n * V + v]), dz);
+            check(std::fabs(from_bf16(apart[n * V + v]) - dz) <= 0.004 * std::fabs(dz) + 1e-9, "gradient", isa,
+                  from_bf16(apart[n * V + v]), dz);
+        }
+    }
+}
+
+// A target of probability 0.999, a tile of -inf before it, a common offset of 1e4. What is left of
+// the probability must be right to float32's relative precision: the sum of equal terms in one lane
+// drifts by up to half a place per addition, 128 of them in the narrowest vectors.
+void hard_row(int32_t isa) {
+    constexpr int64_t V = 2500;
+    constexpr double tolerance = 2e-6;
+    const float infinity = std::numeric_limits<float>::infinity();
+    std::vector<float> x(V, 1e4f);
+    for (int64_t v = 0; v < 1100; ++v) x[v] = -infinity;
+    x[2000] = 1e4f + 14.25f;
+    std::vector<double> z(x.begin(), x.end());
+    const int64_t y = 2000;
+    const auxkern_term term = {x.data(), V, 1, 0, V, 1, AUXKERN_F32, 1, 0};
+    float nll = NAN, row_max = NAN, log_sum = NAN, smooth = NAN, term_nll = NAN, weight = 1;
+    int64_t argmax = -7;
+    std::vector<float> gradient(V, NAN);
+    void *gradients[1] = {gradient.data()};
+    const auxkern_gradient request = {&weight, 0, 0, gradients};
+    const auxkern_execution execution = {1, isa, nullptr};
+    auxkern_cross_entropy_forward(&term, 1, &y, 1, V, -100, &nll, &row_max, &log_sum, &smooth, &argmax, &term_nll,
+                                  &request, &execution);
+    double rest = 0;
+    for (int64_t v = 1100; v < V; ++v) rest += v == y ? 0 : std::exp(z[v] - z[y]);
+    const double want = std::log1p(rest);
+    check(std::fabs(nll - want) <= tolerance * want, "confident nll", isa, nll, want);
+    check(std::fabs(term_nll - want) <= tolerance * want, "confident term nll", isa, term_nll, want);
+    check(argmax == y, "argmax", isa, double(argmax), double(y));
+    check(std::isinf(smooth), "smooth over -inf", isa, smooth, infinity);
+    const double at_target = -rest / (1 + rest);
+    check(std::fabs(gradient[y] - at_target) <= tolerance * -at_target, "gradient at target", isa, gradient[y], at_target);
+    check(gradient[0] == 0, "gradient of -inf", isa, gradient[0], 0);
+}
+
+void refusals() {
+    const float x[2] = {0, 0};
+    const int64_t y = 0;
+    float row[3];
+    const auxkern_execution execution = {1, AUXKERN_ISA_BEST, nullptr};
+    auxkern_term term = {x, 2, 1, 0, 2, 1, AUXKERN_F32, 1, 0};
+    auto forward = [&](const auxkern_term &t, int64_t V, const auxkern_execution &e) {
+        return auxkern_cross_entropy_forward(&t, 1, &y, 1, V, -100, row, row + 1, row + 2, nullptr, nullptr, nullptr,
+                                             nullptr, &e);
+    };
+    check(forward(term, 2, execution) == AUXKERN_OK, "accepted", 0, 0, 0);
+    check(forward(term, 3, execution) == AUXKERN_BAD_ARGUMENT, "V beyond the width", 0, 0, 1);
+    check(forward(term, 0, execution) == AUXKERN_BAD_ARGUMENT, "V of 0", 0, 0, 1);
+    check(forward(term, 2, {0, AUXKERN_ISA_BEST, nullptr}) == AUXKERN_BAD_ARGUMENT, "no threads", 0, 0, 1);
+    check(forward(term, 2, {1, 99, nullptr}) == AUXKERN_UNSUPPORTED_ISA, "unknown isa", 0, 0, 2);
+    term.dtype = 17;
+    check(forward(term, 2, execution) == AUXKERN_BAD_ARGUMENT, "unknown dtype", 0, 0, 1);
+}
+
+}  // namespace
+
+int main() {
+    check(auxkern_abi_version() == AUXKERN_ABI_VERSION, "ABI version", 0, auxkern_abi_version(), AUXKERN_ABI_VERSION);
+    int tested = 0;
+    for (int32_t isa : {AUXKERN_ISA_GENERIC, AUXKERN_ISA_AVX2, AUXKERN_ISA_AVX512}) {
+        if (!auxkern_has_isa(isa)) continue;
+        ++tested;
+        for (int64_t V : {1, 2, 15, 17, 1023, 1024, 1025, 5003}) random_rows(isa, V > 1000 ? 3 : 1, V);
+        hard_row(isa);
+    }
+    refusals();
+    std::printf("%d instruction sets, %d failures\n", tested, failures);
+    return failures == 0 ? 0 : 1;
+}
