@@ -5,7 +5,6 @@ Shapes: N rows (leading dimensions flattened), V vocabulary, T positions, B sequ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +44,7 @@ class Logits:
             raise TypeError(f"Logits.values must be a torch.Tensor, got {type(self.values).__name__}")
         if self.values.dtype not in FLOAT_DTYPES:
             raise TypeError(
-                f"Logits.values has dtype {self.values.dtype}; "
-                "use float16, bfloat16, float32 or float64"
+                f"Logits.values has dtype {self.values.dtype}; use float16, bfloat16, float32 or float64"
             )
         if self.values.layout != torch.strided:
             raise TypeError(
@@ -60,6 +58,8 @@ class Logits:
             softcap = _number("Logits.softcap", self.softcap)
             if softcap <= 0:
                 raise ValueError(f"Logits.softcap is {softcap}; it must be positive, or None for no cap")
+            if softcap < torch.finfo(torch.float32).tiny:
+                raise ValueError(f"Logits.softcap is {softcap}, which float32 arithmetic takes for no cap")
             object.__setattr__(self, "softcap", softcap)
 
 
@@ -72,8 +72,9 @@ def _number(name: str, value: Any) -> float:
         )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; it must be finite")
+    largest = torch.finfo(torch.float32).max
+    if not -largest <= value <= largest:
+        raise ValueError(f"{name} is {value}; it must be finite in float32, at most {largest:.2e}")
     return float(value)
 
 
@@ -90,9 +91,7 @@ def as_terms(terms: Any) -> list[Logits]:
     if isinstance(terms, (Tensor, Logits)):
         terms = [terms]
     if not isinstance(terms, Sequence) or isinstance(terms, (str, bytes)):
-        raise TypeError(
-            f"terms must be a sequence of auxkern.Logits or tensors, got {type(terms).__name__}"
-        )
+        raise TypeError(f"terms must be a sequence of auxkern.Logits or tensors, got {type(terms).__name__}")
     if not 1 <= len(terms) <= MAX_TERMS:
         raise ValueError(f"terms has {len(terms)} entries; a sum has 1 to {MAX_TERMS} terms")
     listed = []

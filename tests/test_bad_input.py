@@ -93,6 +93,21 @@ def refusals() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
             TypeError,
             "softcap is a tensor.*float",
         ),
+        "scale beyond float32": (
+            lambda: auxkern.Logits(Z, scale=-1e39),
+            ValueError,
+            "scale is -1e.39.*finite in float32",
+        ),
+        "softcap beyond float32": (
+            lambda: auxkern.Logits(Z, softcap=1e300),
+            ValueError,
+            "softcap is 1e.300.*finite in float32",
+        ),
+        "softcap below float32": (
+            lambda: auxkern.Logits(Z, softcap=1e-40),
+            ValueError,
+            "softcap is 1e-40.*no cap",
+        ),
         # target
         "target is a list": (
             lambda: call(target=[1, 2, 3, 4]),

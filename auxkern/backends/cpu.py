@@ -184,13 +184,18 @@ class Cpu:
     ) -> Rows:
         N = target.shape[0]
         smooth, stats = N if want_smooth else 0, N if want_stats else 0
+
+        def row(*shape: int) -> Tensor:
+            # Said in full: the program's default dtype and device may be others.
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
+
         rows = Rows(
-            nll=torch.empty(N),
-            row_max=torch.empty(N),
-            log_sum=torch.empty(N),
-            smooth=torch.empty(smooth),
+            nll=row(N),
+            row_max=row(N),
+            log_sum=row(N),
+            smooth=row(smooth),
             argmax=target.new_empty(stats),
-            term_nll=torch.empty((len(values) if stats else 0, stats)),
+            term_nll=row(len(values) if stats else 0, stats),
         )
         status = self._library.auxkern_cross_entropy_forward(
             terms,
@@ -251,7 +256,7 @@ def _terms(values: list[Tensor], scales: list[float], softcaps: list[float]) -> 
 
 def _gradients(values: list[Tensor], wanted: list[int]) -> tuple[list[Tensor], ctypes.Array[c_void_p]]:
     """Uninitialised gradients of the wanted terms, and a pointer for every term (null: not wanted)."""
-    gradients = [torch.empty(values[i].shape, dtype=values[i].dtype) for i in wanted]
+    gradients = [torch.empty(values[i].shape, dtype=values[i].dtype, device="cpu") for i in wanted]
     pointers = (c_void_p * len(values))()
     for i, gradient in zip(wanted, gradients, strict=True):
         pointers[i] = gradient.data_ptr()

@@ -13,9 +13,7 @@ from torch import Tensor
 from auxkern.ops.registry import Rows
 
 
-def _contributions(
-    values: list[Tensor], scales: list[float], softcaps: list[float], V: int
-) -> list[Tensor]:
+def _contributions(values: list[Tensor], scales: list[float], softcaps: list[float], V: int) -> list[Tensor]:
     """Each term's share of z: I tensors (N, V) in float32 or float64."""
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
     shares = []
@@ -57,14 +55,13 @@ class Reference:
 
         row_max = z.amax(-1)
         log_sum = torch.logsumexp(z - row_max[:, None], dim=-1)
-        empty = z.new_empty(0)
         return Rows(
             nll=rows(_nll(z, y)),
             row_max=rows(row_max),
             log_sum=rows(log_sum),
-            smooth=rows(-torch.log_softmax(z, dim=-1).mean(-1)) if want_smooth else empty,
-            argmax=z.argmax(-1).masked_fill(ignored, -1) if want_stats else empty.long(),
-            term_nll=torch.stack([rows(_nll(s, y)) for s in shares]) if want_stats else empty[None, :0],
+            smooth=rows(-torch.log_softmax(z, dim=-1).mean(-1)) if want_smooth else z.new_empty(0),
+            argmax=z.argmax(-1).masked_fill(ignored, -1) if want_stats else target.new_empty(0),
+            term_nll=torch.stack([rows(_nll(s, y)) for s in shares]) if want_stats else z.new_empty(0, 0),
         )
 
     def cross_entropy_backward(

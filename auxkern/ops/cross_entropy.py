@@ -45,7 +45,7 @@ class _Problem(NamedTuple):
     target: Tensor  # (N,) int64, shifted if asked
     token_weight: Tensor | None  # (N,) float32 or float64, shifted if asked
     shape: torch.Size  # of the target as given
-    vocab_size: int
+    vocab_size: int | None  # checked; None for all ids
     backend: str
 
 
@@ -211,9 +211,24 @@ def _check(
         target=rows.reshape(-1).contiguous(),
         token_weight=None if weight is None else weight.reshape(-1),
         shape=shape,
-        vocab_size=_vocabulary(terms, vocab_size),
-        backend=registry.choose(backend, device, tuple(t.values.dtype for t in terms)),
+        vocab_size=_checked_vocabulary(terms, vocab_size),
+        backend=_chosen(backend, [t.values for t in terms]),
     )
+
+
+def _chosen(backend: str | None, values: list[Tensor]) -> str:
+    """The name of the backend to run; under torch.compile the name as asked for, "" for any.
+
+    A graph holds no imports: the operators in it choose when they run.
+    """
+    if torch.compiler.is_compiling():
+        return backend or ""
+    return registry.choose(backend, values[0].device, tuple(v.dtype for v in values))
+
+
+def _loaded(backend: str, values: list[Tensor]) -> Any:
+    name = registry.choose(backend or None, values[0].device, tuple(v.dtype for v in values))
+    return registry.load(name)
 
 
 def _checked_weight(token_weight: Any, target: Tensor, terms: list[Logits]) -> Tensor | None:
@@ -228,7 +243,9 @@ def _checked_weight(token_weight: Any, target: Tensor, terms: list[Logits]) -> T
             "give each target one weight"
         )
     if token_weight.device != target.device:
-        raise ValueError(f"token_weight is on {token_weight.device} but target is on {target.device}; move it there")
+        raise ValueError(
+            f"token_weight is on {token_weight.device} but target is on {target.device}; move it there"
+        )
     return token_weight.to(_row_dtype([t.values for t in terms]))
 
 
@@ -237,7 +254,7 @@ def _shifted(rows: Tensor, fill: float) -> Tensor:
     return torch.cat([rows[..., 1:], torch.full_like(rows[..., :1], fill)], dim=-1)
 
 
-def _vocabulary(terms: list[Logits], vocab_size: int | None) -> int:
+def _checked_vocabulary(terms: list[Logits], vocab_size: int | None) -> int | None:
     sizes = [term.values.shape[-1] for term in terms]
     if vocab_size is None:
         for index, size in enumerate(sizes):
@@ -246,18 +263,23 @@ def _vocabulary(terms: list[Logits], vocab_size: int | None) -> int:
                     f"terms[{index}].values has {size} ids but terms[0].values has {sizes[0]}; pass "
                     f"vocab_size={min(sizes)} to use the shared ids only"
                 )
-        vocab_size = sizes[0]
     elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    if vocab_size < 1:
-        raise ValueError(f"the vocabulary has {vocab_size} ids; there must be at least 1")
+    V = sizes[0] if vocab_size is None else vocab_size
+    if V < 1:
+        raise ValueError(f"the vocabulary has {V} ids; there must be at least 1")
     for index, size in enumerate(sizes):
-        if vocab_size > size:
+        if size < V:
             raise ValueError(
-                f"vocab_size is {vocab_size} but terms[{index}].values has {size} ids; "
+                f"vocab_size is {V} but terms[{index}].values has {size} ids; "
                 f"pass vocab_size={min(sizes)} or less"
             )
     return vocab_size
+
+
+def _vocabulary(values: Sequence[Tensor], vocab_size: int | None) -> int:
+    """V, read off the values where it is used: torch.compile does not carry open sizes to a backward."""
+    return values[0].shape[-1] if vocab_size is None else vocab_size
 
 
 def _weighting(
@@ -307,8 +329,9 @@ def _rows(
         return _CrossEntropyRows.apply(
             problem.target, expected, *settings, want_stats, problem.backend, *values
         )
+    formula = (scales, softcaps, _vocabulary(values, problem.vocab_size), ignore_index)
     nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
-        values, problem.target, *settings[:4], label_smoothing > 0, want_stats, problem.backend
+        values, problem.target, *formula, label_smoothing > 0, want_stats, problem.backend
     )
     lse = row_max + log_sum
     return _row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
@@ -344,13 +367,13 @@ class _CrossEntropyRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         target: Tensor,
         expected: Tensor | None,
         scales: list[float],
         softcaps: list[float],
-        vocab_size: int,
+        vocab_size: int | None,
         ignore_index: int,
         label_smoothing: float,
         z_loss: float,
@@ -360,18 +383,19 @@ class _CrossEntropyRows(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         needed = [i for i in range(len(values)) if ctx.needs_input_grad[len(_SETTINGS) + i]]
         # Terms that see the same dz share one gradient tensor, as the two sides of a sum do.
-        keys = {i: _gradient_key(i, values[i], scales[i], softcaps[i]) for i in needed}
-        first = {key: i for i, key in reversed(keys.items())}
-        ctx.sources = {i: first[key] for i, key in keys.items()}
+        ctx.sources = {
+            i: next(j for j in needed if _same_gradient(values, scales, softcaps, i, j)) for i in needed
+        }
         ctx.settings = (scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend)
         ctx.expected, ctx.ready = expected, None
+        formula = (scales, softcaps, _vocabulary(values, vocab_size), ignore_index)
         if expected is None:
             rows = torch.ops.auxkern.cross_entropy_forward(
-                values, target, *ctx.settings[:4], label_smoothing > 0, want_stats, backend
+                values, target, *formula, label_smoothing > 0, want_stats, backend
             )
         else:
             *rows, ctx.ready = torch.ops.auxkern.cross_entropy_forward_gradient(
-                values, target, expected, *ctx.settings[:6], want_stats, _wanted(ctx), backend
+                values, target, expected, *formula, label_smoothing, z_loss, want_stats, _wanted(ctx), backend
             )
         nll, row_max, log_sum, smooth, argmax, term_nll = rows
         lse = row_max + log_sum
@@ -383,7 +407,7 @@ class _CrossEntropyRows(torch.autograd.Function):
         return row, nll, lse, argmax, term_nll
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _CrossEntropyRows._gradients(ctx, g)
         # torch.compile refuses second derivatives itself, and traces this under enabled gradients.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -399,9 +423,10 @@ class _CrossEntropyRows(torch.autograd.Function):
         gradients, ctx.ready = ctx.ready, None
         if gradients is None or not torch.equal(g, ctx.expected):
             scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend = ctx.settings
+            V = _vocabulary(values, vocab_size)
             z_slope = 2 * z_loss * (row_max + log_sum)
             total = g * (1 + z_slope)
-            constant = g * (label_smoothing / vocab_size)
+            constant = g * (label_smoothing / V)
             at_target = g * (1 - label_smoothing) * torch.expm1(-nll) - constant
             at_target = at_target + g * (label_smoothing + z_slope) * torch.exp(-nll)
             counts = target != ignore_index
@@ -413,7 +438,7 @@ class _CrossEntropyRows(torch.autograd.Function):
                 *(torch.where(counts, c, 0.0) for c in coefficients),
                 scales,
                 softcaps,
-                vocab_size,
+                V,
                 wanted,
                 backend,
             )
@@ -431,11 +456,11 @@ class _OnceDifferentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *values: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gradient: Tensor, *values: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
         raise RuntimeError(
             "auxkern.cross_entropy has no second derivatives; for a penalty on its gradient use "
             "torch.nn.functional.cross_entropy on the sum of the terms"
@@ -462,9 +487,19 @@ def _wanted(ctx: Any) -> list[int]:
     return sorted(set(ctx.sources.values()))
 
 
-def _gradient_key(index: int, values: Tensor, scale: float, softcap: float) -> tuple[Any, ...]:
-    """Equal for terms whose gradients are equal: a softcap's depends on its own values."""
-    return (values.dtype, values.shape[-1], scale, index if softcap else None)
+def _same_gradient(
+    values: Sequence[Tensor], scales: list[float], softcaps: list[float], i: int, j: int
+) -> bool:
+    """Whether two terms have equal gradients: a softcap's depends on the term's own values.
+
+    Sizes are compared, not hashed: a dictionary key would fix a size that torch.compile left open.
+    """
+    return i == j or (
+        softcaps[i] == softcaps[j] == 0
+        and scales[i] == scales[j]
+        and values[i].dtype == values[j].dtype
+        and values[i].shape[-1] == values[j].shape[-1]
+    )
 
 
 def _row_dtype(values: Sequence[Tensor]) -> torch.dtype:
@@ -545,7 +580,7 @@ def _cross_entropy_forward(
         _check_target_range(target, vocab_size, ignore_index)
     rows = [_as_rows(i, v) for i, v in enumerate(values)]
     return (
-        registry.load(backend)
+        _loaded(backend, values)
         .cross_entropy_forward(
             rows, target, scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats
         )
@@ -602,7 +637,7 @@ def _cross_entropy_forward_gradient(
     if target.device.type == "cpu":
         _check_target_range(target, vocab_size, ignore_index)
     views = [_as_rows(i, v) for i, v in enumerate(values)]
-    rows, gradients = registry.load(backend).cross_entropy_forward_gradient(
+    rows, gradients = _loaded(backend, values).cross_entropy_forward_gradient(
         views,
         target,
         row_weight,
@@ -657,8 +692,17 @@ def _cross_entropy_backward(
     if target.numel() == 0:
         return _empty_like(values, wanted)
     rows = [_as_rows(i, v) for i, v in enumerate(values)]
-    gradients = registry.load(backend).cross_entropy_backward(
-        rows, target, row_max, exp_coefficient, constant, target_gradient, scales, softcaps, vocab_size, wanted
+    gradients = _loaded(backend, values).cross_entropy_backward(
+        rows,
+        target,
+        row_max,
+        exp_coefficient,
+        constant,
+        target_gradient,
+        scales,
+        softcaps,
+        vocab_size,
+        wanted,
     )
     return [g.view(values[i].shape) for i, g in zip(wanted, gradients, strict=True)]
 

@@ -203,11 +203,8 @@ def explain(device: torch.device | str, *dtypes: torch.dtype) -> Explanation:
     raise RuntimeError(f"no backend can run on {device}: {refusals}")
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     """The name of the backend to run: the one asked for, or the first that can.
-
-    ``torch.compile`` asks once, while it traces.
 
     Raises:
         ValueError: there is no backend of that name.
