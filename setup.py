@@ -22,9 +22,12 @@ class BuildNative(build_ext):
     def run(self) -> None:
         build = ROOT / self.build_temp
         build.mkdir(parents=True, exist_ok=True)
-        subprocess.check_call(
-            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
-        )
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+        ninja = shutil.which("ninja")
+        if ninja:
+            # A build folder outlives the isolated environment whose ninja it remembers.
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(build), "--target", "auxkern"])
         in_place = self.inplace or self.editable_mode
         folder = (ROOT if in_place else Path(self.build_lib).resolve()) / PACKAGE

@@ -51,23 +51,14 @@ vf load_columns(const typename T::scalar *p, int64_t stride, int64_t count) {
     return load(lanes);
 }
 
-// Tiles of several terms are read in turn, each for one page at a time, which hardware prefetchers
-// do not follow. Prefetching past the end of the tensor is harmless.
-template <class S>
-void prefetch_next_tile(const S *p) {
-    for (int64_t i = 0; i < TILE; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + TILE + i);
-}
-
 template <bool ADD, class T, class F>
 void read_values(Tile &tile, const typename T::scalar *p, int64_t stride, int64_t count, F share) {
     int64_t i = 0;
-    if (stride == 1) {
-        prefetch_next_tile(p);
+    if (stride == 1)
         for (; i + LANES <= count; i += LANES) {
             const vf x = share(T::load(p + i));
             store(tile.z + i, ADD ? load(tile.z + i) + x : x);
         }
-    }
     for (; i < count; i += LANES) {
         const vf x = share(load_columns<T>(p + i * stride, stride, count - i));
         store(tile.z + i, ADD ? load(tile.z + i) + x : x);
@@ -102,12 +93,34 @@ bool is_plain(const auxkern_term &term) {
 template <class T>
 void read_pair(Tile &tile, const auxkern_term &a, const auxkern_term &b, int64_t row, int64_t column, int64_t count) {
     const auto *p = row_start<T>(a, row) + column, *q = row_start<T>(b, row) + column;
-    prefetch_next_tile(p);
-    prefetch_next_tile(q);
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) store(tile.z + i, T::load(p + i) + T::load(q + i));
     if (i < count) store(tile.z + i, load_columns<T>(p + i, 1, count - i) + load_columns<T>(q + i, 1, count - i));
 }
+
+// The terms' next tile, fetched bit by bit while this one is worked on: tiles of several terms are
+// read in turn, each for a page at a time, which hardware prefetchers do not follow.
+struct Ahead {
+    const char *next[AUXKERN_MAX_TERMS];
+    int64_t size[AUXKERN_MAX_TERMS];
+    int32_t n = 0;
+
+    Ahead(const auxkern_term *terms, int32_t n_terms, int64_t row, int64_t column) {
+        for (int32_t i = 0; i < n_terms; ++i) {
+            const auxkern_term &term = terms[i];
+            if (term.stride_column != 1) continue;
+            const int64_t start = (row / term.inner) * term.stride_outer + (row % term.inner) * term.stride_inner;
+            size[n] = term.dtype == AUXKERN_F32 ? 4 : 2;
+            next[n] = static_cast<const char *>(term.values) + (start + column + TILE) * size[n];
+            ++n;
+        }
+    }
+
+    // Past the end of a tensor this does nothing.
+    void fetch(int64_t i) const {
+        for (int32_t k = 0; k < n; ++k) __builtin_prefetch(next[k] + i * size[k]);
+    }
+};
 
 void read_sum(Tile &tile, const auxkern_term *terms, int32_t n_terms, int64_t row, int64_t column, int64_t count) {
     int32_t next = 1;
@@ -165,7 +178,8 @@ struct Row {
     }
 
     // Destroys the target's entry in the tile; `saved`, unless null, receives the exponentials.
-    void add(Tile &tile, int64_t count, int64_t column, int64_t target, bool want_spread, float *saved) {
+    void add(Tile &tile, int64_t count, int64_t column, int64_t target, bool want_spread, float *saved,
+             const Ahead *ahead) {
         pad(tile, count, -INFINITY);
         raise_max(tile, count, column);
         if (want_spread) add_spread(tile, count);
@@ -178,6 +192,10 @@ struct Row {
         float *e = saved ? saved : tile.z;
         int64_t i = 0;
         for (; i + LANES < count; i += 2 * LANES) {
+            if (ahead) {
+                ahead->fetch(i);
+                ahead->fetch(i + LANES);
+            }
             const vf low = vexp(load(tile.z + i) - m), high = vexp(load(tile.z + i + LANES) - m);
             store(e + i, low);
             store(e + i + LANES, high);
@@ -297,7 +315,11 @@ void gradient_row(const GradientTask &task, int64_t row, int64_t y, Coefficients
     for (int64_t column = 0; column < V; column += TILE) {
         const int64_t count = V - column < TILE ? V - column : TILE;
         read_sum(tile, task.terms, task.n_terms, row, column, count);
-        for (int64_t i = 0; i < count; i += LANES) store(tile.z + i, vexp(load(tile.z + i) - m));
+        const Ahead ahead(task.terms, task.n_terms, row, column);
+        for (int64_t i = 0; i < count; i += LANES) {
+            ahead.fetch(i);
+            store(tile.z + i, vexp(load(tile.z + i) - m));
+        }
         write_gradients(task, {tile.z, k.a, k.c, k.at_target, inside(y, column, count)}, row, column, count);
     }
 }
@@ -348,12 +370,13 @@ void forward_row(const ForwardTask &task, int64_t row, float *scratch) {
     for (int64_t column = 0; column < V; column += TILE) {
         const int64_t count = V - column < TILE ? V - column : TILE;
         read_sum(tile, task.terms, task.n_terms, row, column, count);
-        sum.add(tile, count, column, y, task.smooth != nullptr, scratch ? saved.exponentials + column : nullptr);
+        const Ahead ahead(task.terms, task.n_terms, row, column);
+        sum.add(tile, count, column, y, task.smooth != nullptr, scratch ? saved.exponentials + column : nullptr, &ahead);
         if (scratch) saved.tile_max[column / TILE] = sum.max;
         if (!task.term_nll) continue;
         for (int32_t i = 0; i < task.n_terms; ++i) {  // the values are in the cache by now
             read_term<false>(share, task.terms[i], row, column, count);
-            alone[i].add(share, count, column, y, false, nullptr);
+            alone[i].add(share, count, column, y, false, nullptr, nullptr);
         }
     }
     task.nll[row] = float(sum.nll());

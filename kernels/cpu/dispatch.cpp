@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "cross_entropy.h"
@@ -135,13 +136,15 @@ int32_t check(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V, 
 int32_t resolve(int32_t isa) { return isa == AUXKERN_ISA_BEST ? best_isa() : isa; }
 
 // A gradient of the size of the logits is fresh memory. In 4 KiB pages its page faults cost more
-// than the kernel; asking for large ones is a hint that systems may ignore.
+// than the kernel; asking for large ones is a hint that systems may ignore. The hint begins at the
+// page that holds the start, because allocators put a header there and align the mapping.
 void prefer_large_pages(void *start, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t LARGE = uintptr_t(1) << 21;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(start) + LARGE - 1) & ~(LARGE - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) & ~(LARGE - 1);
-    if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+    constexpr int64_t WORTH_IT = int64_t(4) << 20;
+    if (bytes < WORTH_IT) return;
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(start);
+    const uintptr_t begin = at / page * page, end = (at + uintptr_t(bytes)) / page * page;
+    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)start;
     (void)bytes;
