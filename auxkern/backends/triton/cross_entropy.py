@@ -8,8 +8,8 @@ Few rows are split over programs, whose partial results a second kernel combines
 Backward: one pass, each gradient written once.
 """
 
-# A kernel builds tuples entry by entry, which mypy takes for one of fixed length.
-# mypy: disable-error-code="assignment"
+# Triton's language is not Python's: kernels have no annotations and build tuples entry by entry.
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 import triton
 import triton.language as tl
@@ -153,7 +153,7 @@ def _nll(softmax, target):
     on_top = target >= softmax[0]
     # Where the target is not on top, the others hold at least the 1 of the largest.
     excess = tl.where(on_top, others, (others - 1.0) + tl.exp(target - largest))
-    log_sum = log1p(excess)
+    log_sum = log1p(tl.where(largest < float("inf"), excess, float("nan")))
     nll = tl.where(on_top, log_sum, (largest - target) + log_sum)
     return nll, largest, log_sum
 

@@ -98,7 +98,7 @@ def _forward_cases(model: str) -> Iterator[Case]:
         ("smooth, stats", {"smooth": True, "stats": True}),
     ):
         for dtypes in ((_B, _B), (_H, _F)):
-            launch = _forward_launches(model, _ROWS, dtypes, **options)[0]  # type: ignore[arg-type]
+            launch = _forward_launches(model, _ROWS, dtypes, **options)[0]
             yield Case(f"{_named(dtypes)}, {label}", model, _ROWS, launch)
 
 

@@ -1,0 +1,1 @@
+"""``python -m auxkern.inspect``: what the compiler made of every Triton kernel; needs no GPU."""

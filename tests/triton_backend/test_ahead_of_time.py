@@ -1,0 +1,146 @@
+"""What the compiler makes of every registered kernel, for GPUs that are not there."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+import auxkern.backends.triton as package  # noqa: E402
+from auxkern.backends.triton import kernels, plans  # noqa: E402
+from auxkern.inspect import assembly  # noqa: E402
+from auxkern.inspect.targets import TARGETS  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(plans.forward_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: nothing is compiled"
+)
+
+
+def _cases(kernel: kernels.Kernel) -> Iterator[tuple[str, kernels.Case]]:
+    """Every case for one GPU, a few for the other two."""
+    for case in kernel.cases("GPT-2"):
+        yield "sm_90", case
+        if case.label in ("fp16", "fp32+fp32", "bf16+fp32"):
+            yield "sm_80", case
+            yield "sm_100", case
+
+
+def _parameters() -> list[Any]:
+    return [
+        pytest.param(target, kernel, case, id=f"{target}-{kernel.name}-{case.label}")
+        for kernel in kernels.KERNELS
+        for target, case in _cases(kernel)
+    ]
+
+
+def _compiled(target: str, case: kernels.Case) -> Any:
+    gpu = TARGETS[target]
+    return case.launch.compile(GPUTarget(gpu.backend, gpu.arch, gpu.warp))
+
+
+@pytest.mark.parametrize(("target", "kernel", "case"), _parameters())
+def test_default_configuration(target, kernel, case):
+    made = assembly.read(_compiled(target, case))
+    assert made.spill_bytes == 0
+    assert made.shared_bytes <= TARGETS[target].shared_per_program
+    if kernel.vectors:
+        # 50,257 is odd: its rows begin anywhere, and still nothing in the loop is narrow.
+        assert made.loop_instructions > 0
+        assert set(made.load_bytes) == {16}
+        assert set(made.store_bytes) <= {16}
+        assert bool(made.store_bytes) == (kernel.name == "backward_kernel")
+    assert bool(made.tensor_core) == kernel.dot
+
+
+def test_bfloat16_gradients_are_rounded_to_nearest():
+    # The interpreter cuts them off, so that no test of it can tell.
+    case = next(c for c in _named("backward_kernel").cases("GPT-2") if c.label == "bf16+bf16")
+    assert "cvt.rn.bf16x2.f32" in _compiled("sm_90", case).asm["ptx"]
+
+
+def test_forward_keeps_a_row_in_one_program_without_barriers_in_its_loop():
+    for case in _named("forward_kernel").cases("GPT-2"):
+        if "," not in case.label:
+            ttgir = _compiled("sm_90", case).asm["ttgir"]
+            loop = ttgir[ttgir.index("scf.for") : ttgir.index("scf.yield")]
+            assert "convert_layout" not in loop
+
+
+def _named(name: str) -> kernels.Kernel:
+    return next(kernel for kernel in kernels.KERNELS if kernel.name == name)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_one_binary_serves_every_vocabulary(kernel):
+    hashes = [
+        {case.label: _hash(case.launch) for case in kernel.cases(model)} for model in kernels.VOCABULARIES
+    ]
+    assert all(other == hashes[0] for other in hashes)
+
+
+def _hash(launch: Any) -> str:
+    return f"{launch.source().hash()} {launch.num_warps}"
+
+
+def _launches(B: int, T: int, *, few: bool = False) -> list[Any]:
+    """Launches for (B, T, V) logits beside a [:, :-1] view of longer ones."""
+    whole = torch.empty(B, T, 50257, dtype=torch.float16, device="meta").view(1, B * T, 50257)
+    sliced = torch.empty(B, T + 1, 50257, device="meta")[:, :-1]
+    N = B * T
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    row = torch.empty(N, device="meta")
+    settings = ([1.0, 1.0], [0.0, 0.0], 50257)
+    forward = plans.forward([whole, sliced], target, *settings, -100, False, False, 132)[1]
+    gradient = plans.backward([whole, sliced], target, row, row, row, row, *settings, [1], 132)[1]
+    return [*forward, gradient]
+
+
+def test_new_batch_sizes_and_lengths_compile_nothing():
+    seen = {_hash(launch) for launch in _launches(8, 512)}
+    for B, T in ((2, 4096), (16, 128), (7, 331), (3, 1009), (1024, 16), (64, 64)):
+        assert {_hash(launch) for launch in _launches(B, T)} <= seen
+    # Few rows are split over programs; only the kernel that combines them is new.
+    assert {_hash(launch) for launch in _launches(2, 5)} - seen == {_hash(_launches(3, 2)[1])}
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_compiles_what_dispatch_would_compile(kernel):
+    """``Launch.source`` names the types and alignments that Triton's own launcher finds."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    function = kernel.function
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    for case in kernel.cases("GPT-2"):
+        launch = case.launch
+        bound, specialization, options = bind(**launch.arguments, **launch.constants)
+        _, signature, constants, attributes = function._pack_args(backend, {}, bound, specialization, options)
+        source = launch.source()
+        assert source.signature == signature
+        assert source.constants == constants
+        assert source.attrs == {path: value for path, value in attributes.items() if value}
+
+
+def _is_jit(node: ast.expr) -> bool:
+    node = node.func if isinstance(node, ast.Call) else node
+    return isinstance(node, ast.Attribute) and node.attr == "jit"
+
+
+def test_every_entry_point_is_registered():
+    """A jit function that no other jit function calls is a kernel, and must be in ``KERNELS``."""
+    functions, called = set(), set()
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list)):
+                functions.add(node.name)
+                names = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+                called |= {n.id if isinstance(n, ast.Name) else getattr(n, "attr", "") for n in names}
+    assert functions - called == {kernel.name for kernel in kernels.KERNELS}

@@ -1,0 +1,80 @@
+"""Decisions that the Triton backend takes on the host: alignment, splits, refusals. No GPU needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from auxkern.backends.triton import BACKEND, configs, plans
+from auxkern.backends.triton.rows import alignment
+
+H, F = torch.float16, torch.float32
+
+
+def logits(*shape: int, dtype: torch.dtype = F) -> torch.Tensor:
+    """At an address that is a multiple of 16 bytes, as a device's allocator gives them."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_contiguous_terms_are_aligned_together_whatever_their_dtype():
+    cut = alignment([logits(1, 5, 50257), logits(1, 5, 50257, dtype=H)])
+    assert cut.aligned == (True, True)
+    # Cut where the narrower dtype is at a boundary: the wider one then is, too.
+    assert (cut.leader, cut.granule) == (1, 8)
+
+
+def test_a_padded_view_is_not_aligned_with_a_contiguous_term():
+    padded = logits(1, 5, 50304, dtype=H)[..., :50257]
+    assert alignment([padded, logits(1, 5, 50257, dtype=H)]).aligned == (True, False)
+    # The choice falls on the boundaries that serve the most bytes.
+    assert alignment([padded, *[logits(1, 5, 50257, dtype=H)] * 2]).aligned == (False, True, True)
+
+
+def test_rows_split_differently_but_equally_far_from_boundaries_are_aligned():
+    whole, sliced = logits(1, 6, 50257), logits(2, 4, 50257)[:, :-1]
+    assert alignment([whole, sliced]).aligned == (True, False)
+    assert alignment([logits(1, 6, 50304), logits(2, 4, 50304)[:, :-1]]).aligned == (True, True)
+
+
+def test_strided_columns_are_never_aligned():
+    strided = logits(1, 100, 6).transpose(1, 2)
+    assert alignment([strided]).leader == -1
+    assert alignment([strided, logits(1, 6, 100)]).aligned == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles", "expected"), [(1, 25, 25), (1, 1000, 128), (100, 25, 6), (528, 25, 1), (8192, 25, 1)]
+)
+def test_rows_are_split_until_every_multiprocessor_has_its_programs(rows, tiles, expected):
+    config = configs.Config(vectors=2, warps=4, programs=4)
+    assert configs.splits(rows, tiles, multiprocessors=132, config=config) == expected
+
+
+def test_nothing_is_allocated_for_a_frozen_term():
+    values = [logits(1, 4, 129, dtype=H), logits(1, 4, 129)]
+    row = torch.empty(4, device="meta")
+    target = torch.empty(4, dtype=torch.int64, device="meta")
+    settings = ([1.0, 1.0], [0.0, 0.0], 129, [1], 132)
+    gradients, launch = plans.backward(values, target, row, row, row, row, *settings)
+    assert [g.shape for g in gradients] == [(1, 4, 129)]
+    assert len(launch.arguments["gradients"]) == 1
+
+
+def test_refusals_name_the_reason():
+    cpu = torch.device("cpu")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert "TRITON_INTERPRET" in BACKEND.refusal(cpu, [F])
+    assert "reference" in BACKEND.refusal(torch.device("cuda"), [H, torch.float64])
+    assert BACKEND.refusal(torch.device("cuda"), [H, F]) is None
+    assert "mps" in BACKEND.refusal(torch.device("mps"), [F])
+
+
+def test_importing_auxkern_does_not_import_triton():
+    code = "import sys, auxkern; sys.exit('auxkern.backends.triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
