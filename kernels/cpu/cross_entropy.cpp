@@ -339,13 +339,14 @@ void gradient_row(const GradientTask &task, int64_t row, int64_t y, Coefficients
 
 // With g the row's weight, s the smoothing and q the z-loss:
 //     dz[v] = g (1 + 2 q lse) p[v] - g (1 - s) [v = y] - g s / V
-// At the target p - 1 is taken as expm1(-nll), which does not cancel.
+// At the target p is exp(-nll) and p - 1 is expm1(-nll), which does not cancel.
 Coefficients coefficients(const ForwardTask &task, int64_t row, const Row &sum) {
     const double weight = task.gradient->row_weight[row], smoothing = task.gradient->label_smoothing;
     const double log_sum = sum.log_sum();
     const double z_slope = 2 * double(task.gradient->z_loss) * (double(sum.max) + log_sum);
     const double total = weight * (1 + z_slope), c = weight * smoothing / double(task.V);
-    const double at_target = total * expm1(-sum.nll()) + weight * (smoothing + z_slope) - c;
+    const double at_target =
+        weight * ((1 - smoothing) * expm1(-sum.nll()) + (smoothing + z_slope) * exp(-sum.nll())) - c;
     return {sum.max, float(total * exp(-log_sum)), float(c), float(at_target)};
 }
 
