@@ -50,7 +50,7 @@ def plot(run: Run, path: Path) -> None:
     parts = (_INCH_HEAD, sum(heights), _INCH_FOOT)
     figure = Figure(figsize=(_WIDTH, sum(parts)), layout="constrained")
     FigureCanvasAgg(figure)
-    head, body, foot = figure.subfigures(3, 1, height_ratios=parts)
+    head, body, foot = figure.subfigures(3, 1, height_ratios=parts, squeeze=False)[:, 0]
     _head(head, cases)
     grid = body.subplots(len(cases), 2, height_ratios=heights, width_ratios=(3, 2), squeeze=False)
     for case, (time_axes, memory_axes) in zip(cases, grid, strict=True):

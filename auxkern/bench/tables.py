@@ -70,7 +70,8 @@ def print_footer(console: Console, run: Run) -> None:
     """What the implementations are, what the columns mean, and remarks."""
     for name, description in descriptions(run).items():
         console.print(f"  [dim]{escape(f'{name:17}')} {escape(description)}", highlight=False)
-    console.print(f"[dim]{CAPTION}", highlight=False)
+    if run.cases:
+        console.print(f"[dim]{CAPTION}", highlight=False)
     for note in run.notes:
         console.print(f"[yellow]{escape(note)}", highlight=False)
 

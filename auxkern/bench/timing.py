@@ -109,13 +109,13 @@ def measure_in_turns(
     gc.disable()
     try:
         warm = [clock.seconds(call) for call in calls]
-        repeats = [min(MAX_REPEATS, max(1, int(max(warm) / max(w, 1e-9)))) for w in warm]
+        repeats = [min(MAX_REPEATS, max(1, round(max(warm) / max(w, 1e-9)))) for w in warm]
         start = time.perf_counter()
         for done in range(max_rounds):
             elapsed = time.perf_counter() - start
             if done >= min_rounds and elapsed > seconds:
                 break
-            on_round(min(1.0, max(elapsed / seconds, done / max_rounds)))
+            on_round(min(1.0, max(elapsed / seconds if seconds > 0 else 0.0, done / max_rounds)))
             shuffle(order)
             for index in order:
                 samples[index] += [clock.seconds(calls[index]) for _ in range(repeats[index])]
