@@ -220,7 +220,8 @@ def test_peak_memory_sees_what_is_freed_before_the_end():
         torch.ones(size // 4)
 
     call()
-    assert size <= memory.peak_extra_bytes(call, CPU) <= 1.2 * size
+    # The block and its header do not end on a page; the kernel counts pages.
+    assert 0.98 * size <= memory.peak_extra_bytes(call, CPU) <= 1.2 * size
 
 
 @pytest.mark.skipif(memory.refusal(CPU) is not None, reason=str(memory.refusal(CPU)))

@@ -92,7 +92,7 @@ class CrossEntropy:
         rows = torch.linspace(0, N - 1, checked, device=counted.device, dtype=torch.float64).round().long()
         gradient = torch.softmax(_exact_logits(terms, rows), dim=-1)
         ignored = inputs.target[rows] < 0
-        gradient[torch.arange(checked), inputs.target[rows].clamp(min=0)] -= 1
+        gradient[torch.arange(checked, device=rows.device), inputs.target[rows].clamp(min=0)] -= 1
         gradient[ignored] = 0
         count = max(1, counted.numel())
         return Exact(total / count, rows, gradient.div_(count), largest)

@@ -67,7 +67,9 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
 def available_bytes(device: torch.device) -> int | None:
     """Memory that can still be taken on ``device``; None where it cannot be read."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch's allocator keeps for later is free for the next tensor too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except FileNotFoundError:
