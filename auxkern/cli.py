@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "bench": ("auxkern.bench.__main__", "time the operators against eager, torch.compile and peers"),
+    "inspect": ("auxkern.inspect.__main__", "compile every Triton kernel and print what came of it"),
     "env": ("auxkern.env", "print versions, backends and why each was chosen"),
 }
 
@@ -14,7 +15,8 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: auxkern COMMAND [OPTIONS]", "", *lines, "", "auxkern COMMAND --help says more."])
+    head, foot = "usage: auxkern COMMAND [OPTIONS]", "auxkern COMMAND --help says more."
+    return "\n".join([head, "", *lines, "", foot])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ def _load(path: Path) -> ctypes.CDLL:
     version = library.auxkern_abi_version()
     if version != ABI_VERSION:
         raise OSError(f"{path} has ABI version {version}, this auxkern needs {ABI_VERSION}; build it again")
-    terms = [POINTER(_Term), c_int32, c_void_p, c_int64, c_int64]
-    execution = [POINTER(_Execution)]
+    terms: list[Any] = [POINTER(_Term), c_int32, c_void_p, c_int64, c_int64]
+    execution: list[Any] = [POINTER(_Execution)]
     library.auxkern_cross_entropy_forward.restype = c_int32
     library.auxkern_cross_entropy_forward.argtypes = [
         *terms,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
+from auxkern.ops.library import row_dtype
 from auxkern.terms import Logits, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -226,11 +227,6 @@ def _chosen(backend: str | None, values: list[Tensor]) -> str:
     return registry.choose(backend, values[0].device, tuple(v.dtype for v in values))
 
 
-def _loaded(backend: str, values: list[Tensor]) -> Any:
-    name = registry.choose(backend or None, values[0].device, tuple(v.dtype for v in values))
-    return registry.load(name)
-
-
 def _checked_weight(token_weight: Any, target: Tensor, terms: list[Logits]) -> Tensor | None:
     if token_weight is None:
         return None
@@ -246,7 +242,7 @@ def _checked_weight(token_weight: Any, target: Tensor, terms: list[Logits]) -> T
         raise ValueError(
             f"token_weight is on {token_weight.device} but target is on {target.device}; move it there"
         )
-    return token_weight.to(_row_dtype([t.values for t in terms]))
+    return token_weight.to(row_dtype([t.values for t in terms]))
 
 
 def _shifted(rows: Tensor, fill: float) -> Tensor:
@@ -298,7 +294,7 @@ def _weighting(
         normalizer = counts.sum() if weight is None else weight.sum()
     if not isinstance(normalizer, Tensor):
         return weight, float(normalizer)
-    dtype = _row_dtype([t.values for t in problem.terms])
+    dtype = row_dtype([t.values for t in problem.terms])
     # No row counts: the sum is 0, and 0 / 0 would turn "nothing" into NaN.
     return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
 
@@ -341,7 +337,7 @@ def _expected_gradient(
     problem: _Problem, weight: Tensor | None, denominator: float | Tensor | None
 ) -> Tensor:
     """(N,) d loss / d row, to the last bit what autograd will bring if the loss is the root."""
-    one = torch.ones((), dtype=_row_dtype([t.values for t in problem.terms]), device=problem.target.device)
+    one = torch.ones((), dtype=row_dtype([t.values for t in problem.terms]), device=problem.target.device)
     each = (one if denominator is None else one / denominator).detach().expand(problem.target.shape)
     return each if weight is None else each * weight.detach()
 
@@ -500,225 +496,3 @@ def _same_gradient(
         and values[i].dtype == values[j].dtype
         and values[i].shape[-1] == values[j].shape[-1]
     )
-
-
-def _row_dtype(values: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any term is, float32 otherwise: the dtype that rows and sums have."""
-    return torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
-
-
-def _as_rows(index: int, values: Tensor) -> Tensor:
-    """(..., V) as (outer, inner, V) without a copy; row n is [n // inner, n % inner]."""
-    groups: list[tuple[int, int]] = []
-    for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if groups and groups[-1][1] == size * stride:
-            groups[-1] = (groups[-1][0] * size, stride)
-        else:
-            groups.append((size, stride))
-    if len(groups) > 2:
-        raise ValueError(
-            f"terms[{index}].values of shape {tuple(values.shape)} and strides {tuple(values.stride())} "
-            "cannot be read as rows without a copy; pass values.contiguous()"
-        )
-    while len(groups) < 2:
-        groups.insert(0, (1, 0))
-    (outer, outer_stride), (inner, inner_stride) = groups
-    return values.as_strided(
-        (outer, inner, values.shape[-1]), (outer_stride, inner_stride, values.stride(-1))
-    )
-
-
-def _check_target_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target[{row}] (flattened) is {int(target[row])}, outside [0, {vocab_size}); "
-            f"use ignore_index={ignore_index} for rows that do not count"
-        )
-
-
-torch.library.define(
-    "auxkern::cross_entropy_forward",
-    "(Tensor[] values, Tensor target, float[] scales, float[] softcaps, SymInt vocab_size, "
-    "int ignore_index, bool want_smooth, bool want_stats, str backend) "
-    "-> (Tensor nll, Tensor row_max, Tensor log_sum, Tensor smooth, Tensor argmax, Tensor term_nll)",
-)
-torch.library.define(
-    "auxkern::cross_entropy_forward_gradient",
-    "(Tensor[] values, Tensor target, Tensor row_weight, float[] scales, float[] softcaps, "
-    "SymInt vocab_size, int ignore_index, float label_smoothing, float z_loss, bool want_stats, "
-    "int[] wanted, str backend) "
-    "-> (Tensor nll, Tensor row_max, Tensor log_sum, Tensor smooth, Tensor argmax, Tensor term_nll, "
-    "Tensor[] gradients)",
-)
-torch.library.define(
-    "auxkern::cross_entropy_backward",
-    "(Tensor[] values, Tensor target, Tensor row_max, Tensor exp_coefficient, Tensor constant, "
-    "Tensor target_gradient, float[] scales, float[] softcaps, SymInt vocab_size, int[] wanted, "
-    "str backend) -> Tensor[]",
-)
-
-
-@torch.library.impl("auxkern::cross_entropy_forward", "default")
-def _cross_entropy_forward(
-    values: list[Tensor],
-    target: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
-    ignore_index: int,
-    want_smooth: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    if target.numel() == 0:
-        return _empty_rows(values, target, want_smooth, want_stats)
-    if target.device.type == "cpu":
-        _check_target_range(target, vocab_size, ignore_index)
-    rows = [_as_rows(i, v) for i, v in enumerate(values)]
-    return (
-        _loaded(backend, values)
-        .cross_entropy_forward(
-            rows, target, scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats
-        )
-        .tensors()
-    )
-
-
-@torch.library.register_fake("auxkern::cross_entropy_forward")
-def _cross_entropy_forward_fake(
-    values: list[Tensor],
-    target: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
-    ignore_index: int,
-    want_smooth: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return _empty_rows(values, target, want_smooth, want_stats)
-
-
-def _empty_rows(
-    values: list[Tensor], target: Tensor, want_smooth: bool, want_stats: bool
-) -> tuple[Tensor, ...]:
-    N, dtype = target.shape[0], _row_dtype(values)
-    return (
-        target.new_empty(N, dtype=dtype),
-        target.new_empty(N, dtype=dtype),
-        target.new_empty(N, dtype=dtype),
-        target.new_empty(N if want_smooth else 0, dtype=dtype),
-        target.new_empty(N if want_stats else 0),
-        target.new_empty((len(values), N) if want_stats else (0, 0), dtype=dtype),
-    )
-
-
-@torch.library.impl("auxkern::cross_entropy_forward_gradient", "default")
-def _cross_entropy_forward_gradient(
-    values: list[Tensor],
-    target: Tensor,
-    row_weight: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    want_stats: bool,
-    wanted: list[int],
-    backend: str,
-) -> tuple[Any, ...]:
-    if target.numel() == 0:
-        return *_empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
-    if target.device.type == "cpu":
-        _check_target_range(target, vocab_size, ignore_index)
-    views = [_as_rows(i, v) for i, v in enumerate(values)]
-    rows, gradients = _loaded(backend, values).cross_entropy_forward_gradient(
-        views,
-        target,
-        row_weight,
-        scales,
-        softcaps,
-        vocab_size,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        want_stats,
-        wanted,
-    )
-    return *rows.tensors(), [g.view(values[i].shape) for i, g in zip(wanted, gradients, strict=True)]
-
-
-@torch.library.register_fake("auxkern::cross_entropy_forward_gradient")
-def _cross_entropy_forward_gradient_fake(
-    values: list[Tensor],
-    target: Tensor,
-    row_weight: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    want_stats: bool,
-    wanted: list[int],
-    backend: str,
-) -> tuple[Any, ...]:
-    return *_empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
-
-
-def _empty_like(values: list[Tensor], wanted: list[int]) -> list[Tensor]:
-    return [values[i].new_empty(values[i].shape) for i in wanted]
-
-
-@torch.library.impl("auxkern::cross_entropy_backward", "default")
-def _cross_entropy_backward(
-    values: list[Tensor],
-    target: Tensor,
-    row_max: Tensor,
-    exp_coefficient: Tensor,
-    constant: Tensor,
-    target_gradient: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
-    wanted: list[int],
-    backend: str,
-) -> list[Tensor]:
-    if target.numel() == 0:
-        return _empty_like(values, wanted)
-    rows = [_as_rows(i, v) for i, v in enumerate(values)]
-    gradients = _loaded(backend, values).cross_entropy_backward(
-        rows,
-        target,
-        row_max,
-        exp_coefficient,
-        constant,
-        target_gradient,
-        scales,
-        softcaps,
-        vocab_size,
-        wanted,
-    )
-    return [g.view(values[i].shape) for i, g in zip(wanted, gradients, strict=True)]
-
-
-@torch.library.register_fake("auxkern::cross_entropy_backward")
-def _cross_entropy_backward_fake(
-    values: list[Tensor],
-    target: Tensor,
-    row_max: Tensor,
-    exp_coefficient: Tensor,
-    constant: Tensor,
-    target_gradient: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
-    wanted: list[int],
-    backend: str,
-) -> list[Tensor]:
-    return _empty_like(values, wanted)
