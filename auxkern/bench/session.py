@@ -86,12 +86,10 @@ def device_from(parser: argparse.ArgumentParser, name: str | None) -> torch.devi
 def new_run(prog: str, argv: list[str] | None, device: torch.device) -> Run:
     """A run without cases: command, date and machine."""
     arguments = sys.argv[1:] if argv is None else argv
-    busy = machine.busy_before()
     return Run(
         command=shlex.join([*prog.split(), *arguments]),
         date=machine.now(),
         machine=machine.machine_facts(device),
-        notes=[busy] if busy else [],
     )
 
 
