@@ -47,7 +47,7 @@ def test_fp16_gradients_of_a_large_mean_do_not_underflow(backend: str) -> None:
     loss.backward(torch.tensor(65536.0, device=device))
 
     rows = [0, 1, N // 2, N - 1]
-    exact = formula([z[rows]], y[rows], normalizer=N, grad_output=torch.tensor(65536.0))
+    exact = formula([z[rows]], y[rows], normalizer=N, grad_output=loss.new_tensor(65536.0))
     assert bool((z.grad != 0).all())
     torch.testing.assert_close(z.grad[rows].double(), exact.gradients[0], rtol=2**-10, atol=2**-24)
 
@@ -194,6 +194,20 @@ def test_all_rows_ignored_and_nothing_to_normalise_by(backend: str) -> None:
     loss.backward()
     assert float(loss.detach()) == 0
     assert not z.grad.any()
+
+
+@backends
+@poisoned
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_that_are_all_zero(backend: str, reduction: str) -> None:
+    """A batch whose every token is masked by weight is as one whose rows are ignored."""
+    device = device_of(backend)
+    z, y = random_logits(4, 301, device=device).requires_grad_(), random_target(4, V=301, device=device)
+    weight = torch.zeros(4, device=device)
+    loss = auxkern.cross_entropy([z], y, token_weight=weight, reduction=reduction, backend=backend)
+    assert not loss.any()
+    loss.sum().backward()
+    assert torch.equal(z.grad, torch.zeros_like(z))
 
 
 @backends
