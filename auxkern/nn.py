@@ -57,9 +57,7 @@ class CrossEntropyLoss(torch.nn.Module):
         token_weight: Tensor | None = None,
     ) -> Any:
         """The loss of (..., V) terms against (...) targets; see ``auxkern.cross_entropy``."""
-        return cross_entropy(
-            terms, target, normalizer=normalizer, token_weight=token_weight, **self.options
-        )
+        return cross_entropy(terms, target, normalizer=normalizer, token_weight=token_weight, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
