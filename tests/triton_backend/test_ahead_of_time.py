@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import auxkern.backends.triton as package  # noqa: E402
 from auxkern.backends.triton import kernels, plans  # noqa: E402
-from auxkern.inspect import assembly  # noqa: E402
+from auxkern.inspect import assembly, survey  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -48,15 +48,11 @@ def _compiled(target: str, case: kernels.Case) -> Any:
 @pytest.mark.parametrize(("target", "kernel", "case"), _parameters())
 def test_default_configuration(target, kernel, case):
     made = assembly.read(_compiled(target, case))
-    assert made.spill_bytes == 0
-    assert made.shared_bytes <= TARGETS[target].shared_per_program
+    # GPT-2's 50,257 is odd: its rows begin anywhere, and still nothing in the loop is narrow.
+    assert survey.problems(kernel, TARGETS[target], made) == []
     if kernel.vectors:
-        # 50,257 is odd: its rows begin anywhere, and still nothing in the loop is narrow.
         assert made.loop_instructions > 0
-        assert set(made.load_bytes) == {16}
-        assert set(made.store_bytes) <= {16}
         assert bool(made.store_bytes) == (kernel.name == "backward_kernel")
-    assert bool(made.tensor_core) == kernel.dot
 
 
 def test_bfloat16_gradients_are_rounded_to_nearest():

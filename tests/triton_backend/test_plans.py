@@ -42,6 +42,11 @@ def test_rows_split_differently_but_equally_far_from_boundaries_are_aligned():
     assert alignment([logits(1, 6, 50304), logits(2, 4, 50304)[:, :-1]]).aligned == (True, True)
 
 
+def test_a_single_row_is_aligned_whatever_its_strides():
+    row = logits(1, 50257, dtype=H).as_strided((1, 1, 50257), (0, 0, 1))
+    assert alignment([row, logits(1, 1, 50257)]).aligned == (True, True)
+
+
 def test_strided_columns_are_never_aligned():
     strided = logits(1, 100, 6).transpose(1, 2)
     assert alignment([strided]).leader == -1

@@ -45,6 +45,7 @@ def as_term(x: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Term:
 
 
 def _row_steps(x: Tensor) -> tuple[int, int, int]:
+    """(outer stride, inner stride, inner size)."""
     # With one outer index the inner size is N: fixed instead, so that no kernel depends on N.
     if x.shape[0] == 1:
         return 0, x.stride(1), _UNBOUNDED
@@ -99,8 +100,10 @@ def alignment(streams: list[Tensor]) -> Alignment:
     steps = {}
     for index, x in enumerate(streams):
         if x.stride(2) == 1:
-            lanes = VECTOR_BYTES // x.element_size()
-            steps[index] = _Steps(x.data_ptr() // x.element_size(), *_row_steps(x), lanes)
+            first, lanes = x.data_ptr() // x.element_size(), VECTOR_BYTES // x.element_size()
+            # A single row goes nowhere, whatever its strides say.
+            by_row = _row_steps(x) if x.shape[0] * x.shape[1] > 1 else (0, 0, _UNBOUNDED)
+            steps[index] = _Steps(first, *by_row, lanes)
     best, chosen = -1, Alignment(-1, (False,) * len(streams), 8)
     for leader, its in steps.items():
         aligned = tuple(

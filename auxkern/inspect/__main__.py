@@ -1,0 +1,137 @@
+"""``python -m auxkern.inspect``: what the compiler made of every Triton kernel, on any machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auxkern.bench import machine
+from auxkern.bench.results import replace_file
+from auxkern.inspect.targets import TARGETS
+
+if TYPE_CHECKING:
+    from auxkern.inspect.survey import Finding
+
+_EPILOG = """\
+Every kernel is compiled ahead of time as dispatch would launch it; nothing runs, no GPU is needed.
+One binary serves every vocabulary and batch, so models differ in bytes and FLOPs only. Loads and
+stores are those of the inner loop: how many, and the widest in bytes. Floors are the bytes or the
+FLOPs of one launch, whichever takes longer, at a GPU's data-sheet rates: no kernel is faster.
+Exit status: 0; 1 if a kernel spills, moves less than 16 bytes at a time where it must not, exceeds
+the shared memory, misses the tensor cores, or does not compile for NVIDIA; 2 for bad options;
+130 after Ctrl-C.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles, prints a table per target and one of floors, and writes JSON if asked.
+
+    Args:
+        argv: arguments after the program's name; those of the process when None.
+
+    Returns:
+        0; 1 if a rule is broken; 2 if Triton is missing; 130 after Ctrl-C. Bad options exit with
+        2 (``SystemExit``, as argparse does).
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    missing = [name for name in ("triton", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} is not installed; pip install 'auxkern[triton,bench]'")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler by an interpreter; unset it")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: the folder {options.json.resolve().parent} does not exist")
+    _check_names(parser, options)
+    from auxkern.inspect import tables
+
+    try:
+        findings = _survey(options)
+    except KeyboardInterrupt:
+        return 130
+    tables.show(findings, options.model)
+    if options.json is not None:
+        arguments = sys.argv[1:] if argv is None else argv
+        replace_file(options.json, _json(findings, shlex.join([*parser.prog.split(), *arguments])))
+        print(f"wrote {options.json}", file=sys.stderr)
+    return 1 if any(finding.problems for finding in findings) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m auxkern.inspect",
+        description=__doc__.partition(": ")[2],
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=list(TARGETS),
+        help="compile for this architecture (repeatable); default: all of them",
+    )
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="only this kernel (repeatable)")
+    parser.add_argument(
+        "--model", default="Llama-3", metavar="NAME", help="whose floor the table shows; default: Llama-3"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes that compile at once; default: one per core"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything found, floors of all models"
+    )
+    return parser
+
+
+def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    from auxkern.backends.triton.kernels import KERNELS, VOCABULARIES
+
+    names = [kernel.name for kernel in KERNELS]
+    for name in options.kernel or []:
+        if name not in names:
+            parser.error(f"--kernel {name}: choose from {', '.join(names)}")
+    if options.model not in VOCABULARIES:
+        parser.error(f"--model {options.model}: choose from {', '.join(VOCABULARIES)}")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: must be at least 1")
+
+
+def _survey(options: argparse.Namespace) -> list[Finding]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from auxkern.inspect import survey
+
+    work = survey.jobs(options.target or list(TARGETS), options.kernel or [])
+    processes = min(options.jobs or machine.usable_cores(), len(work))
+    err = Console(stderr=True)
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # The bar is for eyes: a log file gets none of it.
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=len(work))
+        return survey.survey(work, processes, lambda: bar.advance(task))
+
+
+def _json(findings: list[Finding], command: str) -> str:
+    content: dict[str, Any] = {
+        "command": command,
+        "date": machine.now(),
+        "machine": machine.machine_facts(torch.device("cpu")),
+        "targets": {name: asdict(TARGETS[name]) for name in dict.fromkeys(f.target for f in findings)},
+        "findings": [asdict(finding) for finding in findings],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

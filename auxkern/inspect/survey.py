@@ -1,0 +1,197 @@
+"""Compiles registered kernels for GPUs that need not be there, and judges what came out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+
+from auxkern.backends.triton.kernels import KERNELS, VOCABULARIES, Case, Kernel
+from auxkern.inspect.assembly import Assembly, read
+from auxkern.inspect.targets import TARGETS, Target
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that one launch costs, whatever the kernel.
+
+    Attributes:
+        model: key of ``kernels.VOCABULARIES``.
+        rows: N.
+        vocabulary: V.
+        bytes_moved: of logits and gradients, each once.
+        flops: floating-point operations.
+        memory_us, compute_us: microseconds at the data-sheet rates of the target's GPU.
+    """
+
+    model: str
+    rows: int
+    vocabulary: int
+    bytes_moved: int
+    flops: int
+    memory_us: float
+    compute_us: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kernel, as one launch configuration, compiled for one target.
+
+    Attributes:
+        kernel, case, target: their names.
+        block: columns in a tile; None if the kernel has none.
+        num_warps: per program.
+        seconds: that compiling and reading took.
+        error: what the compiler said, if it failed; then ``made`` is None.
+        made: what the compiler made.
+        resident_warps: on a multiprocessor, of at most ``resident_limit``.
+        floors: one for each model; the binary is the same for all of them.
+        problems: broken rules, in words; empty if all is well.
+    """
+
+    kernel: str
+    case: str
+    target: str
+    block: int | None
+    num_warps: int
+    seconds: float
+    error: str | None = None
+    made: Assembly | None = None
+    resident_warps: int = 0
+    resident_limit: int = 0
+    floors: list[Floor] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def problems(kernel: Kernel, target: Target, made: Assembly) -> list[str]:
+    """The rules that a compiled kernel breaks, in words.
+
+    No spills; shared memory within the target's limit; on NVIDIA, 16-byte traffic in the inner
+    loop of a memory-bound kernel; tensor cores if, and only if, the kernel multiplies matrices.
+    """
+    found = []
+    if made.spill_bytes:
+        found.append(f"spills {made.spill_bytes} bytes per thread")
+    if made.shared_bytes > target.shared_per_program:
+        found.append(
+            f"takes {made.shared_bytes} bytes of shared memory; {target.name} has {target.shared_per_program}"
+        )
+    narrow = sorted({width for width in made.load_bytes + made.store_bytes if width < 16})
+    if kernel.vectors and target.backend == "cuda" and (narrow or not made.load_bytes):
+        found.append(f"moves {', '.join(map(str, narrow)) or 'no'} bytes at a time in its inner loop, not 16")
+    if bool(made.tensor_core) != kernel.dot:
+        found.append("has no tensor-core instruction" if kernel.dot else f"has {', '.join(made.tensor_core)}")
+    return found
+
+
+def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Case] = ()) -> Finding:
+    """Compile one launch for ``target`` and describe it.
+
+    Args:
+        floors: the same launch for every model whose floor is wanted.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    begin = time.perf_counter()
+    launch, made, error = case.launch, None, None
+    try:
+        made = read(launch.compile(GPUTarget(target.backend, target.arch, target.warp)))
+    except Exception as reason:  # the compiler's own errors have no common class; all are reported
+        error = f"{type(reason).__name__}: {reason}".strip()
+    warps = launch.num_warps
+    return Finding(
+        kernel=kernel.name,
+        case=case.label,
+        target=target.name,
+        block=launch.constants.get("BLOCK"),
+        num_warps=warps,
+        seconds=time.perf_counter() - begin,
+        error=error,
+        made=made,
+        resident_warps=target.resident_warps(made.registers, made.shared_bytes, warps) if made else 0,
+        resident_limit=target.warps,
+        floors=[_floor(other, target) for other in floors],
+        problems=problems(kernel, target, made) if made else _not_made(target),
+    )
+
+
+def _not_made(target: Target) -> list[str]:
+    # AMD's compiler is not in every Triton; the table shows that it failed, and no more.
+    return ["does not compile"] if target.backend == "cuda" else []
+
+
+def _floor(case: Case, target: Target) -> Floor:
+    launch = case.launch
+    return Floor(
+        model=case.model,
+        rows=case.rows,
+        vocabulary=VOCABULARIES[case.model],
+        bytes_moved=launch.bytes_moved,
+        flops=launch.flops,
+        memory_us=launch.bytes_moved / target.bandwidth * 1e6,
+        compute_us=launch.flops / target.flops * 1e6,
+    )
+
+
+@cache
+def _cases(index: int) -> list[tuple[Case, ...]]:
+    """The cases of a kernel; each as a tuple with one entry per model."""
+    return list(zip(*(KERNELS[index].cases(model) for model in VOCABULARIES), strict=True))
+
+
+def _inspect(job: tuple[int, int, str]) -> Finding:
+    kernel, case, target = job
+    by_model = _cases(kernel)[case]
+    return inspect_case(KERNELS[kernel], by_model[0], TARGETS[target], by_model)
+
+
+def jobs(targets: Sequence[str], kernels: Sequence[str] = ()) -> list[tuple[int, int, str]]:
+    """What ``survey`` has to do: (kernel, case, target), numbers counting from 0.
+
+    Args:
+        targets: keys of ``TARGETS``.
+        kernels: names; all kernels if empty.
+    """
+    chosen = [i for i, kernel in enumerate(KERNELS) if not kernels or kernel.name in kernels]
+    return [(k, c, t) for t in targets for k in chosen for c in range(len(_cases(k)))]
+
+
+def survey(
+    work: Sequence[tuple[int, int, str]], processes: int, done: Callable[[], None] = lambda: None
+) -> list[Finding]:
+    """Inspect every job, in its order.
+
+    Args:
+        work: from ``jobs``.
+        processes: that compile at once; with 1 this process does it all.
+        done: called after each job.
+    """
+    if processes == 1:
+        return [_after(done, _inspect(job)) for job in work]
+    # Forking a process that has threads, as torch has, may deadlock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        futures = [pool.submit(_inspect, job) for job in work]
+        try:
+            for _ in as_completed(futures):
+                done()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def _after(done: Callable[[], None], finding: Finding) -> Finding:
+    done()
+    return finding
+
+
+def failures(findings: Sequence[Finding]) -> Iterator[str]:
+    """One line for each broken rule."""
+    for finding in findings:
+        for problem in finding.problems:
+            reason = f": {finding.error.splitlines()[-1]}" if finding.error else ""
+            yield f"{finding.kernel} [{finding.case}] on {finding.target} {problem}{reason}"
