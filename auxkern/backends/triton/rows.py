@@ -105,7 +105,8 @@ def alignment(streams: list[Tensor]) -> Alignment:
             by_row = _row_steps(x) if x.shape[0] * x.shape[1] > 1 else (0, 0, _UNBOUNDED)
             steps[index] = _Steps(first, *by_row, lanes)
     best, chosen = -1, Alignment(-1, (False,) * len(streams), 8)
-    for leader, its in steps.items():
+    # The narrowest dtypes first: mostly one of them serves all, and the search is over.
+    for leader, its in sorted(steps.items(), key=lambda item: -item[1].lanes):
         aligned = tuple(
             i in steps
             and steps[i].lanes <= its.lanes
@@ -115,6 +116,8 @@ def alignment(streams: list[Tensor]) -> Alignment:
         gain = sum(x.element_size() for x, yes in zip(streams, aligned, strict=True) if yes)
         if gain > best:
             best, chosen = gain, Alignment(leader, aligned, its.lanes)
+        if all(aligned):
+            break
     return chosen
 
 
