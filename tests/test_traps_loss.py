@@ -408,17 +408,23 @@ def test_ids_beyond_the_shared_vocabulary(backend: str, dtype: torch.dtype, fill
         assert torch.equal(gradient[:, 301:], torch.zeros_like(gradient[:, 301:]))
 
 
+FAR_APART = {
+    "rows": ((2, 301), (2**31, 1)),
+    "ids": ((301, 3), (1, 2**30)),
+    # The last ids stand in a later tile, whose start is itself beyond 32 bits.
+    "tiles of ids": ((2, 4100), (1, 2**19)),
+}
+
+
 @backends
-@pytest.mark.parametrize("layout", ["rows apart", "ids apart"])
+@pytest.mark.parametrize("layout", FAR_APART)
 def test_strides_beyond_32_bits(backend: str, layout: str, tmp_path: Path) -> None:
     """L#803, cheaply: a sparse file of over 2**31 float16 elements of which a few are touched."""
     if device_of(backend) != "cpu":
         pytest.skip("the file is mapped into the CPU's memory; the slow test covers devices")
-    size = 2**31 + 4096
+    size = 2**31 + 2**21
     storage = torch.from_file(str(tmp_path / "logits"), shared=True, size=size, dtype=torch.float16)
-    z = storage.as_strided(
-        *{"rows apart": ((2, 301), (2**31, 1)), "ids apart": ((301, 3), (1, 2**30))}[layout]
-    )
+    z = storage.as_strided(*FAR_APART[layout])
     assert max((n - 1) * s for n, s in zip(z.shape, z.stride(), strict=True)) >= 2**31
     z.copy_(random_logits(*z.shape, dtype=torch.float16))
     y = random_target(len(z), V=z.shape[-1])
