@@ -154,6 +154,20 @@ def test_confident_target_is_as_exact_as_torch(p, offset):
     run([z], target)
 
 
+def test_loss_of_a_sure_model_has_all_its_digits():
+    # lse - z[y] and log(1 + x) round to a multiple of 6e-8; here the nll is 1e-6 and less.
+    for margin in (10.0, 17.0, 30.0):
+        z = random_logits(4, 1031, spread=0.5)
+        target = random_target(4, V=1031)
+        z.scatter_(-1, target[:, None], 7.0 + margin)
+        result = ours([z], target, "triton", return_stats=True, reduction="sum")
+        rest = (z.double() - z.double().gather(-1, target[:, None])).scatter(-1, target[:, None], -math.inf)
+        exact = rest.exp().sum(-1).log1p()
+        torch.testing.assert_close(result.stats.nll.double(), exact, rtol=2e-6, atol=0)
+        at_target = result.gradients[0].gather(-1, target[:, None])[:, 0]
+        torch.testing.assert_close(at_target.double(), torch.expm1(-exact), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_smoothing_survives_an_offset(offset):
     z, target = confident_logits(4, 1031, 0.9, offset=offset)
