@@ -7,14 +7,16 @@ model to those of a frozen one. ``auxkern.cross_entropy`` trains such a sum with
 from auxkern import nn
 from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from auxkern.ops.registry import Explanation, explain
-from auxkern.terms import Logits
+from auxkern.terms import Head, Logits, Sparse
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyStats",
     "Explanation",
+    "Head",
     "Logits",
+    "Sparse",
     "__version__",
     "cross_entropy",
     "explain",

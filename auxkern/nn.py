@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops.cross_entropy import cross_entropy
-from auxkern.terms import Logits
+from auxkern.terms import Term
 
 
 class CrossEntropyLoss(torch.nn.Module):
@@ -17,7 +17,7 @@ class CrossEntropyLoss(torch.nn.Module):
 
     Args:
         ignore_index, reduction, label_smoothing, z_loss, shift, vocab_size, return_stats,
-            backend: as in ``auxkern.cross_entropy``.
+            chunk_rows, backend: as in ``auxkern.cross_entropy``.
 
     Example:
         >>> loss_fn = auxkern.nn.CrossEntropyLoss(label_smoothing=0.1, shift=True)
@@ -34,6 +34,7 @@ class CrossEntropyLoss(torch.nn.Module):
         shift: bool = False,
         vocab_size: int | None = None,
         return_stats: bool = False,
+        chunk_rows: int | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -45,12 +46,13 @@ class CrossEntropyLoss(torch.nn.Module):
             "shift": shift,
             "vocab_size": vocab_size,
             "return_stats": return_stats,
+            "chunk_rows": chunk_rows,
             "backend": backend,
         }
 
     def forward(
         self,
-        terms: Sequence[Logits | Tensor] | Logits | Tensor,
+        terms: Sequence[Term | Tensor] | Term | Tensor,
         target: Tensor,
         *,
         normalizer: float | Tensor | None = None,

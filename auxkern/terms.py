@@ -1,18 +1,25 @@
 """The vocabulary of the package: what a row of logits is a sum of.
 
-Shapes: N rows (leading dimensions flattened), V vocabulary, T positions, B sequences.
+    z[n, v] = sum over the terms of
+                  scale * softcap(values[n, v])                              Logits
+                  scale * softcap(hidden[n, :] . weight[v, :] + bias[v])     Head
+                  sum_k values[n, k] [ids[n, k] = v]                         Sparse
+
+Shapes: N rows (leading dimensions flattened), V vocabulary, D hidden width, K entries, T positions,
+B sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 MAX_TERMS = 8
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,27 +47,150 @@ class Logits:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Tensor):
-            raise TypeError(f"Logits.values must be a torch.Tensor, got {type(self.values).__name__}")
-        if self.values.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"Logits.values has dtype {self.values.dtype}; use float16, bfloat16, float32 or float64"
+        _float_tensor("Logits.values", self.values, "(..., V)", 1)
+        _set_scaling(self)
+
+    @property
+    def leading(self) -> torch.Size:
+        """(...): the rows' dimensions."""
+        return self.values.shape[:-1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids per row."""
+        return self.values.shape[-1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name and tensor of every input."""
+        return {"values": self.values}
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """An output embedding on hidden states: the term ``scale * softcap(hidden @ weight.T + bias)``.
+
+    Its logits are made chunk by chunk and never held as a whole.
+
+    Args:
+        hidden: (..., D) hidden states; flattened to (N, D), a copy only if no view can do it.
+        weight: (V, D) output embedding, of any width D of its own; dtypes may differ.
+        bias: (V,) or None.
+        scale, softcap: as in ``Logits``.
+
+    Raises:
+        TypeError: a tensor is missing or not floating-point.
+        ValueError: widths or sizes disagree.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        _float_tensor("Head.hidden", self.hidden, "(..., D)", 1)
+        _float_tensor("Head.weight", self.weight, "(V, D)", 2)
+        if self.weight.dim() != 2:
+            raise ValueError(f"Head.weight has shape {tuple(self.weight.shape)}; it must be (V, D)")
+        if self.hidden.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"Head.hidden is {self.hidden.shape[-1]} wide but Head.weight is {self.weight.shape[1]}; "
+                "project one of them"
             )
-        if self.values.layout != torch.strided:
-            raise TypeError(
-                f"Logits.values has layout {self.values.layout}; pass a strided tensor, "
-                "such as values.to_dense()"
+        if self.bias is not None:
+            _float_tensor("Head.bias", self.bias, "(V,)", 1)
+            if self.bias.shape != self.weight.shape[:1]:
+                raise ValueError(
+                    f"Head.bias has shape {tuple(self.bias.shape)} but Head.weight has "
+                    f"{self.weight.shape[0]} rows; give each id one bias"
+                )
+        _set_scaling(self)
+
+    @property
+    def leading(self) -> torch.Size:
+        """(...): the rows' dimensions."""
+        return self.hidden.shape[:-1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids per row."""
+        return self.weight.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name and tensor of every input."""
+        inputs = {"hidden": self.hidden, "weight": self.weight}
+        return inputs if self.bias is None else {**inputs, "bias": self.bias}
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Values added to a few logits of each row: a pointer over a condition's tokens, a logit bias.
+
+    Args:
+        ids: (..., K) integer ids in [0, V); the values of equal ids add up.
+        values: (..., K) floating-point values.
+
+    Raises:
+        TypeError: ids are not integers, or values not floating-point.
+        ValueError: shapes disagree.
+    """
+
+    ids: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        _float_tensor("Sparse.values", self.values, "(..., K)", 1)
+        if not isinstance(self.ids, Tensor) or self.ids.dtype not in INTEGER_DTYPES:
+            kind = self.ids.dtype if isinstance(self.ids, Tensor) else type(self.ids).__name__
+            raise TypeError(f"Sparse.ids must be an integer tensor, got {kind}")
+        if self.ids.shape != self.values.shape:
+            raise ValueError(
+                f"Sparse.ids has shape {tuple(self.ids.shape)} but Sparse.values has "
+                f"{tuple(self.values.shape)}; give each id one value"
             )
-        if self.values.dim() == 0:
-            raise ValueError("Logits.values has no dimensions; its shape must be (..., V)")
-        object.__setattr__(self, "scale", _number("Logits.scale", self.scale))
-        if self.softcap is not None:
-            softcap = _number("Logits.softcap", self.softcap)
-            if softcap <= 0:
-                raise ValueError(f"Logits.softcap is {softcap}; it must be positive, or None for no cap")
-            if softcap < torch.finfo(torch.float32).tiny:
-                raise ValueError(f"Logits.softcap is {softcap}, which float32 arithmetic takes for no cap")
-            object.__setattr__(self, "softcap", softcap)
+
+    @property
+    def leading(self) -> torch.Size:
+        """(...): the rows' dimensions."""
+        return self.ids.shape[:-1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name and tensor of every input."""
+        return {"ids": self.ids, "values": self.values}
+
+
+Term: TypeAlias = Logits | Head | Sparse
+
+
+def _float_tensor(name: str, tensor: Any, shape: str, dimensions: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; use float16, bfloat16, float32 or float64")
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {tensor.layout}; pass a strided tensor, such as "
+            f"{name.split('.')[1]}.to_dense()"
+        )
+    if tensor.dim() < dimensions:
+        missing = "no dimensions" if tensor.dim() == 0 else f"{tensor.dim()} dimension(s)"
+        raise ValueError(f"{name} has {missing}; its shape must be {shape}")
+
+
+def _set_scaling(term: Logits | Head) -> None:
+    name = type(term).__name__
+    object.__setattr__(term, "scale", _number(f"{name}.scale", term.scale))
+    if term.softcap is not None:
+        softcap = _number(f"{name}.softcap", term.softcap)
+        if softcap <= 0:
+            raise ValueError(f"{name}.softcap is {softcap}; it must be positive, or None for no cap")
+        if softcap < torch.finfo(torch.float32).tiny:
+            raise ValueError(f"{name}.softcap is {softcap}, which float32 arithmetic takes for no cap")
+        object.__setattr__(term, "softcap", softcap)
 
 
 def _number(name: str, value: Any) -> float:
@@ -78,29 +208,35 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def as_terms(terms: Any) -> list[Logits]:
+def as_terms(terms: Any) -> list[Term]:
     """The terms of a sum as a list; bare tensors become ``Logits``.
 
     Args:
-        terms: a sequence of 1 to 8 ``Logits`` or (..., V) tensors, or one of these alone.
+        terms: a sequence of 1 to 8 ``Logits``, ``Head``, ``Sparse`` or (..., V) tensors, or one of
+            these alone.
 
     Raises:
         TypeError: an entry is neither a term nor a tensor.
-        ValueError: there are no terms, or more than 8.
+        ValueError: there are no terms, more than 8, or only sparse ones.
     """
-    if isinstance(terms, (Tensor, Logits)):
+    if isinstance(terms, (Tensor, Logits, Head, Sparse)):
         terms = [terms]
     if not isinstance(terms, Sequence) or isinstance(terms, (str, bytes)):
-        raise TypeError(f"terms must be a sequence of auxkern.Logits or tensors, got {type(terms).__name__}")
+        raise TypeError(
+            f"terms must be a sequence of auxkern.Logits, Head, Sparse or tensors, got {type(terms).__name__}"
+        )
     if not 1 <= len(terms) <= MAX_TERMS:
         raise ValueError(f"terms has {len(terms)} entries; a sum has 1 to {MAX_TERMS} terms")
-    listed = []
+    listed: list[Term] = []
     for index, term in enumerate(terms):
         if isinstance(term, Tensor):
             term = Logits(term)
-        elif not isinstance(term, Logits):
+        elif not isinstance(term, (Logits, Head, Sparse)):
             raise TypeError(
-                f"terms[{index}] is a {type(term).__name__}; use auxkern.Logits or a (..., V) tensor"
+                f"terms[{index}] is a {type(term).__name__}; use auxkern.Logits, Head, Sparse or a "
+                "(..., V) tensor"
             )
         listed.append(term)
+    if all(isinstance(term, Sparse) for term in listed):
+        raise ValueError("terms are all Sparse; a sum needs a Logits or a Head to give every id a logit")
     return listed

@@ -161,8 +161,9 @@ class Cpu:
         z_loss: float,
         want_stats: bool,
         wanted: list[int],
+        out: list[Tensor | None] | None = None,
     ) -> tuple[Rows, list[Tensor]]:
-        gradients, pointers = _gradients(values, wanted)
+        gradients, pointers = _gradients(values, wanted, out)
         row_weight = row_weight.contiguous()
         request = _Gradient(row_weight.data_ptr(), label_smoothing, z_loss, pointers)
         terms = _terms(values, scales, softcaps)
@@ -255,9 +256,15 @@ def _terms(values: list[Tensor], scales: list[float], softcaps: list[float]) -> 
     return terms
 
 
-def _gradients(values: list[Tensor], wanted: list[int]) -> tuple[list[Tensor], ctypes.Array[c_void_p]]:
-    """Uninitialised gradients of the wanted terms, and a pointer for every term (null: not wanted)."""
-    gradients = [torch.empty(values[i].shape, dtype=values[i].dtype, device="cpu") for i in wanted]
+def _gradients(
+    values: list[Tensor], wanted: list[int], out: list[Tensor | None] | None = None
+) -> tuple[list[Tensor], ctypes.Array[c_void_p]]:
+    """Gradients of the wanted terms, not filled, and a pointer for every term (null: not wanted)."""
+    given = out or [None] * len(wanted)
+    gradients = [
+        torch.empty(values[i].shape, dtype=values[i].dtype) if own is None else own
+        for i, own in zip(wanted, given, strict=True)
+    ]
     pointers = (c_void_p * len(values))()
     for i, gradient in zip(wanted, gradients, strict=True):
         pointers[i] = gradient.data_ptr()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
-from auxkern.ops.library import row_dtype
-from auxkern.terms import Logits, as_terms
+from auxkern.ops.linear_cross_entropy import LOGITS, flat_inputs, linear_rows
+from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
+from auxkern.terms import INTEGER_DTYPES, Head, Sparse, Term, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
-_TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class CrossEntropyStats(NamedTuple):
@@ -42,7 +42,7 @@ class CrossEntropyStats(NamedTuple):
 class _Problem(NamedTuple):
     """A checked call: everything resolved that a backend need not know about."""
 
-    terms: list[Logits]
+    terms: list[Term]
     target: Tensor  # (N,) int64, shifted if asked
     token_weight: Tensor | None  # (N,) float32 or float64, shifted if asked
     shape: torch.Size  # of the target as given
@@ -51,7 +51,7 @@ class _Problem(NamedTuple):
 
 
 def cross_entropy(
-    terms: Sequence[Logits | Tensor] | Logits | Tensor,
+    terms: Sequence[Term | Tensor] | Term | Tensor,
     target: Tensor,
     *,
     ignore_index: int = -100,
@@ -63,11 +63,12 @@ def cross_entropy(
     shift: bool = False,
     vocab_size: int | None = None,
     return_stats: bool = False,
+    chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> Any:
     """Cross-entropy of a sum of logit terms, without materialising the sum.
 
-        z[n, v] = sum over the terms of  scale * softcap(values[n, v])
+        z[n, v] = sum of the terms, see ``auxkern.terms``
         nll[n]  = logsumexp_v z[n, v] - z[n, target[n]]               (Zeldes et al. 2020, eq. 1)
         row[n]  = (1 - label_smoothing) * nll[n]
                 + label_smoothing * mean_v (logsumexp z[n] - z[n, v])     (Szegedy et al. 2016)
@@ -77,8 +78,9 @@ def cross_entropy(
     its memory taken, only for terms that require one. Inputs are never written to.
 
     Args:
-        terms: 1 to 8 ``Logits`` or bare tensors (..., V) with equal leading dimensions, on one
-            device; dtypes may differ. Strides are honoured; nothing is copied.
+        terms: 1 to 8 ``Logits``, ``Head``, ``Sparse`` or bare tensors (..., V) with equal leading
+            dimensions, on one device; dtypes may differ. Strides of logits are honoured; nothing
+            of their size is copied. With heads, the logits exist for a chunk of rows at a time.
         target: (...) integer ids in [0, V), or ``ignore_index``.
         ignore_index: rows with this target add nothing to the loss and get zero gradient.
         reduction: "mean" (over rows that are not ignored, weighted by ``token_weight``), "sum"
@@ -92,6 +94,9 @@ def cross_entropy(
         shift: the causal shift: position t is scored against target t + 1 of the last leading
             dimension, the last position is ignored. Nothing of the size of the logits is copied.
         vocab_size: use ids [0, vocab_size) only; needed when terms are padded differently.
+        chunk_rows: with heads, rows whose logits exist at a time: the call needs chunk_rows * V * 4
+            bytes, times the number of terms with ``return_stats``, beside its results. Default:
+            about 48 MiB of logits on a CPU, 512 MiB on a GPU.
         return_stats: also return a ``CrossEntropyStats``, from the same pass.
         backend: "triton", "cpu", "reference", or None to choose (see ``auxkern.explain``).
 
@@ -107,11 +112,19 @@ def cross_entropy(
             gradient are NaN) a target lies outside [0, V).
         RuntimeError: the backend asked for cannot run on these inputs.
     """
-    _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index)
+    _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)
     problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
     weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
     row, nll, lse, argmax, term_nll = _rows(
-        problem, ignore_index, label_smoothing, z_loss, return_stats, weight, denominator, reduction
+        problem,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        return_stats,
+        weight,
+        denominator,
+        reduction,
+        chunk_rows,
     )
     loss = row if weight is None else row * weight
     if reduction == "none":
@@ -137,6 +150,7 @@ def _check_options(
     label_smoothing: float,
     z_loss: float,
     ignore_index: int,
+    chunk_rows: int | None,
 ) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(map(repr, REDUCTIONS))}")
@@ -150,6 +164,11 @@ def _check_options(
         if not (0 <= value <= upper and value < math.inf):
             bound = f"in [0, {upper:g}]" if upper < math.inf else "finite and not negative"
             raise ValueError(f"{name} is {value}; it must be {bound}")
+    if chunk_rows is not None:
+        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+            raise TypeError(f"chunk_rows must be an int, got {type(chunk_rows).__name__}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1, or None for the default")
     if normalizer is None:
         return
     if reduction == "none":
@@ -176,27 +195,26 @@ def _check(
     terms = as_terms(terms)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor of ids, got {type(target).__name__}")
-    if target.dtype not in _TARGET_DTYPES:
+    if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target has dtype {target.dtype}; ids must be integers (torch.int64)")
-    device = terms[0].values.device
-    for index, term in enumerate(terms):
-        values = term.values
-        if values.device != device:
+    named = [(f"terms[{i}].{name}", t) for i, term in enumerate(terms) for name, t in term.tensors.items()]
+    first, device = named[0][0], named[0][1].device
+    for name, tensor in named:
+        if tensor.device != device:
             raise ValueError(
-                f"terms[{index}].values is on {values.device} but terms[0].values is on {device}; "
-                "move them to one device"
+                f"{name} is on {tensor.device} but {first} is on {device}; move them to one device"
             )
-        if values.shape[:-1] != target.shape:
+    for index, term in enumerate(terms):
+        if term.leading != target.shape:
+            name, tensor = next(iter(term.tensors.items()))
             raise ValueError(
-                f"terms[{index}].values has shape {tuple(values.shape)}, so target must have shape "
-                f"{tuple(values.shape[:-1])}, but it has {tuple(target.shape)}; reshape one of them"
+                f"terms[{index}].{name} has shape {tuple(tensor.shape)}, so target must have shape "
+                f"{tuple(term.leading)}, but it has {tuple(target.shape)}; reshape one of them"
             )
     if target.device != device:
-        raise ValueError(f"target is on {target.device} but terms[0].values is on {device}; move it there")
+        raise ValueError(f"target is on {target.device} but {first} is on {device}; move it there")
     if isinstance(normalizer, Tensor) and normalizer.device not in (device, torch.device("cpu")):
-        raise ValueError(
-            f"normalizer is on {normalizer.device} but terms[0].values is on {device}; move it there"
-        )
+        raise ValueError(f"normalizer is on {normalizer.device} but {first} is on {device}; move it there")
     if not isinstance(shift, bool):
         raise TypeError(f"shift must be a bool, got {type(shift).__name__}")
     if shift and target.dim() == 0:
@@ -213,8 +231,12 @@ def _check(
         token_weight=None if weight is None else weight.reshape(-1),
         shape=shape,
         vocab_size=_checked_vocabulary(terms, vocab_size),
-        backend=_chosen(backend, [t.values for t in terms]),
+        backend=_chosen(backend, [t for t in _tensors(terms) if t.is_floating_point()]),
     )
+
+
+def _tensors(terms: Sequence[Term]) -> list[Tensor]:
+    return [tensor for term in terms for tensor in term.tensors.values()]
 
 
 def _chosen(backend: str | None, values: list[Tensor]) -> str:
@@ -227,7 +249,7 @@ def _chosen(backend: str | None, values: list[Tensor]) -> str:
     return registry.choose(backend, values[0].device, tuple(v.dtype for v in values))
 
 
-def _checked_weight(token_weight: Any, target: Tensor, terms: list[Logits]) -> Tensor | None:
+def _checked_weight(token_weight: Any, target: Tensor, terms: list[Term]) -> Tensor | None:
     if token_weight is None:
         return None
     if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
@@ -242,7 +264,7 @@ def _checked_weight(token_weight: Any, target: Tensor, terms: list[Logits]) -> T
         raise ValueError(
             f"token_weight is on {token_weight.device} but target is on {target.device}; move it there"
         )
-    return token_weight.to(row_dtype([t.values for t in terms]))
+    return token_weight.to(row_dtype(_tensors(terms)))
 
 
 def _shifted(rows: Tensor, fill: float) -> Tensor:
@@ -250,25 +272,30 @@ def _shifted(rows: Tensor, fill: float) -> Tensor:
     return torch.cat([rows[..., 1:], torch.full_like(rows[..., :1], fill)], dim=-1)
 
 
-def _checked_vocabulary(terms: list[Logits], vocab_size: int | None) -> int | None:
-    sizes = [term.values.shape[-1] for term in terms]
+def _checked_vocabulary(terms: list[Term], vocab_size: int | None) -> int | None:
+    sizes = {
+        f"terms[{index}].{'weight' if isinstance(term, Head) else 'values'}": term.vocabulary
+        for index, term in enumerate(terms)
+        if not isinstance(term, Sparse)
+    }
+    (first, V), smallest = next(iter(sizes.items())), min(sizes.values())
     if vocab_size is None:
-        for index, size in enumerate(sizes):
-            if size != sizes[0]:
+        for name, size in sizes.items():
+            if size != V:
                 raise ValueError(
-                    f"terms[{index}].values has {size} ids but terms[0].values has {sizes[0]}; pass "
-                    f"vocab_size={min(sizes)} to use the shared ids only"
+                    f"{name} has {size} ids but {first} has {V}; pass vocab_size={smallest} to use the "
+                    "shared ids only"
                 )
     elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    V = sizes[0] if vocab_size is None else vocab_size
+    else:
+        V = vocab_size
     if V < 1:
         raise ValueError(f"the vocabulary has {V} ids; there must be at least 1")
-    for index, size in enumerate(sizes):
+    for name, size in sizes.items():
         if size < V:
             raise ValueError(
-                f"vocab_size is {V} but terms[{index}].values has {size} ids; "
-                f"pass vocab_size={min(sizes)} or less"
+                f"vocab_size is {V} but {name} has {size} ids; pass vocab_size={smallest} or less"
             )
     return vocab_size
 
@@ -294,7 +321,7 @@ def _weighting(
         normalizer = counts.sum() if weight is None else weight.sum()
     if not isinstance(normalizer, Tensor):
         return weight, float(normalizer)
-    dtype = row_dtype([t.values for t in problem.terms])
+    dtype = row_dtype(_tensors(problem.terms))
     # No row counts: the sum is 0, and 0 / 0 would turn "nothing" into NaN.
     return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
 
@@ -308,54 +335,67 @@ def _rows(
     weight: Tensor | None,
     denominator: float | Tensor | None,
     reduction: str,
+    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not."""
-    values = [term.values for term in problem.terms]
-    scales = [term.scale for term in problem.terms]
-    softcaps = [term.softcap or 0.0 for term in problem.terms]
-    settings = (scales, softcaps, problem.vocab_size, ignore_index, label_smoothing, z_loss)
-    if torch.is_grad_enabled() and any(v.requires_grad for v in values):
-        expected = None
-        if (
-            reduction != "none"
-            and not torch.compiler.is_compiling()
-            and registry.makes_gradient_with_forward(problem.backend)
-        ):
-            expected = _expected_gradient(problem, weight, denominator)
-        return _CrossEntropyRows.apply(
-            problem.target, expected, *settings, want_stats, problem.backend, *values
+    tensors, kinds, scales, softcaps = flat_inputs(problem.terms)
+    linear = any(kind != LOGITS for kind in kinds)
+    expected = None
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    # Comparing what comes with what was expected would stop a GPU, and break a graph.
+    if (
+        needs_gradient
+        and reduction != "none"
+        and problem.target.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and (linear or registry.makes_gradient_with_forward(problem.backend))
+    ):
+        expected = _expected_gradient(problem, weight, denominator)
+    options = (ignore_index, label_smoothing, z_loss, want_stats)
+    if linear:
+        V = problem.vocab_size or next(t.vocabulary for t in problem.terms if not isinstance(t, Sparse))
+        return linear_rows(
+            tensors,
+            kinds,
+            scales,
+            softcaps,
+            problem.target,
+            expected,
+            V,
+            *options,
+            chunk_rows,
+            problem.backend,
         )
-    formula = (scales, softcaps, _vocabulary(values, problem.vocab_size), ignore_index)
+    if needs_gradient:
+        return _CrossEntropyRows.apply(
+            problem.target,
+            expected,
+            scales,
+            softcaps,
+            problem.vocab_size,
+            *options,
+            problem.backend,
+            *tensors,
+        )
+    formula = (scales, softcaps, _vocabulary(tensors, problem.vocab_size), ignore_index)
     nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
-        values, problem.target, *formula, label_smoothing > 0, want_stats, problem.backend
+        tensors, problem.target, *formula, label_smoothing > 0, want_stats, problem.backend
     )
     lse = row_max + log_sum
-    return _row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
+    return row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
 
 
 def _expected_gradient(
     problem: _Problem, weight: Tensor | None, denominator: float | Tensor | None
 ) -> Tensor:
     """(N,) d loss / d row, to the last bit what autograd will bring if the loss is the root."""
-    one = torch.ones((), dtype=row_dtype([t.values for t in problem.terms]), device=problem.target.device)
+    one = torch.ones((), dtype=row_dtype(_tensors(problem.terms)), device=problem.target.device)
     each = (one if denominator is None else one / denominator).detach().expand(problem.target.shape)
     return each if weight is None else each * weight.detach()
 
 
-def _row_loss(nll: Tensor, lse: Tensor, smooth: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    row = nll if label_smoothing == 0 else (1 - label_smoothing) * nll + label_smoothing * smooth
-    return row if z_loss == 0 else row + z_loss * lse.square()
-
-
 class _CrossEntropyRows(torch.autograd.Function):
-    """The loss of each row, and its gradient.
-
-    With p = softmax(z), y the target, s the smoothing, q the z-loss and g the incoming gradient,
-
-        dz[v] = g (1 + 2 q lse) p[v] - g (1 - s) [v = y] - g s / V
-
-    At v = y the difference p - 1 cancels when the model is sure, so that entry is computed from
-    the nll, with p = exp(-nll) and p - 1 = expm1(-nll), and handed to the backend apart.
+    """The loss of each row, and its gradient with respect to logits.
 
     A backend may make the gradient during the forward pass, while a row's logits are still in the
     cache, for the incoming gradient that is expected. If another one comes, or backward runs a
@@ -395,7 +435,7 @@ class _CrossEntropyRows(torch.autograd.Function):
             )
         nll, row_max, log_sum, smooth, argmax, term_nll = rows
         lse = row_max + log_sum
-        row = _row_loss(nll, lse, smooth, label_smoothing, z_loss)
+        row = row_loss(nll, lse, smooth, label_smoothing, z_loss)
         if row is nll:
             row = nll.clone()
         ctx.save_for_backward(target, nll, row_max, log_sum, *values)
@@ -404,63 +444,29 @@ class _CrossEntropyRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _CrossEntropyRows._gradients(ctx, g)
-        # torch.compile refuses second derivatives itself, and traces this under enabled gradients.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            values = ctx.saved_tensors[4:]
-            return tuple(None if d is None else _OnceDifferentiable.apply(d, *values) for d in gradients)
-        return gradients
-
-    @staticmethod
-    @torch.no_grad()
-    def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        target, nll, row_max, log_sum, *values = ctx.saved_tensors
-        wanted = _wanted(ctx)
-        gradients, ctx.ready = ctx.ready, None
-        if gradients is None or not torch.equal(g, ctx.expected):
-            scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend = ctx.settings
-            V = _vocabulary(values, vocab_size)
-            z_slope = 2 * z_loss * (row_max + log_sum)
-            total = g * (1 + z_slope)
-            constant = g * (label_smoothing / V)
-            at_target = g * (1 - label_smoothing) * torch.expm1(-nll) - constant
-            at_target = at_target + g * (label_smoothing + z_slope) * torch.exp(-nll)
-            counts = target != ignore_index
-            coefficients = (total * torch.exp(-log_sum), constant, at_target)
-            gradients = torch.ops.auxkern.cross_entropy_backward(
-                values,
-                target,
-                row_max,
-                *(torch.where(counts, c, 0.0) for c in coefficients),
-                scales,
-                softcaps,
-                V,
-                wanted,
-                backend,
-            )
-        by_term = dict(zip(wanted, gradients, strict=True))
-        return (None,) * len(_SETTINGS) + tuple(
-            by_term[ctx.sources[i]] if i in ctx.sources else None for i in range(len(values))
-        )
+        saved = ctx.saved_tensors
+        values = saved[4:]
+        with torch.no_grad():
+            gradients, ctx.ready = ctx.ready, None
+            if gradients is None or not torch.equal(g, ctx.expected):
+                gradients = _logits_gradients(ctx, g, *saved)
+        by_term = dict(zip(_wanted(ctx), gradients, strict=True))
+        found = tuple(by_term[ctx.sources[i]] if i in ctx.sources else None for i in range(len(values)))
+        return (None,) * len(_SETTINGS) + refuse_second_derivatives(found, values)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """A gradient made with ``create_graph=True``: differentiating it again is an error.
-
-    torch's ``once_differentiable`` raises only if the incoming gradient requires one; otherwise a
-    penalty on this gradient would take it for a constant and train on a wrong derivative.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *values: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:
-        raise RuntimeError(
-            "auxkern.cross_entropy has no second derivatives; for a penalty on its gradient use "
-            "torch.nn.functional.cross_entropy on the sum of the terms"
-        )
+def _logits_gradients(
+    ctx: Any, g: Tensor, target: Tensor, nll: Tensor, row_max: Tensor, log_sum: Tensor, *values: Tensor
+) -> list[Tensor]:
+    """Gradients of the wanted terms for the incoming gradient g (N,)."""
+    scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend = ctx.settings
+    V = _vocabulary(values, vocab_size)
+    coefficients = gradient_coefficients(
+        g, nll, row_max, log_sum, target != ignore_index, label_smoothing, z_loss, V
+    )
+    return torch.ops.auxkern.cross_entropy_backward(
+        values, target, row_max, *coefficients, scales, softcaps, V, _wanted(ctx), backend
+    )
 
 
 # The arguments of _CrossEntropyRows.forward before the values.

@@ -6,26 +6,22 @@ no device. Importing this module registers the kernels under ``torch.ops.auxkern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxkern.ops import registry
+from auxkern.ops.rows import row_dtype
 
 
-def row_dtype(values: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any term is, float32 otherwise: the dtype that rows and sums have."""
-    return torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
-
-
-def _loaded(backend: str, values: list[Tensor]) -> Any:
+def loaded(backend: str, values: list[Tensor]) -> Any:
+    """The backend of that name, or for "" the first that can run on these tensors."""
     name = registry.choose(backend or None, values[0].device, tuple(v.dtype for v in values))
     return registry.load(name)
 
 
-def _as_rows(index: int, values: Tensor) -> Tensor:
+def as_rows(index: int, values: Tensor) -> Tensor:
     """(..., V) as (outer, inner, V) without a copy; row n is [n // inner, n % inner]."""
     groups: list[tuple[int, int]] = []
     for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True):
@@ -48,7 +44,8 @@ def _as_rows(index: int, values: Tensor) -> Tensor:
     )
 
 
-def _check_target_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_target_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raises ValueError if an id of (N,) lies outside [0, V) and is not ``ignore_index``."""
     wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
@@ -93,12 +90,12 @@ def _cross_entropy_forward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     if target.numel() == 0:
-        return _empty_rows(values, target, want_smooth, want_stats)
+        return empty_rows(values, target, want_smooth, want_stats)
     if target.device.type == "cpu":
-        _check_target_range(target, vocab_size, ignore_index)
-    rows = [_as_rows(i, v) for i, v in enumerate(values)]
+        check_target_range(target, vocab_size, ignore_index)
+    rows = [as_rows(i, v) for i, v in enumerate(values)]
     return (
-        _loaded(backend, values)
+        loaded(backend, values)
         .cross_entropy_forward(
             rows, target, scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats
         )
@@ -118,10 +115,10 @@ def _cross_entropy_forward_fake(
     want_stats: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    return _empty_rows(values, target, want_smooth, want_stats)
+    return empty_rows(values, target, want_smooth, want_stats)
 
 
-def _empty_rows(
+def empty_rows(
     values: list[Tensor], target: Tensor, want_smooth: bool, want_stats: bool
 ) -> tuple[Tensor, ...]:
     N, dtype = target.shape[0], row_dtype(values)
@@ -151,11 +148,11 @@ def _cross_entropy_forward_gradient(
     backend: str,
 ) -> tuple[Any, ...]:
     if target.numel() == 0:
-        return *_empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
+        return *empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
     if target.device.type == "cpu":
-        _check_target_range(target, vocab_size, ignore_index)
-    views = [_as_rows(i, v) for i, v in enumerate(values)]
-    rows, gradients = _loaded(backend, values).cross_entropy_forward_gradient(
+        check_target_range(target, vocab_size, ignore_index)
+    views = [as_rows(i, v) for i, v in enumerate(values)]
+    rows, gradients = loaded(backend, values).cross_entropy_forward_gradient(
         views,
         target,
         row_weight,
@@ -186,7 +183,7 @@ def _cross_entropy_forward_gradient_fake(
     wanted: list[int],
     backend: str,
 ) -> tuple[Any, ...]:
-    return *_empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
+    return *empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
 
 
 def _empty_like(values: list[Tensor], wanted: list[int]) -> list[Tensor]:
@@ -209,8 +206,8 @@ def _cross_entropy_backward(
 ) -> list[Tensor]:
     if target.numel() == 0:
         return _empty_like(values, wanted)
-    rows = [_as_rows(i, v) for i, v in enumerate(values)]
-    gradients = _loaded(backend, values).cross_entropy_backward(
+    rows = [as_rows(i, v) for i, v in enumerate(values)]
+    gradients = loaded(backend, values).cross_entropy_backward(
         rows,
         target,
         row_max,

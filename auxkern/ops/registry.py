@@ -106,13 +106,15 @@ class BackendWithFusedGradient(Backend, Protocol):
         z_loss: float,
         want_stats: bool,
         wanted: list[int],
+        out: list[Tensor | None] | None = None,
     ) -> tuple[Rows, list[Tensor]]:
         """The rows, with ``smooth`` if label_smoothing > 0, and d/d values of
 
             sum_n row_weight[n] * ((1 - label_smoothing) nll[n] + label_smoothing smooth[n]
                                    + z_loss lse[n]**2)
 
-        for the terms in ``wanted``, as ``cross_entropy_backward`` would return them.
+        for the terms in ``wanted``, as ``cross_entropy_backward`` would return them; written to
+        ``out`` where that holds a contiguous tensor, which may be the term's own values.
         """
         ...
 

@@ -245,6 +245,9 @@ void write_gradient(const GradientTask &task, const TileGradient &g, int32_t i, 
         const vf dz = load(g.e + j) * a - c;
         return CAPPED ? dz * slope(j) : dz;
     };
+    // Before the loop: the gradient may replace the values it is made from.
+    float at_target = g.at_target * scale;
+    if (CAPPED && g.target >= 0) at_target *= slope(g.target)[0];
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {
         __builtin_prefetch(p + j + PREFETCH_WRITE / sizeof(*p), 1);
@@ -255,10 +258,7 @@ void write_gradient(const GradientTask &task, const TileGradient &g, int32_t i, 
         store(lanes, at(j));
         for (int64_t k = j; k < count; ++k) T::store_scalar(p + k, lanes[k - j]);
     }
-    if (g.target >= 0) {
-        const float dz = g.at_target * scale;
-        T::store_scalar(p + g.target, CAPPED ? dz * slope(g.target)[0] : dz);
-    }
+    if (g.target >= 0) T::store_scalar(p + g.target, at_target);
 }
 
 template <class T>

@@ -67,7 +67,8 @@ typedef struct {
     const float *row_weight; /* (N,) */
     float label_smoothing;
     float z_loss;
-    void *const *gradients; /* n_terms pointers to contiguous (N, width) of the term's dtype, or NULL */
+    void *const *gradients; /* n_terms pointers to contiguous (N, width) of the term's dtype, or NULL;
+                             * contiguous values may be replaced by their own gradient */
 } auxkern_gradient;
 
 AUXKERN_EXPORT int32_t auxkern_abi_version(void);

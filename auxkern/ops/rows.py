@@ -1,0 +1,85 @@
+"""What the loss of one row is made of, and its slope: shared by every way of computing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def row_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any input is, float32 otherwise: the dtype that logits, rows and sums have."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def row_loss(nll: Tensor, lse: Tensor, smooth: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """(N,) loss of each row: (1 - s) nll + s smooth + q lse**2."""
+    row = nll if label_smoothing == 0 else (1 - label_smoothing) * nll + label_smoothing * smooth
+    return row if z_loss == 0 else row + z_loss * lse.square()
+
+
+def gradient_coefficients(
+    g: Tensor,
+    nll: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    counts: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    V: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``Backend.cross_entropy_backward`` needs of each row: exp_coefficient, constant, target_gradient.
+
+    With p = softmax(z), y the target, s the smoothing, q the z-loss and g the gradient of the row's loss,
+
+        dz[v] = g (1 + 2 q lse) p[v] - g (1 - s) [v = y] - g s / V
+
+    At v = y the difference p - 1 cancels when the model is sure, so that entry is computed from the
+    nll, with p = exp(-nll) and p - 1 = expm1(-nll), and handed over apart.
+
+    Args:
+        g, nll, row_max, log_sum: (N,) float32 or float64.
+        counts: (N,) bool, False for rows that are ignored: their coefficients are 0.
+    """
+    z_slope = 2 * z_loss * (row_max + log_sum)
+    constant = g * (label_smoothing / V)
+    at_target = g * (1 - label_smoothing) * torch.expm1(-nll) - constant
+    at_target = at_target + g * (label_smoothing + z_slope) * torch.exp(-nll)
+    exp_coefficient = g * (1 + z_slope) * torch.exp(-log_sum)
+    exp_coefficient, constant, at_target = (
+        torch.where(counts, c, 0.0) for c in (exp_coefficient, constant, at_target)
+    )
+    return exp_coefficient, constant, at_target
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient made with ``create_graph=True``: differentiating it again is an error.
+
+    torch's ``once_differentiable`` raises only if the incoming gradient requires one; otherwise a
+    penalty on this gradient would take it for a constant and train on a wrong derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *values: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError(
+            "auxkern.cross_entropy has no second derivatives; for a penalty on its gradient use "
+            "torch.nn.functional.cross_entropy on the sum of the terms"
+        )
+
+
+def refuse_second_derivatives(
+    gradients: tuple[Tensor | None, ...], inputs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients as they are, but differentiating them again, under ``create_graph``, is an error.
+
+    torch.compile refuses second derivatives itself, and traces a backward under enabled gradients.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return tuple(None if d is None else _OnceDifferentiable.apply(d, *inputs) for d in gradients)
