@@ -126,11 +126,15 @@ class CrossEntropy:
     def floors(self, inputs: CrossEntropyInputs) -> dict[str, Floor]:
         """Forward reads every term once; a backward reads them again and writes one gradient.
 
-        The calls below move these bytes and no others, in buffers that already exist. They work
-        on int32 views, because integer adds are never slowed by NaN or subnormal bit patterns.
+        Rows that are ignored are not read, but their gradient is written. The calls below move
+        these bytes and no others, in buffers that exist already. They work on int32 views,
+        because integer adds are never slowed by NaN or subnormal bit patterns.
         """
-        words = [_as_words(term.detach()) for term in inputs.terms]
-        out = torch.zeros_like(words[-1])
+        counted = inputs.target >= 0
+        every_row = bool(counted.all())
+        words = [_as_words(t.detach() if every_row else t.detach()[counted]) for t in inputs.terms]
+        out = torch.zeros_like(_as_words(inputs.terms[-1].detach()))
+        total, rest = out[: words[-1].numel()], out[words[-1].numel() :]
         read = sum(w.numel() * 4 for w in words)
 
         def forward() -> None:
@@ -139,12 +143,10 @@ class CrossEntropy:
 
         def forward_backward() -> None:
             forward()
-            if len(words) == 1:
-                torch.add(words[0], 1, out=out)
-                return
             for w in words[:-2]:
                 torch.sum(w, dtype=torch.int32)
-            torch.add(words[-2], words[-1], out=out)
+            torch.add(words[-1], words[-2] if len(words) > 1 else 1, out=total)
+            rest.zero_()
 
         return {
             "forward": Floor(forward, read),
