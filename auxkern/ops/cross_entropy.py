@@ -448,7 +448,9 @@ class _CrossEntropyRows(torch.autograd.Function):
         values = saved[4:]
         with torch.no_grad():
             gradients, ctx.ready = ctx.ready, None
-            if gradients is None or not torch.equal(g, ctx.expected):
+            if gradients is not None and not torch.equal(g, ctx.expected):
+                gradients = None  # freed before another one is made
+            if gradients is None:
                 gradients = _logits_gradients(ctx, g, *saved)
         by_term = dict(zip(_wanted(ctx), gradients, strict=True))
         found = tuple(by_term[ctx.sources[i]] if i in ctx.sources else None for i in range(len(values)))
