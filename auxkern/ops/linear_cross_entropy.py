@@ -467,7 +467,9 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         target, *tensors = ctx.saved_tensors
         kinds, formula, chunk_rows, backend = ctx.settings
         gradients, ctx.ready = ctx.ready, None
-        if gradients is None or not torch.equal(g, ctx.expected):
+        if gradients is not None and not torch.equal(g, ctx.expected):
+            gradients = None  # freed before others are made
+        if gradients is None:
             with torch.no_grad():
                 *_rows, gradients = torch.ops.auxkern.linear_cross_entropy(
                     tensors, kinds, target, g, *formula, False, ctx.wanted, chunk_rows, backend
