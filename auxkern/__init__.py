@@ -6,6 +6,7 @@ model to those of a frozen one. ``auxkern.cross_entropy`` trains such a sum with
 
 from auxkern import nn
 from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from auxkern.ops.memory import GradientMemory
 from auxkern.ops.registry import Explanation, explain
 from auxkern.terms import Head, Logits, Sparse
 
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyStats",
     "Explanation",
+    "GradientMemory",
     "Head",
     "Logits",
     "Sparse",

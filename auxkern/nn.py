@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops.cross_entropy import cross_entropy
+from auxkern.ops.memory import GradientMemory
 from auxkern.terms import Term
 
 
@@ -57,9 +58,17 @@ class CrossEntropyLoss(torch.nn.Module):
         *,
         normalizer: float | Tensor | None = None,
         token_weight: Tensor | None = None,
+        gradient_memory: GradientMemory | None = None,
     ) -> Any:
         """The loss of (..., V) terms against (...) targets; see ``auxkern.cross_entropy``."""
-        return cross_entropy(terms, target, normalizer=normalizer, token_weight=token_weight, **self.options)
+        return cross_entropy(
+            terms,
+            target,
+            normalizer=normalizer,
+            token_weight=token_weight,
+            gradient_memory=gradient_memory,
+            **self.options,
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -70,7 +70,8 @@ def test_opcheck_forward_gradient(
         pytest.skip(f"{backend} makes its gradients in the backward pass")
     values, target = operator_inputs(device_of(backend))
     row_weight = torch.rand(6, generator=generator(0)).to(target.device)
-    arguments = (values, target, row_weight, SCALES, SOFTCAPS, V, -100, *options, wanted, backend)
+    gradients = [torch.empty_like(values[i]) for i in wanted]
+    arguments = (values, target, row_weight, SCALES, SOFTCAPS, V, -100, *options, wanted, gradients, backend)
     torch.library.opcheck(torch.ops.auxkern.cross_entropy_forward_gradient.default, arguments)
 
 

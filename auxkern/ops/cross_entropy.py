@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxkern.ops import registry
 from auxkern.ops.linear_cross_entropy import LOGITS, flat_inputs, linear_rows
+from auxkern.ops.memory import GradientMemory
 from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
 from auxkern.terms import INTEGER_DTYPES, Head, Sparse, Term, as_terms
 
@@ -64,6 +65,7 @@ def cross_entropy(
     vocab_size: int | None = None,
     return_stats: bool = False,
     chunk_rows: int | None = None,
+    gradient_memory: GradientMemory | None = None,
     backend: str | None = None,
 ) -> Any:
     """Cross-entropy of a sum of logit terms, without materialising the sum.
@@ -97,6 +99,8 @@ def cross_entropy(
         chunk_rows: with heads, rows whose logits exist at a time: the call needs chunk_rows * V * 4
             bytes, times the number of terms with ``return_stats``, beside its results. Default:
             about 48 MiB of logits on a CPU, 512 MiB on a GPU.
+        gradient_memory: a ``GradientMemory`` that a training loop passes to every call, so that the
+            gradients of logits on a CPU use the same memory again.
         return_stats: also return a ``CrossEntropyStats``, from the same pass.
         backend: "triton", "cpu", "reference", or None to choose (see ``auxkern.explain``).
 
@@ -113,19 +117,15 @@ def cross_entropy(
         RuntimeError: the backend asked for cannot run on these inputs.
     """
     _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)
+    if gradient_memory is not None and not isinstance(gradient_memory, GradientMemory):
+        raise TypeError(
+            f"gradient_memory must be an auxkern.GradientMemory, got {type(gradient_memory).__name__}"
+        )
     problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
     weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-    row, nll, lse, argmax, term_nll = _rows(
-        problem,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        return_stats,
-        weight,
-        denominator,
-        reduction,
-        chunk_rows,
-    )
+    expected = _expected_gradient(problem, weight, denominator, reduction)
+    options = (ignore_index, label_smoothing, z_loss, return_stats)
+    row, nll, lse, argmax, term_nll = _rows(problem, expected, options, chunk_rows, gradient_memory)
     loss = row if weight is None else row * weight
     if reduction == "none":
         loss = loss.view(problem.shape)
@@ -326,72 +326,59 @@ def _weighting(
     return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
 
 
+def _expected_gradient(
+    problem: _Problem, weight: Tensor | None, denominator: float | Tensor | None, reduction: str
+) -> Tensor | None:
+    """(N,) d loss / d row, to the last bit what autograd will bring if the loss is the root.
+
+    None where no gradient will come or none can be foreseen, and where comparing what comes with
+    what was expected would stop a GPU or break a graph.
+    """
+    tensors = _tensors(problem.terms)
+    if (
+        reduction == "none"
+        or problem.target.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not any(t.requires_grad for t in tensors)
+    ):
+        return None
+    one = torch.ones((), dtype=row_dtype(tensors), device=problem.target.device)
+    each = (one if denominator is None else one / denominator).detach().expand(problem.target.shape)
+    return each if weight is None else each * weight.detach()
+
+
 def _rows(
     problem: _Problem,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    want_stats: bool,
-    weight: Tensor | None,
-    denominator: float | Tensor | None,
-    reduction: str,
+    expected: Tensor | None,
+    options: tuple[int, float, float, bool],
     chunk_rows: int | None,
+    memory: GradientMemory | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not."""
+    """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not.
+
+    ``options`` are ignore_index, label_smoothing, z_loss and want_stats.
+    """
     tensors, kinds, scales, softcaps = flat_inputs(problem.terms)
-    linear = any(kind != LOGITS for kind in kinds)
-    expected = None
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    # Comparing what comes with what was expected would stop a GPU, and break a graph.
-    if (
-        needs_gradient
-        and reduction != "none"
-        and problem.target.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and (linear or registry.makes_gradient_with_forward(problem.backend))
-    ):
-        expected = _expected_gradient(problem, weight, denominator)
-    options = (ignore_index, label_smoothing, z_loss, want_stats)
-    if linear:
-        V = problem.vocab_size or next(t.vocabulary for t in problem.terms if not isinstance(t, Sparse))
+    V, target, backend = problem.vocab_size, problem.target, problem.backend
+    if any(kind != LOGITS for kind in kinds):
+        V = V or next(t.vocabulary for t in problem.terms if not isinstance(t, Sparse))
         return linear_rows(
-            tensors,
-            kinds,
-            scales,
-            softcaps,
-            problem.target,
-            expected,
-            V,
-            *options,
-            chunk_rows,
-            problem.backend,
+            tensors, kinds, scales, softcaps, target, expected, V, *options, chunk_rows, backend
         )
-    if needs_gradient:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if expected is not None and not registry.makes_gradient_with_forward(backend):
+            expected = None
         return _CrossEntropyRows.apply(
-            problem.target,
-            expected,
-            scales,
-            softcaps,
-            problem.vocab_size,
-            *options,
-            problem.backend,
-            *tensors,
+            target, expected, scales, softcaps, V, *options, backend, memory, *tensors
         )
-    formula = (scales, softcaps, _vocabulary(tensors, problem.vocab_size), ignore_index)
+    ignore_index, label_smoothing, z_loss, want_stats = options
+    formula = (scales, softcaps, _vocabulary(tensors, V), ignore_index)
     nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
-        tensors, problem.target, *formula, label_smoothing > 0, want_stats, problem.backend
+        tensors, target, *formula, label_smoothing > 0, want_stats, backend
     )
     lse = row_max + log_sum
     return row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
-
-
-def _expected_gradient(
-    problem: _Problem, weight: Tensor | None, denominator: float | Tensor | None
-) -> Tensor:
-    """(N,) d loss / d row, to the last bit what autograd will bring if the loss is the root."""
-    one = torch.ones((), dtype=row_dtype(_tensors(problem.terms)), device=problem.target.device)
-    each = (one if denominator is None else one / denominator).detach().expand(problem.target.shape)
-    return each if weight is None else each * weight.detach()
 
 
 class _CrossEntropyRows(torch.autograd.Function):
@@ -415,6 +402,7 @@ class _CrossEntropyRows(torch.autograd.Function):
         z_loss: float,
         want_stats: bool,
         backend: str,
+        memory: GradientMemory | None,
         *values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         needed = [i for i in range(len(values)) if ctx.needs_input_grad[len(_SETTINGS) + i]]
@@ -430,8 +418,19 @@ class _CrossEntropyRows(torch.autograd.Function):
                 values, target, *formula, label_smoothing > 0, want_stats, backend
             )
         else:
-            *rows, ctx.ready = torch.ops.auxkern.cross_entropy_forward_gradient(
-                values, target, expected, *formula, label_smoothing, z_loss, want_stats, _wanted(ctx), backend
+            empty = torch.empty if memory is None else memory.empty
+            ctx.ready = [empty(values[i].shape, dtype=values[i].dtype) for i in _wanted(ctx)]
+            rows = torch.ops.auxkern.cross_entropy_forward_gradient(
+                values,
+                target,
+                expected,
+                *formula,
+                label_smoothing,
+                z_loss,
+                want_stats,
+                _wanted(ctx),
+                ctx.ready,
+                backend,
             )
         nll, row_max, log_sum, smooth, argmax, term_nll = rows
         lse = row_max + log_sum
@@ -483,6 +482,7 @@ _SETTINGS = (
     "z_loss",
     "want_stats",
     "backend",
+    "memory",
 )
 
 

@@ -65,9 +65,8 @@ torch.library.define(
     "auxkern::cross_entropy_forward_gradient",
     "(Tensor[] values, Tensor target, Tensor row_weight, float[] scales, float[] softcaps, "
     "SymInt vocab_size, int ignore_index, float label_smoothing, float z_loss, bool want_stats, "
-    "int[] wanted, str backend) "
-    "-> (Tensor nll, Tensor row_max, Tensor log_sum, Tensor smooth, Tensor argmax, Tensor term_nll, "
-    "Tensor[] gradients)",
+    "int[] wanted, Tensor(a!)[] gradients, str backend) "
+    "-> (Tensor nll, Tensor row_max, Tensor log_sum, Tensor smooth, Tensor argmax, Tensor term_nll)",
 )
 torch.library.define(
     "auxkern::cross_entropy_backward",
@@ -145,14 +144,16 @@ def _cross_entropy_forward_gradient(
     z_loss: float,
     want_stats: bool,
     wanted: list[int],
+    gradients: list[Tensor],
     backend: str,
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, ...]:
     if target.numel() == 0:
-        return *empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
+        return empty_rows(values, target, label_smoothing > 0, want_stats)
     if target.device.type == "cpu":
         check_target_range(target, vocab_size, ignore_index)
     views = [as_rows(i, v) for i, v in enumerate(values)]
-    rows, gradients = loaded(backend, values).cross_entropy_forward_gradient(
+    out = [g.view(views[i].shape) for i, g in zip(wanted, gradients, strict=True)]
+    rows, _ = loaded(backend, values).cross_entropy_forward_gradient(
         views,
         target,
         row_weight,
@@ -164,8 +165,9 @@ def _cross_entropy_forward_gradient(
         z_loss,
         want_stats,
         wanted,
+        out,
     )
-    return *rows.tensors(), [g.view(values[i].shape) for i, g in zip(wanted, gradients, strict=True)]
+    return rows.tensors()
 
 
 @torch.library.register_fake("auxkern::cross_entropy_forward_gradient")
@@ -181,9 +183,10 @@ def _cross_entropy_forward_gradient_fake(
     z_loss: float,
     want_stats: bool,
     wanted: list[int],
+    gradients: list[Tensor],
     backend: str,
-) -> tuple[Any, ...]:
-    return *empty_rows(values, target, label_smoothing > 0, want_stats), _empty_like(values, wanted)
+) -> tuple[Tensor, ...]:
+    return empty_rows(values, target, label_smoothing > 0, want_stats)
 
 
 def _empty_like(values: list[Tensor], wanted: list[int]) -> list[Tensor]:

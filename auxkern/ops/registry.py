@@ -119,6 +119,64 @@ class BackendWithFusedGradient(Backend, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """A head of some rows: ``scale * softcap(hidden @ weight[:V].T + bias[:V])``."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (>= V, D)
+    bias: Tensor | None  # (>= V,)
+    scale: float
+    softcap: float  # 0 means none
+
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """The gradient of a sum of heads with respect to their products, for one unit of each row's loss.
+
+    d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is ``scale * unit[n] * products[i][n, v]``.
+    """
+
+    products: list[Tensor]  # of each wanted head (N, V), 16-bit or float32; one tensor may stand for several
+    unit: Tensor  # (N,) float32, finite
+
+
+class BackendWithHeads(Backend, Protocol):
+    """A backend that makes logits from hidden states itself, and never holds them as a whole."""
+
+    def heads_refusal(self, heads: list[HeadRows]) -> str | None:
+        """Why it leaves this sum to library products; None if it takes it."""
+        ...
+
+    def heads_forward(
+        self,
+        heads: list[HeadRows],
+        target: Tensor,  # (N,) int64, contiguous
+        vocab_size: int,
+        ignore_index: int,
+        want_smooth: bool,
+        want_stats: bool,
+    ) -> Rows: ...
+
+    def heads_forward_gradient(
+        self,
+        heads: list[HeadRows],
+        target: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        want_stats: bool,
+        wanted: list[int],
+    ) -> tuple[Rows, HeadGradients]:
+        """The rows, with ``smooth`` if label_smoothing > 0, and gradients for the heads in ``wanted``.
+
+        They are those of ``(1 - label_smoothing) nll + label_smoothing smooth + z_loss lse**2``; of an
+        ignored row 0, whatever its hidden state holds.
+        """
+        ...
+
+
 _MODULES = {
     "triton": "auxkern.backends.triton",
     "cpu": "auxkern.backends.cpu",
