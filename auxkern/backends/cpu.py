@@ -262,7 +262,7 @@ def _gradients(
     """Gradients of the wanted terms, not filled, and a pointer for every term (null: not wanted)."""
     given = out or [None] * len(wanted)
     gradients = [
-        torch.empty(values[i].shape, dtype=values[i].dtype) if own is None else own
+        values[i].new_empty(values[i].shape) if own is None else own
         for i, own in zip(wanted, given, strict=True)
     ]
     pointers = (c_void_p * len(values))()

@@ -418,8 +418,10 @@ class _CrossEntropyRows(torch.autograd.Function):
                 values, target, *formula, label_smoothing > 0, want_stats, backend
             )
         else:
-            empty = torch.empty if memory is None else memory.empty
-            ctx.ready = [empty(values[i].shape, dtype=values[i].dtype) for i in _wanted(ctx)]
+            likes = [values[i] for i in _wanted(ctx)]
+            ctx.ready = [
+                x.new_empty(x.shape) if memory is None else memory.empty(x.shape, x.dtype) for x in likes
+            ]
             rows = torch.ops.auxkern.cross_entropy_forward_gradient(
                 values,
                 target,

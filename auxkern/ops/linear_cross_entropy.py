@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops.library import as_rows, check_target_range, loaded
+from auxkern.ops.memory import GradientMemory
 from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
 from auxkern.terms import Logits, Sparse, Term
 
@@ -192,9 +193,17 @@ def _empty_gradients(tensors: list[Tensor], parts: list[_Part], wanted: list[int
                 continue
             whole = part.kind in (HEAD, HEAD_WITH_BIAS) and i > 0
             shape = tensors[index].shape if whole else (-1, tensors[index].shape[-1])
-            rows = tensors[index].new_zeros(tensors[index].shape, dtype=dtype if whole else None)
-            gradients[index] = rows.view(shape)
+            like = tensors[index]
+            zeros = _empty(like.shape, dtype if whole else like.dtype, like.device).zero_()
+            gradients[index] = zeros.view(shape)
     return gradients
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for one call, in large pages on a CPU."""
+    if device.type == "cpu":
+        return GradientMemory().empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _chunk_of_logits(values: Tensor, rows: Any) -> Tensor:
@@ -283,13 +292,17 @@ def _linear_cross_entropy(
         if any(part.first + k in gradients for part, _ in s.parts for k in range(len(part.tensors)))
     ]
     kernel = loaded(backend, floats) if target.numel() else None
-    for rows in _chunks(tensors, kinds, target, vocab_size, ignore_index, chunk_rows or None):
+    chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, chunk_rows or None)
+    longest = max((target[rows].shape[0] for rows in chunks), default=0)
+    shape = torch.Size((longest, vocab_size))
+    buffers = [_empty(shape, row_dtype(tensors), target.device) for s in summands if s.logits is None]
+    for rows in chunks:
         y = target[rows]
-        size, values = y.shape[0], []
+        values, unused = [], iter(buffers)
         for summand in summands:
             logits = summand.logits
             if logits is None:
-                z = torch.empty((size, vocab_size), dtype=row_dtype(tensors), device=target.device)
+                z = next(unused)[: y.shape[0]]
                 _fill(z, summand, rows)
                 values.append(z[None])
             else:
