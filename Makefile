@@ -5,9 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 REAL := $(VENV)/real
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
-OUT ?= out
 
-.PHONY: bench bench-real test test-slow test-gpu lint format clean
+.PHONY: bench bench-real test test-slow test-gpu gpu lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -27,6 +26,10 @@ test-slow: $(INSTALLED)
 # On a GPU machine, with the python3 that is there.
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu $(ARGS)
+
+# Tests, checks and measures there; gpu.json and gpu.md in OUT. ARGS=--dry-run lists the commands.
+gpu:
+	$(PYTHON) -m benchmarks.gpu "$(OUT)" $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

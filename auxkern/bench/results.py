@@ -143,6 +143,8 @@ class Run:
         facts: printable values by name that belong to no case (losses on real input).
         notes: remarks for the reader.
         interrupted: whether the run ended before its last case.
+        ceilings: rates of the device measured beside the run, if any: "copy" in bytes/s, read and
+            written, "bf16 product" in FLOP/s.
     """
 
     command: str
@@ -152,19 +154,25 @@ class Run:
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    ceilings: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Run:
-        """The run that ``to_json`` wrote.
+        """The run that ``to_json`` wrote, alone or as the benchmark in the results of a GPU machine.
 
         Raises:
-            ValueError: the text is not such a file, or has another schema number.
+            ValueError: the text is not such a file, has another schema number, or the GPU machine's
+                benchmark has no result.
         """
         try:
             record = json.loads(text)
+            if record.get("kind") == "gpu":
+                record = record["benchmark"]
+                if record is None:
+                    raise ValueError("the file holds no benchmark, for that stage has no result")
             schema = record.pop("schema")
             if schema != SCHEMA:
                 raise ValueError(

@@ -18,6 +18,9 @@ CAPTION = (
     "float64, of the loss (forward) and of the gradient (fwd + bwd), relative."
 )
 
+_COLUMNS = ("Forward, ms", "vs eager", "Fwd + bwd, ms", "vs eager", "vs best peer", "% of floor",
+            "Memory, MB", "Error")  # fmt: skip
+
 
 def print_header(console: Console, run: Run) -> None:
     """Machine, versions, date and command."""
@@ -113,22 +116,22 @@ def _cells(case: CaseResult, result: Result, name: str, measured: Measured) -> l
 
 def markdown(run: Run) -> str:
     """The run as Markdown: one table of all cases, then where and how it was measured."""
-    lines = [
-        "| Case | Implementation | Forward, ms | vs eager | Fwd + bwd, ms | vs eager | vs best peer "
-        "| % of floor | Memory, MB | Error |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    copy = run.ceilings.get("copy")
+    columns = ["Case", "Implementation", *_COLUMNS, *(["% of copy"] if copy else [])]
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "--:|" * (len(columns) - 2)]
     for case in run.cases:
         title = f"{case.model}, V {case.V:,}, N {case.N:,}, {case.dtype}"
         if not case.results:
-            lines.append(f"| {title} | not run |" + " |" * 8)
+            lines.append(f"| {title} | not run |" + " |" * (len(columns) - 2))
         for index, result in enumerate(case.results):
             cells = [title if index == 0 else "", f"**{result.name}**" if result.ours else result.name]
-            lines.append("| " + " | ".join(cells + _markdown_cells(case, result)) + " |")
+            cells += _markdown_cells(case, result) + ([_of_copy(case, result, copy)] if copy else [])
+            lines.append("| " + " | ".join(cells) + " |")
     facts = "; ".join(f"{name} {value}" for name, value in run.machine.items())
     lines += [
         "",
-        f"{CAPTION} The last columns are of forward + backward; the error is the larger of both.",
+        f"{CAPTION} The last columns are of forward + backward; the error is the larger of both."
+        + _ceilings(run),
         "",
         f"Measured {run.date} with `{run.command}`; {facts}.",
     ]
@@ -136,6 +139,32 @@ def markdown(run: Run) -> str:
     notes = [f"{case.model} {case.dtype}: {note}" for case in run.cases for note in case.notes]
     lines += [line for note in [*run.notes, *notes] for line in ("", note)]
     return "\n".join(lines) + "\n"
+
+
+def _of_copy(case: CaseResult, result: Result, copy: float) -> str:
+    """Bytes of the floor over time, in percent of ``copy`` bytes/s: forward / forward + backward."""
+    rates = [
+        f"{100 * case.floor_bytes[name] / result.passes[name].time.median / copy:.0f}"
+        if name in result.passes and case.floor_bytes.get(name)
+        else "-"
+        for name in PASSES
+    ]
+    return " / ".join(rates) if result.passes else ""
+
+
+def _ceilings(run: Run) -> str:
+    if not run.ceilings:
+        return ""
+    copy, product = run.ceilings.get("copy"), run.ceilings.get("bf16 product")
+    words = []
+    if copy:
+        words.append(
+            f" % of copy: the floor's bytes over the time, forward / fwd + bwd, against a measured "
+            f"device copy of {copy / 1e9:,.0f} GB/s, read and written."
+        )
+    if product:
+        words.append(f" A bf16 matrix product measured beside it: {product / 1e12:,.0f} TFLOP/s.")
+    return "".join(words)
 
 
 def _markdown_cells(case: CaseResult, result: Result) -> list[str]:

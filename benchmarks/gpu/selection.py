@@ -1,0 +1,149 @@
+"""``python3 -m benchmarks.gpu.selection``: a few losses and gradients, checked, for compute-sanitizer.
+
+Small on purpose, since instrumented kernels are a hundred times slower, yet every kernel runs: rows
+split over programs and rows of one program, tails, misaligned and padded rows, every output.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import auxkern
+
+_H, _B, _F = torch.float16, torch.bfloat16, torch.float32
+_ALL = {"label_smoothing": 0.1, "z_loss": 1e-4, "return_stats": True}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One call of ``auxkern.cross_entropy``, on the CPU.
+
+    Attributes:
+        name: what is special about it.
+        terms: of the sum; the tensors of the last one ask for gradients.
+        target: (N,) int64.
+        options: keyword arguments.
+        dtype: of the coarsest tensor; decides the tolerance.
+    """
+
+    name: str
+    terms: list[Any]
+    target: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+
+def examples() -> Iterator[Example]:
+    """The selection; the same numbers in every run."""
+    source = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = _F) -> Tensor:
+        return (3 * torch.randn(shape, generator=source)).to(dtype)
+
+    def target(N: int, V: int) -> Tensor:
+        ids = torch.randint(V, (N,), generator=source)
+        ids[N // 2] = -100
+        ids[-1] = V - 1
+        return ids
+
+    few, many, V = 3, 300, 5003  # rows that are split over programs, rows that are not; V is prime
+    yield Example("few rows", [normal(few, V)], target(few, V))
+    yield Example("few rows, all outputs", [normal(few, V), normal(few, V)], target(few, V), _ALL)
+    yield Example("many rows", [normal(many, 1031, dtype=_B)] * 2, target(many, 1031), {}, _B)
+    mixed = [normal(many, 1031, dtype=_H), auxkern.Logits(normal(many, 1031), scale=0.5, softcap=20.0)]
+    yield Example("mixed dtypes, softcap", mixed, target(many, 1031), _ALL, _H)
+    padded = [normal(many, 1088, dtype=_H)[:, 1:1032], normal(1031, many, dtype=_H).T]
+    yield Example("misaligned and transposed", padded, target(many, 1031), {}, _H)
+    heads = [
+        auxkern.Head(normal(40, 24) / 8, normal(V, 24)),
+        auxkern.Sparse(torch.randint(V, (40, 4), generator=source), normal(40, 4)),
+        auxkern.Head(normal(40, 16) / 8, normal(V, 16)),
+    ]
+    yield Example("heads and a sparse term", heads, target(40, V), {"chunk_rows": 16})
+
+
+def tensors(term: Any) -> list[Tensor]:
+    """The floating-point tensors of a term."""
+    given = [term] if isinstance(term, Tensor) else term.tensors.values()
+    return [tensor for tensor in given if tensor.is_floating_point()]
+
+
+def moved(term: Any, device: torch.device, *, double: bool = False, wanted: bool = False) -> Any:
+    """A copy of a term on ``device`` with its strides, in float64 if ``double``, leaves if ``wanted``."""
+
+    def one(tensor: Tensor) -> Tensor:
+        # A copy keeps the strides of what is dense; a view of a larger tensor takes it along.
+        whole = tensor if tensor._base is None else tensor._base
+        whole = whole.to(device, copy=True)
+        there = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        if not tensor.is_floating_point():
+            return there
+        return (there.double() if double else there).detach().requires_grad_(wanted)
+
+    if isinstance(term, Tensor):
+        return one(term)
+    if isinstance(term, auxkern.Logits):
+        return auxkern.Logits(one(term.values), term.scale, term.softcap)
+    if isinstance(term, auxkern.Sparse):
+        return auxkern.Sparse(one(term.ids), one(term.values))
+    bias = None if term.bias is None else one(term.bias)
+    return auxkern.Head(one(term.hidden), one(term.weight), bias, term.scale, term.softcap)
+
+
+def run(example: Example, device: torch.device, backend: str, *, double: bool = False) -> list[Tensor]:
+    """Loss, gradients of the last term and stats, on the CPU."""
+    last = len(example.terms) - 1
+    terms = [moved(t, device, double=double, wanted=i == last) for i, t in enumerate(example.terms)]
+    out = auxkern.cross_entropy(terms, example.target.to(device), backend=backend, **example.options)
+    loss, stats = out if example.options.get("return_stats") else (out, ())
+    loss.backward()
+    gradients = [tensor.grad for tensor in tensors(terms[-1])]
+    return [loss.detach().cpu(), *(x.cpu() for x in gradients if x is not None), *(x.cpu() for x in stats)]
+
+
+def error(example: Example, device: torch.device, backend: str) -> float:
+    """Largest error of any result, relative to the largest entry of it, against float64."""
+    found = run(example, device, backend)
+    exact = run(example, torch.device("cpu"), "reference", double=True)
+    worst = [
+        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-300)).item()
+        for a, b in zip(found, exact, strict=True)
+    ]
+    return float(torch.tensor(worst).max())  # max() could lose a NaN
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs and checks the selection.
+
+    Args:
+        argv: arguments after the program's name; those of the process when None.
+
+    Returns:
+        0, or 1 if a result is wrong.
+    """
+    parser = argparse.ArgumentParser(description="Run and check a few losses and gradients.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="triton")
+    options = parser.parse_args(argv)
+    wrong = 0
+    count = 0
+    for example in examples():
+        # Products of heads may round their operands to tf32 where PyTorch was told so; it is not here.
+        allowed = max(2 * torch.finfo(example.dtype).eps, 1e-4)
+        worst = error(example, torch.device(options.device), options.backend)
+        right = worst <= allowed
+        print(f"{'right' if right else 'WRONG'}: {example.name}: error {worst:.1e}, {allowed:.1e} is allowed")
+        wrong += not right
+        count += 1
+    print(f"{wrong} of {count} cases are wrong" if wrong else f"{count} cases are right", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
