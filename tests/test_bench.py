@@ -33,11 +33,13 @@ from auxkern.bench.results import (
 )
 from auxkern.bench.runner import Effort, backends_for, measure_inputs
 from auxkern.bench.timing import Call, WallClock, measure_in_turns, summary
+from auxkern.ops import registry
 from auxkern.tasks.smollm2 import load_smollm2
 
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.0, min_rounds=2, max_rounds=2)
 N, V = 6, 131
+CPU_REFUSAL = registry.refusal("cpu", CPU, (torch.float32,))
 
 
 def made_inputs(dtype=torch.float32):
@@ -245,6 +247,43 @@ def test_peak_memory_of_eager_is_three_buffers():
     inputs.terms[1].grad = None
     buffers = memory.peak_extra_bytes(call, CPU) / (64 * 50_257 * 4)
     assert 2.9 < buffers < 4.2  # glibc may leave a freed block behind at this size
+
+
+@pytest.mark.skipif(memory.refusal(CPU) is not None, reason=str(memory.refusal(CPU)))
+def test_memory_kept_from_call_to_call_counts_as_the_calls():
+    kept = []
+
+    def loss(inputs):
+        if not kept:
+            kept.append(torch.ones(16 * 2**20))
+        return eager(inputs)
+
+    keeping = Implementation("keeping", "what it runs", True, loss, release=kept.clear)
+    (result,) = measured(keeping).results
+    for name in PASSES:
+        assert result.passes[name].extra_bytes > 0.9 * 64 * 2**20
+
+
+def test_gradients_are_freed_before_the_clock_starts(monkeypatch):
+    inputs, seen = made_inputs(), []
+    seconds = WallClock.seconds
+
+    def watched(self, call):
+        timed = Call(lambda: (seen.append(inputs.terms[1].grad), call.run()), call.before)
+        return seconds(self, timed)
+
+    monkeypatch.setattr(WallClock, "seconds", watched)
+    case = CaseResult("cross_entropy", "made up", V, N, "float32", terms=2)
+    rivals = [implementation("eager", eager), implementation("other", eager)]
+    measure_inputs(OPERATOR, inputs, case, rivals, CPU, SHORT, lambda share, doing: None)
+    assert len(seen) > 2 * len(rivals) * len(PASSES)
+    assert all(gradient is None for gradient in seen)
+
+
+@pytest.mark.skipif(CPU_REFUSAL is not None, reason=str(CPU_REFUSAL))
+def test_the_cpu_backend_is_measured_with_and_without_gradient_memory():
+    names = [i.name for i in OPERATOR.implementations(CPU, torch.float32, ["cpu"])]
+    assert names[:2] == ["auxkern cpu", "auxkern cpu, memory kept"]
 
 
 def test_floors_move_the_bytes_they_name():

@@ -72,7 +72,10 @@ class CrossEntropy:
     def implementations(
         self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
     ) -> list[Implementation]:
-        return [_ours(backend) for backend in backends] + _peers(device, dtype)
+        ours = [_ours(backend) for backend in backends]
+        if device.type == "cpu" and "cpu" in backends:
+            ours.append(_ours_with_memory_kept())
+        return ours + _peers(device, dtype)
 
     def exact(self, inputs: CrossEntropyInputs) -> Exact:
         """The float64 loss over all rows, and the gradient of evenly spaced rows.
@@ -174,6 +177,19 @@ def _ours(backend: str) -> Implementation:
     return Implementation(
         f"auxkern {backend}", f'auxkern.cross_entropy([lm, aux], y, backend="{backend}")', True, loss
     )
+
+
+def _ours_with_memory_kept() -> Implementation:
+    memory = auxkern.GradientMemory()
+
+    def loss(inputs: CrossEntropyInputs) -> Tensor:
+        result: Tensor = auxkern.cross_entropy(
+            inputs.terms, inputs.target, gradient_memory=memory, backend="cpu"
+        )
+        return result
+
+    call = "the same with gradient_memory=auxkern.GradientMemory() kept over calls"
+    return Implementation("auxkern cpu, memory kept", call, True, loss, release=memory.release)
 
 
 def _summed(function: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[CrossEntropyInputs], Tensor]:

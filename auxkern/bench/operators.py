@@ -22,12 +22,15 @@ class Implementation:
         description: the code that runs, for legends.
         ours: whether it belongs to auxkern.
         loss: inputs -> 0-d loss, with a graph to ``inputs.leaves()`` where gradients are enabled.
+        release: drops the memory that it keeps from call to call. Called before peak memory is
+            measured, so that what a call keeps is counted as the call's.
     """
 
     name: str
     description: str
     ours: bool
     loss: Callable[[Any], Tensor]
+    release: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

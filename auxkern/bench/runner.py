@@ -135,8 +135,9 @@ def measure_inputs(
         if row.status != "ok":
             continue
         for name in PASSES:
-            call = _call(inputs, implementation, name)
-            extra[implementation.name, name] = None if memory_refusal else _extra_bytes(call, device)
+            extra[implementation.name, name] = (
+                None if memory_refusal else _extra_bytes(inputs, implementation, name, device)
+            )
     good = [
         (row, implementation)
         for row, implementation in zip(result.results, implementations, strict=True)
@@ -159,7 +160,7 @@ def _time(
     floors = operator.floors(inputs)
     keys = [(row, name) for row, _ in good for name in PASSES]
     calls = [_call(inputs, implementation, name) for _, implementation in good for name in PASSES]
-    calls += [Call(floor.run, before=lambda: None) for floor in floors.values()]
+    calls += [Call(floor.run, before=lambda: _drop_gradients(inputs)) for floor in floors.values()]
     other_work = OtherWork()
     timings = measure_in_turns(
         calls,
@@ -232,8 +233,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _extra_bytes(call: Call, device: torch.device) -> int:
+def _extra_bytes(inputs: Any, implementation: Implementation, name: str, device: torch.device) -> int:
+    call = _call(inputs, implementation, name)
     call.before()
+    implementation.release()
     return memory.peak_extra_bytes(call.run, device)
 
 

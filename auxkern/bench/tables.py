@@ -71,8 +71,10 @@ def print_case(console: Console, case: CaseResult) -> None:
 
 def print_footer(console: Console, run: Run) -> None:
     """What the implementations are, what the columns mean, and remarks."""
-    for name, description in descriptions(run).items():
-        console.print(f"  [dim]{escape(f'{name:17}')} {escape(description)}", highlight=False)
+    legend = descriptions(run)
+    width = max(map(len, legend), default=0)
+    for name, description in legend.items():
+        console.print(f"  [dim]{escape(f'{name:{width}}')}  {escape(description)}", highlight=False)
     if run.cases:
         console.print(f"[dim]{CAPTION}", highlight=False)
     for note in run.notes:
