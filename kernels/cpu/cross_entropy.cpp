@@ -225,6 +225,33 @@ struct Row {
 
 // ---- gradient --------------------------------------------------------------------------------
 
+// A store that goes around the caches: a gradient larger than they are is not found there later, and
+// reading its old contents in, as other stores do, would cost as much as writing it.
+template <class S>
+inline void stream(S *p, vf bits) {
+#if AUXKERN_LANES == 16
+    _mm512_stream_ps(reinterpret_cast<float *>(p), (__m512)bits);
+#elif AUXKERN_LANES == 8
+    _mm256_stream_ps(reinterpret_cast<float *>(p), (__m256)bits);
+#else
+    memcpy(p, &bits, sizeof bits);
+#endif
+}
+
+// Streaming stores are ordered by nothing else.
+inline void fence() {
+#if AUXKERN_LANES >= 8
+    _mm_sfence();
+#endif
+}
+
+// How many elements from p to the next address that a streaming store accepts.
+template <class S>
+int64_t until_aligned(const S *p) {
+    const uintptr_t over = reinterpret_cast<uintptr_t>(p) % sizeof(vf);
+    return over == 0 ? 0 : int64_t((sizeof(vf) - over) / sizeof(S));
+}
+
 // What a tile's gradient is made of: dz = a e - c, and at_target at column `target` (-1: not here).
 struct TileGradient {
     const float *e;
@@ -248,16 +275,26 @@ void write_gradient(const GradientTask &task, const TileGradient &g, int32_t i, 
     // Before the loop: the gradient may replace the values it is made from.
     float at_target = g.at_target * scale;
     if (CAPPED && g.target >= 0) at_target *= slope(g.target)[0];
+    const auto some = [&](int64_t from, int64_t to) {
+        float lanes[LANES];
+        store(lanes, at(from));
+        for (int64_t k = from; k < to; ++k) T::store_scalar(p + k, lanes[k - from]);
+    };
     int64_t j = 0;
+    if (task.stream) {
+        constexpr int64_t STEP = int64_t(sizeof(vf) / sizeof(*p));  // elements of one streaming store
+        j = until_aligned(p) < count ? until_aligned(p) : count;
+        for (int64_t k = 0; k < j; k += LANES) some(k, k + LANES < j ? k + LANES : j);
+        for (; j + STEP <= count; j += STEP) {
+            if constexpr (STEP == LANES) stream(p + j, at(j));
+            else stream(p + j, T::pair(at(j), at(j + LANES)));
+        }
+    }
     for (; j + LANES <= count; j += LANES) {
         __builtin_prefetch(p + j + PREFETCH_WRITE / sizeof(*p), 1);
         T::store(p + j, at(j));
     }
-    if (j < count) {
-        float lanes[LANES];
-        store(lanes, at(j));
-        for (int64_t k = j; k < count; ++k) T::store_scalar(p + k, lanes[k - j]);
-    }
+    if (j < count) some(j, count);
     if (g.target >= 0) T::store_scalar(p + g.target, at_target);
 }
 
@@ -399,10 +436,12 @@ void backward_row(const BackwardTask &task, int64_t row) {
 
 void cross_entropy_forward(const ForwardTask &task, int64_t begin, int64_t end, float *scratch) {
     for (int64_t row = begin; row < end; ++row) forward_row(task, row, scratch);
+    if (task.gradient) fence();
 }
 
 void cross_entropy_backward(const BackwardTask &task, int64_t begin, int64_t end, float *) {
     for (int64_t row = begin; row < end; ++row) backward_row(task, row);
+    fence();
 }
 
 }  // namespace AUXKERN_ISA

@@ -18,6 +18,7 @@ struct GradientTask {
     int32_t n_terms;
     int64_t V;
     void *const *gradients;
+    bool stream;  // the gradients are larger than the caches: write around them
 };
 
 struct ForwardTask {

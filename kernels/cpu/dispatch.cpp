@@ -152,9 +152,16 @@ void prefer_large_pages(void *start, int64_t bytes) {
 }
 
 GradientTask prepare(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V, void *const *gradients) {
-    for (int32_t i = 0; gradients && i < n_terms; ++i)
-        if (gradients[i]) prefer_large_pages(gradients[i], N * terms[i].width * (terms[i].dtype == AUXKERN_F32 ? 4 : 2));
-    return {terms, n_terms, V, gradients};
+    constexpr int64_t CACHE_BYTES = int64_t(16) << 20;
+    int64_t bytes = 0;
+    for (int32_t i = 0; gradients && i < n_terms; ++i) {
+        if (!gradients[i]) continue;
+        const int64_t size = N * terms[i].width * (terms[i].dtype == AUXKERN_F32 ? 4 : 2);
+        prefer_large_pages(gradients[i], size);
+        // In place, the values have just been read into the cache.
+        if (gradients[i] != terms[i].values) bytes += size;
+    }
+    return {terms, n_terms, V, gradients, bytes > CACHE_BYTES};
 }
 
 }  // namespace

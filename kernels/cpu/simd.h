@@ -100,6 +100,21 @@ struct F32 {
     static float load_scalar(const float *p) { return *p; }
 };
 
+// The bits of two half vectors as those of one whole vector.
+template <class H>
+inline vf joined(H low, H high) {
+#if AUXKERN_LANES == 16
+    return (vf)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+#elif AUXKERN_LANES == 8
+    return (vf)_mm256_set_m128i((__m128i)high, (__m128i)low);
+#else
+    vf bits;
+    memcpy(&bits, &low, sizeof low);
+    memcpy(reinterpret_cast<char *>(&bits) + sizeof low, &high, sizeof high);
+    return bits;
+#endif
+}
+
 struct F16 {
     typedef uint16_t scalar;
     static vf load(const uint16_t *p) {
@@ -113,17 +128,22 @@ struct F16 {
         return ::load(lanes);
 #endif
     }
-    static void store(uint16_t *p, vf x) {
+    static vh narrow(vf x) {
 #if AUXKERN_LANES == 16
-        _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+        return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif AUXKERN_LANES == 8
-        _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+        return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-        float lanes[LANES];
-        ::store(lanes, x);
-        for (int i = 0; i < LANES; ++i) p[i] = float_to_half(lanes[i]);
+        vh half;
+        for (int i = 0; i < LANES; ++i) half[i] = float_to_half(x[i]);
+        return half;
 #endif
     }
+    static void store(uint16_t *p, vf x) {
+        const vh half = narrow(x);
+        memcpy(p, &half, sizeof half);
+    }
+    static vf pair(vf low, vf high) { return joined(narrow(low), narrow(high)); }
     static void store_scalar(uint16_t *p, float x) { *p = float_to_half(x); }
     static float load_scalar(const uint16_t *p) { return half_to_float(*p); }
 };
@@ -141,10 +161,12 @@ struct BF16 {
         const vu is_nan = (vu)(x != x);
         return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~is_nan) | ((bits | 0x400000u) & is_nan);
     }
+    static vh narrow(vf x) { return __builtin_convertvector(rounded(x) >> 16, vh); }
     static void store(uint16_t *p, vf x) {
-        const vh half = __builtin_convertvector(rounded(x) >> 16, vh);
+        const vh half = narrow(x);
         memcpy(p, &half, sizeof half);
     }
+    static vf pair(vf low, vf high) { return joined(narrow(low), narrow(high)); }
     static void store_scalar(uint16_t *p, float x) { *p = uint16_t(rounded(splat(x))[0] >> 16); }
     static float load_scalar(const uint16_t *p) {
         const uint32_t bits = uint32_t(*p) << 16;
