@@ -118,6 +118,7 @@ def test_command_prints_and_writes_json(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Floors for Gemma" in printed
     assert "data-sheet rates" in printed
+    assert "…" not in printed
     content = json.loads(path.read_text())
     assert content["command"].endswith(f"--json {path}")
     assert list(content["targets"]) == ["sm_80", "gfx942"]
@@ -127,10 +128,40 @@ def test_command_prints_and_writes_json(tmp_path, capsys):
     assert [floor["model"] for floor in first["floors"]] == list(kernels.VOCABULARIES)
 
 
+def test_blocks_of_an_amd_loop_are_found_by_their_remarks():
+    text = """
+.LBB0_1:                               ;   in Loop: Header=BB0_2 Depth=1
+\tglobal_store_dwordx4 v[20:21], v[0:3], off
+.LBB0_2:                               ; %.lr.ph
+                                       ; =>This Inner Loop Header: Depth=1
+\tglobal_load_dwordx2 v[4:7], v[2:3], off
+; %bb.3:                               ;   in Loop: Header=BB0_2 Depth=1
+\ts_branch .LBB0_1
+.LBB0_4:
+\tglobal_load_ushort v4, v[4:5], off
+\ts_branch .LBB0_2
+"""
+    made = assembly._assembly(assembly._GCN, text.splitlines(), registers=32, spill=0, shared=0)
+    assert made.load_bytes == (8,)
+    assert made.store_bytes == (16,)
+    assert made.loop_instructions == 3
+    assert made.instructions == 5
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+def test_the_inner_loop_moves_each_logit_once(name, target):
+    kernel = _kernel(name)
+    for case in kernel.cases("GPT-2"):
+        if case.label in ("fp16+fp32", "bf16+bf16"):
+            finding = survey.inspect_case(kernel, case, TARGETS[target], [case])
+            assert finding.floors[0].loop_bytes == finding.floors[0].bytes_moved
+
+
 def test_floor_is_bytes_over_bandwidth():
     kernel, gpu = _kernel("backward_kernel"), TARGETS["sm_90"]
     case = next(c for c in kernel.cases("GPT-2") if c.label == "fp16+fp32")
-    floor = survey._floor(case, gpu)
+    floor = survey._floor(case, gpu, None)
     # Reads both terms, writes the gradient of the second.
     assert floor.bytes_moved == 8192 * 50257 * (2 + 4 + 4)
     assert floor.memory_us == pytest.approx(floor.bytes_moved / 3.35e12 * 1e6)

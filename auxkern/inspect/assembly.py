@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,45 @@ class Assembly:
     tensor_core: tuple[str, ...]
 
 
+def _loops_by_branches(lines: list[str]) -> Iterable[list[str]]:
+    """NVIDIA: the lines of every span that a branch jumps back over and that holds no other one."""
+    begins: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    for number, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            begins[label[1]] = number
+        elif (branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and branch[1] in begins:
+            spans.append((begins[branch[1]], number))
+    for begin, end in spans:
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
+            yield lines[begin : end + 1]
+
+
+def _loops_by_remarks(lines: list[str]) -> Iterable[list[str]]:
+    """AMD: the lines of every innermost loop.
+
+    LLVM may place a loop's blocks anywhere, but says in a remark which loop a block belongs to.
+    """
+    blocks: list[tuple[str, list[str]]] = [("", [])]
+    for line in lines:
+        if begins := re.match(r"\.L(BB\w+):|; %bb\.\w+:", line):
+            blocks.append((begins[1] or "", []))
+        blocks[-1][1].append(line)
+    loops: dict[str, list[str]] = {}
+    for name, block in blocks:
+        remarks = " ".join(block[:2])  # beside the label, or below it
+        if "This Inner Loop Header" in remarks:
+            loops.setdefault(name, []).extend(block)
+        elif inside := re.search(r"in Loop: Header=(BB\w+)", remarks):
+            loops.setdefault(inside[1], []).extend(block)
+    innermost = {name for name, block in blocks if "This Inner Loop Header" in " ".join(block[:2])}
+    return [loop for name, loop in loops.items() if name in innermost]
+
+
 @dataclass(frozen=True)
 class _Dialect:
     instruction: re.Pattern[str]
-    label: re.Pattern[str]
-    branch: re.Pattern[str]
+    loops: Callable[[list[str]], Iterable[list[str]]]
     load: re.Pattern[str]
     store: re.Pattern[str]
     matrix: re.Pattern[str]
@@ -58,8 +92,7 @@ class _Dialect:
 
 _SASS = _Dialect(
     instruction=re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*)"),
-    label=re.compile(r"\s*(\.L_\w+):"),
-    branch=re.compile(r"\bBRA\b.*`\((\.L_\w+)\)"),
+    loops=_loops_by_branches,
     # LDGSTS copies from global to shared memory, as wide as a load.
     load=re.compile(r"\bLDG(?:STS)?\.E(?:\.\w+)*?(\.(?:256|128|64|U16|S16|U8|S8))?(?=[.\s])(?!\.)"),
     store=re.compile(r"\bSTG\.E(?:\.\w+)*?(\.(?:256|128|64|U16|S16|U8|S8))?(?=[.\s])(?!\.)"),
@@ -69,8 +102,7 @@ _SASS = _Dialect(
 _GCN_WIDTHS = r"(dwordx4|dwordx3|dwordx2|dword|ushort|sshort|short|ubyte|sbyte|byte)"
 _GCN = _Dialect(
     instruction=re.compile(r"^\t([a-z]\w+.*)"),
-    label=re.compile(r"^(\.L\w+):"),
-    branch=re.compile(r"\bs_c?branch\w*\s+(\.L\w+)"),
+    loops=_loops_by_remarks,
     load=re.compile(rf"\b(?:global|buffer|flat)_load_{_GCN_WIDTHS}"),
     store=re.compile(rf"\b(?:global|buffer|flat)_store_{_GCN_WIDTHS}"),
     matrix=re.compile(r"\b(v_s?mfmac?_\w+)\b"),
@@ -112,7 +144,8 @@ def _disassembled(cubin: bytes) -> tuple[str, str]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         resources = _output(tools / "cuobjdump", "--dump-resource-usage", path)
-        return resources, _output(tools / "nvdisasm", "-c", path)
+        # Without data-flow analysis the listing is the same, and there a third sooner.
+        return resources, _output(tools / "nvdisasm", "-c", "-ndf", path)
 
 
 def _output(tool: Path, *arguments: str | Path) -> str:
@@ -128,7 +161,8 @@ def _output(tool: Path, *arguments: str | Path) -> str:
 
 def _assembly(dialect: _Dialect, lines: list[str], registers: int, spill: int, shared: int) -> Assembly:
     instructions = [line for line in lines if dialect.instruction.search(line)]
-    loop = max(_loops(dialect, lines), key=lambda body: _traffic(dialect, body), default=[])
+    bodies = ([line for line in body if dialect.instruction.search(line)] for body in dialect.loops(lines))
+    loop = max(bodies, key=lambda body: _traffic(dialect, body), default=[])
     inner = loop if _traffic(dialect, loop) else instructions
     return Assembly(
         registers=registers,
@@ -140,20 +174,6 @@ def _assembly(dialect: _Dialect, lines: list[str], registers: int, spill: int, s
         loop_instructions=len(inner) if inner is loop else 0,
         tensor_core=tuple(sorted({m[1] for line in instructions if (m := dialect.matrix.search(line))})),
     )
-
-
-def _loops(dialect: _Dialect, lines: list[str]) -> Iterable[list[str]]:
-    """The instructions of every loop that holds no other loop."""
-    begins: dict[str, int] = {}
-    spans: list[tuple[int, int]] = []
-    for number, line in enumerate(lines):
-        if label := dialect.label.match(line):
-            begins[label[1]] = number
-        elif (branch := dialect.branch.search(line)) and branch[1] in begins:
-            spans.append((begins[branch[1]], number))
-    for begin, end in spans:
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
-            yield [line for line in lines[begin : end + 1] if dialect.instruction.search(line)]
 
 
 def _widths(dialect: _Dialect, kind: re.Pattern[str], lines: list[str]) -> tuple[int, ...]:

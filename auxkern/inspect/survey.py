@@ -25,6 +25,8 @@ class Floor:
         bytes_moved: of logits and gradients, each once.
         flops: floating-point operations.
         memory_us, compute_us: microseconds at the data-sheet rates of the target's GPU.
+        loop_bytes: what the compiled inner loop moves in the whole launch, if a turn of it is one
+            tile; more than ``bytes_moved`` if something is read twice. None where no tile is known.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Floor:
     flops: int
     memory_us: float
     compute_us: float
+    loop_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Ca
         made=made,
         resident_warps=target.resident_warps(made.registers, made.shared_bytes, warps) if made else 0,
         resident_limit=target.warps,
-        floors=[_floor(other, target) for other in floors],
+        # A tile of a kernel that is bound by products is read more than once, and should be.
+        floors=[_floor(other, target, made if kernel.vectors else None) for other in floors],
         problems=problems(kernel, target, made) if made else _not_made(target),
     )
 
@@ -123,7 +127,7 @@ def _not_made(target: Target) -> list[str]:
     return ["does not compile"] if target.backend == "cuda" else []
 
 
-def _floor(case: Case, target: Target) -> Floor:
+def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
     launch = case.launch
     return Floor(
         model=case.model,
@@ -133,7 +137,16 @@ def _floor(case: Case, target: Target) -> Floor:
         flops=launch.flops,
         memory_us=launch.bytes_moved / target.bandwidth * 1e6,
         compute_us=launch.flops / target.flops * 1e6,
+        loop_bytes=_loop_bytes(case, target, made),
     )
+
+
+def _loop_bytes(case: Case, target: Target, made: Assembly | None) -> int | None:
+    tile = case.launch.constants.get("BLOCK")
+    if made is None or tile is None or not made.loop_instructions:
+        return None
+    per_tile = (sum(made.load_bytes) + sum(made.store_bytes)) * case.launch.num_warps * target.warp
+    return round(per_tile / tile * case.rows * VOCABULARIES[case.model])
 
 
 @cache

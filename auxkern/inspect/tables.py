@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from auxkern.bench.tables import console_for_stdout
-from auxkern.inspect.survey import Finding, failures
+from auxkern.inspect.survey import Finding, Floor, failures
 from auxkern.inspect.targets import TARGETS
 
 
@@ -64,15 +64,25 @@ def _show_floors(out: Console, targets: Sequence[str], findings: Sequence[Findin
         f"{t.gpu} {t.bandwidth / 1e12:g} TB/s and {t.flops / 1e12:g} TFLOP/s"
         for t in map(TARGETS.__getitem__, targets)
     )
-    table = _table(f"Floors for {model}", ("kernel", "case"), ("N", "MB", "GFLOP", *names))
-    table.caption = f"data-sheet rates: {rates}; c: compute decides, else memory"
+    table = _table(f"Floors for {model}", ("kernel", "case"), ("N", "GB", "GFLOP", "moved", *names))
+    table.caption = (
+        f"data-sheet rates: {rates}; c: compute decides, else memory; GB and "
+        "GFLOP: the least; moved: what the compiled loop moves, as a multiple of GB"
+    )
     table.caption_justify = "left"
     by_target = [[f for f in findings if f.target == target] for target in targets]
     for same in zip(*by_target, strict=True):
         floors = [next(floor for floor in f.floors if floor.model == model) for f in same]
-        costs = [f"{floors[0].rows}", f"{floors[0].bytes_moved / 1e6:,.0f}", f"{floors[0].flops / 1e9:,.1f}"]
+        costs = [f"{floors[0].rows}", f"{floors[0].bytes_moved / 1e9:.2f}", f"{floors[0].flops / 1e9:,.1f}"]
+        costs.append(_moved(floors))
         for floor in floors:
             mark = " c" if floor.compute_us > floor.memory_us else ""
             costs.append(f"{max(floor.compute_us, floor.memory_us):,.0f}{mark}")
         table.add_row(same[0].kernel.removesuffix("_kernel"), same[0].case, *costs)
     out.print(table)
+
+
+def _moved(floors: Sequence[Floor]) -> str:
+    """The largest share of the floor's bytes that the loop moves on any target."""
+    shares = [f.loop_bytes / f.bytes_moved for f in floors if f.loop_bytes is not None]
+    return f"{max(shares):.2f}x" if shares else ""
