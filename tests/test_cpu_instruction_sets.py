@@ -86,3 +86,30 @@ def test_own_threads_give_the_same_bits() -> None:
 def test_an_unknown_instruction_set_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"isa is 'sse9'.*'generic'"):
         Cpu("sse9")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_gradients_larger_than_the_caches_equal_small_ones(cpu: Cpu, dtype: torch.dtype, offset: int) -> None:
+    # Above 16 MiB stores go around the caches, in aligned pieces: the same bits must arrive.
+    rows, V = 180, 50_257
+    logits = random_logits(1, 8, V, dtype=dtype)[0].repeat(rows // 8 + 1, 1)[:rows]
+    values = [logits[None]]
+    target = random_target(rows, V=V, ignored=0.1)
+    weight = torch.full((rows,), 1 / rows)
+
+    def gradient(part: slice) -> Tensor:
+        count = part.stop - part.start
+        memory = torch.full((count * V + offset,), torch.nan, dtype=dtype)
+        out = memory[offset:].view(1, count, V)
+        settings = ([0.5], [0.0], V, -100, 0.1, 0.01, False, [0], [out])
+        chunk = [v[:, part] for v in values]
+        cpu.cross_entropy_forward_gradient(chunk, target[part], weight[part], *settings)
+        return out
+
+    large = gradient(slice(0, rows))
+    assert large.numel() * dtype.itemsize > 16 << 20
+    for start in range(0, rows, 60):
+        small = gradient(slice(start, start + 60))
+        assert small.numel() * dtype.itemsize < 16 << 20
+        assert torch.equal(large[:, start : start + 60], small)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import IGNORE, available_backends, device_of, generator, peak_extra_bytes
 from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sparse
 from auxkern.ops.linear_cross_entropy import default_chunk_rows
-from tests.cases import IGNORE, available_backends, device_of, generator, peak_extra_bytes
 
 N, V, D_LM, D_AUX, K = 23, 301, 13, 7, 3
 backends = pytest.mark.parametrize("backend", available_backends())
