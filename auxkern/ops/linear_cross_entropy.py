@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.ops import head_chunks
 from auxkern.ops.library import as_rows, check_target_range, loaded
 from auxkern.ops.memory import GradientMemory
+from auxkern.ops.registry import HeadRows, Rows
 from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
 from auxkern.terms import Logits, Sparse, Term
 
@@ -292,6 +294,16 @@ def _linear_cross_entropy(
         if any(part.first + k in gradients for part, _ in s.parts for k in range(len(part.tensors)))
     ]
     kernel = loaded(backend, floats) if target.numel() else None
+    inputs = _head_inputs(kernel, parts, gradients)
+    if inputs:
+        size = chunk_rows or head_chunks.chunk_rows(vocab_size, [head.head for head in inputs])
+        chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, size)
+        options = (vocab_size, ignore_index, label_smoothing, z_loss, want_stats)
+        for rows, found in head_chunks.rows_and_gradients(
+            kernel, inputs, target, row_weight, chunks, *options
+        ):
+            _store(outputs, rows, found)
+        return *outputs, [gradients[i].to(tensors[i].dtype).view(tensors[i].shape) for i in wanted]
     chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, chunk_rows or None)
     longest = max((target[rows].shape[0] for rows in chunks), default=0)
     shape = torch.Size((longest, vocab_size))
@@ -323,16 +335,34 @@ def _linear_cross_entropy(
             asking,
             in_place,
         )
-        for output, chunk in zip(
-            outputs,
-            (found.nll, found.row_max + found.log_sum, found.smooth, found.argmax, found.term_nll),
-            strict=True,
-        ):
-            if chunk.numel():
-                output[..., rows] = chunk
+        _store(outputs, rows, found)
         for i, d in zip(asking, dz, strict=False):
             _add_gradients(d[0], summands[i], rows, gradients)
     return *outputs, [gradients[i].to(tensors[i].dtype).view(tensors[i].shape) for i in wanted]
+
+
+def _store(outputs: tuple[Tensor, ...], rows: Any, found: Rows) -> None:
+    """Put what a backend found of some rows where it belongs."""
+    made = (found.nll, found.row_max + found.log_sum, found.smooth, found.argmax, found.term_nll)
+    for output, chunk in zip(outputs, made, strict=True):
+        if chunk.numel():
+            output[..., rows] = chunk
+
+
+def _head_inputs(
+    backend: Any, parts: list[_Part], gradients: dict[int, Tensor]
+) -> list[head_chunks.HeadInputs]:
+    """The heads for a backend that makes logits itself; none if it does not, or there are other terms."""
+    if not hasattr(backend, "heads_refusal") or any(p.kind not in (HEAD, HEAD_WITH_BIAS) for p in parts):
+        return []
+    inputs = []
+    for part in parts:
+        hidden, weight, *bias = part.tensors
+        head = HeadRows(hidden, weight, bias[0] if bias else None, part.scale, part.softcap)
+        d_bias = gradients.get(part.first + 2) if bias else None
+        d_hidden, d_weight = gradients.get(part.first), gradients.get(part.first + 1)
+        inputs.append(head_chunks.HeadInputs(head, d_hidden, d_weight, d_bias))
+    return [] if backend.heads_refusal([i.head for i in inputs]) else inputs
 
 
 def _chunks(

@@ -134,11 +134,13 @@ class HeadRows:
 class HeadGradients:
     """The gradient of a sum of heads with respect to their products, for one unit of each row's loss.
 
-    d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is ``scale * unit[n] * products[i][n, v]``.
+    d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is
+    ``scale * unit[n] * products[i][n, v] / magnified``.
     """
 
     products: list[Tensor]  # of each wanted head (N, V), 16-bit or float32; one tensor may stand for several
-    unit: Tensor  # (N,) float32, finite
+    unit: Tensor  # (N,) float32, finite; 1 without z-loss
+    magnified: float  # a power of 2 that keeps the products above underflow
 
 
 class BackendWithHeads(Backend, Protocol):
@@ -162,6 +164,7 @@ class BackendWithHeads(Backend, Protocol):
         self,
         heads: list[HeadRows],
         target: Tensor,
+        counts: Tensor,  # (N,) bool: not ignored, and of a weight that is not 0
         vocab_size: int,
         ignore_index: int,
         label_smoothing: float,
@@ -171,8 +174,8 @@ class BackendWithHeads(Backend, Protocol):
     ) -> tuple[Rows, HeadGradients]:
         """The rows, with ``smooth`` if label_smoothing > 0, and gradients for the heads in ``wanted``.
 
-        They are those of ``(1 - label_smoothing) nll + label_smoothing smooth + z_loss lse**2``; of an
-        ignored row 0, whatever its hidden state holds.
+        They are those of ``(1 - label_smoothing) nll + label_smoothing smooth + z_loss lse**2``; of a
+        row that does not count 0, whatever its hidden state holds.
         """
         ...
 

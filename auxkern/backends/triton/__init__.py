@@ -12,8 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from auxkern.backends.triton import plans
-from auxkern.ops.registry import Rows
+from auxkern.backends.triton import head_plans, plans
+from auxkern.ops.registry import HeadGradients, HeadRows, Rows
+from auxkern.ops.rows import gradient_coefficients
 
 _OLDEST = (3, 6)
 
@@ -76,6 +77,76 @@ class Triton:
         with _on(target.device):
             launch.run()
         return gradients
+
+    def heads_refusal(self, heads: list[HeadRows]) -> str | None:
+        if heads[0].hidden.device.type == "cpu" and any(h.hidden.dtype == torch.bfloat16 for h in heads):
+            return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
+        return head_plans.refusal(heads)
+
+    def heads_forward(
+        self,
+        heads: list[HeadRows],
+        target: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        want_smooth: bool,
+        want_stats: bool,
+    ) -> Rows:
+        summed = head_plans.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
+        rows, _, launches = head_plans.forward(summed, ignore_index, want_smooth, want_stats, None)
+        with _on(target.device):
+            for launch in launches:
+                launch.run()
+        return rows
+
+    def heads_forward_gradient(
+        self,
+        heads: list[HeadRows],
+        target: Tensor,
+        counts: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        want_stats: bool,
+        wanted: list[int],
+    ) -> tuple[Rows, HeadGradients]:
+        summed = head_plans.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
+        dtype = head_plans.gradient_dtype([heads[i] for i in wanted])
+        e = summed.buffer(head_plans.e_dtype(dtype)) if head_plans.one_write(summed, wanted) else None
+        rows, tops, launches = head_plans.forward(summed, ignore_index, label_smoothing > 0, want_stats, e)
+        with _on(target.device):
+            for launch in launches:
+                launch.run()
+            magnified = head_plans.MAGNIFIED[dtype]
+            per_row, unit = _unit_coefficients(rows, counts, vocab_size, label_smoothing, z_loss, magnified)
+            if e is not None:
+                d, launch = head_plans.scale(summed, e, tops, rows.row_max, per_row, dtype)
+                products = [d] * len(wanted)
+            else:
+                slopes = [summed.slope_of(i) for i in wanted]
+                distinct = list(dict.fromkeys(slopes))
+                made, launch = head_plans.gradient(summed, rows.row_max, per_row, distinct, dtype)
+                products = [made[distinct.index(slope)] for slope in slopes]
+            launch.run()
+        return rows, HeadGradients(products, unit, magnified)
+
+
+def _unit_coefficients(
+    rows: Rows, counts: Tensor, V: int, label_smoothing: float, z_loss: float, magnified: float
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Coefficients of a dz that fits a 16-bit number, and the (N,) factor that it is short of."""
+    steepness = 1.0 + (2 * z_loss * (rows.row_max + rows.log_sum)).abs()
+    # A row that is NaN says so in dz; its factor is finite, lest it spoil the other rows.
+    steepness = torch.where(steepness.isfinite(), steepness, 1.0)
+    g = magnified / steepness
+    settings = (counts, label_smoothing, z_loss, V)
+    return gradient_coefficients(g, rows.nll, rows.row_max, rows.log_sum, *settings), steepness
+
+
+def _float32_products() -> str:
+    """How float32 operands are multiplied: exactly, unless torch is told that TF32 will do."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _multiprocessors(device: torch.device) -> int:

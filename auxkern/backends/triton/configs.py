@@ -60,3 +60,42 @@ def splits(rows: int, tiles: int, multiprocessors: int, config: Config) -> int:
     """
     wanted = -(-multiprocessors * config.programs // rows)
     return max(1, min(wanted, tiles, MAX_SPLITS))
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel that makes tiles of logits from hidden states is launched.
+
+    Attributes:
+        rows, ids, width: of a tile: BLOCK_N, BLOCK_V, and BLOCK_D of the operands at a time.
+        warps: warps in a program.
+        stages: operands in flight.
+        group: row blocks that pass over a tile of the weight while it is in the L2 cache.
+    """
+
+    rows: int
+    ids: int
+    width: int
+    warps: int
+    stages: int
+    group: int
+
+
+# Every accumulator is rows * ids float32 in registers; a float32 operand takes twice the memory.
+_TILES_HALF = {1: TileConfig(128, 128, 64, 8, 3, 16), 2: TileConfig(64, 128, 64, 8, 3, 16)}
+_TILES_FLOAT = {1: TileConfig(64, 64, 32, 8, 2, 16), 2: TileConfig(64, 64, 32, 8, 2, 16)}
+_TILES_MANY = TileConfig(64, 64, 32, 8, 2, 16)
+
+# Rows and tiles that one program of the combining and of the scaling kernel takes at a time.
+COMBINE_ROWS, COMBINE_LANES, COMBINE_WARPS = 16, 32, 4
+SCALE_ROWS, SCALE_WARPS = 32, 4
+
+
+def tiles(accumulators: int, half: bool) -> TileConfig:
+    """Configuration of the kernels that make tiles of logits.
+
+    Args:
+        accumulators: that a program holds.
+        half: whether every product has 16-bit operands.
+    """
+    return (_TILES_HALF if half else _TILES_FLOAT).get(accumulators, _TILES_MANY)

@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import plans
+from auxkern.backends.triton import head_cases, plans
 from auxkern.backends.triton.cross_entropy import backward_kernel, combine_kernel, forward_kernel
 from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.linear_cross_entropy import (
+    heads_combine_kernel,
+    heads_forward_kernel,
+    heads_gradient_kernel,
+    heads_scale_kernel,
+)
 
 VOCABULARIES = {"SmolLM2": 49152, "GPT-2": 50257, "Llama-3": 128256, "Gemma": 262144}
 _MULTIPROCESSORS = 132  # H100 SXM; decides how rows are split, not what is compiled
@@ -132,8 +138,22 @@ def _backward_cases(model: str) -> Iterator[Case]:
     yield Case("fp16+fp32, vocab_size < V", model, _ROWS, shared)
 
 
+def _of_heads(
+    launches: Callable[[int], Iterator[tuple[str, Launch]]],
+) -> Callable[[str], Iterator[Case]]:
+    def cases(model: str) -> Iterator[Case]:
+        for label, launch in launches(VOCABULARIES[model]):
+            yield Case(label, model, head_cases.ROWS, launch)
+
+    return cases
+
+
 KERNELS = (
     Kernel(forward_kernel, _forward_cases, vectors=True),
     Kernel(combine_kernel, _combine_cases, vectors=False),
     Kernel(backward_kernel, _backward_cases, vectors=True),
+    Kernel(heads_forward_kernel, _of_heads(head_cases.forward_cases), vectors=False, dot=True),
+    Kernel(heads_combine_kernel, _of_heads(head_cases.combine_cases), vectors=False),
+    Kernel(heads_scale_kernel, _of_heads(head_cases.scale_cases), vectors=False),
+    Kernel(heads_gradient_kernel, _of_heads(head_cases.gradient_cases), vectors=False, dot=True),
 )

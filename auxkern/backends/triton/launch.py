@@ -32,6 +32,8 @@ class Launch:
         num_warps: warps per program.
         bytes_moved: bytes of logits and gradients that the launch must read and write.
         flops: floating-point operations, an exponential counted as one.
+        num_stages: tiles of operands in flight in a loop over products; None for the compiler's choice.
+        tensor_flops: those of matrix products of 16-bit operands, which are not in ``flops``.
     """
 
     kernel: Any
@@ -41,10 +43,18 @@ class Launch:
     num_warps: int
     bytes_moved: int
     flops: int
+    num_stages: int | None = None
+    tensor_flops: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the source."""
+        stages = {} if self.num_stages is None else {"num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, **stages}
 
     def run(self) -> None:
         """Launch on the current CUDA device, or in Triton's interpreter."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps)
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     def source(self) -> ASTSource:
         """What Triton would compile for this launch."""
@@ -66,7 +76,7 @@ class Launch:
         Args:
             target: such as ``GPUTarget("cuda", 90, 32)``.
         """
-        return triton.compile(self.source(), target=target, options={"num_warps": self.num_warps})
+        return triton.compile(self.source(), target=target, options=self.options)
 
 
 def _signature(value: Any) -> Any:

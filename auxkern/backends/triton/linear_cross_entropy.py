@@ -1,0 +1,363 @@
+"""Cross-entropy of a sum of output heads: tiles of logits are made, used and dropped on chip.
+
+Forward: one program makes a tile of z, the dot products of every head in one float32 accumulator,
+and leaves its maximum, sum and so on; a second kernel combines the tiles of a row in fixed order.
+The target is left out of the sums, as in ``cross_entropy.py``: a sure row's nll does not cancel.
+
+Gradient, one-write: the forward also writes e = exp(z - m) in 16 bits, m the maximum of the row
+within the tile, so that e lies in [0, 1] whatever the logits; when the rows' sums are known, one
+light pass turns e into dz. Gradient, recompute: the tile is made a second time and dz written.
+"""
+
+# Triton's language is not Python's: kernels have no annotations and build tuples entry by entry.
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+import triton
+import triton.language as tl
+
+from auxkern.backends.triton.cross_entropy import (
+    _NO_COLUMN,
+    _NO_KEY,
+    _fold_best,
+    _nll,
+    _pivot,
+    _share,
+)
+from auxkern.backends.triton.numerics import tanh_slope
+from auxkern.backends.triton.rows import _decode
+
+
+@triton.jit
+def _tile_of_program(program, row_blocks, tiles, GROUP: tl.constexpr):
+    """(row block, vocabulary tile): rows fastest within a group, so that a weight is read from L2."""
+    first = program // (GROUP * tiles) * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    within = program % (GROUP * tiles)
+    return first + within % size, within // size
+
+
+@triton.jit
+def _operand(pointer, stride, columns_stride, rows, UNIT: tl.constexpr, EVEN: tl.constexpr):
+    """(pointers to column 0 of ``rows``, distance of columns) of a strided matrix."""
+    step = _decode(stride).to(tl.int64)
+    if EVEN:
+        step = tl.multiple_of(step, 8)
+    if UNIT:
+        return pointer + rows.to(tl.int64) * step, 1
+    return pointer + rows.to(tl.int64) * step, _decode(columns_stride)
+
+
+@triton.jit
+def _product(
+    head, accumulator, rows, ids,
+    D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """accumulator (R, C) + hidden[rows] (R, D) @ weight[ids].T (D, C), in float32."""
+    a, a_step = _operand(head.hidden, head.hidden_stride, head.hidden_column, rows, UNIT_HIDDEN, EVEN)
+    b, b_step = _operand(head.weight, head.weight_stride, head.weight_column, ids, UNIT_WEIGHT, EVEN)
+    k = tl.arange(0, BLOCK_D)
+    for d in range(0, D, BLOCK_D):
+        here = d + k
+        if D % BLOCK_D == 0:
+            x = tl.load(a[:, None] + (here * a_step)[None, :])
+            w = tl.load(b[None, :] + (here * b_step)[:, None])
+        else:
+            x = tl.load(a[:, None] + (here * a_step)[None, :], mask=(here < D)[None, :], other=0.0)
+            w = tl.load(b[None, :] + (here * b_step)[:, None], mask=(here < D)[:, None], other=0.0)
+        if x.dtype != w.dtype:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        accumulator = tl.dot(x, w, accumulator, input_precision=PRECISION)
+    return accumulator
+
+
+@triton.jit
+def _products(
+    heads, rows, ids,
+    D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One (R, C) accumulator for each group of heads, in units of its last head's scale."""
+    products = ()
+    accumulator = tl.zeros([rows.shape[0], ids.shape[0]], tl.float32)
+    for i in tl.static_range(len(heads)):
+        if BEGINS[i]:
+            if i > 0:
+                products += (accumulator,)
+                accumulator = tl.zeros([rows.shape[0], ids.shape[0]], tl.float32)
+        elif RESCALED[i]:
+            accumulator *= heads[i].rescale
+        accumulator = _product(
+            heads[i], accumulator, rows, ids,
+            D[i], UNIT_HIDDEN[i], UNIT_WEIGHT[i], EVEN[i], BLOCK_D, PRECISION,
+        )  # fmt: skip
+        if BIAS[i]:
+            bias = tl.load(heads[i].bias + ids.to(tl.int64) * _decode(heads[i].bias_stride))
+            accumulator += bias.to(tl.float32)[None, :]
+    products += (accumulator,)
+    return products
+
+
+@triton.jit
+def _shares_of(groups, products, CAPPED: tl.constexpr):
+    shares = ()
+    for g in tl.static_range(len(groups)):
+        shares += (_share(groups[g], products[g], CAPPED[g]),)
+    return shares
+
+
+@triton.jit
+def _sum_of(shares):
+    z = shares[0]
+    for g in tl.static_range(1, len(shares)):
+        z += shares[g]
+    return z
+
+
+@triton.jit
+def _indices(block, tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(rows, columns, rows to read, ids to read): beyond the end the last one is read again."""
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    return rows, columns, tl.minimum(rows, N - 1), tl.minimum(columns, V - 1)
+
+
+@triton.jit
+def _tile_softmax(z):
+    """(maximum, sum of exp(z - maximum), exp(z - maximum)) of each row; -inf is left out."""
+    top = tl.max(z, axis=1)
+    e = tl.exp(z - _pivot(top)[:, None])
+    return top, tl.sum(e, axis=1), e
+
+
+@triton.jit(do_not_specialize=["target", "N", "V", "row_blocks", "tiles"])
+def heads_forward_kernel(
+    heads,  # I of (N, D) hidden states and (>= V, D) weights
+    groups,  # scale and softcap of each accumulator
+    target,  # (N,) int64
+    partial,  # (2.., tiles, N) float32, (2, tiles, N) int32 and (1.., N) float32, out
+    e_out,  # (N, tiles * BLOCK_V) float16 or float32, out, if WRITE
+    N, V, row_blocks, tiles,
+    D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr, STATS: tl.constexpr, WRITE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a tile (BLOCK_N rows, BLOCK_V ids) of z, and exp(z - its maximum) if WRITE."""
+    block, tile = _tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
+    rows, columns, read_rows, read_ids = _indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    products = _products(
+        heads, read_rows, read_ids,
+        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    shares = _shares_of(groups, products, CAPPED)
+    z = _sum_of(shares)
+
+    present = rows < N
+    y = tl.load(target + read_rows)
+    valid = (columns < V)[None, :]
+    hit = (columns[None, :] == y[:, None]) & valid
+    counted = valid & (columns[None, :] != y[:, None])
+    top, total, e = _tile_softmax(tl.where(counted, z, -float("inf")))
+    if WRITE:
+        # Rows are as wide as whole tiles: no mask along them, so that stores stay wide.
+        width = tiles * BLOCK_V
+        at = e_out + rows.to(tl.int64)[:, None] * tl.multiple_of(width, BLOCK_V) + columns[None, :]
+        tl.store(at, e.to(e_out.dtype.element_ty), mask=present[:, None])
+
+    plane = N.to(tl.int64) * tiles
+    at = partial.sums + tile.to(tl.int64) * N + rows
+    tl.store(at, top, mask=present)
+    tl.store(at + plane, total, mask=present)
+    # Only the tile that holds the target has it: one writer.
+    here = present & (y >= tile * BLOCK_V) & (y < (tile + 1) * BLOCK_V) & (y < V)
+    tl.store(partial.target + rows, tl.sum(tl.where(hit, z, 0.0), axis=1), mask=here)
+    if SMOOTH:
+        gaps = tl.where(counted, _pivot(top)[:, None] - z, 0.0)
+        tl.store(at + 2 * plane, tl.sum(gaps, axis=1), mask=present)
+    if STATS:
+        nothing = (tl.full([BLOCK_N], _NO_KEY, tl.int32), tl.full([BLOCK_N], _NO_COLUMN, tl.int32))
+        key, column = _fold_best(nothing, z, columns[None, :], valid)
+        best = partial.best + tile.to(tl.int64) * N + rows
+        tl.store(best, key, mask=present)
+        tl.store(best + plane, column, mask=present)
+        for g in tl.static_range(len(shares)):
+            share_top, share_total, _ = _tile_softmax(tl.where(counted, shares[g], -float("inf")))
+            tl.store(at + (3 + 2 * g) * plane, share_top, mask=present)
+            tl.store(at + (4 + 2 * g) * plane, share_total, mask=present)
+            its = tl.sum(tl.where(hit, shares[g], 0.0), axis=1)
+            tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, its, mask=here)
+
+
+@triton.jit
+def _combined(at, plane, N, tiles, present, R: tl.constexpr, LANES: tl.constexpr):
+    """The online softmax (maximum, sum) of R rows from their tiles' at ``at`` and ``at + plane``."""
+    top = tl.full([R], -float("inf"), tl.float32)
+    lane = tl.arange(0, LANES)
+    for first in range(0, tiles, LANES):
+        mask = (first + lane < tiles)[:, None] & present[None, :]
+        there = at[None, :] + (first + lane).to(tl.int64)[:, None] * N
+        top = tl.maximum(top, tl.max(tl.load(there, mask, -float("inf")), axis=0))
+    pivot = _pivot(top)
+    total = tl.zeros([R], tl.float32)
+    for first in range(0, tiles, LANES):
+        mask = (first + lane < tiles)[:, None] & present[None, :]
+        there = at[None, :] + (first + lane).to(tl.int64)[:, None] * N
+        tops = tl.load(there, mask, -float("inf"))
+        total += tl.sum(tl.load(there + plane, mask, 0.0) * tl.exp(tops - pivot[None, :]), axis=0)
+    return top, total
+
+
+@triton.jit
+def _combined_distance(
+    at, plane, N, V, tiles, y, pivot, present, R: tl.constexpr, LANES: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Sum of pivot - z over the columns that are not the target."""
+    distance = tl.zeros([R], tl.float32)
+    for first in range(0, tiles, LANES):
+        tile = first + tl.arange(0, LANES)
+        mask = (tile < tiles)[:, None] & present[None, :]
+        there = at[None, :] + tile.to(tl.int64)[:, None] * N
+        tops = tl.load(there, mask, 0.0)
+        # Of the target's tile one column was left out.
+        its = (y // BLOCK_V == tile[:, None]).to(tl.int32)
+        counted = (tl.minimum(BLOCK_V, V - tile * BLOCK_V)[:, None] - its).to(tl.float32)
+        moved = tl.load(there + 2 * plane, mask, 0.0) + counted * (pivot[None, :] - _pivot(tops))
+        distance += tl.sum(tl.where(mask, moved, 0.0), axis=0)
+    return distance
+
+
+@triton.jit
+def _combined_best(at, plane, N, tiles, present, R: tl.constexpr, LANES: tl.constexpr):
+    """The lowest column of the largest key of R rows."""
+    key = tl.full([R], _NO_KEY, tl.int32)
+    column = tl.full([R], _NO_COLUMN, tl.int32)
+    for first in range(0, tiles, LANES):
+        tile = first + tl.arange(0, LANES)
+        mask = (tile < tiles)[:, None] & present[None, :]
+        there = at[None, :] + tile.to(tl.int64)[:, None] * N
+        keys = tl.load(there, mask, _NO_KEY)
+        top = tl.max(keys, axis=0)
+        columns = tl.load(there + plane, mask, _NO_COLUMN)
+        lowest = tl.min(tl.where(keys == top[None, :], columns, _NO_COLUMN), axis=0)
+        # Tiles come in order: an equal key later on has a higher column.
+        column = tl.where(top > key, lowest, column)
+        key = tl.maximum(key, top)
+    return column
+
+
+@triton.jit(do_not_specialize=["target", "N", "V", "ignore_index", "tiles"])
+def heads_combine_kernel(
+    target,  # (N,) int64
+    partial,  # written by heads_forward_kernel
+    out,  # Rows: (N,) float32 and so on
+    N, V, ignore_index, tiles,
+    GROUPS: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr, BLOCK_V: tl.constexpr,
+    R: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Statistics of R rows from their tiles, in fixed order."""
+    rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    present = rows < N
+    y = tl.load(target + rows, present, 0)
+    ignored = y == ignore_index
+    in_range = present & (y >= 0) & (y < V) & (ignored == 0)
+    plane = N.to(tl.int64) * tiles
+    at = partial.sums + rows
+    softmax = _combined(at, plane, N, tiles, present, R, LANES)
+    goal = tl.load(partial.target + rows, in_range, float("nan"))
+    nll, largest, log_sum = _nll(softmax, goal)
+    tl.store(out.nll + rows, tl.where(ignored, 0.0, nll), mask=present)
+    row_max = tl.where(nll == nll, largest, float("nan"))
+    tl.store(out.row_max + rows, tl.where(ignored, 0.0, row_max), mask=present)
+    tl.store(out.log_sum + rows, tl.where(ignored, 0.0, log_sum), mask=present)
+    if SMOOTH:
+        pivot = _pivot(softmax[0])
+        holder = tl.where(in_range, y, -BLOCK_V)[None, :]
+        distance = _combined_distance(at, plane, N, V, tiles, holder, pivot, present, R, LANES, BLOCK_V)
+        distance += (V - 1) * (largest - pivot) + (largest - goal)
+        tl.store(out.smooth + rows, tl.where(ignored, 0.0, log_sum + distance / V), mask=present)
+    if STATS:
+        column = _combined_best(partial.best + rows, plane, N, tiles, present, R, LANES)
+        tl.store(out.argmax + rows, tl.where(ignored, -1, column).to(tl.int64), mask=present)
+        for g in tl.static_range(GROUPS):
+            its = tl.load(partial.target + (1 + g) * N.to(tl.int64) + rows, in_range, float("nan"))
+            softmax = _combined(at + (3 + 2 * g) * plane, plane, N, tiles, present, R, LANES)
+            term_nll, _, _ = _nll(softmax, its)
+            there = out.term_nll + g * N.to(tl.int64) + rows
+            tl.store(there, tl.where(ignored, 0.0, term_nll), mask=present)
+
+
+@triton.jit
+def _coefficients_of(coefficients, rows, present):
+    """(row maximum, the three coefficients, whether the row has a gradient) of rows."""
+    e = tl.load(coefficients.exp_coefficient + rows, present, 0.0)
+    c = tl.load(coefficients.constant + rows, present, 0.0)
+    t = tl.load(coefficients.target_gradient + rows, present, 0.0)
+    live = (e != 0) | (c != 0) | (t != 0)
+    return tl.load(coefficients.row_max + rows, present, 0.0), e, c, t, live
+
+
+@triton.jit(do_not_specialize=["target", "N", "tiles"])
+def heads_scale_kernel(
+    e_in,  # (N, tiles * BLOCK_V) float16 or float32: exp(z - maximum of the row within the tile)
+    d_out,  # of the same size, out; the same memory
+    target,  # (N,) int64
+    tops,  # (tiles, N) float32: those maxima
+    coefficients,  # (N,) float32 each
+    N, tiles,
+    R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dz[n, v] = exp_coefficient * exp(z - row_max) - constant, target_gradient at the target."""
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    tile = tl.program_id(1)
+    columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    present = rows < N
+    row_max, e, c, t, live = _coefficients_of(coefficients, rows, present)
+    y = tl.load(target + rows, present, -1)
+    top = tl.load(tops + tile.to(tl.int64) * N + rows, present, 0.0)
+    factor = tl.where(live, e * tl.exp(top - row_max), 0.0)
+    offset = rows.to(tl.int64)[:, None] * tl.multiple_of(tiles * BLOCK_V, BLOCK_V) + columns[None, :]
+    x = tl.load(e_in + offset, present[:, None] & live[:, None], 0.0).to(tl.float32)
+    d = factor[:, None] * x - c[:, None]
+    d = tl.where(columns[None, :] == y[:, None], t[:, None], d)
+    tl.store(d_out + offset, d.to(d_out.dtype.element_ty), mask=present[:, None])
+
+
+@triton.jit(do_not_specialize=["target", "N", "V", "row_blocks", "tiles"])
+def heads_gradient_kernel(
+    heads, groups,  # as in the forward
+    target,  # (N,) int64
+    coefficients,  # (N,) float32 each
+    d_out,  # J of (N, tiles * BLOCK_V), out
+    N, V, row_blocks, tiles,
+    D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, CAPPED: tl.constexpr,
+    SLOPES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dz of a tile, made from the hidden states again; times the slope of group SLOPES[j] if >= 0."""
+    block, tile = _tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
+    rows, columns, read_rows, read_ids = _indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    products = _products(
+        heads, read_rows, read_ids,
+        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    z = _sum_of(_shares_of(groups, products, CAPPED))
+    present = rows < N
+    row_max, e, c, t, live = _coefficients_of(coefficients, read_rows, present)
+    y = tl.load(target + read_rows)
+    dz = e[:, None] * tl.exp(z - row_max[:, None]) - c[:, None]
+    dz = tl.where(columns[None, :] == y[:, None], t[:, None], dz)
+    width = tl.multiple_of(tiles * BLOCK_V, BLOCK_V)
+    at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    for j in tl.static_range(len(d_out)):
+        d = dz
+        if SLOPES[j] >= 0:
+            d *= tanh_slope(products[SLOPES[j]] * (1.0 / groups[SLOPES[j]].softcap))
+        # A dead row's logits may be NaN; its gradient is 0 all the same.
+        d = tl.where(live[:, None], d, 0.0)
+        tl.store(d_out[j] + at, d.to(d_out[j].dtype.element_ty), mask=present[:, None])
