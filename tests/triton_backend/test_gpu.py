@@ -14,7 +14,7 @@ from cases import IGNORE, check, confident_logits, ours, peak_extra_bytes, rando
 from torch import Tensor
 
 import auxkern
-from auxkern import Logits
+from auxkern import Head, Logits
 
 triton = pytest.importorskip("triton")
 
@@ -255,3 +255,113 @@ def test_is_chosen_on_a_gpu():
     assert auxkern.explain("cuda", H, F).backend == "triton"
     loss = auxkern.cross_entropy([logits(3, 129)], torch.tensor([1, 2, 3], device="cuda"))
     assert loss.device.type == "cuda"
+
+
+# --- output heads -----------------------------------------------------------------------------
+
+
+def _heads(
+    N: int, V: int, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **options: Any
+) -> list[Head]:
+    return [
+        Head(
+            logits(N, D, dtype=dtype, spread=1.0, seed=i),
+            logits(V, D, dtype=dtype, spread=2 / math.sqrt(D), seed=10 + i),
+            **options,
+        )
+        for i, (D, dtype) in enumerate(zip(widths, dtypes, strict=True))
+    ]
+
+
+def _head_step(heads: list[Head], target: Tensor, wanted: tuple[int, ...] = (1,), **options: Any) -> Any:
+    """(loss, gradients of the wanted heads' hidden states and weights), by the Triton backend."""
+    leaves = [
+        [x.detach().requires_grad_(i in wanted) for x in head.tensors.values()]
+        for i, head in enumerate(heads)
+    ]
+    terms = [Head(*xs, scale=h.scale, softcap=h.softcap) for xs, h in zip(leaves, heads, strict=True)]
+    loss = auxkern.cross_entropy(terms, target, backend="triton", **options)
+    loss.backward()
+    return loss.detach(), [x.grad for i in wanted for x in leaves[i]]
+
+
+def _head_formula(heads: list[Head], target: Tensor, wanted: tuple[int, ...] = (1,)) -> Any:
+    """The same in float64 on the whole logits."""
+    leaves = [[x.detach().double().requires_grad_() for x in head.tensors.values()] for head in heads]
+    z = 0.0
+    for head, (hidden, weight) in zip(heads, leaves, strict=True):
+        x = hidden @ weight.T
+        z = z + head.scale * (x if head.softcap is None else head.softcap * torch.tanh(x / head.softcap))
+    loss = torch.nn.functional.cross_entropy(z, target, ignore_index=IGNORE)
+    loss.backward()
+    return loss.detach(), [x.grad for i in wanted for x in leaves[i]]
+
+
+# A gradient is rounded to 16 bits as dz and as the result; errors of many entries average out.
+_HEAD_TOLERANCE = {F: 1e-5, H: 2.0**-10, B: 2.0**-7}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("V", [1, 131, 50257])
+@pytest.mark.parametrize("N", [1, 33, 300])
+@pytest.mark.parametrize(
+    ("widths", "dtypes"),
+    [
+        ((768, 256), (B, B)),
+        ((576, 256), (H, H)),
+        ((128, 64), (B, B)),
+        ((768, 256), (H, F)),
+        ((96, 40), (F, F)),
+        ((768, 256), (B, H)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}], ids=["plain", "softcap"])
+def test_heads(widths, dtypes, N, V, options):
+    heads = _heads(N, V, widths, dtypes, **options)
+    target = random_target(N, V=V, device="cuda", ignored=0.2)
+    target[0] = 0
+    loss, gradients = _head_step(heads, target, (0, 1))
+    right, exact = _head_formula(heads, target, (0, 1))
+    torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=1e-6)
+    for found, expected in zip(gradients, exact, strict=True):
+        error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-6)
+        # An error of one head's dtype reaches the other through dz.
+        assert float(error) < max(_HEAD_TOLERANCE[dtype] for dtype in dtypes)
+
+
+@pytest.mark.parametrize("scheme", [True, False], ids=["one-write", "recompute"])
+def test_both_schemes_of_heads(scheme, monkeypatch):
+    from auxkern.backends.triton import head_plans
+
+    monkeypatch.setattr(head_plans, "one_write", lambda *_: scheme)
+    heads, target = _heads(300, 50257, (768, 256), (B, B)), random_target(300, V=50257, device="cuda")
+    found, exact = _head_step(heads, target)[1], _head_formula(heads, target)[1]
+    for a, b in zip(found, exact, strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < 2.0**-7
+
+
+def test_heads_do_not_stop_the_device_and_repeat_to_the_bit():
+    heads = _heads(700, 50257, (768, 256), (B, B))
+    target = random_target(700, V=50257, device="cuda", ignored=0.2)
+    first = _head_step(heads, target, chunk_rows=256)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = _head_step(heads, target, chunk_rows=256)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first[0], again[0])
+    assert all(map(torch.equal, first[1], again[1]))
+
+
+def test_heads_take_a_bounded_chunk_and_nothing_for_a_frozen_head():
+    N, V, C = 2048, 128256, 256
+    heads, target = _heads(N, V, (1024, 256), (B, B)), random_target(N, V=V, device="cuda")
+    _head_step(heads, target, chunk_rows=C)
+    chunk, d_weight = 2 * C * (V + 128), (4 + 2) * V * 256
+    used = peak_extra_bytes(lambda: _head_step(heads, target, chunk_rows=C), "cuda")
+    assert used < 1.25 * chunk + d_weight + 2**25
+    with torch.no_grad():
+        whole = peak_extra_bytes(lambda: auxkern.cross_entropy(heads, target), "cuda")
+    assert whole < N * V * 2 // 16
