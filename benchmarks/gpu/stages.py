@@ -94,7 +94,7 @@ def stages(folder: Path) -> list[Stage]:
             Stage(
                 tool,
                 (sanitizer(), "--tool", tool, "--launch-timeout", "60", *selection),
-                60,
+                50,
                 read_sanitizer,
                 environment=uncached,
             )
@@ -103,7 +103,7 @@ def stages(folder: Path) -> list[Stage]:
         Stage(
             "bench",
             (python, "-m", "auxkern.bench", "--device", "cuda", "--json", str(shown)),
-            155,
+            130,
             read_bench,
             needs=("rich",),
             writes=bench,
@@ -125,7 +125,7 @@ def tests_stage(python: str) -> Stage:
         options += ("-n", str(processes), "--dist", "worksteal")
         environment["OMP_NUM_THREADS"] = "2"
     needs = ("pytest", "hypothesis")
-    return Stage("tests", (python, "-m", "pytest", *options), 150, read_tests, needs, environment)
+    return Stage("tests", (python, "-m", "pytest", *options), 190, read_tests, needs, environment)
 
 
 def sanitizer() -> str:
