@@ -8,7 +8,7 @@ import sys
 import torch
 
 from auxkern.bench import operators, session
-from auxkern.bench.cases import DTYPES, OPERATORS, VOCABULARIES, Case, select_cases
+from auxkern.bench.cases import DTYPES, OPERATORS, VOCABULARIES, WIDTHS, Case, select_cases
 from auxkern.bench.results import CaseResult
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
 from auxkern.terms import MAX_TERMS
@@ -18,7 +18,10 @@ Each implementation is first checked against float64; a wrong one is reported an
 Forward runs without gradients, as in evaluation; forward + backward makes the gradient of the
 last term (the auxiliary) only, in freshly allocated memory, as in a training step.
 Without --case, --n and --dtype a standard list of cases is run; with any of them, all
-combinations, where the default is gpt2, 512 rows (8,192 on a GPU), float32.
+combinations, where the default is float32 and, for cross_entropy, gpt2 and 512 rows (8,192 on a
+GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU).
+--op linear gives heads in place of logits: [Head(h_lm, W_lm), Head(h_aux, W_aux)], gradients for
+h_aux and W_aux. A case of it takes a minute or two on a CPU, so it runs only when asked for.
 Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options; 130 after Ctrl-C.
 """
 
@@ -36,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     session.check_common_options(parser, options)
+    if "linear" in (options.op or []) and options.terms != 2:
+        parser.error(f"--terms {options.terms}: linear is measured with 2 heads; leave --terms out")
     device = session.device_from(parser, options.device)
     cases = select_cases(
         device.type,
@@ -72,14 +77,19 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     vocabularies = ", ".join(f"{name} {size:,}" for name, size in VOCABULARIES.items())
+    widths = ", ".join(f"{name} {lm} + {aux}" for name, (lm, aux) in WIDTHS.items())
     parser.add_argument(
-        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: all)"
+        "--op",
+        action="append",
+        choices=OPERATORS,
+        help="operator (repeatable; default: cross_entropy)",
     )
     parser.add_argument(
         "--case",
         action="append",
         choices=VOCABULARIES,
-        help=f"vocabulary of a model (repeatable): {vocabularies}",
+        help=f"vocabulary of a model (repeatable): {vocabularies}; with widths of the LM's and the "
+        f"auxiliary's head for linear: {widths}",
     )
     parser.add_argument("--n", action="append", type=session.positive, metavar="N", help="rows (repeatable)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="dtype of every term (repeatable)")
@@ -89,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=range(1, MAX_TERMS + 1),
         default=2,
         metavar=f"1..{MAX_TERMS}",
-        help="number of terms, the last of which is trained (default 2)",
+        help="number of terms, the last of which is trained (default 2; linear always has 2)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     session.add_common_options(parser)

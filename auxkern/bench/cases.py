@@ -1,4 +1,4 @@
-"""What is measured: operator, vocabulary, rows and dtype."""
+"""What is measured: operator, vocabulary, widths, rows and dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 
 VOCABULARIES = {"gpt2": 50_257, "llama3": 128_256, "gemma": 262_144, "smollm2": 49_152}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPERATORS = ("cross_entropy",)
+# D of the LM's head and of the auxiliary's.
+WIDTHS = {"gpt2": (768, 256), "llama3": (4096, 512), "gemma": (2304, 256), "smollm2": (576, 256)}
+OPERATORS = ("cross_entropy", "linear")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Case:
         model: a name in ``VOCABULARIES``.
         N: rows.
         dtype: a name in ``DTYPES``, of every term.
-        terms: how many terms are summed; the last one asks for a gradient.
+        terms: how many terms are summed; the last one asks for a gradient. 2 for "linear".
     """
 
     op: str
@@ -35,25 +37,30 @@ class Case:
         return VOCABULARIES[self.model]
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """D of each head; empty where the terms are logits."""
+        return WIDTHS[self.model] if self.op == "linear" else ()
+
+    @property
     def term_bytes(self) -> int:
-        """Bytes of one term."""
+        """Bytes of one term's logits."""
         return self.N * self.V * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
         return f"{self.op} {self.model} N={self.N} {self.dtype}"
 
 
-# (model, N, dtype) measured when nothing is asked for, by device type. A CPU's lie well beyond
-# its caches and leave eager PyTorch under half a second a step; a GPU's fill the device.
+# (model, N, dtype) measured when nothing is asked for, by operator and device type. On a CPU logits
+# lie well beyond its caches and leave eager PyTorch under half a second a step; a GPU is filled.
 _DEFAULT = {
-    "cpu": [
+    ("cross_entropy", "cpu"): [
         ("gpt2", 512, "float32"),
         ("gpt2", 512, "bfloat16"),
         ("gpt2", 512, "float16"),
         ("llama3", 256, "bfloat16"),
         ("gemma", 128, "float32"),
     ],
-    "cuda": [
+    ("cross_entropy", "cuda"): [
         ("gpt2", 8192, "float32"),
         ("gpt2", 8192, "bfloat16"),
         ("gpt2", 8192, "float16"),
@@ -61,12 +68,29 @@ _DEFAULT = {
         ("llama3", 64, "bfloat16"),
         ("gemma", 4096, "bfloat16"),
     ],
+    ("linear", "cpu"): [("smollm2", 1024, "float32")],
+    ("linear", "cuda"): [
+        ("smollm2", 8192, "bfloat16"),
+        ("gpt2", 8192, "bfloat16"),
+        ("gpt2", 8192, "float32"),
+        ("llama3", 8192, "bfloat16"),
+        ("gemma", 4096, "bfloat16"),
+    ],
 }
 _QUICK = {
-    "cpu": [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
-    "cuda": [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
+    ("cross_entropy", "cpu"): [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
+    ("cross_entropy", "cuda"): [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
+    ("linear", "cpu"): [("smollm2", 256, "float32")],
+    ("linear", "cuda"): [("gpt2", 4096, "bfloat16")],
 }
-_DEFAULT_N = {"cpu": 512, "cuda": 8192}
+# What stands for an option that was left out where another was given.
+_DEFAULT_MODEL = {"cross_entropy": "gpt2", "linear": "smollm2"}
+_DEFAULT_N = {
+    ("cross_entropy", "cpu"): 512,
+    ("cross_entropy", "cuda"): 8192,
+    ("linear", "cpu"): 1024,
+    ("linear", "cuda"): 8192,
+}
 
 
 def select_cases(
@@ -82,20 +106,26 @@ def select_cases(
     """The cases to run.
 
     Without ``models``, ``rows`` and ``dtypes`` these are the device's standard cases. With any
-    of them it is every combination, and what was left out is gpt2, 512 rows (8,192 on a GPU)
-    and float32.
+    of them it is every combination, and what was left out is float32 and, for cross_entropy,
+    gpt2 and 512 rows (8,192 on a GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU).
 
     Args:
         device_type: "cpu" or "cuda".
-        ops, models, dtypes: names in ``OPERATORS``, ``VOCABULARIES``, ``DTYPES``.
+        ops: names in ``OPERATORS``; cross_entropy when None.
+        models, dtypes: names in ``VOCABULARIES``, ``DTYPES``.
         rows: numbers of rows.
-        terms: number of terms.
+        terms: number of terms; linear has 2 in any case.
         quick: the shorter list of standard cases.
     """
-    ops = ops or list(OPERATORS)
-    if not (models or rows or dtypes):
-        standard = (_QUICK if quick else _DEFAULT)[device_type]
-        return [Case(op, *shape, terms) for op in ops for shape in standard]
-    combinations = product(ops, models or ["gpt2"], rows or [_DEFAULT_N[device_type]], dtypes or ["float32"])
+    cases: list[Case] = []
+    for op in ops or ["cross_entropy"]:
+        key = (op, device_type)
+        if models or rows or dtypes:
+            shapes = list(
+                product(models or [_DEFAULT_MODEL[op]], rows or [_DEFAULT_N[key]], dtypes or ["float32"])
+            )
+        else:
+            shapes = (_QUICK if quick else _DEFAULT)[key]
+        cases += [Case(op, *shape, terms if op == "cross_entropy" else 2) for shape in shapes]
     # A name given twice is measured once.
-    return list(dict.fromkeys(Case(*combination, terms) for combination in combinations))
+    return list(dict.fromkeys(cases))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +15,7 @@ from torch import Tensor
 import auxkern
 from auxkern.bench.cases import DTYPES, Case
 from auxkern.bench.operators import Errors, Floor, Implementation
+from auxkern.bench.peers import compiled_peers, imported, is_installed
 
 _CHUNK_ELEMENTS = 2**22  # of a term, taken to float64 at a time
 _CHECKED_ELEMENTS = 2**23  # of the gradient; all of it if it is smaller
@@ -192,7 +190,7 @@ def _ours_with_memory_kept() -> Implementation:
     return Implementation("auxkern cpu, memory kept", call, True, loss, release=memory.release)
 
 
-def _summed(function: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[CrossEntropyInputs], Tensor]:
+def _summed(function: Callable[..., Tensor]) -> Callable[[CrossEntropyInputs], Tensor]:
     return lambda inputs: function(inputs.terms, inputs.target)
 
 
@@ -218,13 +216,7 @@ def _peers(device: torch.device, dtype: torch.dtype) -> list[Implementation]:
                 _summed(eager_half),
             )
         )
-    modes = [("torch.compile", "default")]
-    if device.type == "cuda":
-        # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
-        modes.append(("compile, tuned", "max-autotune-no-cudagraphs"))
-    for name, mode in modes:
-        compiled = torch.compile(eager, mode=mode, fullgraph=True, dynamic=False)
-        peers.append(Implementation(name, f'torch.compile(eager, mode="{mode}")', False, _summed(compiled)))
+    peers += compiled_peers(eager, device, _summed)
     if device.type == "cuda":
         peers += _installed_gpu_peers()
     return peers
@@ -239,19 +231,15 @@ def _installed_gpu_peers() -> list[Implementation]:
     ]
     return [
         Implementation(
-            title, f"{module}.{function}(lm + aux, y)", False, _summed(_imported(module, function))
+            title,
+            f"{module}.{function}(lm + aux, y)",
+            False,
+            _of_sum(imported(module, function, reduction="mean")),
         )
         for package, module, function, title in known
-        if importlib.util.find_spec(package) is not None
+        if is_installed(package)
     ]
 
 
-def _imported(module: str, function: str) -> Callable[[list[Tensor], Tensor], Tensor]:
-    def loss(terms: list[Tensor], target: Tensor) -> Tensor:
-        # Imported at the first call, so that a package that cannot be imported is one failed
-        # row of the table. Later calls find it in sys.modules.
-        run: Any = getattr(importlib.import_module(module), function)
-        result: Tensor = run(reduce(add, terms), target, reduction="mean")
-        return result
-
-    return loss
+def _of_sum(function: Callable[..., Tensor]) -> Callable[[CrossEntropyInputs], Tensor]:
+    return _summed(lambda terms, target: function(reduce(add, terms), target))

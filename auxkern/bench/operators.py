@@ -52,10 +52,17 @@ class Errors:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least traffic that a pass can have, as a call that does nothing else."""
+    """The least work that a pass can have, as a call that does nothing else.
+
+    Attributes:
+        run: the call.
+        bytes: what it reads and writes, where that is what bounds the pass; else 0.
+        flops: multiplications and additions, where those are what bounds the pass; else 0.
+    """
 
     run: Callable[[], object]
-    bytes: int
+    bytes: int = 0
+    flops: int = 0
 
 
 class Inputs(Protocol):

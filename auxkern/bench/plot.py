@@ -63,8 +63,8 @@ def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
     figure.text(
         0.5,
         0.58,
-        f"cross-entropy of {' or '.join(map(str, terms))} terms (N rows, V vocabulary), gradient for one. "
-        "Shorter is better; (2.0x) = twice the speed of eager PyTorch",
+        f"cross-entropy of {' or '.join(map(str, terms))} terms (N rows, V vocabulary), gradient for the last"
+        ". Shorter is better; (2.0x) = twice the speed of eager PyTorch",
         ha="center",
         fontsize=9.5,
     )
@@ -106,7 +106,7 @@ def _draw_time(axes: Axes, case: CaseResult) -> None:
         for position, timing in zip(positions, timings, strict=True):
             ratio = f"  ({eager / timing.median:.1f}x)" if eager and eager != timing.median else ""
             _label(axes, timing.q3 * 1e3, position, f"{timing.milliseconds()[0]} ms{ratio}")
-    _finish(axes, results, f"{case.model}: V {case.V:,} · N {case.N:,} · {case.dtype}", "time, ms")
+    _finish(axes, results, f"{case.model}: {' · '.join([*case.sizes, case.dtype])}", "time, ms")
 
 
 def _draw_memory(axes: Axes, case: CaseResult) -> None:
@@ -175,7 +175,8 @@ def _legend_handles() -> list[Any]:
 def _footer(run: Run) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
     text = (
-        "Median of runs in turns, quartiles as error bars. Floor: time of one pass over the same bytes. "
+        "Median of runs in turns, quartiles as error bars. Floor: time of one pass over the same bytes "
+        "(logits), of the bare matrix products (heads). "
         f"Measured {run.date} with {run.command}: {facts}."
     )
     return textwrap.fill(text, 170)

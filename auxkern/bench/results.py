@@ -97,10 +97,13 @@ class CaseResult:
         dtype: "float32", "bfloat16" or "float16", of every term.
         terms: number of terms; the last one asks for a gradient.
         tolerance: largest "loss" and "gradient" error that pass the float64 check.
-        floor: time of one pass over the same bytes, by pass name.
-        floor_bytes: those bytes, by pass name.
+        floor: time of the least work, by pass name: one pass over the same bytes, or the bare
+            matrix products.
+        floor_bytes: those bytes, by pass name, 0 where there are none.
         results: one per implementation.
         notes: remarks for the reader.
+        floor_flops: multiplications and additions of those products, by pass name.
+        widths: D of each head; empty where the terms are logits.
     """
 
     op: str
@@ -114,10 +117,18 @@ class CaseResult:
     floor_bytes: dict[str, int] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    floor_flops: dict[str, int] = field(default_factory=dict)
+    widths: list[int] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[str]:
+        """V, N and, of heads, the widths D, as text."""
+        sizes = [f"V {self.V:,}", f"N {self.N:,}"]
+        return sizes + ([f"D {' + '.join(map(str, self.widths))}"] if self.widths else [])
 
     @property
     def title(self) -> str:
-        return f"{self.op} · {self.model} · V {self.V:,} · N {self.N:,} · {self.dtype}"
+        return " · ".join([self.op, self.model, *self.sizes, self.dtype])
 
     def eager(self, name: str) -> float | None:
         """Median seconds of eager PyTorch in the pass called ``name``; None if it has none."""

@@ -86,7 +86,9 @@ def measure_case(
     """
     names, notes = backends_for(device, DTYPES[case.dtype], backends)
     needed, available = operator.needed_bytes(case), memory.available_bytes(device)
-    result = CaseResult(case.op, case.model, case.V, case.N, case.dtype, case.terms, notes=notes)
+    result = CaseResult(
+        case.op, case.model, case.V, case.N, case.dtype, case.terms, notes=notes, widths=list(case.widths)
+    )
     if available is not None and needed > available:
         result.notes.append(
             f"Not run: it needs up to {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free. "
@@ -179,6 +181,7 @@ def _time(
     for (name, floor), timing in zip(floors.items(), timings[len(keys) :], strict=True):
         result.floor[name] = timing
         result.floor_bytes[name] = floor.bytes
+        result.floor_flops[name] = floor.flops
     noisy = [
         f"{row.name} ({PASS_TITLES[name]})"
         for row, _ in good

@@ -13,8 +13,9 @@ from auxkern.bench.results import PASS_TITLES, PASSES, CaseResult, Measured, Res
 
 CAPTION = (
     "Times: median ± half the distance between the quartiles. vs eager, vs peer: how many times faster "
-    "than eager PyTorch and than the fastest implementation that is not auxkern. Floor: time of one pass "
-    "over the same bytes in buffers that exist already. MB: peak memory beyond the inputs. Error: against "
+    "than eager PyTorch and than the fastest implementation that is not auxkern. Floor: for logits, time of "
+    "one pass over the same bytes; for heads, of the bare matrix products that the gradients asked for "
+    "need; in buffers that exist already. MB: peak memory beyond the inputs. Error: against "
     "float64, of the loss (forward) and of the gradient (fwd + bwd), relative."
 )
 
@@ -122,7 +123,7 @@ def markdown(run: Run) -> str:
     columns = ["Case", "Implementation", *_COLUMNS, *(["% of copy"] if copy else [])]
     lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "--:|" * (len(columns) - 2)]
     for case in run.cases:
-        title = f"{case.model}, V {case.V:,}, N {case.N:,}, {case.dtype}"
+        title = ", ".join([case.model, *case.sizes, case.dtype])
         if not case.results:
             lines.append(f"| {title} | not run |" + " |" * (len(columns) - 2))
         for index, result in enumerate(case.results):

@@ -1,0 +1,55 @@
+"""Peers that every operator's benchmark has in the same way: torch.compile, and other packages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.bench.operators import Implementation
+
+# What calls a function of tensors with the tensors of a case.
+Adapter = Callable[[Callable[..., Tensor]], Callable[[Any], Tensor]]
+
+
+def compiled_peers(
+    eager: Callable[..., Tensor], device: torch.device, adapt: Adapter
+) -> list[Implementation]:
+    """``torch.compile`` of ``eager``, in the modes that differ on ``device``."""
+    modes = [("torch.compile", "default")]
+    if device.type == "cuda":
+        # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
+        modes.append(("compile, tuned", "max-autotune-no-cudagraphs"))
+    return [
+        Implementation(
+            name,
+            f'torch.compile(eager, mode="{mode}")',
+            False,
+            adapt(torch.compile(eager, mode=mode, fullgraph=True, dynamic=False)),
+        )
+        for name, mode in modes
+    ]
+
+
+def is_installed(package: str) -> bool:
+    """Whether Python finds ``package``; it is not imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def imported(module: str, function: str, **options: Any) -> Callable[..., Tensor]:
+    """``module.function`` with ``options``, imported at the first call.
+
+    A package that cannot be imported is one failed row of the table that way. Later calls find it
+    in ``sys.modules``.
+    """
+
+    def call(*arguments: Tensor) -> Tensor:
+        run: Any = getattr(importlib.import_module(module), function)
+        result: Tensor = run(*arguments, **options)
+        return result
+
+    return call
