@@ -243,6 +243,18 @@ def test_gradients_of_two_terms_are_two_tensors(backend: str) -> None:
 
 
 @backends
+@dtypes
+def test_equal_soft_caps_have_their_own_slopes(backend: str, dtype: torch.dtype) -> None:
+    """Terms that differ in nothing but their values: a gradient can be shared without a cap only."""
+    device = device_of(backend)
+    terms = [
+        auxkern.Logits(random_logits(5, 301, dtype=dtype, device=device, seed=i), scale=0.5, softcap=3.0)
+        for i in range(2)
+    ]
+    check(terms, random_target(5, V=301, device=device), backend, return_stats=True)
+
+
+@backends
 def test_vocabularies_padded_differently(backend: str) -> None:
     device = device_of(backend)
     terms = [random_logits(5, V, device=device, seed=V) for V in (301, 304, 320)]
