@@ -18,7 +18,7 @@ test: $(INSTALLED)
 	cmake -S . -B build/test -G Ninja -DAUXKERN_TESTS=ON > /dev/null
 	cmake --build build/test
 	ctest --test-dir build/test --output-on-failure
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
