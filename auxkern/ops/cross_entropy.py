@@ -332,13 +332,13 @@ def _expected_gradient(
     """(N,) d loss / d row, to the last bit what autograd will bring if the loss is the root.
 
     None where no gradient will come or none can be foreseen, and where comparing what comes with
-    what was expected would stop a GPU or break a graph.
+    what was expected would stop a GPU or break a graph. What comes is always a multiple of it.
     """
     tensors = _tensors(problem.terms)
     if (
         reduction == "none"
-        or problem.target.device.type != "cpu"
         or torch.compiler.is_compiling()
+        or (problem.target.device.type != "cpu" and not registry.makes_logits_of_heads(problem.backend))
         or not torch.is_grad_enabled()
         or not any(t.requires_grad for t in tensors)
     ):

@@ -4,7 +4,8 @@ For each chunk of C rows the heads' products are added up in one float32 buffer 
 row kernel turns the buffer into the rows' losses and, in place, into its own gradient, and two
 products per head bring that back to hidden states and weights. Nothing else has V columns. The
 gradient is made in the forward pass for the incoming gradient that is expected; if another one
-comes, the chunks are computed again.
+comes, the chunks are computed again. A backend that makes the logits of heads itself leaves its
+gradients in float32: whatever comes is a multiple of what was expected, and they are multiplied.
 """
 
 from __future__ import annotations
@@ -184,7 +185,9 @@ def _product_back(out: Tensor, dz: Tensor, weight: Tensor, factor: float) -> Non
         out.addmm_(dz[:, v : v + _CONVERTED_IDS], block, alpha=factor)
 
 
-def _empty_gradients(tensors: list[Tensor], parts: list[_Part], wanted: list[int]) -> dict[int, Tensor]:
+def _empty_gradients(
+    tensors: list[Tensor], parts: list[_Part], wanted: list[int], float32: bool
+) -> dict[int, Tensor]:
     """Where gradients are collected: weights and biases in float32, over all chunks; the rest by row."""
     dtype = row_dtype(tensors)
     gradients: dict[int, Tensor] = {}
@@ -196,7 +199,7 @@ def _empty_gradients(tensors: list[Tensor], parts: list[_Part], wanted: list[int
             whole = part.kind in (HEAD, HEAD_WITH_BIAS) and i > 0
             shape = tensors[index].shape if whole else (-1, tensors[index].shape[-1])
             like = tensors[index]
-            zeros = _empty(like.shape, dtype if whole else like.dtype, like.device).zero_()
+            zeros = _empty(like.shape, dtype if whole or float32 else like.dtype, like.device).zero_()
             gradients[index] = zeros.view(shape)
     return gradients
 
@@ -257,7 +260,7 @@ torch.library.define(
     "auxkern::linear_cross_entropy",
     "(Tensor[] tensors, int[] kinds, Tensor target, Tensor? row_weight, float[] scales, float[] softcaps, "
     "SymInt vocab_size, int ignore_index, float label_smoothing, float z_loss, bool want_stats, "
-    "int[] wanted, int chunk_rows, str backend) "
+    "int[] wanted, int chunk_rows, str backend, bool float32_gradients=False) "
     "-> (Tensor nll, Tensor lse, Tensor smooth, Tensor argmax, Tensor term_nll, Tensor[] gradients)",
 )
 
@@ -278,10 +281,11 @@ def _linear_cross_entropy(
     wanted: list[int],
     chunk_rows: int,
     backend: str,
+    float32_gradients: bool = False,
 ) -> tuple[Any, ...]:
     parts = _parts(tensors, kinds, scales, softcaps)
     summands = _summands(parts, separate=want_stats)
-    gradients = _empty_gradients(tensors, parts, wanted)
+    gradients = _empty_gradients(tensors, parts, wanted, float32_gradients)
     outputs = _empty_outputs(tensors, kinds, target, label_smoothing > 0, want_stats)
     for output in outputs:
         output.zero_()
@@ -303,7 +307,7 @@ def _linear_cross_entropy(
             kernel, inputs, target, row_weight, chunks, *options
         ):
             _store(outputs, rows, found)
-        return *outputs, [gradients[i].to(tensors[i].dtype).view(tensors[i].shape) for i in wanted]
+        return *outputs, _as_inputs(tensors, wanted, gradients, float32_gradients)
     chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, chunk_rows or None)
     longest = max((target[rows].shape[0] for rows in chunks), default=0)
     shape = torch.Size((longest, vocab_size))
@@ -338,7 +342,15 @@ def _linear_cross_entropy(
         _store(outputs, rows, found)
         for i, d in zip(asking, dz, strict=False):
             _add_gradients(d[0], summands[i], rows, gradients)
-    return *outputs, [gradients[i].to(tensors[i].dtype).view(tensors[i].shape) for i in wanted]
+    return *outputs, _as_inputs(tensors, wanted, gradients, float32_gradients)
+
+
+def _as_inputs(
+    tensors: list[Tensor], wanted: list[int], gradients: dict[int, Tensor], float32: bool
+) -> list[Tensor]:
+    """The gradients shaped like their inputs, and of their dtype unless ``float32``."""
+    shaped = [gradients[i].view(tensors[i].shape) for i in wanted]
+    return shaped if float32 else [d.to(tensors[i].dtype) for i, d in zip(wanted, shaped, strict=True)]
 
 
 def _store(outputs: tuple[Tensor, ...], rows: Any, found: Rows) -> None:
@@ -419,9 +431,11 @@ def _linear_cross_entropy_fake(
     wanted: list[int],
     chunk_rows: int,
     backend: str,
+    float32_gradients: bool = False,
 ) -> tuple[Any, ...]:
     outputs = _empty_outputs(tensors, kinds, target, label_smoothing > 0, want_stats)
-    return *outputs, [tensors[i].new_empty(tensors[i].shape) for i in wanted]
+    dtype = row_dtype(tensors) if float32_gradients else None
+    return *outputs, [tensors[i].new_empty(tensors[i].shape, dtype=dtype) for i in wanted]
 
 
 def _empty_outputs(
@@ -454,16 +468,36 @@ def linear_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row, nll, lse, argmax, term_nll) of each row from ``flat_inputs``; row is differentiable.
 
-    ``expected`` (N,), or None: the gradient of row that a backward will bring.
+    ``expected`` (N,), or None: the gradient of row that a backward will bring, but for a common factor.
     """
     formula = (scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss)
+    rescaled = expected is not None and _makes_logits(backend, tensors, kinds, scales, softcaps)
+    if not rescaled and target.device.type != "cpu":
+        expected = None  # comparing it with what comes would stop the device
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         settings = (*formula, want_stats, chunk_rows or 0, backend)
-        return _LinearCrossEntropyRows.apply(target, expected, kinds, *settings, *tensors)
+        return _LinearCrossEntropyRows.apply(target, expected, rescaled, kinds, *settings, *tensors)
     nll, lse, smooth, argmax, term_nll, _ = torch.ops.auxkern.linear_cross_entropy(
         tensors, kinds, target, None, *formula, want_stats, [], chunk_rows or 0, backend
     )
     return row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
+
+
+def _makes_logits(
+    backend: str, tensors: list[Tensor], kinds: list[int], scales: list[float], softcaps: list[float]
+) -> bool:
+    """Whether the backend makes the logits of these terms itself, and gradients that can be rescaled."""
+    floats = [t for t in tensors if t.is_floating_point()]
+    return bool(_head_inputs(loaded(backend, floats), _parts(tensors, kinds, scales, softcaps), {}))
+
+
+def _common_factor(g: Tensor, expected: Tensor) -> Tensor:
+    """(1,) f with g = f * expected, found where that is largest; 0 where nothing is expected."""
+    if expected.numel() == 0:
+        return expected.new_zeros(1)
+    row = expected.abs().argmax(keepdim=True)
+    largest = expected.gather(0, row)
+    return torch.where(largest == 0, 0.0, g.gather(0, row) / largest)
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
@@ -474,6 +508,7 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         ctx: Any,
         target: Tensor,
         expected: Tensor | None,
+        rescaled: bool,
         kinds: list[int],
         scales: list[float],
         softcaps: list[float],
@@ -491,10 +526,10 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         ctx.before = before
         formula = (scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss)
         ctx.settings = (kinds, formula, chunk_rows, backend)
-        ctx.expected, ctx.ready = expected, None
+        ctx.expected, ctx.rescaled, ctx.ready = expected, rescaled, None
         wanted = [] if expected is None else ctx.wanted
         *rows, gradients = torch.ops.auxkern.linear_cross_entropy(
-            tensors, kinds, target, expected, *formula, want_stats, wanted, chunk_rows, backend
+            tensors, kinds, target, expected, *formula, want_stats, wanted, chunk_rows, backend, rescaled
         )
         ctx.ready = None if expected is None else gradients
         nll, lse, smooth, argmax, term_nll = rows
@@ -510,7 +545,11 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         target, *tensors = ctx.saved_tensors
         kinds, formula, chunk_rows, backend = ctx.settings
         gradients, ctx.ready = ctx.ready, None
-        if gradients is not None and not torch.equal(g, ctx.expected):
+        if gradients is not None and ctx.rescaled:
+            factor = _common_factor(g, ctx.expected)
+            made = zip(ctx.wanted, gradients, strict=True)
+            gradients = [d.mul_(factor).to(tensors[i].dtype) for i, d in made]
+        elif gradients is not None and not torch.equal(g, ctx.expected):
             gradients = None  # freed before others are made
         if gradients is None:
             with torch.no_grad():

@@ -213,6 +213,11 @@ def makes_gradient_with_forward(name: str) -> bool:
     return hasattr(_import(name), "cross_entropy_forward_gradient")
 
 
+def makes_logits_of_heads(name: str) -> bool:
+    """Whether the backend called ``name`` is a ``BackendWithHeads``."""
+    return hasattr(_import(name), "heads_refusal")
+
+
 def load(name: str) -> Any:
     """The backend called ``name``, which ``choose`` has accepted."""
     backend = _import(name)

@@ -227,6 +227,26 @@ def test_small_gradients_survive_float16():
         assert float((a.double() - b).norm() / b.norm()) < 2**-10
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.0, -3.0, 65536.0])
+@pytest.mark.parametrize("dtype", [H, D32], ids=["fp16", "fp32"])
+def test_the_gradient_of_the_forward_pass_serves_any_factor(dtype, factor):
+    weight = torch.tensor([0.0, 1.0, 2.5, 0.125, 1.0, 1.0, 0.5, 2.0, 1.0])
+    given = heads(9, 131, (32, 16), (dtype, dtype), biases=(1, 0))
+    given = [Head(h.hidden, h.weight / 64, h.bias) for h in given]
+    run(given, targets(9, 131), torch.tensor(factor), token_weight=weight)
+
+
+def test_two_backwards_of_one_graph():
+    given = heads(9, 131, (32, 16), (D32, D32))
+    leaves = [x.requires_grad_() for head in given for x in head.tensors.values()]
+    loss = auxkern.cross_entropy(given, targets(9, 131), backend="triton")
+    loss.backward(torch.tensor(2.0), retain_graph=True)
+    first = [x.grad.clone() for x in leaves]
+    loss.backward(torch.tensor(-1.0))
+    for x, before in zip(leaves, first, strict=True):
+        torch.testing.assert_close(x.grad, before / 2, rtol=1e-5, atol=1e-7)
+
+
 def test_bad_rows_spoil_nothing_but_themselves():
     given = heads(5, 131, (16, 16), (D32, D32))
     given[0].hidden[1] = math.nan  # ignored
