@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("rich")
 
+import auxkern
 from auxkern.bench import __main__ as bench
+from auxkern.bench import real
 from auxkern.bench.cases import WIDTHS, Case, select_cases
 from auxkern.bench.linear import OPERATOR, LinearInputs, _one_head, _WholeWeight
 from auxkern.bench.operators import Implementation
@@ -140,6 +142,25 @@ def test_floors_are_the_products_of_the_rows_that_count():
     for floor in floors.values():
         floor.run()
     assert all(torch.equal(a, b) for a, b in zip(before, inputs.tensors(), strict=True))
+
+
+def test_real_compares_heads_with_float64():
+    generator = torch.Generator().manual_seed(2)
+    lm, aux = (
+        auxkern.Head(
+            torch.randn(3, 5, D, generator=generator), torch.randn(40, D, generator=generator) / D**0.5
+        )
+        for D in (12, 4)
+    )
+    ids = torch.randint(40, (3, 5), generator=generator)
+    ids[1, 3:] = -100
+    batch = real.HeadBatch(lm, aux, ids)
+    z = sum(term.hidden.double() @ term.weight.double().T for term in (lm, aux))
+    expected = F.cross_entropy(z[:, :-1].reshape(-1, 40), ids[:, 1:].reshape(-1))
+    agreement = real.compare_heads(batch, "reference")
+    assert agreement.exact == pytest.approx(expected.item(), rel=1e-12)
+    assert agreement.passed
+    assert real.compare(batch.logits, "reference").exact == pytest.approx(agreement.exact, rel=1e-6)
 
 
 def test_linear_runs_only_when_asked_for():

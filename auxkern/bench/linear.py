@@ -61,27 +61,10 @@ class Linear:
     name = "linear"
 
     def needed_bytes(self, case: Case) -> int:
-        # Beside the inputs: eager's two products, sum, float32 copy, log-softmax and gradients; the
-        # concatenated weight of the peers, its gradient, and their float32 sums of it.
-        D, size = sum(case.widths), DTYPES[case.dtype].itemsize
-        return 3 * case.term_bytes + 4 * case.N * case.V * 4 + (case.V + case.N) * D * (3 * size + 4)
+        return needed_bytes(case.N, case.V, case.widths, DTYPES[case.dtype])
 
     def inputs(self, case: Case, device: torch.device) -> LinearInputs:
-        """Logits of the LM 3 N(0, 1), of the auxiliary N(0, 1), targets uniform; no padding."""
-        generator = torch.Generator(device).manual_seed(0)
-        dtype, (D_lm, D_aux) = DTYPES[case.dtype], case.widths
-
-        def normal(rows: int, D: int, std: float) -> Tensor:
-            values = torch.empty((rows, D), dtype=dtype, device=device)
-            return values.normal_(0, std, generator=generator)
-
-        return LinearInputs(
-            normal(case.N, D_lm, 1.0),
-            normal(case.V, D_lm, 3.0 / math.sqrt(D_lm)),
-            normal(case.N, D_aux, 1.0).requires_grad_(),
-            normal(case.V, D_aux, 1.0 / math.sqrt(D_aux)).requires_grad_(),
-            torch.randint(case.V, (case.N,), generator=generator, device=device),
-        )
+        return made_inputs(case.N, case.V, case.widths, DTYPES[case.dtype], device)
 
     def implementations(
         self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
@@ -173,6 +156,41 @@ class Linear:
 
 
 OPERATOR = Linear()
+
+
+def needed_bytes(N: int, V: int, widths: Sequence[int], dtype: torch.dtype) -> int:
+    """Memory that the hungriest implementation takes, inputs included.
+
+    Beside the inputs these are eager's two products, their sum, its float32 copy, the log-softmax
+    and gradients; the concatenated weight of the peers, its gradient, and their float32 sums of it.
+    """
+    size = dtype.itemsize
+    return N * V * (3 * size + 4 * 4) + (V + N) * sum(widths) * (3 * size + 4)
+
+
+def made_inputs(
+    N: int, V: int, widths: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> LinearInputs:
+    """Logits of the LM 3 N(0, 1), of the auxiliary N(0, 1), targets uniform; no padding.
+
+    Args:
+        N, V: rows, vocabulary.
+        widths: D of the LM's head and of the auxiliary's.
+        dtype, device: of both heads.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    D_lm, D_aux = widths
+
+    def normal(rows: int, D: int, std: float) -> Tensor:
+        return torch.empty((rows, D), dtype=dtype, device=device).normal_(0, std, generator=generator)
+
+    return LinearInputs(
+        normal(N, D_lm, 1.0),
+        normal(V, D_lm, 3.0 / math.sqrt(D_lm)),
+        normal(N, D_aux, 1.0).requires_grad_(),
+        normal(V, D_aux, 1.0 / math.sqrt(D_aux)).requires_grad_(),
+        torch.randint(V, (N,), generator=generator, device=device),
+    )
 
 
 def _evenly_spaced(size: int, count: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""``python -m auxkern.bench.real``: the fused loss on a real LM's logits over real sentences."""
+"""``python -m auxkern.bench.real``: the fused loss on a real LM's logits and heads over real sentences."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.bench import session
-from auxkern.bench.cross_entropy import OPERATOR, CrossEntropyInputs
+from auxkern.bench import cross_entropy, linear, session
+from auxkern.bench.cases import OPERATORS
+from auxkern.bench.operators import Operator
 from auxkern.bench.results import CaseResult
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_inputs
 from auxkern.tasks.smollm2 import load_smollm2
@@ -39,8 +40,26 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
+class HeadBatch(NamedTuple):
+    """The same logits as ``Batch`` before the output heads.
+
+    Attributes:
+        lm, aux: heads of hidden states (B, T, D) and weight (V, D), float32.
+        ids: (B, T) int64 token ids, -100 where padded.
+    """
+
+    lm: auxkern.Head
+    aux: auxkern.Head
+    ids: Tensor
+
+    @property
+    def logits(self) -> Batch:
+        """Both models' logits."""
+        return Batch(self.lm.hidden @ self.lm.weight.T, self.aux.hidden @ self.aux.weight.T, self.ids)
+
+
 class Agreement(NamedTuple):
-    """The fused loss beside float64; differences are relative."""
+    """The fused loss beside float64; differences are relative, of the gradient the largest."""
 
     fused: float
     exact: float
@@ -84,13 +103,16 @@ def main(argv: list[str] | None = None) -> int:
 
     run = session.new_run(parser.prog, argv, device)
     run.notes += notes
-    agreements = {backend: compare(batch, backend) for backend in backends}
+    ops = list(dict.fromkeys(options.op or OPERATORS))
+    # Float64 checks come first, on their own: the benchmark's check some rows of the gradient only.
+    agreements = {(op, backend): _compare(op, batch, backend) for op in ops for backend in backends}
     run.facts = _facts(batch, agreements)
-    status = session.carry_out(run, [("real logits", _measurement(batch, backends, options.quick))], options)
-    wrong = [backend for backend, agreement in agreements.items() if not agreement.passed]
-    for backend in wrong:
+    measurements = [_measurement(op, batch, backends, options.quick) for op in ops]
+    status = session.carry_out(run, list(zip(ops, measurements, strict=True)), options)
+    wrong = [key for key, agreement in agreements.items() if not agreement.passed]
+    for op, backend in wrong:
         print(
-            f"{parser.prog}: backend {backend} is further than {LARGEST_DIFFERENCE} from float64",
+            f"{parser.prog}: {op} of backend {backend} is further than {LARGEST_DIFFERENCE} from float64",
             file=sys.stderr,
         )
     return status or (1 if wrong else 0)
@@ -100,10 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m auxkern.bench.real",
         description="Real input: SmolLM2-135M's logits over WordNet's example sentences, plus those of a "
-        "small untrained auxiliary model. Compares the fused loss with float64, then measures.",
+        "small untrained auxiliary model; then the same from final hidden states and output embeddings. "
+        "Compares the fused loss with float64, then measures.",
         epilog="Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options or missing data; "
         "130 after Ctrl-C.",
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: both)"
     )
     parser.add_argument(
         "--n", type=session.positive, default=512, help=f"rows; {T} for each sentence (default 512)"
@@ -120,8 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def real_batch(wordnet: Path, B: int, device: torch.device) -> Batch:
-    """Logits of SmolLM2 and of an untrained auxiliary over B example sentences.
+def real_batch(wordnet: Path, B: int, device: torch.device) -> HeadBatch:
+    """Final hidden states and heads of SmolLM2 and of an untrained auxiliary over B example sentences.
+
+    SmolLM2's head is its (tied) input embedding.
 
     Args:
         wordnet: folder with WordNet's data files.
@@ -145,10 +173,13 @@ def real_batch(wordnet: Path, B: int, device: torch.device) -> Batch:
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     aux = untrained_auxiliary(lm.config.vocab_size)
     with torch.no_grad():
-        lm_logits, aux_logits = (
-            model.to(device)(input_ids=ids, attention_mask=mask).logits for model in (lm, aux)
-        )
-    return Batch(lm_logits, aux_logits, ids.masked_fill(mask == 0, _IGNORED))
+        lm_head, aux_head = (_head(model.to(device), ids, mask) for model in (lm, aux))
+    return HeadBatch(lm_head, aux_head, ids.masked_fill(mask == 0, _IGNORED))
+
+
+def _head(model: Any, ids: Tensor, mask: Tensor) -> auxkern.Head:
+    hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return auxkern.Head(hidden, model.get_output_embeddings().weight.detach())
 
 
 def example_sentences(wordnet: Path, B: int) -> list[str]:
@@ -181,6 +212,10 @@ def untrained_auxiliary(V: int) -> Any:
         return LlamaForCausalLM(config).eval()
 
 
+def _compare(op: str, batch: HeadBatch, backend: str) -> Agreement:
+    return compare_heads(batch, backend) if op == "linear" else compare(batch.logits, backend)
+
+
 def compare(batch: Batch, backend: str) -> Agreement:
     """The fused loss and its gradient for the auxiliary beside PyTorch's in float64."""
     aux = batch.aux.detach().requires_grad_()
@@ -193,6 +228,42 @@ def compare(batch: Batch, backend: str) -> Agreement:
         loss_difference=abs(loss.item() - exact) / abs(exact),
         gradient_difference=gradient_difference / largest,
     )
+
+
+def compare_heads(batch: HeadBatch, backend: str) -> Agreement:
+    """The fused loss and its gradients for the auxiliary's head beside PyTorch's in float64."""
+    hidden, weight = (t.detach().clone().requires_grad_() for t in (batch.aux.hidden, batch.aux.weight))
+    terms = [batch.lm, auxkern.Head(hidden, weight)]
+    loss = auxkern.cross_entropy(terms, batch.ids, shift=True, backend=backend)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    exact, exact_gradients = _exact_heads(batch)
+    differences = [
+        ((ours - d).abs().max() / d.abs().max()).item()
+        for ours, d in zip(gradients, exact_gradients, strict=True)
+    ]
+    return Agreement(
+        fused=loss.item(),
+        exact=exact,
+        loss_difference=abs(loss.item() - exact) / abs(exact),
+        gradient_difference=torch.tensor(differences).max().item(),  # keeps a NaN
+    )
+
+
+def _exact_heads(batch: HeadBatch) -> tuple[float, tuple[Tensor, Tensor]]:
+    """(float64 loss, float64 gradients of the auxiliary's hidden states and weight)."""
+    count = int((batch.ids[:, 1:] != _IGNORED).sum())
+    lm_weight = batch.lm.weight.double()
+    hidden, weight = (t.detach().double().requires_grad_() for t in (batch.aux.hidden, batch.aux.weight))
+    loss = 0.0
+    for lm_hidden, aux_hidden, ids in zip(batch.lm.hidden, hidden, batch.ids, strict=True):
+        z = lm_hidden[:-1].double() @ lm_weight.T + aux_hidden[:-1] @ weight.T
+        share = F.cross_entropy(z, ids[1:], reduction="sum") / count
+        share.backward()  # adds up over the sentences
+        loss += share.item()
+    d_hidden, d_weight = hidden.grad, weight.grad
+    if d_hidden is None or d_weight is None:
+        raise ValueError("there are no sentences to compare")
+    return loss, (d_hidden, d_weight)
 
 
 def _exact(batch: Batch, gradient: Tensor) -> tuple[float, float, float]:
@@ -209,36 +280,50 @@ def _exact(batch: Batch, gradient: Tensor) -> tuple[float, float, float]:
     return loss, difference, largest
 
 
-def _facts(batch: Batch, agreements: dict[str, Agreement]) -> dict[str, str]:
+def _facts(batch: HeadBatch, agreements: dict[tuple[str, str], Agreement]) -> dict[str, str]:
     B, scored = batch.ids.shape[0], int((batch.ids[:, 1:] != _IGNORED).sum())
-    rows, V = batch.ids.numel(), batch.lm.shape[-1]
+    rows, V = batch.ids.numel(), batch.lm.vocabulary
     facts = {"data": f"{B} sentences, {scored} scored tokens in {rows} rows, V {V:,}"}
-    for backend, agreement in agreements.items():
+    for backend in dict.fromkeys(backend for _, backend in agreements):
         alone = auxkern.cross_entropy(batch.lm, batch.ids, shift=True, backend=backend).item()
         facts[f"LM alone, {backend}"] = f"mean nll {alone:.6f}"
-        facts[f"LM + auxiliary, {backend}"] = (
+    for (op, backend), agreement in agreements.items():
+        facts[f"LM + auxiliary, {op}, {backend}"] = (
             f"fused {agreement.fused:.8f}, float64 {agreement.exact:.8f}, relative difference "
             f"{agreement.loss_difference:.1e}; of the gradient {agreement.gradient_difference:.1e}"
         )
     return facts
 
 
-def _measurement(batch: Batch, backends: list[str], quick: bool) -> Callable[[Progress], CaseResult]:
-    """Rows without the shift: every implementation gets next tokens as its targets."""
-    device = batch.lm.device
-    target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
-    inputs = CrossEntropyInputs(
-        [batch.lm.flatten(0, 1), batch.aux.flatten(0, 1).detach().requires_grad_()], target
-    )
-
+def _measurement(
+    op: str, batch: HeadBatch, backends: list[str], quick: bool
+) -> Callable[[Progress], CaseResult]:
     def measure(progress: Progress) -> CaseResult:
-        N, V = inputs.terms[0].shape
-        case = CaseResult(OPERATOR.name, "SmolLM2 on WordNet", V, N, "float32", terms=2)
-        implementations = OPERATOR.implementations(device, torch.float32, backends)
+        operator: Operator = linear.OPERATOR if op == "linear" else cross_entropy.OPERATOR
+        N, V = batch.ids.numel(), batch.lm.vocabulary
+        widths = [head.weight.shape[1] for head in (batch.lm, batch.aux)] if op == "linear" else []
+        case = CaseResult(op, "SmolLM2 on WordNet", V, N, "float32", terms=2, widths=widths)
+        device = batch.ids.device
+        implementations = operator.implementations(device, torch.float32, backends)
         effort = QUICK if quick else NORMAL
-        return measure_inputs(OPERATOR, inputs, case, implementations, device, effort, progress)
+        return measure_inputs(operator, _inputs(op, batch), case, implementations, device, effort, progress)
 
     return measure
+
+
+def _inputs(op: str, batch: HeadBatch) -> Any:
+    """Rows without the shift: every implementation gets next tokens as its targets."""
+    target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
+    if op == "linear":
+        return linear.LinearInputs(
+            batch.lm.hidden.flatten(0, 1),
+            batch.lm.weight,
+            batch.aux.hidden.flatten(0, 1).detach().requires_grad_(),
+            batch.aux.weight.detach().requires_grad_(),
+            target,
+        )
+    lm, aux, _ = batch.logits
+    return cross_entropy.CrossEntropyInputs([lm.flatten(0, 1), aux.flatten(0, 1).requires_grad_()], target)
 
 
 if __name__ == "__main__":
