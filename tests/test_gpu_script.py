@@ -76,7 +76,15 @@ def test_dry_run_lists_every_stage_within_nine_minutes(tmp_path, capsys):
 
 
 def test_make_passes_folder_and_options():
-    make = ["make", "--dry-run", "gpu", "OUT=some folder", "ARGS=--dry-run", "PYTHON=python3.9"]
+    make = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "gpu",
+        "OUT=some folder",
+        "ARGS=--dry-run",
+        "PYTHON=python3.9",
+    ]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == 'python3.9 -m benchmarks.gpu "some folder" --dry-run'
 
