@@ -19,7 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from auxkern.backends.triton import kernels  # noqa: E402
 from auxkern.inspect import __main__ as command  # noqa: E402
-from auxkern.inspect import assembly, survey  # noqa: E402
+from auxkern.inspect import assembly, survey, tables  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -156,6 +156,35 @@ def test_the_inner_loop_moves_each_logit_once(name, target):
         if case.label in ("fp16+fp32", "bf16+bf16"):
             finding = survey.inspect_case(kernel, case, TARGETS[target], [case])
             assert finding.floors[0].loop_bytes == finding.floors[0].bytes_moved
+
+
+def test_tables_fit_100_columns(capsys):
+    """With every kernel and case that there is, as if each were compiled to large figures."""
+    made = assembly.Assembly(255, 1024, 232448, 9999, (16,) * 200, (16,) * 16, 0, ("v_mfma_f32_32x32x8_f16",))
+    wide = dataclasses.replace(made, tensor_core=("UTCHMMA",))
+    findings = []
+    for target, gpu in TARGETS.items():
+        for kernel in kernels.KERNELS:
+            for case in kernel.cases("Gemma"):
+                floor = survey._floor(case, gpu, made)
+                shown = wide if gpu.backend == "cuda" else made
+                finding = survey.Finding(
+                    kernel.name, case.label, target, 4096, 8, 1.0, None, shown, 64, 64, [floor]
+                )
+                findings.append(finding)
+    tables.show(findings, "Gemma")
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "…" not in printed
+    assert "MFMA" in printed
+
+
+def test_floor_of_a_product_is_at_the_rate_of_tensor_cores():
+    kernel, gpu = _kernel("heads_forward_kernel"), TARGETS["sm_90"]
+    case = next(c for c in kernel.cases("GPT-2") if c.label == "bf16 4096+512")
+    floor = survey._floor(case, gpu, None)
+    assert floor.tensor_flops == 2 * case.rows * 50257 * (4096 + 512)
+    assert floor.compute_us == pytest.approx(floor.tensor_flops / 989e12 * 1e6)
 
 
 def test_floor_is_bytes_over_bandwidth():

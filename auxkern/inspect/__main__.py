@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _EPILOG = """\
 Every kernel is compiled ahead of time as dispatch would launch it; nothing runs, no GPU is needed.
 One binary serves every vocabulary and batch, so models differ in bytes and FLOPs only. Loads and
-stores are those of the inner loop: how many, and the widest in bytes. Floors are the bytes or the
-FLOPs of one launch, whichever takes longer, at a GPU's data-sheet rates: no kernel is faster.
+stores are those of the inner loop (with a star, of the whole kernel, where it has none): how many,
+and the widest in bytes. Floors are the bytes or the FLOPs of one launch, whichever takes longer, at a
+GPU's data-sheet rates: no kernel is faster.
 "moved" is what the compiled inner loop reads and writes, compared with those bytes: 1 is ideal.
 Exit status: 0; 1 if a kernel spills, moves less than 16 bytes at a time where it must not, exceeds
 the shared memory, misses the tensor cores, or does not compile for NVIDIA; 2 for bad options;

@@ -23,7 +23,8 @@ class Floor:
         rows: N.
         vocabulary: V.
         bytes_moved: of logits and gradients, each once.
-        flops: floating-point operations.
+        flops: floating-point operations outside tensor cores.
+        tensor_flops: those in tensor cores; the two kinds run at the same time.
         memory_us, compute_us: microseconds at the data-sheet rates of the target's GPU.
         loop_bytes: what the compiled inner loop moves in the whole launch, if a turn of it is one
             tile; more than ``bytes_moved`` if something is read twice. None where no tile is known.
@@ -37,6 +38,7 @@ class Floor:
     memory_us: float
     compute_us: float
     loop_bytes: int | None = None
+    tensor_flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
         bytes_moved=launch.bytes_moved,
         flops=launch.flops,
         memory_us=launch.bytes_moved / target.bandwidth * 1e6,
-        compute_us=launch.flops / target.flops * 1e6,
+        compute_us=max(launch.flops / target.flops, launch.tensor_flops / target.tensor_flops) * 1e6,
         loop_bytes=_loop_bytes(case, target, made),
+        tensor_flops=launch.tensor_flops,
     )
 
 

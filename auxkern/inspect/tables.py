@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from auxkern.bench.tables import console_for_stdout
+from auxkern.inspect.assembly import Assembly
 from auxkern.inspect.survey import Finding, Floor, failures
 from auxkern.inspect.targets import TARGETS
 
@@ -26,20 +27,28 @@ def show(findings: Sequence[Finding], model: str) -> None:
     out.print(f"{len(findings)} binaries, {len(broken)} broken rules", highlight=False)
 
 
-def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+def _table(title: str, numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in words:
-        table.add_column(name, no_wrap=True)
+    table.add_column("kernel, case", no_wrap=True)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
+def _add_row(table: Table, kernel: str, seen: set[str], *cells: str) -> None:
+    """A row of a kernel's case, below a row that names the kernel if that is new."""
+    if kernel not in seen:
+        seen.add(kernel)
+        table.add_row(f"[bold]{kernel}")
+    table.add_row(f" {cells[0]}", *cells[1:])
+
+
 def _show_target(out: Console, target: str, findings: Sequence[Finding]) -> None:
     numbers = ["tile", "warps", "regs", "spill", "shared", "resident", "loads", "stores"]
     dots = any(finding.made and finding.made.tensor_core for finding in findings)
-    numbers += ["tensor cores"] if dots else []
-    table = _table(f"{target} ({TARGETS[target].gpu})", ("kernel", "case"), numbers)
+    numbers += ["tensor"] if dots else []
+    table = _table(f"{target} ({TARGETS[target].gpu})", numbers)
+    seen: set[str] = set()
     for finding in findings:
         made = finding.made
         cells = [str(finding.block or ""), str(finding.num_warps)]
@@ -48,37 +57,49 @@ def _show_target(out: Console, target: str, findings: Sequence[Finding]) -> None
         else:
             cells += [str(made.registers), str(made.spill_bytes), str(made.shared_bytes)]
             cells.append(f"{finding.resident_warps}/{finding.resident_limit}")
-            cells += [_widths(made.load_bytes), _widths(made.store_bytes)]
-            cells += [" ".join(made.tensor_core)] if dots else []
-        table.add_row(finding.kernel.removesuffix("_kernel"), finding.case, *cells)
+            cells += [_widths(made, made.load_bytes), _widths(made, made.store_bytes)]
+            cells += [" ".join(sorted(set(map(_family, made.tensor_core))))] if dots else []
+        _add_row(table, finding.kernel, seen, finding.case, *cells)
     out.print(table)
 
 
-def _widths(widths: tuple[int, ...]) -> str:
-    return f"{len(widths)}x{max(widths)} B" if widths else ""
+def _family(instruction: str) -> str:
+    """AMD names shapes and types in an instruction; which kind it is says enough here."""
+    return "MFMA" if instruction.startswith("v_") else instruction
+
+
+def _widths(made: Assembly, widths: tuple[int, ...]) -> str:
+    """How many, and the widest in bytes; a star if they are of the whole kernel, for want of a loop."""
+    star = "" if made.loop_instructions else "*"
+    return f"{len(widths)}x{max(widths)}{star}" if widths else ""
 
 
 def _show_floors(out: Console, targets: Sequence[str], findings: Sequence[Finding], model: str) -> None:
-    names = [f"{TARGETS[target].gpu.split()[0]} µs" for target in targets]
+    gpus = [TARGETS[target] for target in targets]
     rates = ", ".join(
-        f"{t.gpu} {t.bandwidth / 1e12:g} TB/s and {t.flops / 1e12:g} TFLOP/s"
-        for t in map(TARGETS.__getitem__, targets)
+        f"{t.gpu} {t.bandwidth / 1e12:g} TB/s, {t.flops / 1e12:g} and {t.tensor_flops / 1e12:g} TFLOP/s"
+        for t in gpus
     )
-    table = _table(f"Floors for {model}", ("kernel", "case"), ("N", "GB", "GFLOP", "moved", *names))
+    names = [f"{gpu.gpu.split()[0]} ms" for gpu in gpus]
+    table = _table(f"Floors for {model}", ("N", "GB", "GFLOP", "moved", *names))
     table.caption = (
-        f"data-sheet rates: {rates}; c: compute decides, else memory; GB and "
-        "GFLOP: the least; moved: what the compiled loop moves, as a multiple of GB"
+        f"data-sheet rates (memory; float32 and, in tensor cores, dense 16-bit): {rates}; c: compute "
+        "decides, else memory; GB and GFLOP: the least; moved: what the compiled loop moves, as a "
+        "multiple of GB"
     )
     table.caption_justify = "left"
     by_target = [[f for f in findings if f.target == target] for target in targets]
+    seen: set[str] = set()
     for same in zip(*by_target, strict=True):
         floors = [next(floor for floor in f.floors if floor.model == model) for f in same]
-        costs = [f"{floors[0].rows}", f"{floors[0].bytes_moved / 1e9:.2f}", f"{floors[0].flops / 1e9:,.1f}"]
-        costs.append(_moved(floors))
+        first = floors[0]
+        flops = first.flops + first.tensor_flops
+        costs = [f"{first.rows}", f"{first.bytes_moved / 1e9:.2f}", f"{flops / 1e9:,.1f}", _moved(floors)]
         for floor in floors:
             mark = " c" if floor.compute_us > floor.memory_us else ""
-            costs.append(f"{max(floor.compute_us, floor.memory_us):,.0f}{mark}")
-        table.add_row(same[0].kernel.removesuffix("_kernel"), same[0].case, *costs)
+            least = max(floor.compute_us, floor.memory_us) / 1e3
+            costs.append(f"{least:.{3 if least < 10 else 1}f}{mark}")
+        _add_row(table, same[0].kernel, seen, same[0].case, *costs)
     out.print(table)
 
 
