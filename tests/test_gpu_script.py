@@ -187,6 +187,10 @@ def test_a_timeout_is_recorded_and_leaves_no_process(tmp_path):
     assert running(seconds) == []
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+    reason="started where Ctrl-C is ignored, as children are",
+)
 def test_a_stopped_stage_may_write_down_what_it_has(tmp_path):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('{\"so far\": 3}')"
     read = lambda log, written: Reading(stages._printed(log) or {})  # noqa: E731
@@ -194,6 +198,10 @@ def test_a_stopped_stage_may_write_down_what_it_has(tmp_path):
     assert results(tmp_path)["slow"]["figures"] == {"so far": 3}
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+    reason="started where Ctrl-C is ignored, as children are",
+)
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_stage_and_keeps_the_rest(tmp_path, which):
     def interrupt() -> None:
