@@ -71,11 +71,12 @@ class Finding:
     problems: list[str] = field(default_factory=list)
 
 
-def problems(kernel: Kernel, target: Target, made: Assembly) -> list[str]:
+def problems(kernel: Kernel, target: Target, made: Assembly, tensor_cores: bool | None = None) -> list[str]:
     """The rules that a compiled kernel breaks, in words.
 
     No spills; shared memory within the target's limit; on NVIDIA, 16-byte traffic in the inner
-    loop of a memory-bound kernel; tensor cores if, and only if, the kernel multiplies matrices.
+    loop of a memory-bound kernel; tensor cores where ``tensor_cores``, by default for every kernel
+    that multiplies matrices, and never in a kernel that does not.
     """
     found = []
     if made.spill_bytes:
@@ -87,8 +88,11 @@ def problems(kernel: Kernel, target: Target, made: Assembly) -> list[str]:
     narrow = sorted({width for width in made.load_bytes + made.store_bytes if width < 16})
     if kernel.vectors and target.backend == "cuda" and (narrow or not made.load_bytes):
         found.append(f"moves {', '.join(map(str, narrow)) or 'no'} bytes at a time in its inner loop, not 16")
-    if bool(made.tensor_core) != kernel.dot:
-        found.append("has no tensor-core instruction" if kernel.dot else f"has {', '.join(made.tensor_core)}")
+    needed = kernel.dot if tensor_cores is None else tensor_cores
+    if needed and not made.tensor_core:
+        found.append("has no tensor-core instruction")
+    if made.tensor_core and not kernel.dot:
+        found.append(f"has {', '.join(made.tensor_core)}")
     return found
 
 
@@ -120,7 +124,8 @@ def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Ca
         resident_limit=target.warps,
         # A tile of a kernel that is bound by products is read more than once, and should be.
         floors=[_floor(other, target, made if kernel.vectors else None) for other in floors],
-        problems=problems(kernel, target, made) if made else _not_made(target),
+        # Exact float32 products cannot run in tensor cores.
+        problems=problems(kernel, target, made, launch.tensor_flops > 0) if made else _not_made(target),
     )
 
 

@@ -49,7 +49,7 @@ def _compiled(target: str, case: kernels.Case) -> Any:
 def test_default_configuration(target, kernel, case):
     made = assembly.read(_compiled(target, case))
     # GPT-2's 50,257 is odd: its rows begin anywhere, and still nothing in the loop is narrow.
-    assert survey.problems(kernel, TARGETS[target], made) == []
+    assert survey.problems(kernel, TARGETS[target], made, case.launch.tensor_flops > 0) == []
     if kernel.vectors:
         assert made.loop_instructions > 0
         assert bool(made.store_bytes) == (kernel.name == "backward_kernel")

@@ -83,8 +83,8 @@ class TileConfig:
 
 # Every accumulator is rows * ids float32 in registers; a float32 operand takes twice the memory.
 _TILES_HALF = {1: TileConfig(128, 128, 64, 8, 3, 16), 2: TileConfig(64, 64, 64, 8, 3, 16)}
-_TILES_FLOAT = {1: TileConfig(64, 64, 16, 8, 2, 16), 2: TileConfig(64, 64, 16, 8, 2, 16)}
-_TILES_MANY = TileConfig(64, 64, 32, 8, 2, 16)
+_TILES_FLOAT = {1: TileConfig(64, 64, 16, 4, 2, 16), 2: TileConfig(32, 64, 32, 4, 2, 16)}
+_TILES_MANY = TileConfig(32, 64, 32, 8, 2, 16)
 
 # Rows and tiles that one program of the combining and of the scaling kernel takes at a time.
 COMBINE_ROWS, COMBINE_LANES, COMBINE_WARPS = 16, 32, 4

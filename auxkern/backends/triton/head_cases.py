@@ -80,6 +80,7 @@ def forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
                 yield f"bf16 {name}, writes e", one_write_launch(heads)
     widths = WIDTHS["768+256"]
     yield "fp16+fp32 768+256", forward_launches(heads_sum(V, widths, (_H, _F)))[0]
+    yield "fp32 768+256, writes e", one_write_launch(heads_sum(V, widths, (_F, _F)))
     yield "bf16, softcap", forward_launches(heads_sum(V, widths, (_B, _B), cap=30.0))[0]
     yield "bf16, smooth", forward_launches(heads_sum(V, widths, (_B, _B)), smooth=True)[0]
     separate = heads_sum(V, widths, (_B, _B), stats=True)
@@ -107,6 +108,7 @@ def gradient_cases(V: int) -> Iterator[tuple[str, Launch]]:
     for dtype in (_H, _B):
         narrow = heads_sum(V, (256, 256), (dtype, dtype))
         yield f"{_SHORT[dtype]} 256+256", gradient_launch(narrow, dtype)
+    yield "fp32 256+256", gradient_launch(heads_sum(V, (256, 256), (_F, _F)), _F)
     capped = heads_sum(V, WIDTHS["768+256"], (_B, _B), cap=30.0)
     yield "bf16, softcap", gradient_launch(capped, _B)
     yield "bf16, softcap, both wanted", gradient_launch(capped, _B, (0, 1))
