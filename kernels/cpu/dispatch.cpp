@@ -14,6 +14,7 @@
 #endif
 
 #include "cross_entropy.h"
+#include "heads.h"
 
 namespace {
 
@@ -43,25 +44,27 @@ int32_t best_isa() {
 template <class Task>
 using Kernel = void (*)(const Task &, int64_t, int64_t, float *);
 
-template <class Task>
-Kernel<Task> pick(int32_t isa, Kernel<Task> generic, Kernel<Task> avx2, Kernel<Task> avx512) {
+using PackHidden = void (*)(const HeadsForwardTask &, float *);
+
+template <class Function>
+Function pick(int32_t isa, Function generic, Function avx2, Function avx512) {
     if (isa == AUXKERN_ISA_AVX512) return avx512;
     return isa == AUXKERN_ISA_AVX2 ? avx2 : generic;
 }
 
 #if defined(__x86_64__)
-#define AUXKERN_PICK(Task, name, isa) pick<Task>(isa, generic::name, avx2::name, avx512::name)
+#define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, avx2::name, avx512::name)
 #else
-#define AUXKERN_PICK(Task, name, isa) pick<Task>(isa, generic::name, nullptr, nullptr)
+#define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, nullptr, nullptr)
 #endif
 
-// Rows are taken from a shared counter, so that a slow thread does not hold up the rest. Which
-// thread takes a row changes nothing in it.
+// Pieces of work (rows, or segments of the vocabulary) are taken from a shared counter, so that a slow
+// thread does not hold up the rest. Which thread takes a piece changes nothing in it.
 template <class Task>
 struct Work {
     Kernel<Task> kernel;
     const Task *task;
-    int64_t rows, grab;
+    int64_t pieces, grab;
     std::atomic<int64_t> next{0};
     float *scratch = nullptr;  // scratch_floats for each thread, or null
     int64_t scratch_floats = 0;
@@ -73,8 +76,8 @@ struct Work {
         if (scratch) scratch += work.threads_begun.fetch_add(1, std::memory_order_relaxed) * work.scratch_floats;
         for (;;) {
             const int64_t begin = work.next.fetch_add(work.grab, std::memory_order_relaxed);
-            if (begin >= work.rows) return;
-            work.kernel(*work.task, begin, std::min(begin + work.grab, work.rows), scratch);
+            if (begin >= work.pieces) return;
+            work.kernel(*work.task, begin, std::min(begin + work.grab, work.pieces), scratch);
         }
     }
 };
@@ -87,17 +90,14 @@ int64_t scratch_floats(const ForwardTask &task) { return task.gradient ? scratch
 int64_t scratch_floats(const BackwardTask &) { return 0; }
 
 template <class Task>
-int32_t run(Kernel<Task> kernel, const Task &task, const auxkern_execution &execution) {
-    constexpr int64_t MIN_LOGITS_PER_THREAD = 1 << 15;  // about 10 us of work, what a thread costs
-    const int64_t useful = std::min(task.N, std::max<int64_t>(1, logits(task) / MIN_LOGITS_PER_THREAD));
-    const auto threads = static_cast<unsigned>(std::min<int64_t>(execution.threads, useful));
-
+int32_t run(Kernel<Task> kernel, const Task &task, int64_t pieces, int64_t grab, int64_t scratch_floats, unsigned threads,
+            const auxkern_execution &execution) {
     Work<Task> work;
     work.kernel = kernel;
     work.task = &task;
-    work.rows = task.N;
-    work.grab = std::max<int64_t>(1, (1 << 14) * task.N / logits(task));
-    work.scratch_floats = scratch_floats(task);
+    work.pieces = pieces;
+    work.grab = grab;
+    work.scratch_floats = scratch_floats;
     std::unique_ptr<float, decltype(&std::free)> scratch(nullptr, &std::free);
     if (work.scratch_floats > 0) {
         scratch.reset(static_cast<float *>(std::malloc(sizeof(float) * size_t(work.scratch_floats) * threads)));
@@ -113,12 +113,28 @@ int32_t run(Kernel<Task> kernel, const Task &task, const auxkern_execution &exec
         try {
             for (unsigned i = 1; i < threads; ++i) others.emplace_back(Work<Task>::body, &work);
         } catch (const std::system_error &) {
-            // The system gives no more threads; those there are, and this one, do the rows.
+            // The system gives no more threads; those there are, and this one, do the work.
         }
         Work<Task>::body(&work);
         for (auto &thread : others) thread.join();
     }
     return AUXKERN_OK;
+}
+
+template <class Task>
+int32_t run_rows(Kernel<Task> kernel, const Task &task, const auxkern_execution &execution) {
+    constexpr int64_t MIN_LOGITS_PER_THREAD = 1 << 15;  // about 10 us of work, what a thread costs
+    const int64_t useful = std::min(task.N, std::max<int64_t>(1, logits(task) / MIN_LOGITS_PER_THREAD));
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(execution.threads, useful));
+    const int64_t grab = std::max<int64_t>(1, (1 << 14) * task.N / logits(task));
+    return run(kernel, task, task.N, grab, scratch_floats(task), threads, execution);
+}
+
+template <class Task>
+int32_t run_segments(Kernel<Task> kernel, const Task &task, const auxkern_execution &execution) {
+    const int64_t segments = (task.V + IDS - 1) / IDS;
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(execution.threads, segments));
+    return run(kernel, task, segments, int64_t(1), scratch_size(task), threads, execution);
 }
 
 int32_t check(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V, const auxkern_execution *execution) {
@@ -128,6 +144,25 @@ int32_t check(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V, 
     for (int32_t i = 0; i < n_terms; ++i)
         if ((N > 0 && !terms[i].values) || terms[i].width < V || terms[i].inner < 1 || terms[i].dtype < AUXKERN_F32 ||
             terms[i].dtype > AUXKERN_BF16)
+            return AUXKERN_BAD_ARGUMENT;
+    if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
+    return AUXKERN_OK;
+}
+
+bool is_bad(const auxkern_entries &entries) {
+    return entries.count < 0 || (entries.count > 0 && (!entries.ids || !entries.rows));
+}
+
+int32_t check(const auxkern_head *heads, int32_t n_heads, const auxkern_rows *rows, int64_t V,
+              const auxkern_execution *execution) {
+    if (!heads || !rows || !execution || n_heads < 1 || n_heads > AUXKERN_MAX_TERMS || V < 1 || execution->threads < 1)
+        return AUXKERN_BAD_ARGUMENT;
+    if (rows->C < 0 || rows->stride < rows->C || rows->stride % 16 != 0 || is_bad(rows->targets) ||
+        is_bad(rows->sparse) || (rows->sparse.count > 0 && !rows->values))
+        return AUXKERN_BAD_ARGUMENT;
+    for (int32_t h = 0; h < n_heads; ++h)
+        if (!heads[h].hidden || !heads[h].weight || heads[h].D < 1 || heads[h].weight_stride < 1 ||
+            heads[h].dtype < AUXKERN_F32 || heads[h].dtype > AUXKERN_BF16)
             return AUXKERN_BAD_ARGUMENT;
     if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
     return AUXKERN_OK;
@@ -183,7 +218,7 @@ int32_t auxkern_cross_entropy_forward(const auxkern_term *terms, int32_t n_terms
     if (gradient && (!gradient->row_weight || !gradient->gradients)) return AUXKERN_BAD_ARGUMENT;
     const ForwardTask task{terms, n_terms, target, N, V, ignore_index, nll, row_max, log_sum, smooth, argmax, term_nll,
                            gradient, prepare(terms, n_terms, N, V, gradient ? gradient->gradients : nullptr)};
-    return run<ForwardTask>(AUXKERN_PICK(ForwardTask, cross_entropy_forward, resolve(execution->isa)), task, *execution);
+    return run_rows<ForwardTask>(AUXKERN_PICK(Kernel<ForwardTask>, cross_entropy_forward, resolve(execution->isa)), task, *execution);
 }
 
 int32_t auxkern_cross_entropy_backward(const auxkern_term *terms, int32_t n_terms, const int64_t *target, int64_t N,
@@ -197,7 +232,34 @@ int32_t auxkern_cross_entropy_backward(const auxkern_term *terms, int32_t n_term
         return AUXKERN_BAD_ARGUMENT;
     const BackwardTask task{target, N, row_max, exp_coefficient, constant, target_gradient,
                             prepare(terms, n_terms, N, V, gradients)};
-    return run<BackwardTask>(AUXKERN_PICK(BackwardTask, cross_entropy_backward, resolve(execution->isa)), task, *execution);
+    return run_rows<BackwardTask>(AUXKERN_PICK(Kernel<BackwardTask>, cross_entropy_backward, resolve(execution->isa)), task, *execution);
+}
+
+int32_t auxkern_heads_forward(const auxkern_head *heads, int32_t n_heads, const auxkern_rows *rows, int64_t V,
+                              const auxkern_execution *execution) {
+    const int32_t status = check(heads, n_heads, rows, V, execution);
+    if (status != AUXKERN_OK) return status;
+    if (rows->C == 0) return AUXKERN_OK;
+    if (!rows->segment_max || !rows->segment_sum || !rows->z_target) return AUXKERN_BAD_ARGUMENT;
+    const std::unique_ptr<float, decltype(&std::free)> packed(
+        static_cast<float *>(std::malloc(sizeof(float) * size_t(packed_size(heads, n_heads, *rows)))), &std::free);
+    if (!packed) return AUXKERN_OUT_OF_MEMORY;
+    const HeadsForwardTask task{heads, n_heads, rows, V, packed.get()};
+    const int32_t isa = resolve(execution->isa);
+    if (rows->e) prefer_large_pages(rows->e, 4 * V * rows->stride);
+    AUXKERN_PICK(PackHidden, pack_hidden, isa)(task, packed.get());
+    return run_segments<HeadsForwardTask>(AUXKERN_PICK(Kernel<HeadsForwardTask>, heads_forward, isa), task, *execution);
+}
+
+int32_t auxkern_heads_backward(const auxkern_head *heads, int32_t n_heads, const auxkern_rows *rows, int64_t V,
+                               const auxkern_heads_gradient *gradient, const auxkern_execution *execution) {
+    const int32_t status = check(heads, n_heads, rows, V, execution);
+    if (status != AUXKERN_OK) return status;
+    if (rows->C == 0) return AUXKERN_OK;
+    if (!rows->e || !gradient || !gradient->coefficient || !gradient->target_gradient) return AUXKERN_BAD_ARGUMENT;
+    const HeadsBackwardTask task{heads, n_heads, rows, V, gradient};
+    const int32_t isa = resolve(execution->isa);
+    return run_segments<HeadsBackwardTask>(AUXKERN_PICK(Kernel<HeadsBackwardTask>, heads_backward, isa), task, *execution);
 }
 
 }  // extern "C"

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define AUXKERN_ABI_VERSION 1
+#define AUXKERN_ABI_VERSION 2
 #define AUXKERN_MAX_TERMS 8
 
 #if defined(_WIN32)
@@ -109,6 +109,68 @@ AUXKERN_EXPORT int32_t auxkern_cross_entropy_backward(
     const float *target_gradient, /* (N,) */
     void *const *gradients, /* n_terms pointers to contiguous (N, width) of the term's dtype, or NULL */
     const auxkern_execution *execution);
+
+/* ---- sums of output heads -------------------------------------------------------------------
+ *
+ *     z[n, v] = sum over heads of scale * (hidden[n, :] . weight[v, :] + bias[v])
+ *               + values of the entries with row n and id v
+ *
+ * for C rows at a time. The vocabulary is cut into segments of AUXKERN_HEADS_IDS ids; the results of
+ * a segment do not depend on the others, nor on the number of threads. Of the logits only
+ * e = exp(z - segment_max) is kept, once, with the rows side by side: e[v * stride + n].
+ */
+#define AUXKERN_HEADS_IDS 1024
+
+typedef struct {
+    const float *hidden; /* (C, D) contiguous */
+    const void *weight;  /* V rows of D */
+    const float *bias;   /* (V,) or NULL */
+    int64_t weight_stride;
+    int64_t D;
+    int32_t dtype; /* of the weight */
+    float scale;
+    float *back;     /* forward, out: (segments, D, stride), e @ weight of the segment, or NULL */
+    float *d_weight; /* backward, out: (V, D) contiguous, or NULL */
+    float *d_bias;   /* backward, out: (V,) or NULL */
+} auxkern_head;
+
+/* Entries of some rows, by rising id: the rows' targets, or values added to a few logits. */
+typedef struct {
+    int64_t count;
+    const int64_t *ids;  /* (count,) in [0, V) */
+    const int64_t *rows; /* (count,) in [0, C) */
+} auxkern_entries;
+
+typedef struct {
+    int64_t C;
+    int64_t stride;          /* C or more, a multiple of 16 */
+    auxkern_entries targets; /* one for each row */
+    auxkern_entries sparse;
+    const float *values; /* (sparse.count,) */
+    const uint8_t *live; /* (C,) 0 for rows whose gradient is 0 whatever they hold, or NULL: all live */
+    float *e;            /* (V, stride), or NULL where no gradient is wanted */
+    float *segment_max;  /* (segments, stride): the reference of e, close to the maximum */
+    float *segment_sum;  /* (segments, stride): sum of e over all ids but the target */
+    float *z_target;     /* (C,) */
+} auxkern_rows;
+
+typedef struct {
+    const float *coefficient;     /* (segments, stride): dz = coefficient * e, but for targets */
+    const float *target_gradient; /* (C,): dz of the targets */
+    float *d_values;              /* (sparse.count,) dz at the entries, or NULL */
+    int32_t accumulate;           /* add to d_weight and d_bias instead of writing them */
+} auxkern_heads_gradient;
+
+/* Fills e, segment_max, segment_sum, z_target and each head's back. */
+AUXKERN_EXPORT int32_t auxkern_heads_forward(const auxkern_head *heads, int32_t n_heads,
+                                             const auxkern_rows *rows, int64_t V,
+                                             const auxkern_execution *execution);
+
+/* Fills each head's d_weight and d_bias, and d_values, from e. */
+AUXKERN_EXPORT int32_t auxkern_heads_backward(const auxkern_head *heads, int32_t n_heads,
+                                              const auxkern_rows *rows, int64_t V,
+                                              const auxkern_heads_gradient *gradient,
+                                              const auxkern_execution *execution);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,101 @@
+"""The shared library: its C signatures, status codes and execution settings."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ABI_VERSION = 2
+ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STATUS = {
+    1: "an argument is out of range",
+    2: "this CPU lacks the instruction set asked for",
+    3: "out of memory",
+}
+
+
+class Term(Structure):
+    _fields_ = [
+        ("values", c_void_p),
+        ("width", c_int64),
+        ("inner", c_int64),
+        ("stride_outer", c_int64),
+        ("stride_inner", c_int64),
+        ("stride_column", c_int64),
+        ("dtype", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class Gradient(Structure):
+    _fields_ = [
+        ("row_weight", c_void_p),
+        ("label_smoothing", c_float),
+        ("z_loss", c_float),
+        ("gradients", POINTER(c_void_p)),
+    ]
+
+
+class Execution(Structure):
+    _fields_ = [("threads", c_int32), ("isa", c_int32), ("parallel", c_void_p)]
+
+
+def library_path() -> Path:
+    """The shared library that the build put into the package.
+
+    Raises:
+        OSError: it is not there.
+    """
+    folder = Path(__file__).resolve().parents[2] / "_native"
+    for name in ("libauxkern.so", "libauxkern.dylib"):
+        if (folder / name).exists():
+            return folder / name
+    raise OSError(f"the native library is not in {folder}; install auxkern again with `pip install .`")
+
+
+def load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name in ("auxkern_abi_version", "auxkern_best_isa"):
+        getattr(library, name).restype = c_int32
+        getattr(library, name).argtypes = []
+    library.auxkern_has_isa.restype = c_int32
+    library.auxkern_has_isa.argtypes = [c_int32]
+    version = library.auxkern_abi_version()
+    if version != ABI_VERSION:
+        raise OSError(f"{path} has ABI version {version}, this auxkern needs {ABI_VERSION}; build it again")
+    terms: list[Any] = [POINTER(Term), c_int32, c_void_p, c_int64, c_int64]
+    execution: list[Any] = [POINTER(Execution)]
+    library.auxkern_cross_entropy_forward.restype = c_int32
+    library.auxkern_cross_entropy_forward.argtypes = [
+        *terms,
+        c_int64,
+        *[c_void_p] * 6,
+        POINTER(Gradient),
+        *execution,
+    ]
+    library.auxkern_cross_entropy_backward.restype = c_int32
+    library.auxkern_cross_entropy_backward.argtypes = [*terms, *[c_void_p] * 5, *execution]
+    return library
+
+
+def torch_thread_pool() -> int | None:
+    """Address of the running OpenMP's ``GOMP_parallel``, None where there is none.
+
+    torch has loaded an OpenMP already. Its threads spin for a while after each of torch's own
+    parallel loops; threads of ours would wait for the cores that they hold.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
+    except (AttributeError, OSError):
+        return None
+
+
+def check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"the native kernel refused: {STATUS.get(status, f'status {status}')}")
