@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.ops import head_chunks
+from auxkern.ops import head_chunks, head_segments
 from auxkern.ops.library import as_rows, check_target_range, loaded
 from auxkern.ops.memory import GradientMemory
 from auxkern.ops.registry import HeadRows, Rows
@@ -188,7 +188,10 @@ def _product_back(out: Tensor, dz: Tensor, weight: Tensor, factor: float) -> Non
 def _empty_gradients(
     tensors: list[Tensor], parts: list[_Part], wanted: list[int], float32: bool
 ) -> dict[int, Tensor]:
-    """Where gradients are collected: weights and biases in float32, over all chunks; the rest by row."""
+    """Where gradients are collected: weights and biases in float32, over all chunks; the rest by row.
+
+    Weights and biases are not filled, see ``_clear``; the rest is 0, which ignored rows stay.
+    """
     dtype = row_dtype(tensors)
     gradients: dict[int, Tensor] = {}
     for part in parts:
@@ -199,9 +202,17 @@ def _empty_gradients(
             whole = part.kind in (HEAD, HEAD_WITH_BIAS) and i > 0
             shape = tensors[index].shape if whole else (-1, tensors[index].shape[-1])
             like = tensors[index]
-            zeros = _empty(like.shape, dtype if whole or float32 else like.dtype, like.device).zero_()
-            gradients[index] = zeros.view(shape)
+            made = _empty(like.shape, dtype if whole or float32 else like.dtype, like.device)
+            gradients[index] = (made if whole else made.zero_()).view(shape)
     return gradients
+
+
+def _clear(parts: list[_Part], gradients: dict[int, Tensor], first_id: int) -> None:
+    """0 in the gradients of weights and biases, from ``first_id`` on."""
+    for part in parts:
+        for i in range(1, len(part.tensors)):
+            if part.kind in (HEAD, HEAD_WITH_BIAS) and part.first + i in gradients:
+                gradients[part.first + i][first_id:].zero_()
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -300,6 +311,7 @@ def _linear_cross_entropy(
     kernel = loaded(backend, floats) if target.numel() else None
     inputs = _head_inputs(kernel, parts, gradients)
     if inputs:
+        _clear(parts, gradients, 0)
         size = chunk_rows or head_chunks.chunk_rows(vocab_size, [head.head for head in inputs])
         chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, size)
         options = (vocab_size, ignore_index, label_smoothing, z_loss, want_stats)
@@ -308,8 +320,20 @@ def _linear_cross_entropy(
         ):
             _store(outputs, rows, found)
         return *outputs, _as_inputs(tensors, wanted, gradients, float32_gradients)
-    chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, chunk_rows or None)
+    separate = want_stats or label_smoothing > 0
+    segmented = None if separate else _segment_inputs(kernel, parts, gradients)
+    rows_at_a_time = chunk_rows or (head_segments.chunk_rows(vocab_size) if segmented else None)
+    chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, rows_at_a_time)
+    # The first chunk of segments writes, later ones add.
+    _clear(parts, gradients, vocab_size if segmented and chunks else 0)
     longest = max((target[rows].shape[0] for rows in chunks), default=0)
+    if segmented:
+        weight = row_weight if gradients else None
+        needed = 0 if weight is None else segmented.backend.segments_e_size(longest, vocab_size)
+        e = _empty(torch.Size((needed,)), torch.float32, target.device)
+        for rows, found in segmented.rows_and_gradients(target, weight, chunks, vocab_size, z_loss, e):
+            _store(outputs, rows, found)
+        return *outputs, _as_inputs(tensors, wanted, gradients, float32_gradients)
     shape = torch.Size((longest, vocab_size))
     buffers = [_empty(shape, row_dtype(tensors), target.device) for s in summands if s.logits is None]
     for rows in chunks:
@@ -358,7 +382,7 @@ def _store(outputs: tuple[Tensor, ...], rows: Any, found: Rows) -> None:
     made = (found.nll, found.row_max + found.log_sum, found.smooth, found.argmax, found.term_nll)
     for output, chunk in zip(outputs, made, strict=True):
         if chunk.numel():
-            output[..., rows] = chunk
+            output[..., rows] = chunk.to(output.dtype)
 
 
 def _head_inputs(
@@ -367,14 +391,32 @@ def _head_inputs(
     """The heads for a backend that makes logits itself; none if it does not, or there are other terms."""
     if not hasattr(backend, "heads_refusal") or any(p.kind not in (HEAD, HEAD_WITH_BIAS) for p in parts):
         return []
-    inputs = []
-    for part in parts:
-        hidden, weight, *bias = part.tensors
-        head = HeadRows(hidden, weight, bias[0] if bias else None, part.scale, part.softcap)
-        d_bias = gradients.get(part.first + 2) if bias else None
-        d_hidden, d_weight = gradients.get(part.first), gradients.get(part.first + 1)
-        inputs.append(head_chunks.HeadInputs(head, d_hidden, d_weight, d_bias))
+    inputs = [_head_of(part, gradients) for part in parts]
     return [] if backend.heads_refusal([i.head for i in inputs]) else inputs
+
+
+def _head_of(part: _Part, gradients: dict[int, Tensor]) -> head_chunks.HeadInputs:
+    hidden, weight, *bias = part.tensors
+    head = HeadRows(hidden, weight, bias[0] if bias else None, part.scale, part.softcap)
+    d_bias = gradients.get(part.first + 2) if bias else None
+    return head_chunks.HeadInputs(head, gradients.get(part.first), gradients.get(part.first + 1), d_bias)
+
+
+def _segment_inputs(
+    backend: Any, parts: list[_Part], gradients: dict[int, Tensor]
+) -> head_segments.SegmentInputs | None:
+    """Heads and sparse terms for a backend that works by segments; None if it does not take them."""
+    if not hasattr(backend, "segments_refusal") or any(p.kind == LOGITS for p in parts):
+        return None
+    heads = [_head_of(p, gradients) for p in parts if p.kind != SPARSE]
+    if not heads or backend.segments_refusal([i.head for i in heads]):
+        return None
+    sparse = [
+        head_segments.SparseInputs(p.tensors[0], p.tensors[1], gradients.get(p.first + 1))
+        for p in parts
+        if p.kind == SPARSE
+    ]
+    return head_segments.SegmentInputs(backend, heads, sparse)
 
 
 def _chunks(
@@ -471,7 +513,8 @@ def linear_rows(
     ``expected`` (N,), or None: the gradient of row that a backward will bring, but for a common factor.
     """
     formula = (scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss)
-    rescaled = expected is not None and _makes_logits(backend, tensors, kinds, scales, softcaps)
+    separate = want_stats or label_smoothing > 0
+    rescaled = expected is not None and _makes_logits(backend, tensors, kinds, scales, softcaps, separate)
     if not rescaled and target.device.type != "cpu":
         expected = None  # comparing it with what comes would stop the device
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -484,11 +527,17 @@ def linear_rows(
 
 
 def _makes_logits(
-    backend: str, tensors: list[Tensor], kinds: list[int], scales: list[float], softcaps: list[float]
+    backend: str,
+    tensors: list[Tensor],
+    kinds: list[int],
+    scales: list[float],
+    softcaps: list[float],
+    separate: bool,
 ) -> bool:
     """Whether the backend makes the logits of these terms itself, and gradients that can be rescaled."""
-    floats = [t for t in tensors if t.is_floating_point()]
-    return bool(_head_inputs(loaded(backend, floats), _parts(tensors, kinds, scales, softcaps), {}))
+    kernel = loaded(backend, [t for t in tensors if t.is_floating_point()])
+    parts = _parts(tensors, kinds, scales, softcaps)
+    return bool(_head_inputs(kernel, parts, {}) or (not separate and _segment_inputs(kernel, parts, {})))
 
 
 def _common_factor(g: Tensor, expected: Tensor) -> Tensor:
@@ -546,9 +595,11 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         kinds, formula, chunk_rows, backend = ctx.settings
         gradients, ctx.ready = ctx.ready, None
         if gradients is not None and ctx.rescaled:
-            factor = _common_factor(g, ctx.expected)
-            made = zip(ctx.wanted, gradients, strict=True)
-            gradients = [d.mul_(factor).to(tensors[i].dtype) for i, d in made]
+            # Comparing would stop a GPU, whose memory multiplies 20 times as fast as a CPU's.
+            if g.device.type != "cpu" or not torch.equal(g, ctx.expected):
+                factor = _common_factor(g, ctx.expected)
+                gradients = [d.mul_(factor) for d in gradients]
+            gradients = [d.to(tensors[i].dtype) for i, d in zip(ctx.wanted, gradients, strict=True)]
         elif gradients is not None and not torch.equal(g, ctx.expected):
             gradients = None  # freed before others are made
         if gradients is None:

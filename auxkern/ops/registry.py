@@ -180,6 +180,73 @@ class BackendWithHeads(Backend, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Entries:
+    """Sparse values of some rows, by rising id."""
+
+    ids: Tensor  # (E,) int64
+    rows: Tensor  # (E,) int64
+    values: Tensor  # (E,) float32, contiguous
+    order: Tensor  # (E,) their places in the order given
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What ``BackendWithSegments.segments_forward`` leaves of C rows; S segments of the vocabulary."""
+
+    maximum: Tensor  # (S, C) float32, close to the segment's maximum
+    total: Tensor  # (S, C) float32, sum of exp(z - maximum) over all ids but the target
+    z_target: Tensor  # (C,) float32
+    kept: Any  # the backend's own
+
+
+@dataclass(frozen=True)
+class SegmentGradients:
+    """What ``BackendWithSegments.segments_backward`` has to make beside the hidden states' gradients."""
+
+    d_weight: list[Tensor | None]  # of each head (>= V, D) float32, contiguous
+    d_bias: list[Tensor | None]  # of each head (>= V,) float32
+    want_values: bool
+    accumulate: bool  # add to what the weights' and biases' gradients hold
+
+
+class BackendWithSegments(Backend, Protocol):
+    """A backend that makes logits of heads and sparse terms by segments of the vocabulary."""
+
+    def segments_refusal(self, heads: list[HeadRows]) -> str | None:
+        """Why it leaves this sum to library products; None if it takes it."""
+        ...
+
+    def segments_e_size(self, C: int, V: int) -> int:
+        """Elements of the float32 memory that C rows need if a gradient is wanted."""
+        ...
+
+    def segments_forward(
+        self,
+        heads: list[HeadRows],
+        entries: Entries,
+        target: Tensor,  # (C,) int64 in [0, V), contiguous
+        live: Tensor | None,  # (C,) bool: False where the gradient is 0 whatever the row holds
+        vocab_size: int,
+        want_back: list[bool],
+        e: Tensor | None,  # float32 memory for the exponentials, kept until the gradients are made
+    ) -> Segments: ...
+
+    def segments_backward(
+        self,
+        segments: Segments,
+        row_max: Tensor,  # (C,) float64
+        exp_coefficient: Tensor,  # (C,) float64
+        target_gradient: Tensor,  # (C,) float64
+        gradients: SegmentGradients,
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """d_hidden (C, D) float32 of the heads that want it, and d_values (E,) by rising id.
+
+        dz[n, v] = exp_coefficient[n] * exp(z[n, v] - row_max[n]); target_gradient[n] at the target.
+        """
+        ...
+
+
 _MODULES = {
     "triton": "auxkern.backends.triton",
     "cpu": "auxkern.backends.cpu",

@@ -9,6 +9,7 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
+from auxkern.backends.cpu import heads as _heads
 from auxkern.backends.cpu.library import (
     DTYPES,
     ISAS,
@@ -20,7 +21,7 @@ from auxkern.backends.cpu.library import (
     load,
     torch_thread_pool,
 )
-from auxkern.ops.registry import Rows
+from auxkern.ops.registry import Entries, HeadRows, Rows, SegmentGradients, Segments
 
 
 class Cpu:
@@ -164,6 +165,38 @@ class Cpu:
         )
         check(status)
         return gradients
+
+    def segments_refusal(self, heads: list[HeadRows]) -> str | None:
+        return _heads.refusal(heads)
+
+    def segments_e_size(self, C: int, V: int) -> int:
+        return _heads.e_size(C, V)
+
+    def segments_forward(
+        self,
+        heads: list[HeadRows],
+        entries: Entries,
+        target: Tensor,
+        live: Tensor | None,
+        vocab_size: int,
+        want_back: list[bool],
+        e: Tensor | None,
+    ) -> Segments:
+        execution = self._execution()
+        return _heads.forward(
+            self._library, execution, heads, entries, target, live, vocab_size, want_back, e
+        )
+
+    def segments_backward(
+        self,
+        segments: Segments,
+        row_max: Tensor,
+        exp_coefficient: Tensor,
+        target_gradient: Tensor,
+        gradients: SegmentGradients,
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        sums = (row_max, exp_coefficient, target_gradient)
+        return _heads.backward(self._library, self._execution(), segments, *sums, gradients)
 
     def _execution(self) -> Execution:
         return Execution(torch.get_num_threads(), ISAS[self.isa], self._parallel)

@@ -42,6 +42,49 @@ class Gradient(Structure):
     ]
 
 
+class Head(Structure):
+    _fields_ = [
+        ("hidden", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("weight_stride", c_int64),
+        ("D", c_int64),
+        ("dtype", c_int32),
+        ("scale", c_float),
+        ("back", c_void_p),
+        ("d_weight", c_void_p),
+        ("d_bias", c_void_p),
+    ]
+
+
+class Entries(Structure):
+    _fields_ = [("count", c_int64), ("ids", c_void_p), ("rows", c_void_p)]
+
+
+class HeadRows(Structure):
+    _fields_ = [
+        ("C", c_int64),
+        ("stride", c_int64),
+        ("targets", Entries),
+        ("sparse", Entries),
+        ("values", c_void_p),
+        ("live", c_void_p),
+        ("e", c_void_p),
+        ("segment_max", c_void_p),
+        ("segment_sum", c_void_p),
+        ("z_target", c_void_p),
+    ]
+
+
+class HeadsGradient(Structure):
+    _fields_ = [
+        ("coefficient", c_void_p),
+        ("target_gradient", c_void_p),
+        ("d_values", c_void_p),
+        ("accumulate", c_int32),
+    ]
+
+
 class Execution(Structure):
     _fields_ = [("threads", c_int32), ("isa", c_int32), ("parallel", c_void_p)]
 
@@ -81,6 +124,11 @@ def load(path: Path) -> ctypes.CDLL:
     ]
     library.auxkern_cross_entropy_backward.restype = c_int32
     library.auxkern_cross_entropy_backward.argtypes = [*terms, *[c_void_p] * 5, *execution]
+    heads: list[Any] = [POINTER(Head), c_int32, POINTER(HeadRows), c_int64]
+    library.auxkern_heads_forward.restype = c_int32
+    library.auxkern_heads_forward.argtypes = [*heads, *execution]
+    library.auxkern_heads_backward.restype = c_int32
+    library.auxkern_heads_backward.argtypes = [*heads, POINTER(HeadsGradient), *execution]
     return library
 
 

@@ -1,0 +1,153 @@
+"""Sums of output heads and sparse terms on a backend that makes their logits by segments of the vocabulary.
+
+For each chunk of C rows the backend keeps e = exp(z - reference), once, together with what every
+segment adds up to. The rows' losses and what e has to be multiplied by follow from these sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.ops.head_chunks import HeadInputs
+from auxkern.ops.registry import Entries, Rows, SegmentGradients, Segments
+from auxkern.ops.rows import gradient_coefficients
+
+_CHUNK_BYTES = 48 << 20
+_MOST_ROWS = 512  # more hidden states would not stay in a second-level cache
+
+
+@dataclass(frozen=True)
+class SparseInputs:
+    """A sparse term of all rows, and where the gradient of its values is collected.
+
+    Attributes:
+        ids, values: (N, K).
+        d_values: (N, K) of any float dtype, or None where none is wanted.
+    """
+
+    ids: Tensor
+    values: Tensor
+    d_values: Tensor | None
+
+
+def chunk_rows(V: int) -> int:
+    """Rows whose (C, V) float32 exponentials take about 48 MiB; a multiple of 16 between 16 and 512."""
+    return min(_MOST_ROWS, max(16, _CHUNK_BYTES // (4 * V) // 16 * 16))
+
+
+@dataclass(frozen=True)
+class SegmentInputs:
+    """The terms, and the ``registry.BackendWithSegments`` that takes them."""
+
+    backend: Any
+    heads: Sequence[HeadInputs]
+    sparse: Sequence[SparseInputs]
+
+    def rows_and_gradients(
+        self,
+        target: Tensor,
+        row_weight: Tensor | None,
+        chunks: Sequence[Any],
+        V: int,
+        z_loss: float,
+        e: Tensor,
+    ) -> list[tuple[Any, Rows]]:
+        """(rows, what they hold) of each chunk; fills the gradients of the inputs if there is a weight.
+
+        Args:
+            target: (N,) int64, those of the chunks in [0, V).
+            row_weight: (N,) d loss / d row, float32, or None for no gradients.
+            chunks: slices or indices of rows.
+            e: float32, ``backend.segments_e_size`` of the longest chunk; not used without a weight.
+        """
+        found = []
+        for number, rows in enumerate(chunks):
+            weight = None if row_weight is None else row_weight[rows]
+            entries, y = _entries(self.sparse, rows), target[rows].contiguous()
+            live = None if weight is None or bool(weight.all()) else weight != 0
+            segments = self.backend.segments_forward(
+                [head.rows(rows) for head in self.heads],
+                entries,
+                y,
+                live,
+                V,
+                [weight is not None and head.d_hidden is not None for head in self.heads],
+                None if weight is None else e,
+            )
+            made = _rows(segments)
+            found.append((rows, made))
+            if weight is not None:
+                counts = torch.ones_like(y, dtype=torch.bool) if live is None else live
+                self._backward(segments, made, rows, entries, weight, counts, V, z_loss, number > 0)
+        return found
+
+    def _backward(
+        self,
+        segments: Segments,
+        made: Rows,
+        rows: Any,
+        entries: Entries,
+        weight: Tensor,
+        counts: Tensor,
+        V: int,
+        z_loss: float,
+        accumulate: bool,
+    ) -> None:
+        exp_coefficient, _, at_target = gradient_coefficients(
+            weight.double(), made.nll, made.row_max, made.log_sum, counts, 0.0, z_loss, V
+        )
+        gradients = SegmentGradients(
+            [head.d_weight for head in self.heads],
+            [head.d_bias for head in self.heads],
+            want_values=any(s.d_values is not None for s in self.sparse),
+            accumulate=accumulate,
+        )
+        back, d_values = self.backend.segments_backward(
+            segments, made.row_max, exp_coefficient, at_target, gradients
+        )
+        for head, d_hidden in zip(self.heads, back, strict=True):
+            if head.d_hidden is not None:
+                head.d_hidden[rows] = d_hidden.to(head.d_hidden.dtype)
+        _store_values(self.sparse, rows, entries, d_values)
+
+
+def _entries(sparse: Sequence[SparseInputs], rows: Any) -> Entries:
+    """The sparse terms' entries of some rows by rising id; of equal ids, in the order given."""
+    if not sparse:
+        none = torch.empty(0, dtype=torch.int64)
+        return Entries(none, none, torch.empty(0, dtype=torch.float32), none)
+    ids = torch.cat([s.ids[rows].long() for s in sparse], 1)
+    values = torch.cat([s.values[rows].float() for s in sparse], 1)
+    by_id, order = ids.reshape(-1).sort(stable=True)
+    return Entries(by_id, order // max(ids.shape[1], 1), values.reshape(-1)[order].contiguous(), order)
+
+
+def _store_values(
+    sparse: Sequence[SparseInputs], rows: Any, entries: Entries, d_values: Tensor | None
+) -> None:
+    if d_values is None:
+        return
+    unsorted = torch.empty_like(d_values)
+    unsorted[entries.order] = d_values
+    K = sum(s.ids.shape[1] for s in sparse)
+    parts = unsorted.view(-1, K).split([s.ids.shape[1] for s in sparse], 1)
+    for term, part in zip(sparse, parts, strict=True):
+        if term.d_values is not None:
+            term.d_values[rows] = part.to(term.d_values.dtype)
+
+
+def _rows(segments: Segments) -> Rows:
+    """Losses in float64 from the segments' sums; the target apart, so that 1 - p does not cancel."""
+    z_target = segments.z_target.double()
+    maximum = segments.maximum.double()
+    row_max = torch.maximum(maximum.amax(0), z_target)
+    others = (segments.total.double() * (maximum - row_max).exp()).sum(0)
+    gap = row_max - z_target
+    log_sum = torch.where(gap == 0, others.log1p(), (others + (-gap).exp()).log())
+    none = z_target.new_empty(0)
+    return Rows(gap + log_sum, row_max, log_sum, none, none.long(), none.view(0, 0))
