@@ -16,7 +16,7 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sparse
-from auxkern.ops.linear_cross_entropy import default_chunk_rows
+from auxkern.ops.logit_chunks import default_chunk_rows
 
 N, V, D_LM, D_AUX, K = 23, 301, 13, 7, 3
 backends = pytest.mark.parametrize("backend", available_backends())

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
-from auxkern.ops.linear_cross_entropy import LOGITS, flat_inputs, linear_rows
+from auxkern.ops.linear_cross_entropy import linear_rows
 from auxkern.ops.memory import GradientMemory
+from auxkern.ops.parts import LOGITS, flat_inputs
 from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
 from auxkern.terms import INTEGER_DTYPES, Head, Sparse, Term, as_terms
 

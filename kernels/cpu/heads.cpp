@@ -187,8 +187,7 @@ void raise_reference(const HeadsForwardTask &task, const Segment &segment, int64
                      vf old_max, vf new_max) {
     store(segment.max + n, new_max);
     if (done == segment.begin) return;
-    const vi none = old_max == -INFINITY;  // nothing but zeros so far
-    const vf factor = (vf)((vi)vexp(old_max - new_max) & ~none);
+    const vf factor = vexp(old_max - new_max);
     store(segment.sum + n, load(segment.sum + n) * factor);
     const int64_t stride = task.rows->stride;
     for (int32_t h = 0; h < task.n_heads; ++h)
