@@ -17,8 +17,9 @@ from auxkern.ops.head_chunks import HeadInputs
 from auxkern.ops.registry import Entries, Rows, SegmentGradients, Segments
 from auxkern.ops.rows import gradient_coefficients
 
-_CHUNK_BYTES = 48 << 20
-_MOST_ROWS = 512  # more hidden states would not stay in a second-level cache
+_CHUNK_BYTES = 16 << 20
+# Fewer rows would wait for weights to come from memory; the hidden states of more do not fit a cache.
+_FEWEST_ROWS, _MOST_ROWS = 64, 512
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class SparseInputs:
 
 
 def chunk_rows(V: int) -> int:
-    """Rows whose (C, V) float32 exponentials take about 48 MiB; a multiple of 16 between 16 and 512."""
-    return min(_MOST_ROWS, max(16, _CHUNK_BYTES // (4 * V) // 16 * 16))
+    """Rows whose (C, V) float32 exponentials take at most 16 MiB, but from 64 to 512, in steps of 64."""
+    fitting = _CHUNK_BYTES // (4 * V) // _FEWEST_ROWS * _FEWEST_ROWS
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, fitting))
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,22 @@ namespace {
 constexpr int SCALARS = 6;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr int64_t WIDTH = VECTORS * LANES;
+constexpr int64_t LINE = 16;    // floats of a cache line
 constexpr int64_t DEPTH = 512;  // of a sum over k; a block of vectors then fits the second-level cache
 
 // How far above its reference a logit may lie before the reference is raised: exp(16) is far from
 // overflow, and what lies that far below keeps its relative precision.
 constexpr float LEEWAY = 16.0f;
 
+// Whether a micro-kernel fetches what the next one will read: a group is too short for the hardware
+// to find out where weights and their gradients come from.
+enum Ahead { NOTHING, SCALARS_AHEAD, SCALARS_AND_SUMS_AHEAD };
+
 // scalar(i, k) = at[i * step_i + k * step_k]
 struct Scalars {
     const float *at;
     int64_t step_i, step_k;
+    Ahead ahead;
 };
 
 // c[i * step_c + j] = sum over k of scalar(i, k) * b[k * step_b + j]; j < V * LANES, i < S; plus what
@@ -38,6 +44,12 @@ inline void multiply(const Scalars &a, const float *b, int64_t step_b, float *c,
         for (int j = 0; j < V; ++j) sum[i][j] = ADD ? load(c + i * step_c + j * LANES) : splat(0);
     const float *p = a.at;
     for (int64_t k = 0; k < depth; ++k, p += a.step_k, b += step_b) {
+        if (a.ahead != NOTHING && k % LINE == 0)
+            for (int i = 0; i < S; ++i) {
+                __builtin_prefetch(p + (S + i) * a.step_i);
+                if (a.ahead == SCALARS_AND_SUMS_AHEAD && k < V * LANES)
+                    __builtin_prefetch(c + (S + i) * step_c + k, 1);
+            }
         vf row[V];
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) row[j] = load(b + j * LANES);
@@ -164,11 +176,14 @@ void make_logits(const HeadsForwardTask &task, int64_t begin, int64_t count, flo
     for (int32_t h = 0; h < task.n_heads; ++h) {
         const auxkern_head &head = task.heads[h];
         const Weight weight(head, begin, count, scratch);
-        for (int64_t d = 0; d < head.D; d += DEPTH) {
-            const int64_t depth = smaller(DEPTH, head.D - d);
+        // Parts of about the same depth: a short one would spend its time on loading sums.
+        const int64_t parts = (head.D + DEPTH - 1) / DEPTH, part = (head.D + parts - 1) / parts;
+        for (int64_t d = 0; d < head.D; d += part) {
+            const int64_t depth = smaller(part, head.D - d);
             column_blocks(stride, [&](int64_t n, int64_t wide) {
                 const float *b = packed + n * head.D + d * wide * LANES;
-                multiply<true>(wide, count, {weight.at + d, weight.stride, 1}, b, wide * LANES, z + n, stride, depth);
+                const Scalars a{weight.at + d, weight.stride, 1, SCALARS_AHEAD};
+                multiply<true>(wide, count, a, b, wide * LANES, z + n, stride, depth);
             });
         }
         packed += head.D * stride;
@@ -249,7 +264,7 @@ void forward_segment(const HeadsForwardTask &task, int64_t number, float *scratc
             if (!head.back) continue;
             const Weight weight(head, begin, count, converted);
             float *back = head.back + number * head.D * rows.stride;
-            const Scalars a{weight.at, 1, weight.stride};
+            const Scalars a{weight.at, 1, weight.stride, NOTHING};
             column_blocks(rows.stride, [&](int64_t n, int64_t wide) {
                 if (begin == segment.begin)
                     multiply<false>(wide, head.D, a, z + n, rows.stride, back + n, rows.stride, count);
@@ -295,7 +310,7 @@ void write_weight(const HeadsBackwardTask &task, const auxkern_head &head, int64
     for (int64_t first = begin; first < end; first += TILE_IDS) {
         const int64_t count = smaller(TILE_IDS, end - first);
         column_blocks(head.D, [&](int64_t d, int64_t wide) {
-            const Scalars a{rows.e + first * rows.stride, rows.stride, 1};
+            const Scalars a{rows.e + first * rows.stride, rows.stride, 1, SCALARS_AND_SUMS_AHEAD};
             const float *b = packed + d * rows.C;
             const int64_t width = wide * LANES, columns = smaller(width, head.D - d);
             float *to = head.d_weight + first * head.D + d;
