@@ -32,7 +32,8 @@ class Logits:
     Args:
         values: (..., V) float16, bfloat16, float32 or float64 logits, any strides; they are
             read where they lie, never copied.
-        scale: finite float that multiplies the (soft-capped) logits; a constant, no gradient.
+        scale: finite float that multiplies the (soft-capped) logits; a constant, no gradient. In
+            ``auxkern.sample`` also a floating-point tensor (...), one for each row.
         softcap: positive finite float or None (Gemma 2 Team 2024, arXiv 2408.00118, section 2).
 
     Raises:
@@ -43,7 +44,7 @@ class Logits:
     """
 
     values: Tensor
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     softcap: float | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class Head:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     softcap: float | None = None
 
     def __post_init__(self) -> None:
@@ -183,7 +184,10 @@ def _float_tensor(name: str, tensor: Any, shape: str, dimensions: int) -> None:
 
 def _set_scaling(term: Logits | Head) -> None:
     name = type(term).__name__
-    object.__setattr__(term, "scale", _number(f"{name}.scale", term.scale))
+    if isinstance(term.scale, Tensor):
+        _check_row_scale(f"{name}.scale", term.scale, term.leading)
+    else:
+        object.__setattr__(term, "scale", _number(f"{name}.scale", term.scale))
     if term.softcap is not None:
         softcap = _number(f"{name}.softcap", term.softcap)
         if softcap <= 0:
@@ -191,6 +195,21 @@ def _set_scaling(term: Logits | Head) -> None:
         if softcap < torch.finfo(torch.float32).tiny:
             raise ValueError(f"{name}.softcap is {softcap}, which float32 arithmetic takes for no cap")
         object.__setattr__(term, "softcap", softcap)
+
+
+def _check_row_scale(name: str, scale: Tensor, leading: torch.Size) -> None:
+    if scale.requires_grad:
+        raise TypeError(
+            f"{name} is a tensor that requires grad; pass a Python float. To learn a scale, multiply the "
+            "values by it before they become a term"
+        )
+    if not scale.is_floating_point():
+        raise TypeError(f"{name} has dtype {scale.dtype}; it must be a float or a floating-point tensor")
+    if scale.shape != leading:
+        raise ValueError(
+            f"{name} is a tensor of shape {tuple(scale.shape)}, but the rows have {tuple(leading)}; pass a "
+            "Python float, or one scale for each row"
+        )
 
 
 def _number(name: str, value: Any) -> float:

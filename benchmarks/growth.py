@@ -228,6 +228,10 @@ def _draw(axes: Axes, unit: str, values: list[tuple[int, dict[str, float]]]) -> 
     axes.set_ylabel(unit, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.yaxis.set_major_formatter("{x:g}")
+    # Less than a decade on the axis has no two major ticks.
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.grid(True, which="major", color="#e5e5e5", lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
 

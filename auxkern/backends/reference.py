@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from auxkern.ops.registry import Rows
+from auxkern.ops.registry import ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws, Rows
 
 
 def _contributions(values: list[Tensor], scales: list[float], softcaps: list[float], V: int) -> list[Tensor]:
@@ -95,6 +95,126 @@ class Reference:
             gradient[..., :vocab_size] = d.to(x.dtype).view(*x.shape[:-1], vocab_size)
             gradients.append(gradient)
         return gradients
+
+    def sample(
+        self,
+        values: list[Tensor],
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        draws: Draws,
+        want_logprob: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shares = _contributions(values, scales, softcaps, vocab_size)
+        for i, scale in enumerate(draws.row_scales):
+            shares[i] = shares[i] if scale is None else scale[:, None] * shares[i]
+        z = torch.stack(shares).sum(0)
+        z = _adjusted(z, draws)
+        top = z.amax(-1, keepdim=True)
+        status = torch.full(z.shape[:1], ROW_OK, dtype=torch.int32, device=z.device)
+        status[top[:, 0] == torch.inf] = ROW_INFINITE
+        status[top[:, 0] == -torch.inf] = ROW_EMPTY
+        status[z.isnan().any(-1)] = ROW_NAN
+
+        temperature = draws.temperature[:, None]
+        d = (z - top) / torch.where(temperature == 0, 1.0, temperature)
+        kept = _kept(z, d, draws)
+        noise = gumbel(random_bits(draws.seed, draws.position, vocab_size)).to(z.dtype)
+        score = torch.where(kept, d + noise, -torch.inf)
+        token = torch.where(draws.temperature == 0, _first_largest(z), _first_largest(score))
+        token = torch.where(status == ROW_OK, token, -1)
+        if not want_logprob:
+            return token, status, z.new_empty(0)
+        logprob = torch.log_softmax(torch.where(kept, d, -torch.inf), -1)
+        logprob = logprob.gather(-1, token.clamp(min=0)[:, None])[:, 0]
+        logprob = torch.where(draws.temperature == 0, 0.0, logprob)
+        return token, status, torch.where(status == ROW_OK, logprob, torch.nan)
+
+
+def _first_largest(x: Tensor) -> Tensor:
+    """(N,) lowest id of the largest entry of each row."""
+    V = x.shape[1]
+    ids = torch.arange(V, device=x.device)
+    return torch.where(x == x.amax(-1, keepdim=True), ids, V).amin(-1)
+
+
+def _add_at(z: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    exists = (ids >= 0) & (ids < z.shape[1])
+    # Not scatter_add of 0 where there is no id: -inf is a bias too.
+    for k in range(ids.shape[1]):
+        row = exists[:, k].nonzero()[:, 0]
+        z[row, ids[row, k]] += values[row, k].to(z.dtype)
+    return z
+
+
+def _counts(ids: Tensor, V: int) -> Tensor:
+    """(N, V) how often each id is in each row of ids (N, K)."""
+    exists = (ids >= 0) & (ids < V)
+    counts = torch.zeros((ids.shape[0], V), dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(1, ids.clamp(0, V - 1), exists.long())
+
+
+def _adjusted(z: Tensor, draws: Draws) -> Tensor:
+    """z after sparse terms, bias and penalties."""
+    z = _add_at(z, draws.added_ids, draws.added)
+    z = _add_at(z, draws.bias_ids, draws.bias)
+    generated = _counts(draws.history, z.shape[1])
+    seen = (generated + _counts(draws.prompt, z.shape[1])) > 0
+    penalty = draws.repetition[:, None]
+    z = torch.where(seen & (penalty != 1), torch.where(z > 0, z / penalty, z * penalty), z)
+    paid = draws.presence[:, None] + draws.frequency[:, None] * generated
+    return torch.where(generated > 0, z - paid, z)
+
+
+def _kept(z: Tensor, d: Tensor, draws: Draws) -> Tensor:
+    """(N, V) bool: top-k, then top-p, then min-p."""
+    V = z.shape[1]
+    order = torch.sort(z, dim=-1, descending=True, stable=True)
+    smallest = order.values.gather(-1, draws.top_k.clamp(max=V)[:, None] - 1)
+    kept = (z >= smallest) & (z > -torch.inf)
+    # Stable: equal logits come by rising id. A token stays if those before it do not reach p.
+    mass = torch.where(kept, d, -torch.inf).double().exp().gather(-1, order.indices)
+    before = mass.cumsum(-1) - mass
+    in_nucleus = before < draws.top_p[:, None].double() * mass.sum(-1, keepdim=True)
+    in_nucleus[:, 0] = True
+    nucleus = torch.zeros_like(kept).scatter(-1, order.indices, in_nucleus)
+    return kept & torch.where(draws.top_p[:, None] < 1, nucleus, True) & (d >= draws.log_min_p[:, None])
+
+
+_M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of x * factor, both below 2**32, in int64."""
+    low, high = (x & 0xFFFF) * factor, (x >> 16) * factor
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & _LOW
+
+
+def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011) on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        (high0, low0), (high1, low1) = _product(c0, _M0), _product(c2, _M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def random_bits(seed: Tensor, position: Tensor, V: int) -> Tensor:
+    """(N, V) int64 below 2**32: word id % 4 of counter (id // 4, 0, position), key seed."""
+    block = torch.arange(-(-V // 4), device=seed.device)[None]
+    seed, position = seed[:, None], position[:, None]
+    counter = [block, torch.zeros_like(block), position & _LOW, (position >> 32) & _LOW]
+    words = philox(counter, [seed & _LOW, (seed >> 32) & _LOW])
+    return torch.stack(torch.broadcast_tensors(*words), -1).reshape(seed.shape[0], -1)[:, :V]
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """float64 -log(-log1p(-u)), u = (bits + 0.5) 2**-32."""
+    u = (bits.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-u))
 
 
 BACKEND = Reference()

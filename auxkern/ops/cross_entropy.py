@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
+from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
 from auxkern.ops.linear_cross_entropy import linear_rows
 from auxkern.ops.memory import GradientMemory
 from auxkern.ops.parts import LOGITS, flat_inputs
 from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
-from auxkern.terms import INTEGER_DTYPES, Head, Sparse, Term, as_terms
+from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -198,12 +199,12 @@ def _check(
         raise TypeError(f"target must be a torch.Tensor of ids, got {type(target).__name__}")
     if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target has dtype {target.dtype}; ids must be integers (torch.int64)")
-    named = [(f"terms[{i}].{name}", t) for i, term in enumerate(terms) for name, t in term.tensors.items()]
-    first, device = named[0][0], named[0][1].device
-    for name, tensor in named:
-        if tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but {first} is on {device}; move them to one device"
+    first, device = one_device(terms)
+    for index, term in enumerate(terms):
+        if isinstance(getattr(term, "scale", None), Tensor):
+            raise TypeError(
+                f"terms[{index}].scale is a tensor; pass a Python float. A scale for each row is for "
+                "auxkern.sample; to learn one, multiply the values by it before they become a term"
             )
     for index, term in enumerate(terms):
         if term.leading != target.shape:
@@ -231,13 +232,9 @@ def _check(
         target=rows.reshape(-1).contiguous(),
         token_weight=None if weight is None else weight.reshape(-1),
         shape=shape,
-        vocab_size=_checked_vocabulary(terms, vocab_size),
-        backend=_chosen(backend, [t for t in _tensors(terms) if t.is_floating_point()]),
+        vocab_size=checked_vocabulary(terms, vocab_size),
+        backend=_chosen(backend, [t for t in tensors_of(terms) if t.is_floating_point()]),
     )
-
-
-def _tensors(terms: Sequence[Term]) -> list[Tensor]:
-    return [tensor for term in terms for tensor in term.tensors.values()]
 
 
 def _chosen(backend: str | None, values: list[Tensor]) -> str:
@@ -265,40 +262,12 @@ def _checked_weight(token_weight: Any, target: Tensor, terms: list[Term]) -> Ten
         raise ValueError(
             f"token_weight is on {token_weight.device} but target is on {target.device}; move it there"
         )
-    return token_weight.to(row_dtype(_tensors(terms)))
+    return token_weight.to(row_dtype(tensors_of(terms)))
 
 
 def _shifted(rows: Tensor, fill: float) -> Tensor:
     """(..., T): entry t holds entry t + 1, the last holds ``fill``."""
     return torch.cat([rows[..., 1:], torch.full_like(rows[..., :1], fill)], dim=-1)
-
-
-def _checked_vocabulary(terms: list[Term], vocab_size: int | None) -> int | None:
-    sizes = {
-        f"terms[{index}].{'weight' if isinstance(term, Head) else 'values'}": term.vocabulary
-        for index, term in enumerate(terms)
-        if not isinstance(term, Sparse)
-    }
-    (first, V), smallest = next(iter(sizes.items())), min(sizes.values())
-    if vocab_size is None:
-        for name, size in sizes.items():
-            if size != V:
-                raise ValueError(
-                    f"{name} has {size} ids but {first} has {V}; pass vocab_size={smallest} to use the "
-                    "shared ids only"
-                )
-    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    else:
-        V = vocab_size
-    if V < 1:
-        raise ValueError(f"the vocabulary has {V} ids; there must be at least 1")
-    for name, size in sizes.items():
-        if size < V:
-            raise ValueError(
-                f"vocab_size is {V} but {name} has {size} ids; pass vocab_size={smallest} or less"
-            )
-    return vocab_size
 
 
 def _vocabulary(values: Sequence[Tensor], vocab_size: int | None) -> int:
@@ -322,7 +291,7 @@ def _weighting(
         normalizer = counts.sum() if weight is None else weight.sum()
     if not isinstance(normalizer, Tensor):
         return weight, float(normalizer)
-    dtype = row_dtype(_tensors(problem.terms))
+    dtype = row_dtype(tensors_of(problem.terms))
     # No row counts: the sum is 0, and 0 / 0 would turn "nothing" into NaN.
     return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
 
@@ -335,7 +304,7 @@ def _expected_gradient(
     None where no gradient will come or none can be foreseen, and where comparing what comes with
     what was expected would stop a GPU or break a graph. What comes is always a multiple of it.
     """
-    tensors = _tensors(problem.terms)
+    tensors = tensors_of(problem.terms)
     if (
         reduction == "none"
         or torch.compiler.is_compiling()

@@ -17,6 +17,7 @@ from torch import Tensor
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, Part, empty
 from auxkern.ops.registry import Rows
 from auxkern.ops.rows import gradient_coefficients
+from auxkern.terms import Head
 
 _CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 _CONVERTED_IDS = 8192  # rows of a half-precision weight that are converted at a time on a CPU
@@ -76,6 +77,14 @@ def _add_product(z: Tensor, a: Tensor, b: Tensor, factor: float, keep: bool) -> 
             z[:, v : v + _CONVERTED_IDS].addmm_(a, block.T, beta=beta, alpha=factor)
 
 
+def add_head(z: Tensor, head: Head, rows: slice, V: int, factor: float, *, keep: bool) -> None:
+    """z (C, V) = factor * (hidden @ weight.T + bias) of these rows, plus what z held if ``keep``."""
+    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
+    _add_product(z, hidden[rows], head.weight[:V], factor, keep)
+    if head.bias is not None:
+        z.add_(head.bias[:V], alpha=factor)
+
+
 def _fill(z: Tensor, summand: _Summand, rows: Any) -> None:
     """z (C, V) = the summand's logits for these rows."""
     V = z.shape[1]
@@ -127,7 +136,7 @@ def _product_back(out: Tensor, dz: Tensor, weight: Tensor, factor: float) -> Non
         out.addmm_(dz[:, v : v + _CONVERTED_IDS], block, alpha=factor)
 
 
-def _chunk_of_logits(values: Tensor, rows: Any) -> Tensor:
+def rows_of_logits(values: Tensor, rows: Any) -> Tensor:
     """(1, C, V) of (outer, inner, V): a view for a range of rows where there is one outer index."""
     if values.shape[0] == 1:
         return values[:, rows]
@@ -216,7 +225,7 @@ def rows_and_gradients(
                 _fill(z, summand, rows)
                 values.append(z[None])
             else:
-                values.append(_chunk_of_logits(logits, rows))
+                values.append(rows_of_logits(logits, rows))
         weight = None if row_weight is None else row_weight[rows]
         made, dz = _row_kernel(kernel, values, y, weight, *settings)
         found.append((rows, made))

@@ -32,7 +32,8 @@ def flat_inputs(terms: Sequence[Term]) -> tuple[list[Tensor], list[int], list[fl
             kinds.append(LOGITS)
         else:
             kinds.append(HEAD if term.bias is None else HEAD_WITH_BIAS)
-        scales.append(term.scale)
+        # ``cross_entropy`` refuses a scale for each row.
+        scales.append(float(term.scale))
         softcaps.append(term.softcap or 0.0)
     return tensors, kinds, scales, softcaps
 

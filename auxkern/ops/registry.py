@@ -247,6 +247,56 @@ class BackendWithSegments(Backend, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What ``BackendWithSample.sample`` needs beside the terms; one entry per row.
+
+    Ids outside [0, V) stand for nothing. ``top_k`` is V or more, ``top_p`` 1, ``log_min_p`` -inf,
+    ``repetition`` 1, the penalties 0 where a row has no such filter.
+    """
+
+    temperature: Tensor  # (N,) float32, or float64 beside float64 terms
+    top_k: Tensor  # (N,) int64, at least 1
+    top_p: Tensor  # (N,) as temperature
+    log_min_p: Tensor  # (N,) as temperature
+    repetition: Tensor  # (N,) as temperature
+    presence: Tensor  # (N,) as temperature
+    frequency: Tensor  # (N,) as temperature
+    seed: Tensor  # (N,) int64, its bits taken as unsigned
+    position: Tensor  # (N,) int64
+    prompt: Tensor  # (N, P) int64
+    history: Tensor  # (N, H) int64
+    added_ids: Tensor  # (N, K) int64: sparse terms
+    added: Tensor  # (N, K) as temperature
+    bias_ids: Tensor  # (N, B) int64: a bias, which is no term
+    bias: Tensor  # (N, B) as temperature
+    row_scales: list[Tensor | None]  # for each term (N,) as temperature
+
+
+# Why a row has no token.
+ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE = range(4)
+
+
+class BackendWithSample(Backend, Protocol):
+    """A backend that draws tokens."""
+
+    def sample(
+        self,
+        values: list[Tensor],  # as for ``cross_entropy_forward``
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        draws: Draws,
+        want_logprob: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token (N,) int64, status (N,) int32, and log-probability (N,) among what the filters left.
+
+        As ``auxkern_sample`` in kernels/include/auxkern.h says. No token is -1, its log-probability NaN;
+        the latter has no elements if it is not wanted.
+        """
+        ...
+
+
 _MODULES = {
     "triton": "auxkern.backends.triton",
     "cpu": "auxkern.backends.cpu",

@@ -1,6 +1,7 @@
 // The C interface: checks, choice of instruction set, threads.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -15,6 +16,7 @@
 
 #include "cross_entropy.h"
 #include "heads.h"
+#include "sample.h"
 
 namespace {
 
@@ -168,6 +170,14 @@ int32_t check(const auxkern_head *heads, int32_t n_heads, const auxkern_rows *ro
     return AUXKERN_OK;
 }
 
+bool is_bad(const auxkern_row_ids &list) { return list.width < 0 || (list.width > 0 && !list.ids); }
+
+bool is_bad(const auxkern_sampling &s) {
+    return !s.temperature || !s.top_k || !s.top_p || !s.log_min_p || !s.repetition || !s.presence || !s.frequency ||
+           !s.seed || !s.position || is_bad(s.prompt) || is_bad(s.history) || is_bad(s.added) || is_bad(s.bias) ||
+           (s.added.width > 0 && !s.added_values) || (s.bias.width > 0 && !s.bias_values);
+}
+
 int32_t resolve(int32_t isa) { return isa == AUXKERN_ISA_BEST ? best_isa() : isa; }
 
 // A gradient of the size of the logits is fresh memory. In 4 KiB pages its page faults cost more
@@ -260,6 +270,24 @@ int32_t auxkern_heads_backward(const auxkern_head *heads, int32_t n_heads, const
     const HeadsBackwardTask task{heads, n_heads, rows, V, gradient};
     const int32_t isa = resolve(execution->isa);
     return run_segments<HeadsBackwardTask>(AUXKERN_PICK(Kernel<HeadsBackwardTask>, heads_backward, isa), task, *execution);
+}
+
+int32_t auxkern_sample(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V,
+                       const auxkern_sampling *sampling, int64_t *token, int32_t *row_status, float *logprob,
+                       const auxkern_execution *execution) {
+    const int32_t status = check(terms, n_terms, N, V, execution);
+    if (status != AUXKERN_OK) return status;
+    if (N == 0) return AUXKERN_OK;
+    if (!sampling || !token || !row_status || V > INT32_MAX || is_bad(*sampling)) return AUXKERN_BAD_ARGUMENT;
+    SampleTask task{terms, n_terms, N, V, sampling, token, row_status, logprob, false, false, false};
+    task.counts = sampling->prompt.width + sampling->history.width > 0;
+    task.adjusts = task.counts || sampling->added.width + sampling->bias.width > 0;
+    for (int64_t n = 0; n < N; ++n)
+        task.filters |= sampling->top_k[n] < V || sampling->top_p[n] < 1 || sampling->log_min_p[n] > -HUGE_VALF;
+    const int64_t logits = N * V * n_terms, useful = std::max<int64_t>(1, logits / (1 << 15));
+    const auto threads = static_cast<unsigned>(std::min({int64_t(execution->threads), N, useful}));
+    return run<SampleTask>(AUXKERN_PICK(Kernel<SampleTask>, sample, resolve(execution->isa)), task, N, 1,
+                           scratch_size(task), threads, *execution);
 }
 
 }  // extern "C"

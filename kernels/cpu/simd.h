@@ -39,6 +39,23 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+inline vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+
+inline bool any(vi mask) {
+#if AUXKERN_LANES == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif AUXKERN_LANES == 8
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    int32_t lanes[LANES], found = 0;
+    memcpy(lanes, &mask, sizeof mask);
+    for (int i = 0; i < LANES; ++i) found |= lanes[i];
+    return found != 0;
+#endif
+}
+
 inline float reduce_max(vf x) {
     float lanes[LANES], best = -INFINITY;
     memcpy(lanes, &x, sizeof x);

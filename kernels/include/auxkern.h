@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define AUXKERN_ABI_VERSION 2
+#define AUXKERN_ABI_VERSION 3
 #define AUXKERN_MAX_TERMS 8
 
 #if defined(_WIN32)
@@ -171,6 +171,55 @@ AUXKERN_EXPORT int32_t auxkern_heads_backward(const auxkern_head *heads, int32_t
                                               const auxkern_rows *rows, int64_t V,
                                               const auxkern_heads_gradient *gradient,
                                               const auxkern_execution *execution);
+
+/* ---- sampling ------------------------------------------------------------------------------- */
+
+enum auxkern_row_status {
+    AUXKERN_ROW_OK = 0,
+    AUXKERN_ROW_NAN = 1,      /* a logit is NaN */
+    AUXKERN_ROW_EMPTY = 2,    /* no logit is finite */
+    AUXKERN_ROW_INFINITE = 3, /* a logit is +inf */
+};
+
+/* Ids of each row, (N, width) contiguous; an id outside [0, V) stands for nothing. */
+typedef struct {
+    const int64_t *ids;
+    int64_t width;
+} auxkern_row_ids;
+
+/* One entry per row unless said otherwise. In this order, z being the sum of the terms:
+ * z[added] += added_values; z[bias] += bias_values; z of ids in prompt or history divided
+ * (z > 0) or multiplied (else) by repetition; z[id] -= presence + frequency * count in history, if
+ * there is any; then d = (z - max z) / temperature; the top_k largest z and all equal to the last of
+ * them; of these the fewest, by falling z and rising id, whose share of sum exp d reaches top_p; of
+ * these those with d >= log_min_p. The token is the id with the largest d - log(-log1p(-u)), the
+ * lowest among equals, where u = (bits + 0.5) 2^-32 and the bits are word id % 4 of Philox4x32-10 of
+ * counter (id / 4, 0, position low, position high) and key (seed low, seed high). With temperature
+ * 0 it is the id with the largest z, and no filter applies. */
+typedef struct {
+    const float *temperature;
+    const int64_t *top_k;    /* at least 1; V or more: all */
+    const float *top_p;      /* in (0, 1] */
+    const float *log_min_p;  /* -inf: all */
+    const float *repetition; /* 1: none */
+    const float *presence;
+    const float *frequency;
+    const int64_t *seed;
+    const int64_t *position;
+    auxkern_row_ids prompt;
+    auxkern_row_ids history;
+    auxkern_row_ids added;
+    auxkern_row_ids bias;
+    const float *added_values; /* (N, added.width) */
+    const float *bias_values;  /* (N, bias.width) */
+    const float *const *row_scales; /* for each term (N,) factors, or NULL: none */
+} auxkern_sampling;
+
+/* token (N,): -1 where the status is not AUXKERN_ROW_OK; logprob (N,) or NULL: of the token among
+ * what the filters left, 0 with temperature 0. */
+AUXKERN_EXPORT int32_t auxkern_sample(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V,
+                                      const auxkern_sampling *sampling, int64_t *token, int32_t *status,
+                                      float *logprob, const auxkern_execution *execution);
 
 #ifdef __cplusplus
 }

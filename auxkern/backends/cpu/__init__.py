@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.cpu import heads as _heads
+from auxkern.backends.cpu import sampling as _sampling
 from auxkern.backends.cpu.library import (
     DTYPES,
     ISAS,
@@ -21,7 +22,7 @@ from auxkern.backends.cpu.library import (
     load,
     torch_thread_pool,
 )
-from auxkern.ops.registry import Entries, HeadRows, Rows, SegmentGradients, Segments
+from auxkern.ops.registry import Draws, Entries, HeadRows, Rows, SegmentGradients, Segments
 
 
 class Cpu:
@@ -197,6 +198,18 @@ class Cpu:
     ) -> tuple[list[Tensor | None], Tensor | None]:
         sums = (row_max, exp_coefficient, target_gradient)
         return _heads.backward(self._library, self._execution(), segments, *sums, gradients)
+
+    def sample(
+        self,
+        values: list[Tensor],
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        draws: Draws,
+        want_logprob: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        terms = _terms(values, scales, softcaps)
+        return _sampling.draw(self._library, self._execution(), terms, vocab_size, draws, want_logprob)
 
     def _execution(self) -> Execution:
         return Execution(torch.get_num_threads(), ISAS[self.isa], self._parallel)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STATUS = {
@@ -85,6 +85,31 @@ class HeadsGradient(Structure):
     ]
 
 
+class RowIds(Structure):
+    _fields_ = [("ids", c_void_p), ("width", c_int64)]
+
+
+class Sampling(Structure):
+    _fields_ = [
+        ("temperature", c_void_p),
+        ("top_k", c_void_p),
+        ("top_p", c_void_p),
+        ("log_min_p", c_void_p),
+        ("repetition", c_void_p),
+        ("presence", c_void_p),
+        ("frequency", c_void_p),
+        ("seed", c_void_p),
+        ("position", c_void_p),
+        ("prompt", RowIds),
+        ("history", RowIds),
+        ("added", RowIds),
+        ("bias", RowIds),
+        ("added_values", c_void_p),
+        ("bias_values", c_void_p),
+        ("row_scales", POINTER(c_void_p)),
+    ]
+
+
 class Execution(Structure):
     _fields_ = [("threads", c_int32), ("isa", c_int32), ("parallel", c_void_p)]
 
@@ -129,6 +154,16 @@ def load(path: Path) -> ctypes.CDLL:
     library.auxkern_heads_forward.argtypes = [*heads, *execution]
     library.auxkern_heads_backward.restype = c_int32
     library.auxkern_heads_backward.argtypes = [*heads, POINTER(HeadsGradient), *execution]
+    library.auxkern_sample.restype = c_int32
+    library.auxkern_sample.argtypes = [
+        POINTER(Term),
+        c_int32,
+        c_int64,
+        c_int64,
+        POINTER(Sampling),
+        *[c_void_p] * 3,
+        *execution,
+    ]
     return library
 
 

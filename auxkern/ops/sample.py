@@ -1,0 +1,363 @@
+"""The next token of each row, from a sum of terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.ops import logit_chunks, registry
+from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
+from auxkern.ops.cross_entropy import cross_entropy
+from auxkern.ops.library import as_rows
+from auxkern.ops.registry import Draws
+from auxkern.ops.rows import row_dtype
+from auxkern.ops.sampling_params import SamplingParams
+from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_terms
+
+_NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What ``auxkern.sample`` returns; (...) are the rows as given.
+
+    Attributes:
+        tokens: (...) int64; -1 where the status is not 0.
+        status: (...) int32: 0 all is well, 1 a logit is NaN, 2 no logit is finite, 3 a logit is +inf.
+        logprob: (...) log softmax(z)[token], before any penalty, bias or filter; None unless asked for.
+        processed_logprob: (...) log-probability among what penalties, temperature and filters left;
+            0 for temperature 0; None unless asked for.
+        term_logprobs: (I, ...) the token's log-probability under each term alone, times its scale.
+        top_ids, top_logprobs: (..., top_logprobs) the largest of log softmax(z) and their ids.
+    """
+
+    tokens: Tensor
+    status: Tensor
+    logprob: Tensor | None = None
+    processed_logprob: Tensor | None = None
+    term_logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+@torch.no_grad()
+def sample(
+    terms: Any,
+    params: SamplingParams | None = None,
+    *,
+    seed: int | Tensor,
+    position: int | Tensor,
+    history: Tensor | None = None,
+    prompt: Tensor | None = None,
+    vocab_size: int | None = None,
+    return_logprobs: bool = False,
+    top_logprobs: int = 0,
+    backend: str | None = None,
+) -> Sample:
+    """Draws one token for each row from softmax(z / temperature), z the sum of the terms, filtered.
+
+        token = argmax over v of (z[v] - max z) / temperature - log(-log1p(-u[v]))      (Gumbel-max)
+
+    u[v] in (0, 1) comes from Philox4x32-10 (Salmon et al. 2011) with the row's seed as key and
+    (position, v) as counter. So a row's token depends on its logits, parameters, seed and position,
+    and on nothing else: not on the batch, the row's place in it, or the backend.
+
+    Args:
+        terms: 1 to 8 ``Logits`` (..., V), ``Head`` (..., D) and ``Sparse`` (..., K), as in
+            ``cross_entropy``; a ``scale`` may be a tensor (...), one for each row. A bare tensor is
+            ``Logits``.
+        params: ``SamplingParams``; plain sampling at temperature 1 if None.
+        seed: int64 for each row, (...); an int where there is one row. Rows with equal seeds draw
+            equal noise.
+        position: of the token in its text, int or (...); another one for each token of a row.
+        history: (..., H) integer ids generated so far, which all penalties count; ids outside
+            [0, V), such as -1, are padding.
+        prompt: (..., P) integer ids that the repetition penalty counts too, padded likewise.
+        vocab_size: ids that the terms share; needed where their vocabularies differ.
+        return_logprobs: whether ``logprob``, ``processed_logprob`` and ``term_logprobs`` are wanted,
+            at the price of another pass over the terms.
+        top_logprobs: how many of the largest log-probabilities are wanted.
+        backend: name of a backend, or None to choose.
+
+    Returns:
+        ``Sample``.
+
+    Raises:
+        TypeError: something is of a wrong type.
+        ValueError: shapes or devices disagree, or a value is out of range.
+        RuntimeError: the backend asked for cannot run.
+    """
+    terms = as_terms(terms)
+    _, device = one_device(terms)
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be auxkern.SamplingParams or None, got {type(params).__name__}")
+    leading = terms[0].leading
+    for index, term in enumerate(terms):
+        if term.leading != leading:
+            raise ValueError(
+                f"terms[{index}] has rows {tuple(term.leading)} but terms[0] has {tuple(leading)}; "
+                "give all terms the same rows"
+            )
+    V = checked_vocabulary(terms, vocab_size)
+    V = V or next(t.vocabulary for t in terms if not isinstance(t, Sparse))
+    if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= V:
+        raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to V = {V}")
+    draws = _draws(terms, params, seed, position, history, prompt, V, leading, device)
+    kernel = _backend(backend, terms)
+    token, status, processed = _chunked(kernel, terms, draws, V, return_logprobs)
+    found = Sample(token.view(leading), status.view(leading))
+    if return_logprobs:
+        found = _with_logprobs(found, terms, V, processed.view(leading))
+    if top_logprobs:
+        found = _with_top(found, terms, V, top_logprobs)
+    return found
+
+
+def _backend(asked: str | None, terms: Sequence[Term]) -> Any:
+    floats = [t for t in tensors_of(terms) if t.is_floating_point()]
+    name = registry.choose(asked, floats[0].device, tuple(t.dtype for t in floats))
+    kernel = registry.load(name)
+    if hasattr(kernel, "sample"):
+        return kernel
+    if asked is not None:
+        raise RuntimeError(
+            f"backend={asked!r} cannot run: it has no kernel for sampling. Pass backend=None to choose "
+            "one that can"
+        )
+    return registry.load("reference")
+
+
+def _per_row(name: str, value: Any, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(N,) of a number or of a tensor with one entry for each row."""
+    if not isinstance(value, Tensor):
+        return torch.full((N,), value, dtype=dtype, device=device)
+    if value.numel() != N:
+        raise ValueError(f"{name} has {value.numel()} entries but there are {N} rows; give each row one")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} but the terms are on {device}; move it there")
+    return value.reshape(-1).to(dtype).contiguous()
+
+
+def _integers(name: str, value: Any, N: int, device: torch.device, *, each: bool = False) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dtype not in INTEGER_DTYPES:
+            raise TypeError(f"{name} has dtype {value.dtype}; it must be integers")
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or an integer tensor, got {type(value).__name__}")
+    elif not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} is {value}; it must fit 64 bits")
+    elif each and N != 1:
+        raise ValueError(
+            f"{name} is the int {value} but there are {N} rows, which would draw equal noise; give each "
+            f"row its own, such as {name}={value} + torch.arange({N})"
+        )
+    else:
+        value = value - 2**64 if value >= 2**63 else value
+    return _per_row(name, value, N, torch.int64, device)
+
+
+def _row_ids(name: str, ids: Any, leading: torch.Size, device: torch.device) -> Tensor:
+    N = leading.numel()
+    if ids is None:
+        return torch.empty((N, 0), dtype=torch.int64, device=device)
+    if not isinstance(ids, Tensor) or ids.dtype not in INTEGER_DTYPES:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor (..., ids), got {kind}")
+    if ids.shape[:-1] != leading:
+        raise ValueError(
+            f"{name} has shape {tuple(ids.shape)} but the rows have {tuple(leading)}; give each row its "
+            "ids, padded with -1"
+        )
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device} but the terms are on {device}; move it there")
+    return ids.reshape(N, ids.shape[-1]).long().contiguous()
+
+
+def _draws(
+    terms: Sequence[Term],
+    params: SamplingParams,
+    seed: Any,
+    position: Any,
+    history: Any,
+    prompt: Any,
+    V: int,
+    leading: torch.Size,
+    device: torch.device,
+) -> Draws:
+    N, dtype = leading.numel(), row_dtype(tensors_of(terms))
+
+    def row(name: str, value: Any = None) -> Tensor:
+        return _per_row(name, getattr(params, name) if value is None else value, N, dtype, device)
+
+    top_k = _per_row("top_k", params.top_k, N, torch.int64, device)
+    bias_ids, bias = _bias(params, N, V, dtype, device)
+    sparse = [t for t in terms if isinstance(t, Sparse)]
+    ids = [_row_ids("Sparse.ids", t.ids, leading, device) for t in sparse]
+    _check_ids("Sparse.ids", ids, V)
+    scales = [getattr(t, "scale", None) for t in terms if not isinstance(t, Sparse)]
+    return Draws(
+        temperature=row("temperature"),
+        top_k=torch.where(top_k == 0, V, top_k),
+        top_p=row("top_p"),
+        log_min_p=row("min_p").log(),
+        repetition=row("repetition_penalty"),
+        presence=row("presence_penalty"),
+        frequency=row("frequency_penalty"),
+        seed=_integers("seed", seed, N, device, each=True),
+        position=_integers("position", position, N, device),
+        prompt=_row_ids("prompt", prompt, leading, device),
+        history=_row_ids("history", history, leading, device),
+        added_ids=torch.cat([_row_ids("", None, leading, device), *ids], 1),
+        added=torch.cat([row("temperature")[:, None][:, :0], *(_values(t, N, dtype) for t in sparse)], 1),
+        bias_ids=bias_ids,
+        bias=bias,
+        row_scales=[row("scale", s) if isinstance(s, Tensor) else None for s in scales],
+    )
+
+
+def _values(term: Sparse, N: int, dtype: torch.dtype) -> Tensor:
+    return term.values.reshape(N, -1).to(dtype)
+
+
+def _check_ids(name: str, ids: Sequence[Tensor], V: int) -> None:
+    for listed in ids:
+        if listed.device.type == "cpu" and listed.numel():
+            low, high = (int(x) for x in torch.aminmax(listed))
+            if low < 0 or high >= V:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name} holds {wrong}, outside [0, {V}); give padding id 0 and value 0")
+
+
+def _bias(
+    params: SamplingParams, N: int, V: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    bias = params.logit_bias
+    if isinstance(bias, Sparse):
+        ids = _row_ids("logit_bias.ids", bias.ids, torch.Size((N,)), device)
+        _check_ids("logit_bias.ids", [ids], V)
+        return ids, _values(bias, N, dtype)
+    listed = dict(bias or {})
+    for token in listed:
+        if token >= V:
+            raise ValueError(f"logit_bias has the id {token}, outside [0, {V})")
+    ids = torch.tensor(list(listed), dtype=torch.int64, device=device).expand(N, -1).contiguous()
+    return ids, torch.tensor(list(listed.values()), dtype=dtype, device=device).expand(N, -1).contiguous()
+
+
+def _chunked(
+    kernel: Any, terms: Sequence[Term], draws: Draws, V: int, want_logprob: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, statuses and log-probabilities; heads' logits exist for a chunk of rows at a time."""
+    summed = [t for t in terms if not isinstance(t, Sparse)]
+    N = draws.temperature.shape[0]
+    if N == 0:
+        return draws.seed, draws.seed.int(), draws.temperature if want_logprob else draws.temperature[:0]
+    heads = any(isinstance(t, Head) for t in summed)
+    C = logit_chunks.default_chunk_rows(V, draws.seed.device) if heads else N
+    found = []
+    for n in range(0, N, C):
+        rows = slice(n, min(n + C, N))
+        values, scales, softcaps, row_scales = _chunk(summed, draws, rows, V)
+        part = _rows_of(draws, rows, row_scales)
+        found.append(kernel.sample(values, scales, softcaps, V, part, want_logprob))
+    token, status, logprob = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return token, status, logprob
+
+
+def _rows_of(draws: Draws, rows: slice, row_scales: list[Tensor | None]) -> Draws:
+    fields = {name: value[rows] for name, value in vars(draws).items() if name != "row_scales"}
+    return Draws(**fields, row_scales=row_scales)
+
+
+def _chunk(
+    terms: Sequence[Logits | Head], draws: Draws, rows: slice, V: int
+) -> tuple[list[Tensor], list[float], list[float], list[Tensor | None]]:
+    """What a kernel takes for some rows: logits as they are, heads that simply add up as one buffer."""
+    values: list[Tensor] = []
+    scales: list[float] = []
+    softcaps: list[float] = []
+    row_scales: list[Tensor | None] = []
+    shared: Tensor | None = None
+    dtype = draws.temperature.dtype
+    for index, (term, row_scale) in enumerate(zip(terms, draws.row_scales, strict=True)):
+        scale = 1.0 if isinstance(term.scale, Tensor) else term.scale
+        here = None if row_scale is None else row_scale[rows].contiguous()
+        if isinstance(term, Logits):
+            chunk = logit_chunks.rows_of_logits(as_rows(index, term.values), rows)
+        elif here is None and not term.softcap and shared is not None:
+            logit_chunks.add_head(shared, term, rows, V, scale, keep=True)
+            continue
+        else:
+            z = torch.empty((rows.stop - rows.start, V), dtype=dtype, device=draws.seed.device)
+            alone = here is not None or bool(term.softcap)
+            logit_chunks.add_head(z, term, rows, V, 1.0 if alone else scale, keep=False)
+            scale = scale if alone else 1.0
+            chunk = z[None]
+            shared = shared if alone else z
+        values.append(chunk)
+        scales.append(scale)
+        softcaps.append(term.softcap or 0.0)
+        row_scales.append(here)
+    return values, scales, softcaps, row_scales
+
+
+def _with_logprobs(found: Sample, terms: Sequence[Term], V: int, processed: Tensor) -> Sample:
+    _, stats = cross_entropy(
+        [_scaled(t) for t in terms],
+        found.tokens,
+        ignore_index=_NO_TOKEN,
+        reduction="none",
+        vocab_size=V,
+        return_stats=True,
+    )
+    missing = found.tokens == _NO_TOKEN
+    logprob, each = (torch.where(missing, torch.nan, -nll) for nll in (stats.nll, stats.term_nll))
+    return replace(found, logprob=logprob, processed_logprob=processed, term_logprobs=each)
+
+
+def _scaled(term: Term) -> Term:
+    """The same term without a scale for each row, which ``cross_entropy`` does not take."""
+    if isinstance(term, Sparse) or not isinstance(term.scale, Tensor):
+        return term
+    scale = term.scale[..., None]
+    if isinstance(term, Logits) and not term.softcap:
+        return Logits(term.values * scale.to(term.values.dtype))
+    if isinstance(term, Head) and not term.softcap and term.bias is None:
+        return Head(term.hidden * scale.to(term.hidden.dtype), term.weight)
+    logits = _all_logits([term], term.vocabulary)
+    return Logits(logits)
+
+
+def _all_logits(terms: Sequence[Term], V: int) -> Tensor:
+    """(..., V) sum of the terms, in float32 or float64."""
+    dtype, leading = row_dtype(tensors_of(terms)), terms[0].leading
+    total: Tensor | None = None
+    for term in terms:
+        if isinstance(term, Sparse):
+            continue
+        if isinstance(term, Logits):
+            z = term.values[..., :V].to(dtype)
+        else:
+            z = torch.empty((leading.numel(), V), dtype=dtype, device=term.hidden.device)
+            logit_chunks.add_head(z, term, slice(0, leading.numel()), V, 1.0, keep=False)
+            z = z.view(*leading, V)
+        z = z if not term.softcap else term.softcap * torch.tanh(z / term.softcap)
+        z = z * (term.scale[..., None].to(dtype) if isinstance(term.scale, Tensor) else term.scale)
+        total = z if total is None else total + z
+    if total is None:
+        raise ValueError("there are only sparse terms")
+    for term in terms:
+        if isinstance(term, Sparse):
+            total = total.scatter_add(-1, term.ids.long(), term.values.to(dtype))
+    return total
+
+
+def _with_top(found: Sample, terms: Sequence[Term], V: int, count: int) -> Sample:
+    z = _all_logits(terms, V)
+    top = z.log_softmax(-1).topk(count, dim=-1)
+    return replace(found, top_ids=top.indices, top_logprobs=top.values)

@@ -1,0 +1,378 @@
+// The next token of rows [begin, end): one pass over the terms, the rest in the caches.
+//
+// A row's logits are added up into scratch memory of V floats. Filters are thresholds on them, found
+// by selection, never by sorting the row. The token is the one with the largest sum of logit and
+// Gumbel noise; noise is worked out in full only for the few ids that can still win.
+#include "sample.h"
+
+#include "philox.h"
+#include "terms.h"
+
+namespace auxkern {
+namespace AUXKERN_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 4 * LANES;  // ids whose random bits are made at a time
+// Bins of the mass are 1/128 wide in the logit; what lies further than 32 below the maximum shares the last.
+constexpr float BINS_PER_UNIT = 128.0f;
+// -log(-log1p(-u)) of the smallest u, 2^-33, is 22.87.
+constexpr float LARGEST_NOISE = 23.0f;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What is kept of a row: z > threshold, or z == threshold up to an id, and d >= least.
+struct Kept {
+    float threshold = -INFINITY;
+    int64_t last = INT64_MAX;
+    float least = -INFINITY;
+};
+
+struct Row {
+    const SampleTask &task;
+    int64_t n;
+    float *z;         // padded with -inf
+    float *scratch;   // what follows the logits
+    float max = -INFINITY;
+    bool has_nan = false;
+
+    const auxkern_sampling &sampling() const { return *task.sampling; }
+    float temperature() const { return sampling().temperature[n]; }
+    vf distance(int64_t v) const { return (load(z + v) - max) / temperature(); }
+    float distance_of(float x) const { return (x - max) / temperature(); }
+    int64_t padded() const { return padded_vocabulary(task.V); }
+};
+
+void find_max(Row &row) {
+    vf best = splat(-INFINITY);
+    vi nan = vi{};
+    for (int64_t v = 0; v < row.padded(); v += LANES) {
+        const vf x = load(row.z + v);
+        best = vmax(x, best);
+        nan |= (vi)(x != x);
+    }
+    row.max = reduce_max(best);
+    row.has_nan = any(nan);
+}
+
+void add_up(Row &row) {
+    const SampleTask &task = row.task;
+    auxkern_term terms[AUXKERN_MAX_TERMS];
+    for (int32_t i = 0; i < task.n_terms; ++i) {
+        terms[i] = task.terms[i];
+        if (row.sampling().row_scales && row.sampling().row_scales[i]) terms[i].scale *= row.sampling().row_scales[i][row.n];
+    }
+    vf best = splat(-INFINITY);
+    vi nan = vi{};
+    for (int64_t column = 0; column < task.V; column += TILE) {
+        const int64_t count = smaller(TILE, task.V - column);
+        Tile tile;
+        read_sum(tile, terms, task.n_terms, row.n, column, count);
+        pad(tile, count, -INFINITY);
+        const Ahead ahead(terms, task.n_terms, row.n, column);
+        for (int64_t i = 0; i < count; i += LANES) {
+            ahead.fetch(i);
+            const vf x = load(tile.z + i);
+            best = vmax(x, best);
+            nan |= (vi)(x != x);
+            store(row.z + column + i, x);
+        }
+    }
+    for (int64_t v = task.V; v < row.padded(); ++v) row.z[v] = -INFINITY;
+    row.max = reduce_max(best);
+    row.has_nan = any(nan);
+}
+
+// body(id, place) for the ids of this row that exist.
+template <class Body>
+void each_id(const auxkern_row_ids &list, const Row &row, Body body) {
+    for (int64_t k = row.n * list.width; k < (row.n + 1) * list.width; ++k)
+        if (list.ids[k] >= 0 && list.ids[k] < row.task.V) body(list.ids[k], k);
+}
+
+// Counts are 0 before and after: bit 30 for an id of the prompt, the rest how often it was generated.
+void penalize(Row &row) {
+    constexpr int32_t IN_PROMPT = 1 << 30;
+    const auxkern_sampling &s = row.sampling();
+    int32_t *counts = reinterpret_cast<int32_t *>(row.scratch);
+    each_id(s.prompt, row, [&](int64_t id, int64_t) { counts[id] |= IN_PROMPT; });
+    each_id(s.history, row, [&](int64_t id, int64_t) { ++counts[id]; });
+    const auto apply = [&](int64_t id, int64_t) {
+        const int32_t seen = counts[id];
+        if (seen == 0) return;  // done already
+        counts[id] = 0;
+        float x = row.z[id];
+        if (s.repetition[row.n] != 1) x = x > 0 ? x / s.repetition[row.n] : x * s.repetition[row.n];
+        const int32_t generated = seen & ~IN_PROMPT;
+        if (generated) x -= s.presence[row.n] + s.frequency[row.n] * float(generated);
+        row.z[id] = x;
+    };
+    each_id(s.prompt, row, apply);
+    each_id(s.history, row, apply);
+}
+
+void adjust(Row &row) {
+    const auxkern_sampling &s = row.sampling();
+    each_id(s.added, row, [&](int64_t id, int64_t k) { row.z[id] += s.added_values[k]; });
+    each_id(s.bias, row, [&](int64_t id, int64_t k) { row.z[id] += s.bias_values[k]; });
+    if (row.task.counts) penalize(row);
+    find_max(row);
+}
+
+// ---- filters -----------------------------------------------------------------------------------
+
+// The k-th largest of x[0..count), which are reordered (Hoare 1961).
+float kth_largest(float *x, int64_t count, int64_t k) {
+    int64_t low = 0, high = count - 1;
+    while (low < high) {
+        const float pivot = x[low + (high - low) / 2];
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (x[i] > pivot) ++i;
+            while (x[j] < pivot) --j;
+            if (i <= j) {
+                const float t = x[i];
+                x[i++] = x[j];
+                x[j--] = t;
+            }
+        }
+        if (k - 1 <= j) high = j;
+        else if (k - 1 >= i) low = i;
+        else break;
+    }
+    return x[k - 1];
+}
+
+// Appends the lanes of x that are in the mask.
+inline int64_t append(float *to, int64_t count, vf x, vi mask) {
+#if AUXKERN_LANES == 16
+    const __mmask16 bits = _mm512_movepi32_mask((__m512i)mask);
+    _mm512_mask_compressstoreu_ps(to + count, bits, (__m512)x);
+    return count + __builtin_popcount(bits);
+#else
+    float lanes[LANES];
+    int32_t wanted[LANES];
+    memcpy(lanes, &x, sizeof x);
+    memcpy(wanted, &mask, sizeof mask);
+    for (int i = 0; i < LANES; ++i)
+        if (wanted[i]) to[count++] = lanes[i];
+    return count;
+#endif
+}
+
+// The k-th largest logit: candidates above the k-th largest so far, thinned out when they are many.
+float top_k_threshold(const Row &row, int64_t k, float *candidates) {
+    const int64_t many = smaller(row.padded(), 2 * k > LEAST_CANDIDATES ? 2 * k : LEAST_CANDIDATES);
+    float threshold = -INFINITY;
+    int64_t count = 0;
+    for (int64_t v = 0; v < row.padded(); v += LANES) {
+        const vf x = load(row.z + v);
+        const vi above = (vi)(x > threshold);
+        if (!any(above)) continue;
+        count = append(candidates, count, x, above);
+        if (count < many || count < k) continue;
+        threshold = kth_largest(candidates, count, k);
+        count = k;
+    }
+    // Fewer than k above -inf: all that have any probability.
+    return count < k ? -INFINITY : kth_largest(candidates, count, k);
+}
+
+struct Candidate {
+    float z;
+    int32_t id;
+    bool before(const Candidate &other) const { return z > other.z || (z == other.z && id < other.id); }
+};
+
+void sift(Candidate *heap, int64_t root, int64_t count) {
+    for (;;) {
+        int64_t child = 2 * root + 1;
+        if (child >= count) return;
+        if (child + 1 < count && heap[child].before(heap[child + 1])) ++child;
+        if (!heap[root].before(heap[child])) return;
+        const Candidate t = heap[root];
+        heap[root] = heap[child];
+        heap[child] = t;
+        root = child;
+    }
+}
+
+// By falling z and rising id (heap sort: no more memory, and no bad case).
+void sort(Candidate *x, int64_t count) {
+    for (int64_t root = count / 2 - 1; root >= 0; --root) sift(x, root, count);
+    for (int64_t end = count - 1; end > 0; --end) {
+        const Candidate t = x[0];
+        x[0] = x[end];
+        x[end] = t;
+        sift(x, 0, end);
+    }
+}
+
+inline int64_t bin_of(float d) {
+    const float x = -d * BINS_PER_UNIT;
+    return x < float(MASS_BINS - 1) ? int64_t(x) : MASS_BINS - 1;
+}
+
+// Where the fewest largest logits at or above `kept.threshold` reach the share p: the mass of bins
+// finds the bin in which that is, and only its logits are sorted.
+void keep_nucleus(const Row &row, float p, Kept &kept, double *mass, Candidate *candidates) {
+    for (int64_t b = 0; b < MASS_BINS; ++b) mass[b] = 0;
+    double total = 0;
+    for (int64_t v = 0; v < row.padded(); v += LANES) {
+        const vi in = (vi)(load(row.z + v) >= kept.threshold);
+        if (!any(in)) continue;
+        const vf d = row.distance(v), e = (vf)((vi)vexp(d) & in);
+        float ds[LANES], es[LANES];
+        memcpy(ds, &d, sizeof d);
+        memcpy(es, &e, sizeof e);
+        for (int i = 0; i < LANES; ++i)
+            if (es[i] > 0) mass[bin_of(ds[i])] += es[i];
+    }
+    for (int64_t b = 0; b < MASS_BINS; ++b) total += mass[b];
+    const double wanted = double(p) * total;
+    double before = 0;
+    int64_t bin = 0;
+    while (bin < MASS_BINS - 1 && before + mass[bin] < wanted) before += mass[bin++];
+    int64_t count = 0;
+    for (int64_t v = 0; v < row.task.V; ++v)
+        if (row.z[v] >= kept.threshold && row.z[v] > -INFINITY && bin_of(row.distance_of(row.z[v])) == bin)
+            candidates[count++] = {row.z[v], int32_t(v)};
+    sort(candidates, count);
+    for (int64_t i = 0; i < count; ++i) {
+        kept.threshold = candidates[i].z;
+        kept.last = candidates[i].id;
+        before += double(vexp(splat(row.distance_of(candidates[i].z)))[0]);
+        if (before >= wanted) return;
+    }
+}
+
+Kept filter(const Row &row) {
+    const auxkern_sampling &s = row.sampling();
+    Kept kept;
+    kept.least = s.log_min_p[row.n];
+    float *scratch = row.scratch + (row.task.counts ? row.padded() : 0);
+    if (s.top_k[row.n] < row.task.V) kept.threshold = top_k_threshold(row, s.top_k[row.n], scratch + 2 * MASS_BINS);
+    if (s.top_p[row.n] < 1)
+        keep_nucleus(row, s.top_p[row.n], kept, reinterpret_cast<double *>(scratch),
+                     reinterpret_cast<Candidate *>(scratch + 2 * MASS_BINS));
+    return kept;
+}
+
+inline vi ids_from(int64_t v) {
+    vi lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    return lane + int32_t(v);
+}
+
+inline vi is_kept(const Kept &kept, vf z, vf d, int64_t v) {
+    const int32_t last = int32_t(kept.last < INT32_MAX ? kept.last : INT32_MAX);
+    return ((vi)(z > kept.threshold) | ((vi)(z == kept.threshold) & (vi)(ids_from(v) <= last))) &
+           (vi)(d >= kept.least) & (vi)(z > -INFINITY);
+}
+
+// ---- the draw ----------------------------------------------------------------------------------
+
+// -log(-log1p(-u)) of u = (bits + 0.5) 2^-32; above a half from 1 - u, which is then the precise one.
+float gumbel(uint32_t bits) {
+    constexpr float UNIT = 2.3283064365386963e-10f;  // 2^-32
+    const float w = bits < 0x80000000u ? -log1pf(-(float(bits) + 0.5f) * UNIT) : -logf((float(~bits) + 0.5f) * UNIT);
+    return -logf(w);
+}
+
+int64_t draw(const Row &row, const Kept &kept) {
+    const uint64_t seed = uint64_t(row.sampling().seed[row.n]), position = uint64_t(row.sampling().position[row.n]);
+    float best = -1e30f;
+    int64_t token = -1;
+    for (int64_t first = 0; first < row.padded(); first += BLOCK) {
+        vf d[4];
+        vf high = splat(-INFINITY);
+        for (int k = 0; k < 4; ++k) {
+            const int64_t v = first + k * LANES;
+            d[k] = row.distance(v);
+            d[k] = choose(is_kept(kept, load(row.z + v), d[k], v), d[k], splat(-INFINITY));
+            high = vmax(high, d[k]);
+        }
+        if (!any((vi)(high > best - LARGEST_NOISE))) continue;
+        vu bits[4];
+        random_bits(bits, seed, position, first);
+        for (int k = 0; k < 4; ++k) {
+            // d + noise > best only if u < exp(d - best), as -log1p(-u) >= u; with room for rounding.
+            const vf u = __builtin_convertvector(bits[k] >> 1, vf) * 4.656612873077393e-10f;
+            const vi may_win = (vi)(u < vexp(vmin(d[k] - best, splat(80.0f))) * 1.0001f + 1e-12f) & (vi)(d[k] > -INFINITY);
+            if (!any(may_win)) continue;
+            float ds[LANES];
+            uint32_t words[LANES];
+            int32_t wins[LANES];
+            memcpy(ds, &d[k], sizeof ds);
+            memcpy(words, &bits[k], sizeof words);
+            memcpy(wins, &may_win, sizeof wins);
+            for (int i = 0; i < LANES; ++i) {
+                if (!wins[i]) continue;
+                const float value = ds[i] + gumbel(words[i]);
+                if (value > best) {
+                    best = value;
+                    token = first + k * LANES + i;
+                }
+            }
+        }
+    }
+    return token;
+}
+
+int64_t largest(const Row &row) {
+    int64_t v = 0;
+    while (row.z[v] != row.max) ++v;
+    return v;
+}
+
+// log of the token's share of what is kept.
+float log_share(const Row &row, const Kept &kept, int64_t token) {
+    double sum = 0;
+    for (int64_t v = 0; v < row.padded(); v += BLOCK) {
+        vf part = splat(0);
+        for (int64_t i = v; i < v + BLOCK; i += LANES) {
+            const vf d = row.distance(i);
+            part += (vf)((vi)vexp(d) & is_kept(kept, load(row.z + i), d, i));
+        }
+        sum += reduce_sum(part);
+    }
+    return float(double(row.distance_of(row.z[token])) - log(sum));
+}
+
+int32_t status_of(const Row &row) {
+    if (row.has_nan) return AUXKERN_ROW_NAN;
+    if (row.max == -INFINITY) return AUXKERN_ROW_EMPTY;
+    return row.max == INFINITY ? AUXKERN_ROW_INFINITE : AUXKERN_ROW_OK;
+}
+
+void sample_row(Row &row) {
+    const SampleTask &task = row.task;
+    add_up(row);
+    if (task.adjusts) adjust(row);
+    const int32_t status = task.status[row.n] = status_of(row);
+    int64_t token = -1;
+    float logprob = NAN;
+    if (status == AUXKERN_ROW_OK && row.temperature() == 0) {
+        token = largest(row);
+        logprob = 0;
+    } else if (status == AUXKERN_ROW_OK) {
+        const Kept kept = task.filters ? filter(row) : Kept{};
+        token = draw(row, kept);
+        if (task.logprob) logprob = log_share(row, kept, token);
+    }
+    task.token[row.n] = token;
+    if (task.logprob) task.logprob[row.n] = logprob;
+}
+
+}  // namespace
+
+void sample(const SampleTask &task, int64_t begin, int64_t end, float *scratch) {
+    float *after = scratch + padded_vocabulary(task.V);
+    if (task.counts) memset(after, 0, size_t(padded_vocabulary(task.V)) * sizeof(int32_t));
+    for (int64_t n = begin; n < end; ++n) {
+        Row row{task, n, scratch, after};
+        sample_row(row);
+    }
+}
+
+}  // namespace AUXKERN_ISA
+}  // namespace auxkern
