@@ -66,6 +66,11 @@ def examples() -> Iterator[Example]:
         auxkern.Head(normal(40, 16) / 8, normal(V, 16)),
     ]
     yield Example("heads and a sparse term", heads, target(40, V), {"chunk_rows": 16})
+    for dtype in (_F, _B):
+        alone = [auxkern.Head((normal(70, D) / 8).to(dtype), normal(1031, D, dtype=dtype)) for D in (40, 24)]
+        yield Example(f"heads alone, {dtype}", alone, target(70, 1031), {"chunk_rows": 64}, dtype)
+    capped = [auxkern.Head(normal(70, D) / 8, normal(1031, D), softcap=20.0) for D in (40, 24)]
+    yield Example("heads with soft caps, all outputs", capped, target(70, 1031), _ALL)
 
 
 def tensors(term: Any) -> list[Tensor]:
