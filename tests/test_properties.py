@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import DTYPES, IGNORE, available_backends, check, device_of, generator, ours, random_logits
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -171,3 +172,92 @@ def test_impossible_ids_are_as_good_as_absent(backend: str, V: int, N: int, seed
     torch.testing.assert_close(result.gradients[0][:, ids], small.gradients[0], rtol=1e-5, atol=1e-7)
     rest = result.gradients[0].index_fill(1, ids, 0.0)
     assert not rest.any()
+
+
+@st.composite
+def sums(draw: st.DrawFn, device: str) -> tuple[list[Any], Tensor, dict[str, Any]]:
+    """Any list of terms in float32, at least one of them not sparse; targets; options."""
+    N, V = draw(st.integers(1, 40)), draw(st.integers(1, 200))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape: int) -> Tensor:
+        leaf = torch.randn(shape, generator=g).to(device)
+        return leaf.requires_grad_(draw(st.booleans()))
+
+    def term(kind: str) -> Any:
+        if kind == "sparse":
+            K = draw(st.integers(0, 5))
+            return auxkern.Sparse(torch.randint(V, (N, K), generator=g).to(device), normal(N, K))
+        scaling = {
+            "scale": draw(st.sampled_from([1.0, -0.5, 2.0])),
+            "softcap": draw(st.sampled_from([None, 3.0])),
+        }
+        wide = V + draw(st.integers(0, 3))
+        if kind == "logits":
+            return auxkern.Logits(normal(N, wide), **scaling)
+        D = draw(st.integers(1, 30))
+        bias = normal(wide) if draw(st.booleans()) else None
+        return auxkern.Head(normal(N, D), normal(wide, D), bias, **scaling)
+
+    kinds = draw(st.lists(st.sampled_from(["logits", "head", "sparse"]), max_size=3))
+    terms = [
+        term(kind) for kind in draw(st.permutations([*kinds, draw(st.sampled_from(["logits", "head"]))]))
+    ]
+    target = torch.randint(V, (N,), generator=g)
+    target[torch.rand(N, generator=g) < 0.3] = -100
+    options = {
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "z_loss": draw(st.sampled_from([0.0, 1e-2])),
+        "return_stats": draw(st.booleans()),
+        "chunk_rows": draw(st.sampled_from([None, 1, 16])),
+        "vocab_size": V,
+    }
+    return terms, target.to(device), options
+
+
+def dense_sum(terms: list[Any], V: int) -> tuple[Tensor, list[Tensor]]:
+    """(N, V) float64 sum and the float64 leaves that it is made from."""
+    total, leaves = torch.zeros((), dtype=torch.float64), []
+    for term in terms:
+        t = {
+            name: x.detach().cpu().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+            for name, x in term.tensors.items()
+        }
+        leaves += [x for x in t.values() if x.requires_grad]
+        if isinstance(term, auxkern.Sparse):
+            N = t["values"].shape[0]
+            z = torch.zeros(N, V, dtype=torch.float64).scatter_add(1, t["ids"].cpu(), t["values"])
+            total = total + z
+            continue
+        z = t["values"] if "values" in t else t["hidden"] @ t["weight"].T + t.get("bias", 0)
+        z = z[:, :V]
+        total = total + term.scale * (
+            z if term.softcap is None else term.softcap * torch.tanh(z / term.softcap)
+        )
+    return total, leaves
+
+
+@backends
+@given(data=st.data())
+def test_any_list_of_terms_equals_the_dense_sum(backend: str, data: st.DataObject) -> None:
+    terms, target, options = data.draw(sums(device_of(backend)))
+    z, exact_leaves = dense_sum(terms, options["vocab_size"])
+    y = target.cpu()
+    row = F.cross_entropy(z, y, reduction="none", label_smoothing=options["label_smoothing"])
+    row = torch.where(y >= 0, row + options["z_loss"] * z.logsumexp(-1).square(), 0.0)
+    exact = row.sum() / (y >= 0).sum().clamp(min=1)
+
+    found = auxkern.cross_entropy(terms, target, backend=backend, **options)
+    loss = found[0] if options["return_stats"] else found
+    # float32 sums of at most 30 products, 4 terms and 200 exponentials, of logits up to about 50.
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-5)
+    leaves = [x for term in terms for x in term.tensors.values() if x.requires_grad]
+    if not leaves:
+        return
+    made = torch.autograd.grad(loss, leaves)
+    for d, want in zip(made, torch.autograd.grad(exact, exact_leaves), strict=True):
+        assert (
+            (d.cpu().double() - want).abs().max() <= 2e-5 * max(1.0, want.abs().max().item())
+            if d.numel()
+            else True
+        )

@@ -27,7 +27,7 @@ class SparseInputs:
     """A sparse term of all rows, and where the gradient of its values is collected.
 
     Attributes:
-        ids, values: (N, K).
+        ids, values: (N, K), K at least 1.
         d_values: (N, K) of any float dtype, or None where none is wanted.
     """
 
@@ -126,7 +126,7 @@ def _entries(sparse: Sequence[SparseInputs], rows: Any) -> Entries:
     ids = torch.cat([s.ids[rows].long() for s in sparse], 1)
     values = torch.cat([s.values[rows].float() for s in sparse], 1)
     by_id, order = ids.reshape(-1).sort(stable=True)
-    return Entries(by_id, order // max(ids.shape[1], 1), values.reshape(-1)[order].contiguous(), order)
+    return Entries(by_id, order // ids.shape[1], values.reshape(-1)[order].contiguous(), order)
 
 
 def _store_values(

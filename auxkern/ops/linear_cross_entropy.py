@@ -36,8 +36,8 @@ def _empty_gradients(
             if index not in wanted:
                 continue
             whole = part.kind in (HEAD, HEAD_WITH_BIAS) and i > 0
-            shape = tensors[index].shape if whole else (-1, tensors[index].shape[-1])
             like = tensors[index]
+            shape = like.shape if whole else (like.shape[:-1].numel(), like.shape[-1])
             made = empty(like.shape, dtype if whole or float32 else like.dtype, like.device)
             gradients[index] = (made if whole else made.zero_()).view(shape)
     return gradients
@@ -163,7 +163,7 @@ def _segment_inputs(
     sparse = [
         head_segments.SparseInputs(p.tensors[0], p.tensors[1], gradients.get(p.first + 1))
         for p in parts
-        if p.kind == SPARSE
+        if p.kind == SPARSE and p.tensors[0].numel()
     ]
     return head_segments.SegmentInputs(backend, heads, sparse)
 

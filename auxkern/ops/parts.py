@@ -59,9 +59,9 @@ def flat_parts(
         if kind == LOGITS:
             own[0] = as_rows(index, own[0])
         elif kind == SPARSE:
-            own = [t.reshape(-1, t.shape[-1]) for t in own]
+            own = [t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in own]
         else:
-            own[0] = own[0].reshape(-1, own[0].shape[-1])
+            own[0] = own[0].reshape(own[0].shape[:-1].numel(), own[0].shape[-1])
         parts.append(Part(kind, first, own, scale, softcap))
         first += TENSORS[kind]
     return parts
