@@ -61,8 +61,13 @@ def refusals() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
         ),
         "scale is a tensor": (
             lambda: auxkern.Logits(Z, scale=torch.tensor(0.5)),
-            TypeError,
+            ValueError,
             "scale is a tensor.*float",
+        ),
+        "a scale for each row": (
+            lambda: call([auxkern.Logits(Z, scale=torch.ones(Z.shape[:-1]))]),
+            TypeError,
+            r"terms\[0\].scale is a tensor.*float.*auxkern.sample",
         ),
         "scale is text": (lambda: auxkern.Logits(Z, scale="1"), TypeError, "scale must be a number, got str"),
         "scale is a bool": (

@@ -271,6 +271,7 @@ class Draws:
     bias_ids: Tensor  # (N, B) int64: a bias, which is no term
     bias: Tensor  # (N, B) as temperature
     row_scales: list[Tensor | None]  # for each term (N,) as temperature
+    plain: bool  # known without looking at a tensor: no row has a filter
 
 
 # Why a row has no token.

@@ -217,6 +217,7 @@ def _draws(
         bias_ids=bias_ids,
         bias=bias,
         row_scales=[row("scale", s) if isinstance(s, Tensor) else None for s in scales],
+        plain=params.is_plain,
     )
 
 
@@ -270,8 +271,8 @@ def _chunked(
 
 
 def _rows_of(draws: Draws, rows: slice, row_scales: list[Tensor | None]) -> Draws:
-    fields = {name: value[rows] for name, value in vars(draws).items() if name != "row_scales"}
-    return Draws(**fields, row_scales=row_scales)
+    fields = {name: value[rows] for name, value in vars(draws).items() if isinstance(value, Tensor)}
+    return Draws(**fields, row_scales=row_scales, plain=draws.plain)
 
 
 def _chunk(

@@ -127,6 +127,12 @@ class SamplingParams:
                 settings[name] = value
         return cls(**settings)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no row has a filter; numbers in tensors are not looked at, and may be filters."""
+        filters = ((self.top_k, 0), (self.top_p, 1.0), (self.min_p, 0.0))
+        return all(not isinstance(value, Tensor) and value == off for value, off in filters)
+
     def rows(self) -> int | None:
         """N of the fields that have one value for each row; None if none has."""
         for field in fields(self):

@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from auxkern.backends.triton import head_plans, plans
-from auxkern.ops.registry import HeadGradients, HeadRows, Rows
+from auxkern.backends.triton import head_plans, plans, sampling_plans
+from auxkern.ops.registry import Draws, HeadGradients, HeadRows, Rows
 from auxkern.ops.rows import gradient_coefficients
 
 _OLDEST = (3, 6)
@@ -77,6 +77,23 @@ class Triton:
         with _on(target.device):
             launch.run()
         return gradients
+
+    def sample(
+        self,
+        values: list[Tensor],
+        scales: list[float],
+        softcaps: list[float],
+        vocab_size: int,
+        draws: Draws,
+        want_logprob: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = draws.seed.device
+        settings = (scales, softcaps, vocab_size, draws, want_logprob, _multiprocessors(device))
+        found, launches = sampling_plans.sample(values, *settings)
+        with _on(device):
+            for launch in launches:
+                launch.run()
+        return found
 
     def heads_refusal(self, heads: list[HeadRows]) -> str | None:
         if heads[0].hidden.device.type == "cpu" and any(h.hidden.dtype == torch.bfloat16 for h in heads):

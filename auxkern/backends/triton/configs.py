@@ -99,3 +99,22 @@ def tiles(accumulators: int, half: bool) -> TileConfig:
         half: whether every product has 16-bit operands.
     """
     return (_TILES_HALF if half else _TILES_FLOAT).get(accumulators, _TILES_MANY)
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """How a kernel that draws tokens is launched: columns in a tile, warps in a program."""
+
+    block: int
+    warps: int
+
+
+# A tile of a radix search is compared with 16 thresholds at once, in registers.
+SAMPLE, FILTER, ADJUST = BlockConfig(2048, 8), BlockConfig(1024, 8), BlockConfig(256, 2)
+SAMPLE_PROGRAMS = 4  # per multiprocessor
+
+
+def sample_splits(rows: int, tiles: int, multiprocessors: int) -> int:
+    """Programs that share a row of a draw; as ``splits``."""
+    wanted = -(-multiprocessors * SAMPLE_PROGRAMS // rows)
+    return max(1, min(wanted, tiles, MAX_SPLITS))

@@ -31,7 +31,7 @@ def _share(term, x, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _shares(terms, pointers, columns, mask, UNIT: tl.constexpr, CAPPED: tl.constexpr):
+def shares_of(terms, pointers, columns, mask, UNIT: tl.constexpr, CAPPED: tl.constexpr):
     """Each term's share of z at ``columns``, as a tuple; 0 where ``mask`` forbids to read."""
     shares = ()
     for i in tl.static_range(len(terms)):
@@ -41,7 +41,7 @@ def _shares(terms, pointers, columns, mask, UNIT: tl.constexpr, CAPPED: tl.const
 
 
 @triton.jit
-def _total(shares):
+def total_of(shares):
     total = shares[0]
     for i in tl.static_range(1, len(shares)):
         total += shares[i]
@@ -102,8 +102,8 @@ def _accumulate(
     UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """Fold the tile ``columns`` (R, K) into ``state``; ``valid`` columns only, y apart."""
-    shares = _shares(terms, pointers, columns, valid, UNIT, CAPPED)
-    z = _total(shares)
+    shares = shares_of(terms, pointers, columns, valid, UNIT, CAPPED)
+    z = total_of(shares)
     counted = valid & (columns != y)
     softmax = _fold(state[0], tl.where(counted, z, -float("inf")))
     distance = state[1]
@@ -164,8 +164,8 @@ def _target_shares(terms, row, y, in_range, UNIT: tl.constexpr, CAPPED: tl.const
     pointers = ()
     for i in tl.static_range(len(terms)):
         pointers += (row_pointer(terms[i], row),)
-    shares = _shares(terms, pointers, y, in_range, UNIT, CAPPED)
-    return tl.where(in_range, _total(shares), float("nan")), shares
+    shares = shares_of(terms, pointers, y, in_range, UNIT, CAPPED)
+    return tl.where(in_range, total_of(shares), float("nan")), shares
 
 
 @triton.jit

@@ -1,0 +1,373 @@
+"""The next token of each row: Gumbel-max over a sum of logits, with or without filters.
+
+Without filters one pass over the terms decides (``draw_kernel``): a program keeps the best of its share
+of a row, relative to the largest logit so far, and ``choose_kernel`` compares the programs' bests.
+With filters or penalties the sum is written once, in float32 (``sum_kernel``); for the rows of a decoding
+step it stays in the L2 cache, where ``adjust_kernel`` and ``filter_kernel`` work on it. Thresholds
+are found by a radix search over the ordered bits of the logits: exact, and without a sort.
+"""
+
+# Triton's language is not Python's: kernels have no annotations and build tuples entry by entry.
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+import triton
+import triton.language as tl
+
+from auxkern.backends.triton.cross_entropy import shares_of
+from auxkern.backends.triton.numerics import log1p
+from auxkern.backends.triton.rows import body_pointers
+
+_NO_ID: tl.constexpr = tl.constexpr(2**31 - 1)
+_UNIT: tl.constexpr = tl.constexpr(2.0**-32)
+# registry.ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE
+_OK: tl.constexpr = tl.constexpr(0)
+_NAN: tl.constexpr = tl.constexpr(1)
+_EMPTY: tl.constexpr = tl.constexpr(2)
+_INFINITE: tl.constexpr = tl.constexpr(3)
+# A radix search decides 4 bits at a time between 16 thresholds.
+_BITS: tl.constexpr = tl.constexpr(4)
+_DIGITS: tl.constexpr = tl.constexpr(16)
+
+
+@triton.jit
+def _noise(seed, position, start, BLOCK: tl.constexpr):
+    """(BLOCK,) Gumbel noise of ids from ``start``, a multiple of 4: word id % 4 of counter id // 4."""
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
+    zero = tl.zeros([BLOCK // 4], tl.int32)
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, counter, zero, zero.to(tl.uint32) + low, zero.to(tl.uint32) + high)
+    # join puts its arguments side by side in a new last dimension.
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK])
+    below = bits < 0x80000000
+    # Converted as signed: the value above a half is taken from 1 - u, which is then the precise one.
+    small = tl.where(below, bits, ~bits).to(tl.int32).to(tl.float32)
+    u = (small + 0.5) * _UNIT
+    w = tl.where(below, log1p(u / (1.0 - u)), -tl.log(u))
+    return -tl.log(w)
+
+
+@triton.jit
+def _sum(terms, row_scales, pointers, row, ids, mask, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """z at ``ids``, 0 where ``mask`` forbids to read."""
+    shares = shares_of(terms, pointers, ids, mask, UNIT, CAPPED)
+    z = tl.zeros_like(shares[0])
+    for i in tl.static_range(len(shares)):
+        if SCALED[i]:
+            z += shares[i] * tl.load(row_scales[i] + row)
+        else:
+            z += shares[i]
+    return z
+
+
+@triton.jit
+def _pivot(largest):
+    """``largest``, or 0 where it is infinite: inf - inf must not arise."""
+    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+
+
+@triton.jit
+def _nans(z, mask):
+    return tl.max(((z != z) & mask).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _merge(state, other):
+    """The better of two draws (largest logit, score, d of its id, id, sum of exp d, has NaN).
+
+    Scores, d and sums are relative to the largest logit, in units of the temperature: see ``_moved``.
+    """
+    better = (other[1] > state[1]) | ((other[1] == state[1]) & (other[3] < state[3]))
+    return (
+        state[0],
+        tl.where(better, other[1], state[1]),
+        tl.where(better, other[2], state[2]),
+        tl.where(better, other[3], state[3]),
+        state[4] + other[4],
+        tl.maximum(state[5], other[5]),
+    )
+
+
+@triton.jit
+def _moved(state, largest, temperature):
+    """``state`` relative to another largest logit."""
+    shift = tl.where(state[0] == -float("inf"), 0.0, (_pivot(state[0]) - _pivot(largest)) / temperature)
+    return largest, state[1] + shift, state[2] + shift, state[3], state[4] * tl.exp(shift), state[5]
+
+
+@triton.jit
+def _tile_draw(z, kept, ids, noise, largest, temperature, has_nan, LOGPROB: tl.constexpr):
+    """The draw of one tile, relative to ``largest``."""
+    d = tl.where(kept, (z - _pivot(largest)) / temperature, -float("inf"))
+    score = d + noise
+    top = tl.max(score, axis=0)
+    token = tl.min(tl.where((score == top) & kept, ids, _NO_ID), axis=0)
+    of_token = tl.max(tl.where(ids == token, d, -float("inf")), axis=0)
+    total = 0.0
+    if LOGPROB:
+        total = tl.sum(tl.exp(d), axis=0)
+    return largest, top, of_token, token, total, has_nan
+
+
+@triton.jit
+def _write(state, out, row, greedy, LOGPROB: tl.constexpr):
+    """The row's token, status and log-probability."""
+    status = tl.where(state[0] == -float("inf"), _EMPTY, _OK)
+    status = tl.where(state[0] == float("inf"), _INFINITE, status)
+    status = tl.where(state[5] != 0, _NAN, status)
+    tl.store(out.token + row, tl.where(status == _OK, state[3], -1).to(tl.int64))
+    tl.store(out.status + row, status)
+    if LOGPROB:
+        logprob = tl.where(greedy, 0.0, state[2] - tl.log(state[4]))
+        tl.store(out.logprob + row, tl.where(status == _OK, logprob, float("nan")))
+
+
+@triton.jit(do_not_specialize=["N", "V", "splits"])
+def draw_kernel(
+    terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
+    row_scales,  # I of (N,) float32, where SCALED
+    draws,  # Draws: (N,) temperature, seed, position
+    partial,  # (5, N, splits) float32 and (1, N, splits) int32
+    N, V, splits,
+    ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    LOGPROB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The draw of row program_id(0) among the columns of its share program_id(1) of ``splits``.
+
+    Reads each logit once and writes none.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    temperature = tl.load(draws.temperature + row)
+    greedy = temperature == 0
+    temperature = tl.where(greedy, 1.0, temperature)
+    seed = tl.load(draws.seed + row)
+    position = tl.load(draws.position + row)
+    pointers = body_pointers(terms, row, 0, ALIGNED)
+    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
+    nothing = -float("inf")
+    state = (nothing, nothing, nothing, _NO_ID, 0.0, 0)
+    for start in range(split * share, tl.minimum((split + 1) * share, V), BLOCK):
+        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+        mask = ids < V
+        z = _sum(terms, row_scales, pointers, row, ids, mask, UNIT, CAPPED, SCALED)
+        z = tl.where(mask, z, nothing)
+        noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
+        largest = tl.maximum(state[0], tl.max(z, axis=0))
+        kept = z > nothing
+        tile = _tile_draw(z, kept, ids, noise, largest, temperature, _nans(z, mask), LOGPROB)
+        state = _merge(_moved(state, largest, temperature), tile)
+    plane = N.to(tl.int64) * splits
+    at = row * splits + split
+    for i in tl.static_range(3):
+        tl.store(partial.floats + i * plane + at, state[i])
+    tl.store(partial.floats + 3 * plane + at, state[4])
+    tl.store(partial.floats + 4 * plane + at, state[5].to(tl.float32))
+    tl.store(partial.ids + at, state[3])
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def choose_kernel(
+    draws,  # Draws
+    partial,  # what draw_kernel left
+    out,  # (N,) int64, int32, float32
+    N, splits,
+    LOGPROB: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The best of the draws of row program_id(0)'s programs, one in each lane."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(draws.temperature + row)
+    greedy = temperature == 0
+    temperature = tl.where(greedy, 1.0, temperature)
+    plane = N.to(tl.int64) * splits
+    lane = tl.arange(0, LANES)
+    valid = lane < splits
+    nothing = -float("inf")
+    at = partial.floats + row * splits + lane
+    largest = tl.load(at, valid, nothing)
+    score = tl.load(at + plane, valid, nothing)
+    d = tl.load(at + 2 * plane, valid, nothing)
+    total = tl.load(at + 3 * plane, valid, 0.0)
+    nans = tl.load(at + 4 * plane, valid, 0.0)
+    ids = tl.load(partial.ids + row * splits + lane, valid, _NO_ID)
+    state = _moved((largest, score, d, ids, total, nans), tl.max(largest, axis=0), temperature)
+    top = tl.max(state[1], axis=0)
+    token = tl.min(tl.where(state[1] == top, ids, _NO_ID), axis=0)
+    of_token = tl.max(tl.where(ids == token, state[2], nothing), axis=0)
+    chosen = (state[0], top, of_token, token, tl.sum(state[4], axis=0), tl.max(nans, axis=0))
+    _write(chosen, out, row, greedy, LOGPROB)
+
+
+@triton.jit(do_not_specialize=["V", "stride", "splits"])
+def sum_kernel(
+    terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
+    row_scales,  # I of (N,) float32, where SCALED
+    z_out,  # (N, stride) float32
+    V, stride, splits,
+    ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """z of row program_id(0), from its share program_id(1) of ``splits`` of the columns."""
+    row = tl.program_id(0).to(tl.int64)
+    pointers = body_pointers(terms, row, 0, ALIGNED)
+    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
+    begin = tl.program_id(1) * share
+    z_row = tl.multiple_of(z_out + row * stride, 16)
+    for start in range(begin, tl.minimum(begin + share, V), BLOCK):
+        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+        mask = ids < V
+        tl.store(z_row + ids, _sum(terms, row_scales, pointers, row, ids, mask, UNIT, CAPPED, SCALED), mask)
+
+
+@triton.jit
+def _add_all(z_row, ids, values, row, width, V):
+    """z[ids] += values, one after the other: equal ids add up, in the order given."""
+    for k in range(width):
+        at = tl.load(ids + row * width + k)
+        exists = (at >= 0) & (at < V)
+        before = tl.load(z_row + at, exists, 0.0)
+        tl.store(z_row + at, before + tl.load(values + row * width + k), exists)
+        # The next one may be of the same id.
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["V", "stride", "added_width", "bias_width", "seen_width"])
+def adjust_kernel(
+    z_out,  # (N, stride) float32
+    draws,  # Draws
+    seen,  # Seen: (N, S) int64 ids, each once or out of range; (N, S) int64 times it was generated
+    V, stride, added_width, bias_width, seen_width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sparse terms, biases and penalties of row program_id(0), in place."""
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_out + row * stride
+    _add_all(z_row, draws.added_ids, draws.added, row, added_width, V)
+    _add_all(z_row, draws.bias_ids, draws.bias, row, bias_width, V)
+    repetition = tl.load(draws.repetition + row)
+    presence = tl.load(draws.presence + row)
+    frequency = tl.load(draws.frequency + row)
+    for start in range(0, seen_width, BLOCK):
+        lane = start + tl.arange(0, BLOCK)
+        inside = lane < seen_width
+        ids = tl.load(seen.ids + row * seen_width + lane, inside, -1)
+        generated = tl.load(seen.generated + row * seen_width + lane, inside, 0)
+        exists = (ids >= 0) & (ids < V)
+        z = tl.load(z_row + ids, exists, 0.0)
+        penalized = tl.where(z > 0, z / repetition, z * repetition)
+        z = tl.where(repetition != 1, penalized, z)
+        paid = presence + frequency * generated.to(tl.float32)
+        tl.store(z_row + ids, tl.where(generated > 0, z - paid, z), exists)
+
+
+@triton.jit
+def _key(z):
+    """uint32 that orders as the floats do; 0.0 and -0.0 are equal."""
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ordered.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def _weights_above(z_row, thresholds, least, V, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """(16,) float64: how many ids, or how much exp d, have a key of at least ``least`` and each threshold."""
+    totals = tl.zeros([_DIGITS], tl.float64)
+    for start in range(0, V, BLOCK):
+        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+        z = tl.load(z_row + ids, ids < V, -float("inf"))
+        key = _key(z)
+        if COUNT:
+            weight = tl.where(ids < V, 1.0, 0.0)
+        else:
+            weight = tl.where(key >= least, tl.exp((z - pivot) / temperature), 0.0)
+        above = tl.where(key[:, None] >= thresholds[None, :], weight[:, None], 0.0)
+        totals += tl.sum(above, axis=0).to(tl.float64)
+    return totals
+
+
+@triton.jit
+def _search(z_row, wanted, least, V, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """(largest key t whose weight at or above it reaches ``wanted``, weight above t)."""
+    digit = tl.arange(0, _DIGITS).to(tl.uint32)
+    prefix = tl.zeros([], tl.uint32)
+    over = tl.zeros([], tl.float64)
+    for step in range(32 // _BITS):
+        shift = (32 - _BITS * (step + 1)).to(tl.uint32)
+        thresholds = prefix + (digit << shift)
+        totals = _weights_above(z_row, thresholds, least, V, pivot, temperature, COUNT, BLOCK)
+        # Thresholds rise and totals fall; the first one was reached in the step before.
+        reached = (totals >= wanted) | (digit == 0)
+        chosen = tl.max(tl.where(reached, digit, 0), axis=0)
+        over = tl.where(chosen == 15, over, tl.max(tl.where(digit == chosen + 1, totals, 0.0), axis=0))
+        prefix += chosen << shift
+    return prefix, over
+
+
+@triton.jit
+def _row_stats(z_row, V, BLOCK: tl.constexpr):
+    """(largest z, whether one is NaN)."""
+    largest = -float("inf")
+    nans = 0
+    for start in range(0, V, BLOCK):
+        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+        z = tl.load(z_row + ids, ids < V, -float("inf"))
+        largest = tl.maximum(largest, tl.max(z, axis=0))
+        nans = tl.maximum(nans, _nans(z, ids < V))
+    return largest, nans
+
+
+@triton.jit(do_not_specialize=["V", "stride"])
+def filter_kernel(
+    z_in,  # (N, stride) float32
+    draws,  # Draws
+    out,  # (N,) int64, int32, float32
+    V, stride,
+    LOGPROB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Top-k, top-p, min-p and the draw of row program_id(0), whose logits stay in the L2 cache."""
+    row = tl.program_id(0).to(tl.int64)
+    z_row = tl.multiple_of(z_in + row * stride, 16)
+    temperature = tl.load(draws.temperature + row)
+    greedy = temperature == 0
+    temperature = tl.where(greedy, 1.0, temperature)
+    top_k = tl.load(draws.top_k + row)
+    top_p = tl.load(draws.top_p + row)
+    log_min_p = tl.where(greedy, -float("inf"), tl.load(draws.log_min_p + row))
+    largest, nans = _row_stats(z_row, V, BLOCK)
+    pivot = _pivot(largest)
+
+    least = tl.zeros([], tl.uint32)  # the smallest key that is kept
+    equals = tl.full([], _NO_ID, tl.int32)  # how many of that key are kept, the lowest ids first
+    if (top_k < V) & (greedy == 0):
+        least, _ = _search(z_row, top_k.to(tl.float64), least, V, pivot, temperature, True, BLOCK)
+    if (top_p < 1) & (greedy == 0):
+        everything = _weights_above(
+            z_row, tl.zeros([_DIGITS], tl.uint32), least, V, pivot, temperature, False, BLOCK
+        )
+        wanted = top_p.to(tl.float64) * tl.max(everything, axis=0)
+        least, over = _search(z_row, wanted, least, V, pivot, temperature, False, BLOCK)
+        bits = least ^ 0x80000000
+        ordered = bits.to(tl.int32, bitcast=True)
+        smallest = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        each = tl.exp((smallest - pivot) / temperature).to(tl.float64)
+        missing = tl.minimum((wanted - over) / each, 2147483646.0)
+        whole = missing.to(tl.int32)
+        equals = tl.maximum(whole + (missing > whole).to(tl.int32), 1)
+
+    seed = tl.load(draws.seed + row)
+    position = tl.load(draws.position + row)
+    nothing = -float("inf")
+    state = (largest, nothing, nothing, _NO_ID, 0.0, nans)
+    before = 0
+    for start in range(0, V, BLOCK):
+        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+        z = tl.load(z_row + ids, ids < V, nothing)
+        key = _key(z)
+        equal = ((key == least) & (ids < V)).to(tl.int32)
+        place = before + tl.cumsum(equal, axis=0)
+        before += tl.sum(equal, axis=0)
+        kept = (key > least) | ((equal != 0) & (place <= equals))
+        kept = kept & (z > nothing) & ((z - pivot) / temperature >= log_min_p)
+        noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
+        state = _merge(state, _tile_draw(z, kept, ids, noise, largest, temperature, nans, LOGPROB))
+    _write(state, out, row, greedy, LOGPROB)

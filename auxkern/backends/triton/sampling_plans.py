@@ -1,0 +1,197 @@
+"""From checked tensors to the launches that draw tokens: what dispatch runs, and what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from auxkern.backends.triton import configs
+from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.rows import VECTOR_BYTES, as_term
+from auxkern.backends.triton.sampling import adjust_kernel, choose_kernel, draw_kernel, filter_kernel, sum_kernel
+from auxkern.ops.registry import Draws
+
+_GRANULE = 16  # of the stride of the summed logits, in elements
+# Ten rounds of Philox for four ids, two logarithms: per id. Comparisons of a radix search: per id.
+_NOISE_FLOPS, _SEARCH_FLOPS = 40, 2 * 8 * 16
+
+
+class _RowDraws(NamedTuple):
+    """``registry.Draws`` as kernels take it."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    log_min_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    seed: Tensor
+    position: Tensor
+    added_ids: Tensor
+    added: Tensor
+    bias_ids: Tensor
+    bias: Tensor
+
+
+class _Partial(NamedTuple):
+    """What programs that share a row leave for ``choose_kernel``."""
+
+    floats: Tensor  # (5, N, splits) float32
+    ids: Tensor  # (N, splits) int32
+
+
+class _Out(NamedTuple):
+    token: Tensor  # (N,) int64
+    status: Tensor  # (N,) int32
+    logprob: Tensor  # (N,) float32, or nothing
+
+
+class _Seen(NamedTuple):
+    """Ids of each row's prompt and history, each once; the rest are -1."""
+
+    ids: Tensor  # (N, S) int64
+    generated: Tensor  # (N, S) int64: how often it is in the history
+
+
+def sample(
+    values: list[Tensor],
+    scales: list[float],
+    softcaps: list[float],
+    V: int,
+    draws: Draws,
+    want_logprob: bool,
+    multiprocessors: int,
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
+
+    Args:
+        multiprocessors: of the device; decides over how many programs a row is split.
+    """
+    N = draws.temperature.shape[0]
+    adjusts = any(t.shape[1] for t in (draws.prompt, draws.history, draws.added_ids, draws.bias_ids))
+    out = _Out(
+        draws.seed.new_empty(N),
+        draws.seed.new_empty(N, dtype=torch.int32),
+        draws.seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
+    )
+    rows = _row_draws(draws)
+    config = configs.SAMPLE
+    splits = configs.sample_splits(N, -(-V // config.block), multiprocessors)
+    summed = _summed(values, scales, softcaps, draws)
+    constants = summed.pop("constants")
+    read = N * V * sum(x.element_size() for x in values)
+    if draws.plain and not adjusts:
+        partial = _Partial(
+            draws.seed.new_empty((5, N, splits), dtype=torch.float32),
+            draws.seed.new_empty((N, splits), dtype=torch.int32),
+        )
+        draw = Launch(
+            draw_kernel,
+            (N, splits),
+            {**summed, "draws": rows, "partial": partial, "N": N, "V": V, "splits": splits},
+            {**constants, "LOGPROB": want_logprob, "BLOCK": config.block},
+            config.warps,
+            bytes_moved=read,
+            flops=N * V * (_NOISE_FLOPS + 2 * len(values)),
+        )
+        choose = Launch(
+            choose_kernel,
+            (N,),
+            {"draws": rows, "partial": partial, "out": out, "N": N, "splits": splits},
+            {"LOGPROB": want_logprob, "LANES": configs.MAX_SPLITS},
+            1,
+            bytes_moved=24 * N * splits,
+            flops=8 * N * splits,
+        )
+        return tuple(out), [draw, choose]
+    stride = -(-V // _GRANULE) * _GRANULE
+    z = draws.seed.new_empty((N, stride), dtype=torch.float32)
+    launches = [
+        Launch(
+            sum_kernel,
+            (N, splits),
+            {**summed, "z_out": z, "V": V, "stride": stride, "splits": splits},
+            {**constants, "BLOCK": config.block},
+            config.warps,
+            bytes_moved=read + 4 * N * V,
+            flops=2 * N * V * len(values),
+        )
+    ]
+    if adjusts:
+        launches.append(_adjust(z, rows, draws, V, stride))
+    launches.append(
+        Launch(
+            filter_kernel,
+            (N,),
+            {"z_in": z, "draws": rows, "out": out, "V": V, "stride": stride},
+            {"LOGPROB": want_logprob, "BLOCK": configs.FILTER.block},
+            configs.FILTER.warps,
+            bytes_moved=4 * N * V,
+            flops=N * V * (_NOISE_FLOPS + _SEARCH_FLOPS),
+        )
+    )
+    return tuple(out), launches
+
+
+def _row_draws(draws: Draws) -> _RowDraws:
+    return _RowDraws(*(getattr(draws, name).contiguous() for name in _RowDraws._fields))
+
+
+def _summed(
+    values: list[Tensor], scales: list[float], softcaps: list[float], draws: Draws
+) -> dict[str, object]:
+    unused = draws.temperature
+    return {
+        "terms": tuple(map(as_term, values, scales, softcaps)),
+        "row_scales": tuple(unused if scale is None else scale for scale in draws.row_scales),
+        "constants": {
+            "ALIGNED": tuple(_is_aligned(x) for x in values),
+            "UNIT": tuple(x.stride(2) == 1 for x in values),
+            "CAPPED": tuple(softcap > 0 for softcap in softcaps),
+            "SCALED": tuple(scale is not None for scale in draws.row_scales),
+        },
+    }
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether every row begins at a 16-byte boundary."""
+    starts = [x.data_ptr()]
+    starts += [x.stride(i) * x.element_size() for i in (0, 1) if x.shape[i] > 1]
+    return x.stride(2) == 1 and all(start % VECTOR_BYTES == 0 for start in starts)
+
+
+def _adjust(z: Tensor, rows: _RowDraws, draws: Draws, V: int, stride: int) -> Launch:
+    seen = _seen(draws.prompt, draws.history)
+    widths = draws.added_ids.shape[1] + draws.bias_ids.shape[1] + seen.ids.shape[1]
+    return Launch(
+        adjust_kernel,
+        (z.shape[0],),
+        {
+            "z_out": z,
+            "draws": rows,
+            "seen": seen,
+            "V": V,
+            "stride": stride,
+            "added_width": draws.added_ids.shape[1],
+            "bias_width": draws.bias_ids.shape[1],
+            "seen_width": seen.ids.shape[1],
+        },
+        {"BLOCK": configs.ADJUST.block},
+        configs.ADJUST.warps,
+        bytes_moved=20 * z.shape[0] * widths,
+        flops=6 * z.shape[0] * widths,
+    )
+
+
+def _seen(prompt: Tensor, history: Tensor) -> _Seen:
+    """Each id once, and how often it was generated, by sorting; nothing here looks at the numbers."""
+    ids = torch.cat([prompt, history], 1).sort(dim=1).values
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    generated = history.sort(dim=1).values
+    last = torch.searchsorted(generated, ids, right=True)
+    times = last - torch.searchsorted(generated, ids)
+    return _Seen(torch.where(again, -1, ids).contiguous(), times.contiguous())
