@@ -14,6 +14,7 @@ from torch import Tensor
 
 import auxkern
 from auxkern.bench.cases import DTYPES, Case
+from auxkern.bench.losses import LossOperator
 from auxkern.bench.operators import Errors, Floor, Implementation
 from auxkern.bench.peers import compiled_peers, imported, is_installed
 
@@ -45,7 +46,7 @@ class Exact:
     largest_logit: float
 
 
-class CrossEntropy:
+class CrossEntropy(LossOperator):
     name = "cross_entropy"
 
     def needed_bytes(self, case: Case) -> int:
@@ -116,8 +117,10 @@ class CrossEntropy:
         summation = 4 * 2**-24 * math.sqrt(leaf.shape[-1])
         eps = torch.finfo(leaf.dtype).eps  # 2 u
         return Errors(
-            loss=abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss)),
-            gradient=difference / largest,
+            {
+                "loss": abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss)),
+                "gradient": difference / largest,
+            },
             tolerance={
                 "loss": summation + 2 * eps,
                 "gradient": summation + eps / 2 * (1 + exact.largest_logit),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import auxkern
 from auxkern.bench.cases import DTYPES, Case
+from auxkern.bench.losses import LossOperator
 from auxkern.bench.operators import Errors, Floor, Implementation
 from auxkern.bench.peers import compiled_peers, imported, is_installed
 
@@ -57,7 +58,7 @@ class Exact:
     largest_logit: float
 
 
-class Linear:
+class Linear(LossOperator):
     name = "linear"
 
     def needed_bytes(self, case: Case) -> int:
@@ -115,12 +116,12 @@ class Linear:
         V = inputs.aux_weight.shape[0]
         summation = 4 * 2**-24 * math.sqrt(max(V, inputs.target.numel()))
         eps = torch.finfo(inputs.aux_weight.dtype).eps  # 2 u
+        gradient = _worse(
+            _relative(inputs.aux_hidden.grad, exact.rows, exact.d_hidden),
+            _relative(inputs.aux_weight.grad, exact.ids, exact.d_weight),
+        )
         return Errors(
-            loss=abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss)),
-            gradient=_worse(
-                _relative(inputs.aux_hidden.grad, exact.rows, exact.d_hidden),
-                _relative(inputs.aux_weight.grad, exact.ids, exact.d_weight),
-            ),
+            {"loss": abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss)), "gradient": gradient},
             tolerance={
                 "loss": summation + 2 * eps,
                 "gradient": summation + eps / 2 * (1 + exact.largest_logit),

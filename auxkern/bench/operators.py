@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,13 +15,14 @@ from auxkern.bench.cases import OPERATORS, Case
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operator's loss.
+    """One way to compute what an operator computes.
 
     Attributes:
         name: what tables call it; "eager" is the one that ratios refer to.
         description: the code that runs, for legends.
         ours: whether it belongs to auxkern.
-        loss: inputs -> 0-d loss, with a graph to ``inputs.leaves()`` where gradients are enabled.
+        run: inputs -> 0-d loss, with a graph to ``inputs.leaves()`` where gradients are enabled; or
+            inputs -> tokens (N,).
         release: drops the memory that it keeps from call to call. Called before peak memory is
             measured, so that what a call keeps is counted as the call's.
     """
@@ -29,25 +30,33 @@ class Implementation:
     name: str
     description: str
     ours: bool
-    loss: Callable[[Any], Tensor]
+    run: Callable[[Any], Tensor]
     release: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
 class Errors:
-    """How far an implementation is from float64, relative; and how far it may be.
+    """How far an implementation is from what is right, by what is compared; and how far it may be.
 
-    ``tolerance`` has an entry for "loss" and one for "gradient".
+    Losses have the entries "loss" and "gradient", relative to float64, in both.
     """
 
-    loss: float
-    gradient: float
+    values: dict[str, float]
     tolerance: dict[str, float]
 
     @property
     def passed(self) -> bool:
         # Written so that NaN does not pass.
-        return self.loss <= self.tolerance["loss"] and self.gradient <= self.tolerance["gradient"]
+        return all(self.values[name] <= allowed for name, allowed in self.tolerance.items())
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{_ERRORS[name]} {self.values[name]:.1e} ({allowed:.1e} is allowed)"
+            for name, allowed in self.tolerance.items()
+        )
+
+
+_ERRORS = {"loss": "relative error of the loss", "gradient": "of the gradient"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,15 @@ class Inputs(Protocol):
 
 
 class Operator(Protocol):
-    """Everything about one operator that a benchmark must know."""
+    """Everything about one operator that a benchmark must know.
+
+    Attributes:
+        name: one of ``auxkern.bench.cases.OPERATORS``.
+        kernel: the method that a backend must have to run it.
+    """
 
     name: str
+    kernel: str
 
     def needed_bytes(self, case: Case) -> int:
         """Memory that the hungriest implementation takes, inputs included."""
@@ -96,8 +111,14 @@ class Operator(Protocol):
         """The float64 result, computed once per case."""
         ...
 
-    def errors(self, inputs: Any, exact: Any, loss: Tensor) -> Errors:
-        """Errors of ``loss`` and of the gradients that now lie in ``inputs.leaves()``."""
+    def step(self, inputs: Any, implementation: Implementation, name: str) -> Tensor:
+        """Runs the pass called ``name`` as it is timed, and returns what came out, without a graph."""
+        ...
+
+    def check(
+        self, inputs: Any, exact: Any, implementation: Implementation, made: Mapping[str, Tensor]
+    ) -> Errors:
+        """Errors of what the steps made, by pass name, and of the gradients that now lie in the leaves."""
         ...
 
     def floors(self, inputs: Any) -> dict[str, Floor]:

@@ -7,17 +7,19 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auxkern.bench.results import PASSES, CaseResult, Result, Run, replace_file
+from auxkern.bench.results import DRAW, PASSES, CaseResult, Result, Run, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 SUFFIXES = (".png", ".svg")
-# (forward, forward + backward): light and dark of one hue.
+# (forward, forward + backward or draw): light and dark of one hue.
 _OURS, _PEER = ("#9ecae1", "#1f6fb4"), ("#d0d0d0", "#7f7f7f")
-_BAR = 0.38  # height of one bar where neighbours are 1 apart
-_INCH_PER_IMPLEMENTATION, _INCH_PER_CASE, _INCH_HEAD, _INCH_FOOT, _WIDTH = 0.46, 0.8, 1.1, 0.75, 11.0
+_FLOOR = ("#e6a15c", "#c8102e")
+_BARS = 0.76  # height of all bars of an implementation where neighbours are 1 apart
+_INCH_PER_IMPLEMENTATION = {1: 0.3, 2: 0.46}  # by number of passes
+_INCH_PER_CASE, _INCH_HEAD, _INCH_FOOT, _WIDTH = 0.8, 1.1, 0.75, 11.0
 
 
 def plot(run: Run, path: Path) -> None:
@@ -40,7 +42,9 @@ def plot(run: Run, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = [_INCH_PER_CASE + _INCH_PER_IMPLEMENTATION * len(_timed(case)) for case in cases]
+    heights = [
+        _INCH_PER_CASE + _INCH_PER_IMPLEMENTATION[len(case.pass_names)] * len(_timed(case)) for case in cases
+    ]
     parts = (_INCH_HEAD, sum(heights), _INCH_FOOT)
     figure = Figure(figsize=(_WIDTH, sum(parts)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -58,17 +62,28 @@ def plot(run: Run, path: Path) -> None:
 
 def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
     """Title, what the work is, legend."""
-    figure.suptitle("Loss of a sum of logits: how long it takes, how much memory", fontsize=14, y=0.97)
-    terms = sorted({case.terms for case in cases})
+    kinds = {case.pass_names for case in cases}
+    terms = " or ".join(map(str, sorted({case.terms for case in cases})))
+    work = {
+        PASSES: (
+            "Loss of a sum of logits",
+            f"cross-entropy of {terms} terms (N rows, V vocabulary), gradient for the last",
+        ),
+        DRAW: (
+            "Tokens from a sum of logits",
+            f"a token for each of N rows from {terms} terms (V vocabulary)",
+        ),
+    }
+    titles, whats = zip(*(words for kind, words in work.items() if kind in kinds), strict=True)
+    figure.suptitle(f"{' · '.join(titles)}: how long it takes, how much memory", fontsize=14, y=0.97)
     figure.text(
         0.5,
         0.58,
-        f"cross-entropy of {' or '.join(map(str, terms))} terms (N rows, V vocabulary), gradient for the last"
-        ". Shorter is better; (2.0x) = twice the speed of eager PyTorch",
+        f"{'; '.join(whats)}. Shorter is better; (2.0x) = twice the speed of eager PyTorch",
         ha="center",
         fontsize=9.5,
     )
-    handles = _legend_handles()
+    handles = _legend_handles(kinds)
     figure.legend(
         handles=handles,
         loc="lower center",
@@ -83,9 +98,19 @@ def _timed(case: CaseResult) -> list[Result]:
     return [result for result in case.results if result.passes]
 
 
+def _bars(case: CaseResult) -> list[tuple[float, float, int, str]]:
+    """(offset from the implementation's place, height, shade, pass) of each bar; a single one is dark."""
+    count = len(case.pass_names)
+    height = _BARS / count
+    return [
+        ((index - (count - 1) / 2) * height, height, index + 2 - count, name)
+        for index, name in enumerate(case.pass_names)
+    ]
+
+
 def _draw_time(axes: Axes, case: CaseResult) -> None:
     results = _timed(case)
-    for offset, (shade, name) in zip((-_BAR / 2, _BAR / 2), enumerate(PASSES), strict=True):
+    for offset, height, shade, name in _bars(case):
         timings = [result.passes[name].time for result in results]
         medians = [timing.median * 1e3 for timing in timings]
         errors = [
@@ -96,23 +121,23 @@ def _draw_time(axes: Axes, case: CaseResult) -> None:
         axes.barh(
             positions,
             medians,
-            _BAR,
+            height,
             xerr=errors,
             color=_colours(results, shade),
             error_kw={"lw": 0.8, "alpha": 0.6},
         )
-        axes.axvline(case.floor[name].median * 1e3, color=("#e6a15c", "#c8102e")[shade], lw=1.1, ls="--")
+        axes.axvline(case.floor[name].median * 1e3, color=_FLOOR[shade], lw=1.1, ls="--")
         eager = case.eager(name)
         for position, timing in zip(positions, timings, strict=True):
             ratio = f"  ({eager / timing.median:.1f}x)" if eager and eager != timing.median else ""
             _label(axes, timing.q3 * 1e3, position, f"{timing.milliseconds()[0]} ms{ratio}")
-    _finish(axes, results, f"{case.model}: {' · '.join([*case.sizes, case.dtype])}", "time, ms")
+    _finish(axes, results, f"{case.model}: {' · '.join([*case.details])}", "time, ms")
 
 
 def _draw_memory(axes: Axes, case: CaseResult) -> None:
     results = _timed(case)
     known = False
-    for offset, (shade, name) in zip((-_BAR / 2, _BAR / 2), enumerate(PASSES), strict=True):
+    for offset, height, shade, name in _bars(case):
         for index, result in enumerate(results):
             extra = result.passes[name].extra_bytes
             position = index + offset
@@ -120,7 +145,7 @@ def _draw_memory(axes: Axes, case: CaseResult) -> None:
                 _label(axes, 0, position, "n/a")
                 continue
             known = True
-            axes.barh(position, extra / 1e6, _BAR, color=_colours([result], shade))
+            axes.barh(position, extra / 1e6, height, color=_colours([result], shade))
             _label(axes, extra / 1e6, position, f"{extra / 1e6:,.0f} MB")
     _finish(axes, results, "peak memory beyond the inputs", "memory, MB")
     axes.set_yticklabels([])
@@ -158,17 +183,25 @@ def _colours(results: list[Result], shade: int) -> list[str]:
     return [(_OURS if result.ours else _PEER)[shade] for result in results]
 
 
-def _legend_handles() -> list[Any]:
+def _legend_handles(kinds: set[tuple[str, ...]]) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    light = "forward" if PASSES in kinds else None
+    dark = " or ".join(
+        title for kind, title in {PASSES: "forward + backward", DRAW: "draw"}.items() if kind in kinds
+    )
+    words = [(shade, title) for shade, title in enumerate((light, dark)) if title]
     return [
-        Patch(color=_OURS[0], label="auxkern: forward"),
-        Patch(color=_OURS[1], label="forward + backward"),
-        Patch(color=_PEER[0], label="others: forward"),
-        Patch(color=_PEER[1], label="forward + backward"),
-        Line2D([], [], color="#e6a15c", ls="--", lw=1.1, label="floor, forward"),
-        Line2D([], [], color="#c8102e", ls="--", lw=1.1, label="floor, forward + backward"),
+        *(
+            Patch(color=colours[shade], label=title if index else f"{who}: {title}")
+            for who, colours in (("auxkern", _OURS), ("others", _PEER))
+            for index, (shade, title) in enumerate(words)
+        ),
+        *(
+            Line2D([], [], color=_FLOOR[shade], ls="--", lw=1.1, label=f"floor, {title}")
+            for shade, title in words
+        ),
     ]
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-PASSES = ("forward", "forward_backward")
-PASS_TITLES = {"forward": "forward", "forward_backward": "fwd + bwd"}
+PASSES = ("forward", "forward_backward")  # of a loss
+DRAW = ("draw",)  # of sampling
+PASS_TITLES = {"forward": "forward", "forward_backward": "fwd + bwd", "draw": "draw"}
+_ERROR_OF = {"forward": "loss_error", "forward_backward": "gradient_error", "draw": "draw_error"}
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ class Result:
         name: what tables call it.
         description: the code that ran, for legends.
         ours: whether it belongs to auxkern.
-        status: "ok", "wrong" (fails the float64 check, not timed) or "failed" (raised).
+        status: "ok", "wrong" (fails the check, not timed) or "failed" (raised).
         message: why it is wrong or failed, empty otherwise.
         loss_error: |loss - exact| / max(1, |exact|).
         gradient_error: max |d - exact| / max |exact| over the checked rows.
-        first_call_seconds: time of its first forward and backward, compilation included.
+        first_call_seconds: time of its first run of each pass, compilation included.
         passes: ``Measured`` by pass name; empty unless status is "ok".
+        draw_error: share of rows that have another token than the reference's, for ours; share of tokens
+            that the filters do not keep, for others.
     """
 
     name: str
@@ -84,6 +88,12 @@ class Result:
     gradient_error: float | None = None
     first_call_seconds: float | None = None
     passes: dict[str, Measured] = field(default_factory=dict)
+    draw_error: float | None = None
+
+    def error(self, name: str) -> float | None:
+        """What the pass called ``name`` is checked for."""
+        found: float | None = getattr(self, _ERROR_OF[name])
+        return found
 
 
 @dataclass
@@ -95,8 +105,8 @@ class CaseResult:
         model: name of the vocabulary ("gpt2") or of the data ("smollm2 on wordnet").
         V, N: vocabulary and rows.
         dtype: "float32", "bfloat16" or "float16", of every term.
-        terms: number of terms; the last one asks for a gradient.
-        tolerance: largest "loss" and "gradient" error that pass the float64 check.
+        terms: number of terms; of a loss the last one asks for a gradient.
+        tolerance: largest errors that pass the check, by what is compared.
         floor: time of the least work, by pass name: one pass over the same bytes, or the bare
             matrix products.
         floor_bytes: those bytes, by pass name, 0 where there are none.
@@ -104,6 +114,7 @@ class CaseResult:
         notes: remarks for the reader.
         floor_flops: multiplications and additions of those products, by pass name.
         widths: D of each head; empty where the terms are logits.
+        filters: which filters are drawn with; empty for a loss.
     """
 
     op: str
@@ -119,16 +130,23 @@ class CaseResult:
     notes: list[str] = field(default_factory=list)
     floor_flops: dict[str, int] = field(default_factory=dict)
     widths: list[int] = field(default_factory=list)
+    filters: str = ""
 
     @property
-    def sizes(self) -> list[str]:
-        """V, N and, of heads, the widths D, as text."""
-        sizes = [f"V {self.V:,}", f"N {self.N:,}"]
-        return sizes + ([f"D {' + '.join(map(str, self.widths))}"] if self.widths else [])
+    def pass_names(self) -> tuple[str, ...]:
+        """The passes that are measured."""
+        return DRAW if self.op == "sample" else PASSES
+
+    @property
+    def details(self) -> list[str]:
+        """V, N, of heads the widths D, dtype, and filters, as text."""
+        widths = [f"D {' + '.join(map(str, self.widths))}"] if self.widths else []
+        filters = [self.filters] if self.filters else []
+        return [f"V {self.V:,}", f"N {self.N:,}", *widths, self.dtype, *filters]
 
     @property
     def title(self) -> str:
-        return " · ".join([self.op, self.model, *self.sizes, self.dtype])
+        return " · ".join([self.op, self.model, *self.details])
 
     def eager(self, name: str) -> float | None:
         """Median seconds of eager PyTorch in the pass called ``name``; None if it has none."""

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from auxkern.bench import memory
 from auxkern.bench.cases import DTYPES, Case
 from auxkern.bench.machine import OtherWork
 from auxkern.bench.operators import Implementation, Operator
-from auxkern.bench.results import PASS_TITLES, PASSES, CaseResult, Measured, Result
+from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, clock_for, measure_in_turns
 from auxkern.ops import registry
 
@@ -40,7 +39,10 @@ Progress = Callable[[float, str], None]  # (share done in [0, 1], what is happen
 
 
 def backends_for(
-    device: torch.device, dtype: torch.dtype, asked: Iterable[str] | None
+    device: torch.device,
+    dtype: torch.dtype,
+    asked: Iterable[str] | None,
+    kernel: str = "cross_entropy_forward",
 ) -> tuple[list[str], list[str]]:
     """The auxkern backends to measure on ``device``, and remarks for the reader.
 
@@ -49,6 +51,7 @@ def backends_for(
         dtype: of the terms.
         asked: backend names from the user, each of which must run; None for every backend that
             is chosen on this device for speed.
+        kernel: the method that a backend must have.
 
     Raises:
         ValueError: there is no backend of a name.
@@ -58,8 +61,13 @@ def backends_for(
         names = list(dict.fromkeys(asked))
         for name in names:
             registry.choose(name, device, (dtype,))
+            if not hasattr(registry.load(name), kernel):
+                raise RuntimeError(f"backend {name!r} has no kernel for this operator")
         return names, []
     reasons = {name: registry.refusal(name, device, (dtype,)) for name in registry.BACKENDS}
+    for name, reason in reasons.items():
+        if reason is None and not hasattr(registry.load(name), kernel):
+            reasons[name] = "it has no kernel for this operator"
     fast = [name for name, reason in reasons.items() if reason is None and name != "reference"]
     if device.type == "cpu" and "triton" in fast:
         fast.remove("triton")  # its interpreter proves kernels, it has no speed to measure
@@ -84,7 +92,7 @@ def measure_case(
     Raises:
         ValueError, RuntimeError: see ``backends_for``.
     """
-    names, notes = backends_for(device, DTYPES[case.dtype], backends)
+    names, notes = backends_for(device, DTYPES[case.dtype], backends, operator.kernel)
     needed, available = operator.needed_bytes(case), memory.available_bytes(device)
     result = CaseResult(
         case.op, case.model, case.V, case.N, case.dtype, case.terms, notes=notes, widths=list(case.widths)
@@ -136,9 +144,9 @@ def measure_inputs(
         result.results.append(row)
         if row.status != "ok":
             continue
-        for name in PASSES:
+        for name in result.pass_names:
             extra[implementation.name, name] = (
-                None if memory_refusal else _extra_bytes(inputs, implementation, name, device)
+                None if memory_refusal else _extra_bytes(operator, inputs, implementation, name, device)
             )
     good = [
         (row, implementation)
@@ -160,8 +168,9 @@ def _time(
     progress: Progress,
 ) -> None:
     floors = operator.floors(inputs)
-    keys = [(row, name) for row, _ in good for name in PASSES]
-    calls = [_call(inputs, implementation, name) for _, implementation in good for name in PASSES]
+    names = result.pass_names
+    keys = [(row, name) for row, _ in good for name in names]
+    calls = [_call(operator, inputs, implementation, name) for _, implementation in good for name in names]
     calls += [Call(floor.run, before=lambda: _drop_gradients(inputs)) for floor in floors.values()]
     other_work = OtherWork()
     timings = measure_in_turns(
@@ -185,7 +194,7 @@ def _time(
     noisy = [
         f"{row.name} ({PASS_TITLES[name]})"
         for row, _ in good
-        for name in PASSES
+        for name in names
         if row.passes[name].time.noisy
     ]
     noisy += [f"floor ({PASS_TITLES[name]})" for name, timing in result.floor.items() if timing.noisy]
@@ -200,35 +209,23 @@ def _check(
     _drop_gradients(inputs)
     start = time.perf_counter()
     try:
-        with torch.no_grad():
-            evaluated = implementation.loss(inputs)
-        loss = implementation.loss(inputs)
-        loss.backward()
+        made = {name: operator.step(inputs, implementation, name) for name in case.pass_names}
         row.first_call_seconds = time.perf_counter() - start
-        errors = operator.errors(inputs, exact, loss.detach())
-        # A forward without gradients may take another path; it must say the same.
-        errors_alone = operator.errors(inputs, exact, evaluated)
+        errors = operator.check(inputs, exact, implementation, made)
     except Exception as error:  # a peer may raise anything; the others are still worth measuring
         row.status = "failed"
         row.message = _first_line(error)
         return row
     finally:
         _drop_gradients(inputs)
-    row.loss_error = _worst(errors.loss, errors_alone.loss)
-    row.gradient_error = errors.gradient
+    row.loss_error = errors.values.get("loss")
+    row.gradient_error = errors.values.get("gradient")
+    row.draw_error = errors.values.get("draw")
     case.tolerance = errors.tolerance
-    if not (errors.passed and errors_alone.passed):
+    if not errors.passed:
         row.status = "wrong"
-        row.message = (
-            f"relative error of the loss {row.loss_error:.1e} ({errors.tolerance['loss']:.1e} is allowed), "
-            f"of the gradient {row.gradient_error:.1e} ({errors.tolerance['gradient']:.1e} is allowed)"
-        )
+        row.message = str(errors)
     return row
-
-
-def _worst(*errors: float) -> float:
-    # max() would lose a NaN that is not its first argument.
-    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def _first_line(error: Exception) -> str:
@@ -236,25 +233,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _extra_bytes(inputs: Any, implementation: Implementation, name: str, device: torch.device) -> int:
-    call = _call(inputs, implementation, name)
+def _extra_bytes(
+    operator: Operator, inputs: Any, implementation: Implementation, name: str, device: torch.device
+) -> int:
+    call = _call(operator, inputs, implementation, name)
     call.before()
     implementation.release()
     return memory.peak_extra_bytes(call.run, device)
 
 
-def _call(inputs: Any, implementation: Implementation, name: str) -> Call:
+def _call(operator: Operator, inputs: Any, implementation: Implementation, name: str) -> Call:
     return Call(
-        run=(lambda: _forward(inputs, implementation))
-        if name == "forward"
-        else (lambda: implementation.loss(inputs).backward()),
-        before=lambda: _drop_gradients(inputs),
+        run=lambda: operator.step(inputs, implementation, name), before=lambda: _drop_gradients(inputs)
     )
-
-
-def _forward(inputs: Any, implementation: Implementation) -> Tensor:
-    with torch.no_grad():
-        return implementation.loss(inputs)
 
 
 def _drop_gradients(inputs: Any) -> None:
