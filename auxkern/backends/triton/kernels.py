@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import head_cases, plans
+from auxkern.backends.triton import head_cases, plans, sampling_cases
 from auxkern.backends.triton.cross_entropy import backward_kernel, combine_kernel, forward_kernel
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.linear_cross_entropy import (
@@ -22,6 +22,13 @@ from auxkern.backends.triton.linear_cross_entropy import (
     heads_forward_kernel,
     heads_gradient_kernel,
     heads_scale_kernel,
+)
+from auxkern.backends.triton.sampling import (
+    adjust_kernel,
+    choose_kernel,
+    draw_kernel,
+    filter_kernel,
+    sum_kernel,
 )
 
 VOCABULARIES = {"SmolLM2": 49152, "GPT-2": 50257, "Llama-3": 128256, "Gemma": 262144}
@@ -138,12 +145,12 @@ def _backward_cases(model: str) -> Iterator[Case]:
     yield Case("fp16+fp32, vocab_size < V", model, _ROWS, shared)
 
 
-def _of_heads(
-    launches: Callable[[int], Iterator[tuple[str, Launch]]],
+def _of(
+    launches: Callable[[int], Iterator[tuple[str, Launch]]], rows: int
 ) -> Callable[[str], Iterator[Case]]:
     def cases(model: str) -> Iterator[Case]:
         for label, launch in launches(VOCABULARIES[model]):
-            yield Case(label, model, head_cases.ROWS, launch)
+            yield Case(label, model, rows, launch)
 
     return cases
 
@@ -152,8 +159,13 @@ KERNELS = (
     Kernel(forward_kernel, _forward_cases, vectors=True),
     Kernel(combine_kernel, _combine_cases, vectors=False),
     Kernel(backward_kernel, _backward_cases, vectors=True),
-    Kernel(heads_forward_kernel, _of_heads(head_cases.forward_cases), vectors=False, dot=True),
-    Kernel(heads_combine_kernel, _of_heads(head_cases.combine_cases), vectors=False),
-    Kernel(heads_scale_kernel, _of_heads(head_cases.scale_cases), vectors=False),
-    Kernel(heads_gradient_kernel, _of_heads(head_cases.gradient_cases), vectors=False, dot=True),
+    Kernel(heads_forward_kernel, _of(head_cases.forward_cases, head_cases.ROWS), vectors=False, dot=True),
+    Kernel(heads_combine_kernel, _of(head_cases.combine_cases, head_cases.ROWS), vectors=False),
+    Kernel(heads_scale_kernel, _of(head_cases.scale_cases, head_cases.ROWS), vectors=False),
+    Kernel(heads_gradient_kernel, _of(head_cases.gradient_cases, head_cases.ROWS), vectors=False, dot=True),
+    Kernel(draw_kernel, _of(sampling_cases.draw_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(choose_kernel, _of(sampling_cases.choose_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(sum_kernel, _of(sampling_cases.sum_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(adjust_kernel, _of(sampling_cases.adjust_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(filter_kernel, _of(sampling_cases.filter_cases, sampling_cases.ROWS), vectors=False),
 )

@@ -127,11 +127,18 @@ def _decode(code):
 
 
 @triton.jit
-def row_pointer(term, row):
-    """Pointer to [row, 0] of a term; offsets in int64, for N * V passes 2**31."""
+def row_pointer(term, row, ALIGNED: tl.constexpr = False):
+    """Pointer to [row, 0] of a term; offsets in int64, for N * V passes 2**31.
+
+    ALIGNED says that it is a multiple of 16 bytes, here and not in the caller, where the compiler
+    would lose it with the call.
+    """
     inner = _decode(term.inner)
     outer_offset = (row // inner).to(tl.int64) * _decode(term.outer_stride)
-    return term.logits + outer_offset + (row % inner).to(tl.int64) * _decode(term.inner_stride)
+    pointer = term.logits + outer_offset + (row % inner).to(tl.int64) * _decode(term.inner_stride)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from auxkern.backends.triton.cross_entropy import shares_of
 from auxkern.backends.triton.numerics import log1p
-from auxkern.backends.triton.rows import body_pointers
+from auxkern.backends.triton.rows import row_pointer
 
 _NO_ID: tl.constexpr = tl.constexpr(2**31 - 1)
 _UNIT: tl.constexpr = tl.constexpr(2.0**-32)
@@ -24,8 +24,7 @@ _OK: tl.constexpr = tl.constexpr(0)
 _NAN: tl.constexpr = tl.constexpr(1)
 _EMPTY: tl.constexpr = tl.constexpr(2)
 _INFINITE: tl.constexpr = tl.constexpr(3)
-# A radix search decides 4 bits at a time between 16 thresholds.
-_BITS: tl.constexpr = tl.constexpr(4)
+# A radix search decides 4 bits at a time between 16 thresholds, in 8 steps.
 _DIGITS: tl.constexpr = tl.constexpr(16)
 
 
@@ -41,15 +40,30 @@ def _noise(seed, position, start, BLOCK: tl.constexpr):
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK])
     below = bits < 0x80000000
     # Converted as signed: the value above a half is taken from 1 - u, which is then the precise one.
-    small = tl.where(below, bits, ~bits).to(tl.int32).to(tl.float32)
+    small = tl.where(below, bits, bits ^ 0xFFFFFFFF).to(tl.int32).to(tl.float32)
     u = (small + 0.5) * _UNIT
     w = tl.where(below, log1p(u / (1.0 - u)), -tl.log(u))
     return -tl.log(w)
 
 
 @triton.jit
-def _sum(terms, row_scales, pointers, row, ids, mask, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr):
-    """z at ``ids``, 0 where ``mask`` forbids to read."""
+def _row_pointers(terms, row, ALIGNED: tl.constexpr):
+    """Pointers to [row, 0] of each term, as a tuple."""
+    pointers = ()
+    for i in tl.static_range(len(terms)):
+        pointers += (row_pointer(terms[i], row, ALIGNED[i]),)
+    return pointers
+
+
+@triton.jit
+def _sum(
+    terms, row_scales, pointers, row, ids, V,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """z at ``ids``, -inf from V on; a WHOLE tile needs no mask, which would make its loads narrow."""
+    mask = ids == ids
+    if not WHOLE:
+        mask = ids < V
     shares = shares_of(terms, pointers, ids, mask, UNIT, CAPPED)
     z = tl.zeros_like(shares[0])
     for i in tl.static_range(len(shares)):
@@ -57,7 +71,7 @@ def _sum(terms, row_scales, pointers, row, ids, mask, UNIT: tl.constexpr, CAPPED
             z += shares[i] * tl.load(row_scales[i] + row)
         else:
             z += shares[i]
-    return z
+    return tl.where(mask, z, -float("inf"))
 
 
 @triton.jit
@@ -67,8 +81,18 @@ def _pivot(largest):
 
 
 @triton.jit
-def _nans(z, mask):
-    return tl.max(((z != z) & mask).to(tl.int32), axis=0)
+def _nans(z):
+    return tl.max((z != z).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _share_of_program(split, splits, V, BLOCK: tl.constexpr):
+    """(begin, end of whole tiles, end) of the columns that program ``split`` takes."""
+    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
+    # Not cut at V, which would hide from the compiler that it is a multiple of BLOCK.
+    begin = split * share
+    end = tl.minimum(begin + share, V)
+    return begin, begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK, end
 
 
 @triton.jit
@@ -110,6 +134,17 @@ def _tile_draw(z, kept, ids, noise, largest, temperature, has_nan, LOGPROB: tl.c
 
 
 @triton.jit
+def _step(
+    state, z, ids, seed, position, start, greedy, temperature, LOGPROB: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``state`` after another tile."""
+    noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
+    largest = tl.maximum(state[0], tl.max(z, axis=0))
+    tile = _tile_draw(z, z > -float("inf"), ids, noise, largest, temperature, _nans(z), LOGPROB)
+    return _merge(_moved(state, largest, temperature), tile)
+
+
+@triton.jit
 def _write(state, out, row, greedy, LOGPROB: tl.constexpr):
     """The row's token, status and log-probability."""
     status = tl.where(state[0] == -float("inf"), _EMPTY, _OK)
@@ -143,26 +178,24 @@ def draw_kernel(
     temperature = tl.where(greedy, 1.0, temperature)
     seed = tl.load(draws.seed + row)
     position = tl.load(draws.position + row)
-    pointers = body_pointers(terms, row, 0, ALIGNED)
-    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
+    pointers = _row_pointers(terms, row, ALIGNED)
+    begin, whole, end = _share_of_program(split, splits, V, BLOCK)
     nothing = -float("inf")
     state = (nothing, nothing, nothing, _NO_ID, 0.0, 0)
-    for start in range(split * share, tl.minimum((split + 1) * share, V), BLOCK):
+    for start in range(begin, whole, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        mask = ids < V
-        z = _sum(terms, row_scales, pointers, row, ids, mask, UNIT, CAPPED, SCALED)
-        z = tl.where(mask, z, nothing)
-        noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
-        largest = tl.maximum(state[0], tl.max(z, axis=0))
-        kept = z > nothing
-        tile = _tile_draw(z, kept, ids, noise, largest, temperature, _nans(z, mask), LOGPROB)
-        state = _merge(_moved(state, largest, temperature), tile)
+        z = _sum(terms, row_scales, pointers, row, ids, V, UNIT, CAPPED, SCALED, True)
+        state = _step(state, z, ids, seed, position, start, greedy, temperature, LOGPROB, BLOCK)
+    if whole < end:
+        ids = tl.multiple_of(whole, BLOCK) + tl.arange(0, BLOCK)
+        z = _sum(terms, row_scales, pointers, row, ids, V, UNIT, CAPPED, SCALED, False)
+        state = _step(state, z, ids, seed, position, whole, greedy, temperature, LOGPROB, BLOCK)
     plane = N.to(tl.int64) * splits
     at = row * splits + split
     for i in tl.static_range(3):
         tl.store(partial.floats + i * plane + at, state[i])
     tl.store(partial.floats + 3 * plane + at, state[4])
-    tl.store(partial.floats + 4 * plane + at, state[5].to(tl.float32))
+    tl.store(partial.floats + 4 * plane + at, tl.where(state[5] != 0, 1.0, 0.0))
     tl.store(partial.ids + at, state[3])
 
 
@@ -202,21 +235,24 @@ def choose_kernel(
 def sum_kernel(
     terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
     row_scales,  # I of (N,) float32, where SCALED
-    z_out,  # (N, stride) float32
+    z_out,  # (N, stride) float32, whole tiles
     V, stride, splits,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z of row program_id(0), from its share program_id(1) of ``splits`` of the columns."""
     row = tl.program_id(0).to(tl.int64)
-    pointers = body_pointers(terms, row, 0, ALIGNED)
-    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
-    begin = tl.program_id(1) * share
+    pointers = _row_pointers(terms, row, ALIGNED)
+    begin, whole, end = _share_of_program(tl.program_id(1), splits, V, BLOCK)
     z_row = tl.multiple_of(z_out + row * stride, 16)
-    for start in range(begin, tl.minimum(begin + share, V), BLOCK):
+    for start in range(begin, whole, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        mask = ids < V
-        tl.store(z_row + ids, _sum(terms, row_scales, pointers, row, ids, mask, UNIT, CAPPED, SCALED), mask)
+        z = _sum(terms, row_scales, pointers, row, ids, V, UNIT, CAPPED, SCALED, True)
+        tl.store(z_row + ids, z)
+    if whole < end:
+        ids = tl.multiple_of(whole, BLOCK) + tl.arange(0, BLOCK)
+        z = _sum(terms, row_scales, pointers, row, ids, V, UNIT, CAPPED, SCALED, False)
+        tl.store(z_row + ids, z)
 
 
 @triton.jit
@@ -269,15 +305,17 @@ def _key(z):
 
 
 @triton.jit
-def _weights_above(z_row, thresholds, least, V, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _weights_above(
+    z_row, thresholds, least, stride, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
     """(16,) float64: how many ids, or how much exp d, have a key of at least ``least`` and each threshold."""
     totals = tl.zeros([_DIGITS], tl.float64)
-    for start in range(0, V, BLOCK):
+    for start in range(0, stride, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        z = tl.load(z_row + ids, ids < V, -float("inf"))
+        z = tl.load(z_row + ids)
         key = _key(z)
         if COUNT:
-            weight = tl.where(ids < V, 1.0, 0.0)
+            weight = tl.where(z > -float("inf"), 1.0, 0.0)
         else:
             weight = tl.where(key >= least, tl.exp((z - pivot) / temperature), 0.0)
         above = tl.where(key[:, None] >= thresholds[None, :], weight[:, None], 0.0)
@@ -286,15 +324,15 @@ def _weights_above(z_row, thresholds, least, V, pivot, temperature, COUNT: tl.co
 
 
 @triton.jit
-def _search(z_row, wanted, least, V, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _search(z_row, wanted, least, stride, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """(largest key t whose weight at or above it reaches ``wanted``, weight above t)."""
     digit = tl.arange(0, _DIGITS).to(tl.uint32)
     prefix = tl.zeros([], tl.uint32)
     over = tl.zeros([], tl.float64)
-    for step in range(32 // _BITS):
-        shift = (32 - _BITS * (step + 1)).to(tl.uint32)
+    for step in range(8):
+        shift = 28 - 4 * step
         thresholds = prefix + (digit << shift)
-        totals = _weights_above(z_row, thresholds, least, V, pivot, temperature, COUNT, BLOCK)
+        totals = _weights_above(z_row, thresholds, least, stride, pivot, temperature, COUNT, BLOCK)
         # Thresholds rise and totals fall; the first one was reached in the step before.
         reached = (totals >= wanted) | (digit == 0)
         chosen = tl.max(tl.where(reached, digit, 0), axis=0)
@@ -304,21 +342,21 @@ def _search(z_row, wanted, least, V, pivot, temperature, COUNT: tl.constexpr, BL
 
 
 @triton.jit
-def _row_stats(z_row, V, BLOCK: tl.constexpr):
+def _row_stats(z_row, stride, BLOCK: tl.constexpr):
     """(largest z, whether one is NaN)."""
     largest = -float("inf")
     nans = 0
-    for start in range(0, V, BLOCK):
+    for start in range(0, stride, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        z = tl.load(z_row + ids, ids < V, -float("inf"))
+        z = tl.load(z_row + ids)
         largest = tl.maximum(largest, tl.max(z, axis=0))
-        nans = tl.maximum(nans, _nans(z, ids < V))
+        nans = tl.maximum(nans, _nans(z))
     return largest, nans
 
 
 @triton.jit(do_not_specialize=["V", "stride"])
 def filter_kernel(
-    z_in,  # (N, stride) float32
+    z_in,  # (N, stride) float32, -inf from V on
     draws,  # Draws
     out,  # (N,) int64, int32, float32
     V, stride,
@@ -333,19 +371,19 @@ def filter_kernel(
     top_k = tl.load(draws.top_k + row)
     top_p = tl.load(draws.top_p + row)
     log_min_p = tl.where(greedy, -float("inf"), tl.load(draws.log_min_p + row))
-    largest, nans = _row_stats(z_row, V, BLOCK)
+    largest, nans = _row_stats(z_row, stride, BLOCK)
     pivot = _pivot(largest)
 
     least = tl.zeros([], tl.uint32)  # the smallest key that is kept
     equals = tl.full([], _NO_ID, tl.int32)  # how many of that key are kept, the lowest ids first
     if (top_k < V) & (greedy == 0):
-        least, _ = _search(z_row, top_k.to(tl.float64), least, V, pivot, temperature, True, BLOCK)
+        least, _ = _search(z_row, top_k.to(tl.float64), least, stride, pivot, temperature, True, BLOCK)
     if (top_p < 1) & (greedy == 0):
         everything = _weights_above(
-            z_row, tl.zeros([_DIGITS], tl.uint32), least, V, pivot, temperature, False, BLOCK
+            z_row, tl.zeros([_DIGITS], tl.uint32), least, stride, pivot, temperature, False, BLOCK
         )
         wanted = top_p.to(tl.float64) * tl.max(everything, axis=0)
-        least, over = _search(z_row, wanted, least, V, pivot, temperature, False, BLOCK)
+        least, over = _search(z_row, wanted, least, stride, pivot, temperature, False, BLOCK)
         bits = least ^ 0x80000000
         ordered = bits.to(tl.int32, bitcast=True)
         smallest = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -358,12 +396,12 @@ def filter_kernel(
     position = tl.load(draws.position + row)
     nothing = -float("inf")
     state = (largest, nothing, nothing, _NO_ID, 0.0, nans)
-    before = 0
-    for start in range(0, V, BLOCK):
+    before = tl.zeros([], tl.int32)
+    for start in range(0, stride, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        z = tl.load(z_row + ids, ids < V, nothing)
+        z = tl.load(z_row + ids)
         key = _key(z)
-        equal = ((key == least) & (ids < V)).to(tl.int32)
+        equal = (key == least).to(tl.int32)
         place = before + tl.cumsum(equal, axis=0)
         before += tl.sum(equal, axis=0)
         kept = (key > least) | ((equal != 0) & (place <= equals))

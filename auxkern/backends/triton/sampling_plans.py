@@ -1,8 +1,8 @@
-"""From checked tensors to the launches that draw tokens: what dispatch runs, and what is compiled ahead of time."""
+"""From checked tensors to the launches that draw tokens, run by dispatch or compiled ahead of time."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +10,15 @@ from torch import Tensor
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.rows import VECTOR_BYTES, as_term
-from auxkern.backends.triton.sampling import adjust_kernel, choose_kernel, draw_kernel, filter_kernel, sum_kernel
+from auxkern.backends.triton.sampling import (
+    adjust_kernel,
+    choose_kernel,
+    draw_kernel,
+    filter_kernel,
+    sum_kernel,
+)
 from auxkern.ops.registry import Draws
 
-_GRANULE = 16  # of the stride of the summed logits, in elements
 # Ten rounds of Philox for four ids, two logarithms: per id. Comparisons of a radix search: per id.
 _NOISE_FLOPS, _SEARCH_FLOPS = 40, 2 * 8 * 16
 
@@ -80,8 +85,7 @@ def sample(
     rows = _row_draws(draws)
     config = configs.SAMPLE
     splits = configs.sample_splits(N, -(-V // config.block), multiprocessors)
-    summed = _summed(values, scales, softcaps, draws)
-    constants = summed.pop("constants")
+    summed, constants = _summed(values, scales, softcaps, draws)
     read = N * V * sum(x.element_size() for x in values)
     if draws.plain and not adjusts:
         partial = _Partial(
@@ -106,8 +110,9 @@ def sample(
             bytes_moved=24 * N * splits,
             flops=8 * N * splits,
         )
-        return tuple(out), [draw, choose]
-    stride = -(-V // _GRANULE) * _GRANULE
+        return (out.token, out.status, out.logprob), [draw, choose]
+    # Whole tiles, filled with -inf, so that nothing that reads them needs a mask.
+    stride = -(-V // config.block) * config.block
     z = draws.seed.new_empty((N, stride), dtype=torch.float32)
     launches = [
         Launch(
@@ -133,7 +138,7 @@ def sample(
             flops=N * V * (_NOISE_FLOPS + _SEARCH_FLOPS),
         )
     )
-    return tuple(out), launches
+    return (out.token, out.status, out.logprob), launches
 
 
 def _row_draws(draws: Draws) -> _RowDraws:
@@ -142,17 +147,18 @@ def _row_draws(draws: Draws) -> _RowDraws:
 
 def _summed(
     values: list[Tensor], scales: list[float], softcaps: list[float], draws: Draws
-) -> dict[str, object]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants of a kernel that adds up the terms."""
     unused = draws.temperature
-    return {
+    arguments = {
         "terms": tuple(map(as_term, values, scales, softcaps)),
         "row_scales": tuple(unused if scale is None else scale for scale in draws.row_scales),
-        "constants": {
-            "ALIGNED": tuple(_is_aligned(x) for x in values),
-            "UNIT": tuple(x.stride(2) == 1 for x in values),
-            "CAPPED": tuple(softcap > 0 for softcap in softcaps),
-            "SCALED": tuple(scale is not None for scale in draws.row_scales),
-        },
+    }
+    return arguments, {
+        "ALIGNED": tuple(_is_aligned(x) for x in values),
+        "UNIT": tuple(x.stride(2) == 1 for x in values),
+        "CAPPED": tuple(softcap > 0 for softcap in softcaps),
+        "SCALED": tuple(scale is not None for scale in draws.row_scales),
     }
 
 
