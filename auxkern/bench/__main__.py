@@ -8,20 +8,33 @@ import sys
 import torch
 
 from auxkern.bench import operators, session
-from auxkern.bench.cases import DTYPES, OPERATORS, VOCABULARIES, WIDTHS, Case, select_cases
+from auxkern.bench.cases import (
+    DTYPES,
+    FILTERS,
+    OPERATORS,
+    TEMPERATURE,
+    VOCABULARIES,
+    WIDTHS,
+    Case,
+    select_cases,
+)
+from auxkern.bench.peers import is_installed
 from auxkern.bench.results import CaseResult
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
 from auxkern.terms import MAX_TERMS
 
-_EPILOG = """\
+_EPILOG = f"""\
 Each implementation is first checked against float64; a wrong one is reported and not timed.
-Forward runs without gradients, as in evaluation; forward + backward makes the gradient of the
+For losses, forward runs without gradients, as in evaluation; forward + backward makes the gradient of the
 last term (the auxiliary) only, in freshly allocated memory, as in a training step.
 Without --case, --n and --dtype a standard list of cases is run; with any of them, all
 combinations, where the default is float32 and, for cross_entropy, gpt2 and 512 rows (8,192 on a
-GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU).
+GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU), for sample gpt2 and 64 rows.
 --op linear gives heads in place of logits: [Head(h_lm, W_lm), Head(h_aux, W_aux)], gradients for
 h_aux and W_aux. A case of it takes a minute or two on a CPU, so it runs only when asked for.
+--op sample draws a token for each row at temperature {TEMPERATURE}, with no filter and with each of
+{", ".join(list(FILTERS)[1:])}.
+Its tokens must be the reference's, those of others such as the filters keep.
 Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options; 130 after Ctrl-C.
 """
 
@@ -41,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     session.check_common_options(parser, options)
     if "linear" in (options.op or []) and options.terms != 2:
         parser.error(f"--terms {options.terms}: linear is measured with 2 heads; leave --terms out")
+    if "sample" in (options.op or []) and not is_installed("transformers"):
+        parser.error(
+            "--op sample compares with transformers, which is not installed; pip install transformers"
+        )
     device = session.device_from(parser, options.device)
     cases = select_cases(
         device.type,
@@ -52,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         quick=options.quick,
     )
     try:
-        for dtype in {case.dtype for case in cases}:
-            backends_for(device, DTYPES[dtype], options.backend)
+        for op, dtype in {(case.op, case.dtype) for case in cases}:
+            backends_for(device, DTYPES[dtype], options.backend, operators.load(op).kernel)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     run = session.new_run(parser.prog, argv, device)
@@ -99,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=range(1, MAX_TERMS + 1),
         default=2,
         metavar=f"1..{MAX_TERMS}",
-        help="number of terms, the last of which is trained (default 2; linear always has 2)",
+        help="number of terms; of a loss, the last one is trained (default 2; linear always has 2)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     session.add_common_options(parser)

@@ -1,9 +1,11 @@
-"""What is measured: operator, vocabulary, widths, rows and dtype."""
+"""What is measured: operator, vocabulary, widths, rows, dtype and filters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -11,7 +13,27 @@ VOCABULARIES = {"gpt2": 50_257, "llama3": 128_256, "gemma": 262_144, "smollm2": 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # D of the LM's head and of the auxiliary's.
 WIDTHS = {"gpt2": (768, 256), "llama3": (4096, 512), "gemma": (2304, 256), "smollm2": (576, 256)}
-OPERATORS = ("cross_entropy", "linear")
+OPERATORS = ("cross_entropy", "linear", "sample")
+TEMPERATURE = 0.8  # of every draw
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What tokens are drawn from, as in ``auxkern.SamplingParams``; nothing is left out by default."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+FILTERS = {
+    "temperature only": Filters(),
+    "top-k 50": Filters(top_k=50),
+    "top-p 0.9": Filters(top_p=0.9),
+    "min-p 0.05": Filters(min_p=0.05),
+    "top-k 50 + top-p 0.9": Filters(top_k=50, top_p=0.9),
+}
+_PLAIN_AND_FILTERED = ("temperature only", "top-k 50 + top-p 0.9")
 
 
 @dataclass(frozen=True)
@@ -23,7 +45,8 @@ class Case:
         model: a name in ``VOCABULARIES``.
         N: rows.
         dtype: a name in ``DTYPES``, of every term.
-        terms: how many terms are summed; the last one asks for a gradient. 2 for "linear".
+        terms: how many terms are summed; of a loss the last one asks for a gradient. 2 for "linear".
+        filters: a name in ``FILTERS`` for "sample"; else empty.
     """
 
     op: str
@@ -31,6 +54,7 @@ class Case:
     N: int
     dtype: str
     terms: int = 2
+    filters: str = ""
 
     @property
     def V(self) -> int:
@@ -47,12 +71,21 @@ class Case:
         return self.N * self.V * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
-        return f"{self.op} {self.model} N={self.N} {self.dtype}"
+        return " ".join([self.op, self.model, f"N={self.N}", self.dtype, self.filters]).strip()
 
 
+def _draws(model: str, N: int, filters: Iterable[str]) -> list[tuple[str, int, str, str]]:
+    return [(model, N, "float32", name) for name in filters]
+
+
+_GPT2_DRAWS = [
+    *_draws("gpt2", 64, FILTERS),
+    *_draws("gpt2", 1, _PLAIN_AND_FILTERED),
+    *_draws("gpt2", 512, _PLAIN_AND_FILTERED),
+]
 # (model, N, dtype) measured when nothing is asked for, by operator and device type. On a CPU logits
 # lie well beyond its caches and leave eager PyTorch under half a second a step; a GPU is filled.
-_DEFAULT = {
+_DEFAULT: dict[tuple[str, str], Sequence[tuple[Any, ...]]] = {
     ("cross_entropy", "cpu"): [
         ("gpt2", 512, "float32"),
         ("gpt2", 512, "bfloat16"),
@@ -76,20 +109,30 @@ _DEFAULT = {
         ("llama3", 8192, "bfloat16"),
         ("gemma", 4096, "bfloat16"),
     ],
+    # These have filters too. Decoding has few rows, so they fit a GPU's caches.
+    ("sample", "cpu"): [*_GPT2_DRAWS, *_draws("gemma", 16, _PLAIN_AND_FILTERED)],
+    ("sample", "cuda"): [
+        *_GPT2_DRAWS,
+        *(draw for N in (1, 64, 512) for draw in _draws("gemma", N, _PLAIN_AND_FILTERED)),
+    ],
 }
-_QUICK = {
+_QUICK: dict[tuple[str, str], Sequence[tuple[Any, ...]]] = {
     ("cross_entropy", "cpu"): [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
     ("cross_entropy", "cuda"): [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
     ("linear", "cpu"): [("smollm2", 256, "float32")],
     ("linear", "cuda"): [("gpt2", 4096, "bfloat16")],
+    ("sample", "cpu"): _draws("gpt2", 64, _PLAIN_AND_FILTERED),
+    ("sample", "cuda"): _draws("gpt2", 64, _PLAIN_AND_FILTERED),
 }
 # What stands for an option that was left out where another was given.
-_DEFAULT_MODEL = {"cross_entropy": "gpt2", "linear": "smollm2"}
+_DEFAULT_MODEL = {"cross_entropy": "gpt2", "linear": "smollm2", "sample": "gpt2"}
 _DEFAULT_N = {
     ("cross_entropy", "cpu"): 512,
     ("cross_entropy", "cuda"): 8192,
     ("linear", "cpu"): 1024,
     ("linear", "cuda"): 8192,
+    ("sample", "cpu"): 64,
+    ("sample", "cuda"): 64,
 }
 
 
@@ -107,7 +150,8 @@ def select_cases(
 
     Without ``models``, ``rows`` and ``dtypes`` these are the device's standard cases. With any
     of them it is every combination, and what was left out is float32 and, for cross_entropy,
-    gpt2 and 512 rows (8,192 on a GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU).
+    gpt2 and 512 rows (8,192 on a GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU), for
+    sample gpt2 and 64 rows, with each of the ``FILTERS``.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -121,11 +165,17 @@ def select_cases(
     for op in ops or ["cross_entropy"]:
         key = (op, device_type)
         if models or rows or dtypes:
-            shapes = list(
-                product(models or [_DEFAULT_MODEL[op]], rows or [_DEFAULT_N[key]], dtypes or ["float32"])
-            )
+            choices: list[Iterable[Any]] = [
+                models or [_DEFAULT_MODEL[op]],
+                rows or [_DEFAULT_N[key]],
+                dtypes or ["float32"],
+            ]
+            if op == "sample":
+                choices.append(FILTERS)
+            shapes: Sequence[tuple[Any, ...]] = list(product(*choices))
         else:
             shapes = (_QUICK if quick else _DEFAULT)[key]
-        cases += [Case(op, *shape, terms if op == "cross_entropy" else 2) for shape in shapes]
+        for model, N, dtype, *filters in shapes:
+            cases.append(Case(op, model, N, dtype, 2 if op == "linear" else terms, *filters))
     # A name given twice is measured once.
     return list(dict.fromkeys(cases))

@@ -15,7 +15,7 @@ from torch import Tensor
 import auxkern
 from auxkern.bench.cases import DTYPES, Case
 from auxkern.bench.losses import LossOperator
-from auxkern.bench.operators import Errors, Floor, Implementation
+from auxkern.bench.operators import Errors, Floor, Implementation, as_words, reading
 from auxkern.bench.peers import compiled_peers, imported, is_installed
 
 _CHUNK_ELEMENTS = 2**22  # of a term, taken to float64 at a time
@@ -131,30 +131,25 @@ class CrossEntropy(LossOperator):
         """Forward reads every term once; a backward reads them again and writes one gradient.
 
         Rows that are ignored are not read, but their gradient is written. The calls below move
-        these bytes and no others, in buffers that exist already. They work on int32 views,
-        because integer adds are never slowed by NaN or subnormal bit patterns.
+        these bytes and no others, in buffers that exist already.
         """
         counted = inputs.target >= 0
         every_row = bool(counted.all())
-        words = [_as_words(t.detach() if every_row else t.detach()[counted]) for t in inputs.terms]
-        out = torch.zeros_like(_as_words(inputs.terms[-1].detach()))
+        terms = [t.detach() if every_row else t.detach()[counted] for t in inputs.terms]
+        words, forward = [as_words(t) for t in terms], reading(terms)
+        out = torch.zeros_like(as_words(inputs.terms[-1].detach()))
         total, rest = out[: words[-1].numel()], out[words[-1].numel() :]
-        read = sum(w.numel() * 4 for w in words)
-
-        def forward() -> None:
-            for w in words:
-                torch.sum(w, dtype=torch.int32)
 
         def forward_backward() -> None:
-            forward()
+            forward.run()
             for w in words[:-2]:
                 torch.sum(w, dtype=torch.int32)
             torch.add(words[-1], words[-2] if len(words) > 1 else 1, out=total)
             rest.zero_()
 
         return {
-            "forward": Floor(forward, read),
-            "forward_backward": Floor(forward_backward, 2 * read + out.numel() * 4),
+            "forward": forward,
+            "forward_backward": Floor(forward_backward, 2 * forward.bytes + out.numel() * 4),
         }
 
 
@@ -163,11 +158,6 @@ OPERATOR = CrossEntropy()
 
 def _exact_logits(terms: list[Tensor], rows: Tensor) -> Tensor:
     return reduce(add, (term[rows].double() for term in terms))
-
-
-def _as_words(values: Tensor) -> Tensor:
-    flat = values.reshape(-1)
-    return flat[: flat.numel() - flat.numel() % 2].view(torch.int32)
 
 
 def _ours(backend: str) -> Implementation:

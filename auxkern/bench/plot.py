@@ -76,10 +76,11 @@ def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
     }
     titles, whats = zip(*(words for kind, words in work.items() if kind in kinds), strict=True)
     figure.suptitle(f"{' · '.join(titles)}: how long it takes, how much memory", fontsize=14, y=0.97)
+    eager = "eager PyTorch" if PASSES in kinds else "Hugging Face's pipeline (eager)"
     figure.text(
         0.5,
         0.58,
-        f"{'; '.join(whats)}. Shorter is better; (2.0x) = twice the speed of eager PyTorch",
+        f"{'; '.join(whats)}. Shorter is better; (2.0x) = twice the speed of {eager}",
         ha="center",
         fontsize=9.5,
     )

@@ -95,7 +95,15 @@ def measure_case(
     names, notes = backends_for(device, DTYPES[case.dtype], backends, operator.kernel)
     needed, available = operator.needed_bytes(case), memory.available_bytes(device)
     result = CaseResult(
-        case.op, case.model, case.V, case.N, case.dtype, case.terms, notes=notes, widths=list(case.widths)
+        case.op,
+        case.model,
+        case.V,
+        case.N,
+        case.dtype,
+        case.terms,
+        notes=notes,
+        widths=list(case.widths),
+        filters=case.filters,
     )
     if available is not None and needed > available:
         result.notes.append(
@@ -118,7 +126,7 @@ def measure_inputs(
     effort: Effort,
     progress: Progress,
 ) -> CaseResult:
-    """Fills ``result``: float64 check, peak memory, then times in turns.
+    """Fills ``result``: check, peak memory, then times in turns.
 
     Args:
         operator: what is measured.
@@ -132,7 +140,7 @@ def measure_inputs(
     Returns:
         ``result``.
     """
-    progress(0.05, "float64 reference")
+    progress(0.05, "reference")
     exact = operator.exact(inputs)
     memory_refusal = memory.refusal(device)
     if memory_refusal:

@@ -1,0 +1,291 @@
+"""The benchmark of ``auxkern.sample`` on logits: inputs, peers, check of the tokens, floor."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import auxkern
+from auxkern.backends import reference
+from auxkern.bench.cases import DTYPES, FILTERS, TEMPERATURE, Case, Filters
+from auxkern.bench.operators import Errors, Floor, Implementation, reading
+from auxkern.bench.peers import compiled_peers, is_installed
+
+_CHUNK_ELEMENTS = 2**21  # of a term, taken to float64 or to the reference at a time
+_CHECKED_TOKENS, _MOST_DRAWS = 256, 16  # of a peer, whose draws differ from call to call
+_POSITION = 7
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """What tokens are drawn from.
+
+    Attributes:
+        terms: (N, V) logits of one dtype.
+        seed: (N,) int64, another one for each row.
+        filters: what is kept.
+        params: the same with the temperature, for auxkern.
+    """
+
+    terms: list[Tensor]
+    seed: Tensor
+    filters: Filters
+    params: auxkern.SamplingParams
+
+    def leaves(self) -> list[Tensor]:
+        return []
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What is right.
+
+    Attributes:
+        tokens: (N,) the reference's, with the inputs' seeds.
+        logprob: (N, V) float32, of float64, among the tokens that the filters keep; -inf for others.
+        surprise, variance: mean over the rows of the mean and the variance of -logprob.
+        rounding: how far z / temperature may be off in the terms' dtype.
+    """
+
+    tokens: Tensor
+    logprob: Tensor
+    surprise: float
+    variance: float
+    rounding: float
+
+
+class Sample:
+    name = "sample"
+    kernel = "sample"
+
+    def needed_bytes(self, case: Case) -> int:
+        # Hugging Face's top-p holds the sum, the scaled sum, both sorted with int64 ids, a softmax,
+        # its cumulative sum, two masks and the result, at worst at one time; the check float32.
+        return case.terms * case.term_bytes + case.N * case.V * 48 + 2**29
+
+    def inputs(self, case: Case, device: torch.device) -> SampleInputs:
+        """The LM's logits 3 N(0, 1), the others N(0, 1)."""
+        generator = torch.Generator(device).manual_seed(0)
+        shape, dtype = (case.N, case.V), DTYPES[case.dtype]
+        terms = [
+            torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+            for std in [3.0] + [1.0] * (case.terms - 1)
+        ]
+        return inputs_of(terms, case.filters)
+
+    def implementations(
+        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
+    ) -> list[Implementation]:
+        return [_ours(backend) for backend in backends] + _peers(device, dtype)
+
+    def exact(self, inputs: SampleInputs) -> Exact:
+        """The reference's tokens, and in float64 what the filters keep, widened by rounding.
+
+        Code that sums the terms in their own dtype, as many do, moves a logit by u |z| of it for
+        each term, and float32 sums over V are off by about u sqrt(V) (Higham 2002, section 4.2).
+        A token that some such error lets through is kept here.
+        """
+        N, V = inputs.terms[0].shape
+        largest = max(t.abs().amax().item() for t in inputs.terms) * len(inputs.terms)
+        eps = torch.finfo(inputs.terms[0].dtype).eps  # 2 u
+        rounding = (len(inputs.terms) * eps / 2 + 4 * 2**-24) * largest / TEMPERATURE
+        tokens, logprob, surprise, variance = [], [], 0.0, 0.0
+        for rows in torch.arange(N, device=inputs.seed.device).split(max(1, _CHUNK_ELEMENTS // V)):
+            terms, seed = [t[rows] for t in inputs.terms], inputs.seed[rows]
+            drawn = auxkern.sample(
+                terms, inputs.params, seed=seed, position=_POSITION, backend="reference"
+            ).tokens
+            log_p = kept_logprob(_scaled(terms), inputs.filters, rounding)
+            bits = -log_p.masked_fill(log_p == -torch.inf, 0)
+            mean = (log_p.exp() * bits).sum(-1)
+            surprise += mean.sum().item() / N
+            variance += ((log_p.exp() * bits**2).sum(-1) - mean**2).sum().item() / N
+            tokens.append(drawn)
+            logprob.append(log_p.float())
+        return Exact(torch.cat(tokens), torch.cat(logprob), surprise, variance, rounding)
+
+    def step(self, inputs: SampleInputs, implementation: Implementation, name: str) -> Tensor:
+        with torch.no_grad():
+            return implementation.run(inputs)
+
+    def check(
+        self,
+        inputs: SampleInputs,
+        exact: Exact,
+        implementation: Implementation,
+        made: Mapping[str, Tensor],
+    ) -> Errors:
+        """Whether tokens are those that may come, and whether they come as often as they should.
+
+        "draw": ours, share of rows whose token is not the reference's; else as "miss".
+        "miss": share of tokens that no rounding explains. Ours must be the reference's token unless
+        the two score alike; every token must be one that the filters keep in float64.
+        "surprise": |mean of -logprob over the tokens - its expectation|, in nats, which sees a
+        forgotten term or temperature. Bernstein's inequality bounds it, exceeded once in e**20.
+        """
+        drawn = [made["draw"]]
+        if not implementation.ours:
+            more = min(_MOST_DRAWS, math.ceil(_CHECKED_TOKENS / inputs.seed.numel()))
+            drawn += [self.step(inputs, implementation, "draw") for _ in range(more - 1)]
+        tokens = torch.stack([t.long() for t in drawn])  # (draws, N)
+        V = exact.logprob.shape[1]
+        log_p = exact.logprob.gather(1, tokens.T.clamp(0, V - 1)).T.double()
+        miss = (tokens < 0) | (tokens >= V) | (log_p == -torch.inf)
+        other = miss
+        if implementation.ours:
+            other = tokens != exact.tokens
+            miss = miss | (other & ~_tied(inputs, exact, tokens[0])[None])
+        found = -log_p[log_p > -torch.inf]
+        n, confidence, largest = max(1, found.numel()), 20.0, 25.0
+        bound = math.sqrt(2 * exact.variance * confidence / n) + largest * confidence / (3 * n)
+        return Errors(
+            {
+                "draw": other.double().mean().item(),
+                "miss": miss.double().mean().item(),
+                "surprise": abs(found.mean().item() - exact.surprise) if found.numel() else math.nan,
+            },
+            tolerance={"miss": 0.0, "surprise": bound + 2 * exact.rounding},
+        )
+
+    def floors(self, inputs: SampleInputs) -> dict[str, Floor]:
+        """Every term is read once."""
+        return {"draw": reading(inputs.terms)}
+
+
+OPERATOR = Sample()
+
+
+def inputs_of(terms: list[Tensor], filters: str) -> SampleInputs:
+    """Inputs with seeds 0 to N - 1.
+
+    Args:
+        terms: (N, V) logits.
+        filters: a name in ``FILTERS``.
+    """
+    seed = torch.arange(terms[0].shape[0], device=terms[0].device)
+    params = auxkern.SamplingParams(temperature=TEMPERATURE, **asdict(FILTERS[filters]))
+    return SampleInputs(terms, seed, FILTERS[filters], params)
+
+
+def _scaled(terms: Sequence[Tensor]) -> Tensor:
+    """(N, V) float64 (z - max z) / temperature."""
+    z = reduce(add, (t.double() for t in terms))
+    return (z - z.amax(-1, keepdim=True)) / TEMPERATURE
+
+
+def kept_logprob(scaled: Tensor, filters: Filters, rounding: float) -> Tensor:
+    """(N, V) float64 log-probabilities among what top-k, top-p and min-p keep, in this order.
+
+    Args:
+        scaled: (N, V) float64 logits over the temperature, largest 0.
+        filters: the filters.
+        rounding: keeps also what they would keep if entries were off by this much.
+    """
+    V, slack = scaled.shape[1], 2 * rounding
+    kept = torch.ones_like(scaled, dtype=torch.bool)
+    if filters.top_k:
+        kept = scaled >= scaled.topk(min(V, filters.top_k)).values[:, -1:] - slack
+    if filters.top_p < 1:
+        falling = scaled.masked_fill(~kept, -torch.inf).sort(-1, descending=True).values
+        mass = falling.softmax(-1).cumsum(-1)
+        # How many surely come before each token: those that lie above it by more than the slack.
+        before = torch.searchsorted(-falling, -(scaled + slack))
+        share = torch.where(before > 0, mass.gather(1, (before - 1).clamp(min=0)), 0.0)
+        kept &= share * math.exp(-slack) < filters.top_p + 4 * 2**-24 * math.sqrt(V)
+    if filters.min_p:
+        kept &= scaled >= math.log(filters.min_p) - slack
+    return scaled.masked_fill(~kept, -torch.inf).log_softmax(-1)
+
+
+def _tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
+    """(N,) whether a token's score and that of the reference's are equal up to float32's rounding."""
+    tied = torch.zeros_like(tokens, dtype=torch.bool)
+    V = exact.logprob.shape[1]
+    for row in ((tokens != exact.tokens) & (tokens >= 0) & (tokens < V)).nonzero()[:, 0].tolist():
+        here = slice(row, row + 1)
+        position = torch.full_like(inputs.seed[here], _POSITION)
+        noise = reference.gumbel(reference.random_bits(inputs.seed[here], position, V))
+        scaled = _scaled([t[here] for t in inputs.terms])
+        mine, theirs = ((scaled + noise)[0, t[row]] for t in (tokens, exact.tokens))
+        size = scaled[0, tokens[row]].abs() + mine.abs() + theirs.abs()
+        float32 = 4 * 2**-24 * sum(t[row].abs().amax().item() for t in inputs.terms) / TEMPERATURE
+        tied[row] = (mine - theirs).abs() <= 8 * 2**-24 * size + 2 * float32
+    return tied
+
+
+def _ours(backend: str) -> Implementation:
+    def draw(inputs: SampleInputs) -> Tensor:
+        return auxkern.sample(
+            inputs.terms, inputs.params, seed=inputs.seed, position=_POSITION, backend=backend
+        ).tokens
+
+    call = f'auxkern.sample([lm, aux], params, seed=seed, position=position, backend="{backend}")'
+    return Implementation(f"auxkern {backend}", call, True, draw)
+
+
+def _of_filters(function: Callable[..., Tensor]) -> Callable[[SampleInputs], Tensor]:
+    def draw(inputs: SampleInputs) -> Tensor:
+        filters = inputs.filters
+        return function(inputs.terms, filters.top_k, filters.top_p, filters.min_p)
+
+    return draw
+
+
+def _peers(device: torch.device, dtype: torch.dtype) -> list[Implementation]:
+    # Fresh functions: torch.compile gives up on one that it has compiled for many shapes.
+    torch.compiler.reset()
+    peers: list[Implementation] = []
+    if is_installed("transformers"):
+        pipeline = _hugging_face()
+        logits = "(lm + aux).float()" if dtype != torch.float32 else "lm + aux"
+        call = f"{logits}, transformers' logits warpers, softmax, torch.multinomial"
+        peers.append(Implementation("eager", call, False, _of_filters(pipeline)))
+        peers += compiled_peers(pipeline, device, _of_filters)
+    if device.type == "cuda" and is_installed("flashinfer"):
+        call = "(lm + aux).float() / temperature, flashinfer.sampling"
+        peers.append(Implementation("FlashInfer", call, False, _of_filters(_flashinfer)))
+    return peers
+
+
+def _hugging_face() -> Callable[..., Tensor]:
+    """Sampling as transformers' ``generate`` does it for one step, with the filters that are on."""
+    from transformers.generation import logits_process as warpers
+
+    def pipeline(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
+        none: Any = None  # token ids so far, which these warpers ignore
+        z = warpers.TemperatureLogitsWarper(TEMPERATURE)(none, reduce(add, terms).float())
+        if top_k:
+            z = warpers.TopKLogitsWarper(top_k)(none, z)
+        if top_p < 1:
+            z = warpers.TopPLogitsWarper(top_p)(none, z)
+        if min_p:
+            z = warpers.MinPLogitsWarper(min_p)(none, z)
+        return torch.multinomial(z.softmax(-1), 1)[:, 0]
+
+    return pipeline
+
+
+def _flashinfer(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Its samplers for what is on; it has none for top-k or top-p together with min-p."""
+    sampling: Any = importlib.import_module("flashinfer.sampling")
+    z = reduce(add, terms).float() / TEMPERATURE
+    tokens: Tensor
+    if top_k and top_p < 1:
+        tokens = sampling.top_k_top_p_sampling_from_logits(z, top_k, top_p, filter_apply_order="top_k_first")
+    elif top_k:
+        tokens = sampling.top_k_sampling_from_probs(z.softmax(-1), top_k)
+    elif top_p < 1:
+        tokens = sampling.top_p_sampling_from_probs(z.softmax(-1), top_p)
+    elif min_p:
+        tokens = sampling.min_p_sampling_from_probs(z.softmax(-1), min_p)
+    else:
+        tokens = sampling.sampling_from_logits(z)
+    return tokens
