@@ -86,6 +86,7 @@ class SegmentInputs:
             if weight is not None:
                 counts = torch.ones_like(y, dtype=torch.bool) if live is None else live
                 self._backward(segments, made, rows, entries, weight, counts, V, z_loss, number > 0)
+            del segments  # before the next chunk's are made
         return found
 
     def _backward(

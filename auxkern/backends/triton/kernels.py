@@ -65,12 +65,14 @@ class Kernel:
         cases: yields representative launches for a model of ``VOCABULARIES``.
         vectors: whether, on contiguous logits, its traffic must move 16 bytes at a time.
         dot: whether it multiplies matrices and must use tensor cores.
+        any_row: whether ``vectors`` holds for rows that begin anywhere, not only at 16-byte boundaries.
     """
 
     function: Any
     cases: Callable[[str], Iterator[Case]]
     vectors: bool
     dot: bool = False
+    any_row: bool = True
 
     @property
     def name(self) -> str:
@@ -163,9 +165,9 @@ KERNELS = (
     Kernel(heads_combine_kernel, _of(head_cases.combine_cases, head_cases.ROWS), vectors=False),
     Kernel(heads_scale_kernel, _of(head_cases.scale_cases, head_cases.ROWS), vectors=False),
     Kernel(heads_gradient_kernel, _of(head_cases.gradient_cases, head_cases.ROWS), vectors=False, dot=True),
-    Kernel(draw_kernel, _of(sampling_cases.draw_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(draw_kernel, _of(sampling_cases.draw_cases, sampling_cases.ROWS), vectors=True, any_row=False),
     Kernel(choose_kernel, _of(sampling_cases.choose_cases, sampling_cases.ROWS), vectors=False),
-    Kernel(sum_kernel, _of(sampling_cases.sum_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(sum_kernel, _of(sampling_cases.sum_cases, sampling_cases.ROWS), vectors=True, any_row=False),
     Kernel(adjust_kernel, _of(sampling_cases.adjust_cases, sampling_cases.ROWS), vectors=False),
     Kernel(filter_kernel, _of(sampling_cases.filter_cases, sampling_cases.ROWS), vectors=False),
 )
