@@ -243,6 +243,8 @@ def _bias(
         _check_ids("logit_bias.ids", [ids], V)
         return ids, _values(bias, N, dtype)
     listed = dict(bias or {})
+    if not listed:
+        return _row_ids("", None, torch.Size((N,)), device), torch.empty((N, 0), dtype=dtype, device=device)
     for token in listed:
         if token >= V:
             raise ValueError(f"logit_bias has the id {token}, outside [0, {V})")
