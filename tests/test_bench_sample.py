@@ -26,7 +26,7 @@ from auxkern.bench.sample import OPERATOR, inputs_of, kept_logprob, ours
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.0, min_rounds=2, max_rounds=2)
 N, V = 64, 1001
-BOTH = "top-k 50 + top-p 0.9"
+PLAIN, BOTH = "temperature only", "top-k 50 + top-p 0.9"
 
 
 def made_inputs(filters=BOTH, dtype=torch.float32):
@@ -82,8 +82,11 @@ def test_a_token_that_rounding_may_let_through_is_kept(filters):
     assert counts[0] < counts[1] < counts[-1] == 5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize(
+    ("filters", "dtype"),
+    [(filters, torch.float32) for filters in FILTERS]
+    + [(BOTH, torch.bfloat16), ("top-p 0.9", torch.float16)],
+)
 def test_right_samplers_are_timed(filters, dtype):
     case = measured(ours("reference"), pipeline(dtype), filters=filters, dtype=dtype)
     assert [result.message for result in case.results] == ["", ""]
@@ -97,7 +100,7 @@ def test_right_samplers_are_timed(filters, dtype):
 def test_all_that_runs_on_a_cpu_is_right():
     every = OPERATOR.implementations(CPU, torch.float32, backends_for(CPU, torch.float32, None, "sample")[0])
     assert [implementation.name for implementation in every][1:] == ["eager", "torch.compile"]
-    results = measured(*every, filters="temperature only").results
+    results = measured(*every, filters=PLAIN).results
     assert [result.message for result in results] == ["", "", ""]
 
 
@@ -109,28 +112,20 @@ def drawn_from(inputs, terms=None, *, filters=BOTH, temperature=TEMPERATURE):
 
 
 WRONG_PEERS = {
-    "filters forgotten": lambda inputs: drawn_from(inputs, filters="temperature only"),
-    "top-p forgotten": lambda inputs: drawn_from(inputs, filters="top-k 50"),
-    "auxiliary forgotten": lambda inputs: drawn_from(inputs, inputs.terms[:1]),
-    "temperature forgotten, no filter": lambda inputs: drawn_from(inputs, temperature=1.0),
-    "greedy": lambda inputs: reduce(add, inputs.terms).argmax(-1),
-    "least likely of the kept": lambda inputs: drawn_from(inputs, temperature=50.0),
-    "beyond the vocabulary": lambda inputs: drawn_from(inputs) + V,
-    "no token": lambda inputs: torch.full((N,), -1),
+    "filters forgotten": (BOTH, lambda inputs: drawn_from(inputs, filters=PLAIN)),
+    "top-p forgotten": (BOTH, lambda inputs: drawn_from(inputs, filters="top-k 50")),
+    "auxiliary forgotten": (PLAIN, lambda inputs: drawn_from(inputs, inputs.terms[:1], filters=PLAIN)),
+    "temperature forgotten": (PLAIN, lambda inputs: drawn_from(inputs, filters=PLAIN, temperature=1.0)),
+    "greedy": (BOTH, lambda inputs: reduce(add, inputs.terms).argmax(-1)),
+    "uniform over what is kept": (BOTH, lambda inputs: drawn_from(inputs, temperature=50.0)),
+    "beyond the vocabulary": (BOTH, lambda inputs: drawn_from(inputs) + V),
+    "no token": (BOTH, lambda inputs: torch.full((N,), -1)),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_PEERS)
 def test_wrong_peers_are_called_wrong_and_not_timed(name):
-    filters = "temperature only" if "no filter" in name or name == "auxiliary forgotten" else BOTH
-
-    def run(inputs):
-        if name == "temperature forgotten, no filter":
-            return drawn_from(inputs, filters=filters, temperature=1.0)
-        if name == "auxiliary forgotten":
-            return drawn_from(inputs, inputs.terms[:1], filters=filters)
-        return WRONG_PEERS[name](inputs)
-
+    filters, run = WRONG_PEERS[name]
     (result,) = measured(drawing(run, mine=False), filters=filters).results
     assert result.status == "wrong"
     assert result.passes == {}
@@ -145,7 +140,7 @@ def other_position(inputs):
 
 def one_row_off(inputs):
     tokens = ours("reference").run(inputs)
-    tokens[5] = reduce(add, inputs.terms)[5].argmax() if N == 1 else tokens[5] + 1
+    tokens[5] = (tokens[5] + 1) % V
     return tokens
 
 
@@ -157,7 +152,7 @@ def test_a_sampler_of_ours_must_draw_the_references_tokens(run):
 
 
 def test_tokens_that_tie_within_rounding_pass_and_count_as_errors():
-    inputs = made_inputs("temperature only")
+    inputs = made_inputs(PLAIN)
     first = ours("reference").run(inputs)[5]
     second = (first + 1) % V
     noise = reference.gumbel(reference.random_bits(inputs.seed[5:6], torch.tensor([7]), V))[0]
@@ -242,22 +237,22 @@ def test_one_small_case_from_options_to_files(tmp_path, monkeypatch, capsys):
     peers = [ours("reference"), pipeline()]
     monkeypatch.setattr(OPERATOR, "implementations", lambda *arguments: peers)
     json_file, picture = tmp_path / "run.json", tmp_path / "run.png"
-    options = ["--op", "sample", "--n", "2", "--backend", "reference", "--quick", "--device", "cpu"]
+    options = ["--op", "sample", "--backend", "reference", "--quick", "--device", "cpu"]
     assert bench.main([*options, "--json", str(json_file), "--plot", str(picture)]) == 0
     run = Run.from_json(json_file.read_text())
-    assert [case.filters for case in run.cases] == list(FILTERS)
+    assert [case.filters for case in run.cases] == [PLAIN, BOTH]
     assert all(result.status == "ok" for case in run.cases for result in case.results)
     assert picture.stat().st_size > 5000
     printed = capsys.readouterr().out
-    assert "sample · gpt2 · V 1,001 · N 2 · float32 · top-p 0.9" in printed
+    assert "sample · gpt2 · V 1,001 · N 64 · float32 · top-k 50 + top-p 0.9" in printed
     assert "Hugging Face" in printed
     table = tables.markdown(run).splitlines()
     assert table[0] == (
         "| Case | Implementation | Draw, ms | vs eager | vs best peer | % of floor | Memory, MB | Error |"
     )
-    assert table[2].startswith("| gpt2, V 1,001, N 2, float32, temperature only | **auxkern reference** |")
+    assert table[2].startswith("| gpt2, V 1,001, N 64, float32, temperature only | **auxkern reference** |")
     assert table[2].endswith("| 0 |")
-    assert len({line.count("|") for line in table[:12]}) == 1
+    assert len({line.count("|") for line in table[:6]}) == 1
     assert "forward + backward" not in tables.markdown(run)
 
 

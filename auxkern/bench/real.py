@@ -1,4 +1,4 @@
-"""``python -m auxkern.bench.real``: the fused loss on a real LM's logits and heads over real sentences."""
+"""``python -m auxkern.bench.real``: loss and decoding from a real LM's outputs over real sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.bench import cross_entropy, linear, session
+from auxkern.bench import cross_entropy, linear, real_sampling, session
 from auxkern.bench.cases import OPERATORS
 from auxkern.bench.operators import Operator
 from auxkern.bench.results import CaseResult
@@ -25,6 +25,7 @@ T = 16  # positions per sentence; shorter ones are padded
 LARGEST_DIFFERENCE = 1e-5
 _WORDS = range(5, 13)  # such a sentence fills most of T and seldom passes it
 _IGNORED = -100
+_MODEL = "SmolLM2 on WordNet"
 
 
 class Batch(NamedTuple):
@@ -79,8 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments after the program's name; those of the process when None.
 
     Returns:
-        0; 1 if a fused loss or gradient is not within 1e-5 of float64, or an implementation of
-        auxkern fails; 2 if a package or the data is missing; 130 after Ctrl-C.
+        0; 1 if a fused loss or gradient is not within 1e-5 of float64, a token is not the
+        reference's, or an implementation of auxkern fails; 2 if a package or the data is missing;
+        130 after Ctrl-C.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -88,8 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.n < T:
         parser.error(f"--n {options.n} is less than one sentence of {T} positions")
     device = session.device_from(parser, options.device)
+    ops = list(dict.fromkeys(options.op or OPERATORS))
     try:
         backends, notes = backends_for(device, torch.float32, options.backend)
+        samplers: list[str] = []
+        if "sample" in ops:
+            samplers, _ = backends_for(device, torch.float32, options.backend, "sample")
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     try:
@@ -103,11 +109,17 @@ def main(argv: list[str] | None = None) -> int:
 
     run = session.new_run(parser.prog, argv, device)
     run.notes += notes
-    ops = list(dict.fromkeys(options.op or OPERATORS))
     # Float64 checks come first, on their own: the benchmark's check some rows of the gradient only.
-    agreements = {(op, backend): _compare(op, batch, backend) for op in ops for backend in backends}
-    run.facts = _facts(batch, agreements)
-    measurements = [_measurement(op, batch, backends, options.quick) for op in ops]
+    losses = [op for op in ops if op != "sample"]
+    agreements = {(op, backend): _compare(op, batch, backend) for op in losses for backend in backends}
+    tokens = _compare_tokens(batch, samplers)
+    run.facts = _facts(batch, agreements) | real_sampling.facts(tokens)
+    measurements = [
+        _decoding(batch, samplers, options.quick)
+        if op == "sample"
+        else _measurement(op, batch, backends, options.quick)
+        for op in ops
+    ]
     status = session.carry_out(run, list(zip(ops, measurements, strict=True)), options)
     wrong = [key for key, agreement in agreements.items() if not agreement.passed]
     for op, backend in wrong:
@@ -115,21 +127,25 @@ def main(argv: list[str] | None = None) -> int:
             f"{parser.prog}: {op} of backend {backend} is further than {LARGEST_DIFFERENCE} from float64",
             file=sys.stderr,
         )
-    return status or (1 if wrong else 0)
+    strange = [key for key, agreement in tokens.items() if not agreement.passed]
+    for filters, backend in strange:
+        print(f"{parser.prog}: tokens of backend {backend} differ, {filters}", file=sys.stderr)
+    return status or (1 if wrong or strange else 0)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m auxkern.bench.real",
         description="Real input: SmolLM2-135M's logits over WordNet's example sentences, plus those of a "
-        "small untrained auxiliary model; then the same from final hidden states and output embeddings. "
-        "Compares the fused loss with float64, then measures.",
+        "small untrained auxiliary model; then the same from final hidden states and output embeddings, "
+        "and tokens drawn from these logits. Compares the fused loss with float64 and tokens with the "
+        "reference's, then measures.",
         epilog="Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options or missing data; "
         "130 after Ctrl-C.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: both)"
+        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: all)"
     )
     parser.add_argument(
         "--n", type=session.positive, default=512, help=f"rows; {T} for each sentence (default 512)"
@@ -302,13 +318,28 @@ def _measurement(
         operator: Operator = linear.OPERATOR if op == "linear" else cross_entropy.OPERATOR
         N, V = batch.ids.numel(), batch.lm.vocabulary
         widths = [head.weight.shape[1] for head in (batch.lm, batch.aux)] if op == "linear" else []
-        case = CaseResult(op, "SmolLM2 on WordNet", V, N, "float32", terms=2, widths=widths)
+        case = CaseResult(op, _MODEL, V, N, "float32", terms=2, widths=widths)
         device = batch.ids.device
         implementations = operator.implementations(device, torch.float32, backends)
         effort = QUICK if quick else NORMAL
         return measure_inputs(operator, _inputs(op, batch), case, implementations, device, effort, progress)
 
     return measure
+
+
+def _compare_tokens(
+    batch: HeadBatch, backends: list[str]
+) -> dict[tuple[str, str], real_sampling.TokenAgreement]:
+    if not backends:
+        return {}
+    lm, aux, ids = batch.logits
+    return real_sampling.compare(real_sampling.every_position(lm, aux, ids != _IGNORED), backends)
+
+
+def _decoding(batch: HeadBatch, backends: list[str], quick: bool) -> Callable[[Progress], CaseResult]:
+    lm, aux, ids = batch.logits
+    positions = real_sampling.last_positions(lm, aux, ids != _IGNORED)
+    return real_sampling.measurement(positions, _MODEL, backends, QUICK if quick else NORMAL)
 
 
 def _inputs(op: str, batch: HeadBatch) -> Any:

@@ -20,7 +20,7 @@ from auxkern.bench.operators import Errors, Floor, Implementation, reading
 from auxkern.bench.peers import compiled_peers, is_installed
 
 _CHUNK_ELEMENTS = 2**21  # of a term, taken to float64 or to the reference at a time
-_CHECKED_TOKENS, _MOST_DRAWS = 256, 16  # of a peer, whose draws differ from call to call
+_CHECKED_TOKENS, _MOST_DRAWS = 1024, 16  # of a peer, whose draws differ from call to call
 _POSITION = 7
 
 
@@ -84,7 +84,7 @@ class Sample:
     def implementations(
         self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
     ) -> list[Implementation]:
-        return [_ours(backend) for backend in backends] + _peers(device, dtype)
+        return [ours(backend) for backend in backends] + _peers(device, dtype)
 
     def exact(self, inputs: SampleInputs) -> Exact:
         """The reference's tokens, and in float64 what the filters keep, widened by rounding.
@@ -142,9 +142,11 @@ class Sample:
         other = miss
         if implementation.ours:
             other = tokens != exact.tokens
-            miss = miss | (other & ~_tied(inputs, exact, tokens[0])[None])
+            miss = miss | (other & ~tied(inputs, exact, tokens[0])[None])
         found = -log_p[log_p > -torch.inf]
-        n, confidence, largest = max(1, found.numel()), 20.0, 25.0
+        # P(-logprob > s) <= V exp(-s), so one in e**20 is larger than this.
+        n, confidence = max(1, found.numel()), 20.0
+        largest = math.log(V) + confidence
         bound = math.sqrt(2 * exact.variance * confidence / n) + largest * confidence / (3 * n)
         return Errors(
             {
@@ -205,9 +207,9 @@ def kept_logprob(scaled: Tensor, filters: Filters, rounding: float) -> Tensor:
     return scaled.masked_fill(~kept, -torch.inf).log_softmax(-1)
 
 
-def _tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
-    """(N,) whether a token's score and that of the reference's are equal up to float32's rounding."""
-    tied = torch.zeros_like(tokens, dtype=torch.bool)
+def tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
+    """(N,) where another token than the reference's scores as high as that, up to float32's rounding."""
+    found = torch.zeros_like(tokens, dtype=torch.bool)
     V = exact.logprob.shape[1]
     for row in ((tokens != exact.tokens) & (tokens >= 0) & (tokens < V)).nonzero()[:, 0].tolist():
         here = slice(row, row + 1)
@@ -217,11 +219,13 @@ def _tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
         mine, theirs = ((scaled + noise)[0, t[row]] for t in (tokens, exact.tokens))
         size = scaled[0, tokens[row]].abs() + mine.abs() + theirs.abs()
         float32 = 4 * 2**-24 * sum(t[row].abs().amax().item() for t in inputs.terms) / TEMPERATURE
-        tied[row] = (mine - theirs).abs() <= 8 * 2**-24 * size + 2 * float32
-    return tied
+        found[row] = (mine - theirs).abs() <= 8 * 2**-24 * size + 2 * float32
+    return found
 
 
-def _ours(backend: str) -> Implementation:
+def ours(backend: str) -> Implementation:
+    """``auxkern.sample`` on one backend."""
+
     def draw(inputs: SampleInputs) -> Tensor:
         return auxkern.sample(
             inputs.terms, inputs.params, seed=inputs.seed, position=_POSITION, backend=backend
