@@ -298,6 +298,16 @@ class BackendWithSample(Backend, Protocol):
         ...
 
 
+class BackendWithHeadSample(BackendWithHeads, BackendWithSample, Protocol):
+    """A backend that draws tokens from output heads without writing their logits."""
+
+    def sample_heads(
+        self, heads: list[HeadRows], vocab_size: int, draws: Draws, want_logprob: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``sample``, from heads that ``heads_refusal`` takes; ``draws.row_scales`` is not looked at."""
+        ...
+
+
 _MODULES = {
     "triton": "auxkern.backends.triton",
     "cpu": "auxkern.backends.cpu",

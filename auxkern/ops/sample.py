@@ -13,7 +13,7 @@ from auxkern.ops import logit_chunks, registry
 from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.library import as_rows
-from auxkern.ops.registry import Draws
+from auxkern.ops.registry import Draws, HeadRows
 from auxkern.ops.rows import row_dtype
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_terms
@@ -260,16 +260,33 @@ def _chunked(
     N = draws.temperature.shape[0]
     if N == 0:
         return draws.seed, draws.seed.int(), draws.temperature if want_logprob else draws.temperature[:0]
+    taken = _heads_taken(kernel, summed, draws)
+    if taken:
+        found: tuple[Tensor, Tensor, Tensor] = kernel.sample_heads(taken, V, draws, want_logprob)
+        return found
     heads = any(isinstance(t, Head) for t in summed)
     C = logit_chunks.default_chunk_rows(V, draws.seed.device) if heads else N
-    found = []
+    parts = []
     for n in range(0, N, C):
         rows = slice(n, min(n + C, N))
         values, scales, softcaps, row_scales = _chunk(summed, draws, rows, V)
         part = _rows_of(draws, rows, row_scales)
-        found.append(kernel.sample(values, scales, softcaps, V, part, want_logprob))
-    token, status, logprob = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append(kernel.sample(values, scales, softcaps, V, part, want_logprob))
+    token, status, logprob = (torch.cat(part) for part in zip(*parts, strict=True))
     return token, status, logprob
+
+
+def _heads_taken(kernel: Any, terms: Sequence[Logits | Head], draws: Draws) -> list[HeadRows]:
+    """The heads for a backend that draws from them itself; none if it does not take this sum."""
+    if not hasattr(kernel, "sample_heads") or any(scale is not None for scale in draws.row_scales):
+        return []
+    heads = []
+    for term in terms:
+        if isinstance(term, Logits) or isinstance(term.scale, Tensor):
+            return []
+        hidden = term.hidden.reshape(-1, term.hidden.shape[-1])
+        heads.append(HeadRows(hidden, term.weight, term.bias, term.scale, term.softcap or 0.0))
+    return [] if kernel.heads_refusal(heads) else heads
 
 
 def _rows_of(draws: Draws, rows: slice, row_scales: list[Tensor | None]) -> Draws:

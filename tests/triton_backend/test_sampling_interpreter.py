@@ -19,6 +19,8 @@ from auxkern import Head, Logits, Sample, SamplingParams, Sparse
 
 triton = pytest.importorskip("triton")
 
+from auxkern.backends.triton import BACKEND  # noqa: E402
+
 pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.usefixtures("poisoned_memory"),
@@ -132,6 +134,48 @@ def test_heads_row_scales_and_strides():
         Logits(logits(V, N, 3).T),
     ]
     assert_equal(terms, seed=seeds(N))
+
+
+HEAD_SUMS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float16": {"dtype": torch.float16},
+    "soft cap": {"softcap": 3.0},
+    "greedy": {"params": SamplingParams(temperature=0)},
+    "filters": {"params": SamplingParams(top_k=7, top_p=0.9)},
+    "sparse": {"sparse": True},
+}
+
+
+@pytest.mark.parametrize("rows", [3, 20, 70])
+@pytest.mark.parametrize("options", HEAD_SUMS.values(), ids=HEAD_SUMS)
+def test_heads_alone(options, rows, monkeypatch):
+    V = 290
+    g = torch.Generator().manual_seed(rows)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(options.get("dtype", torch.float32))
+
+    terms = [
+        Head(random(rows, 24), random(V, 24)),
+        Head(random(rows, 17), random(V, 17), random(V), scale=0.5, softcap=options.get("softcap")),
+    ]
+    if options.get("sparse"):
+        terms.append(Sparse(torch.randint(0, V, (rows, 3), generator=g), random(rows, 3)))
+    called = []
+    sample_heads = BACKEND.sample_heads
+    monkeypatch.setattr(type(BACKEND), "sample_heads", lambda _, *a: called.append(1) or sample_heads(*a))
+    assert_equal(terms, options.get("params"), seed=seeds(rows))
+    assert called == [1]
+
+
+def test_bad_rows_of_heads():
+    heads = [Head(torch.randn(4, 8), torch.randn(200, 8))]
+    heads[0].hidden[1] = torch.nan
+    heads[0].hidden[2, 0] = torch.inf
+    made, wanted = both(heads, seed=seeds(4))
+    assert made.status[1] == 1
+    assert (made.tokens[1:3] == -1).all()
+    assert torch.equal(made.tokens[[0, 3]], wanted.tokens[[0, 3]])
 
 
 def in_batches(z: Tensor, seed: Tensor, sizes: list[int]) -> None:

@@ -95,6 +95,16 @@ class Triton:
                 launch.run()
         return found
 
+    def sample_heads(
+        self, heads: list[HeadRows], vocab_size: int, draws: Draws, want_logprob: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        settings = (vocab_size, draws, want_logprob, _float32_products())
+        found, launches = sampling_plans.sample_heads(heads, *settings)
+        with _on(draws.seed.device):
+            for launch in launches:
+                launch.run()
+        return found
+
     def heads_refusal(self, heads: list[HeadRows]) -> str | None:
         if heads[0].hidden.device.type == "cpu" and any(h.hidden.dtype == torch.bfloat16 for h in heads):
             return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"

@@ -5,7 +5,7 @@ Keys hold dtypes and numbers of terms, never a batch size: a new N or length com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WARP = 32  # threads; AMD's 64 changes how many vectors a thread takes, not what is computed
 MAX_SPLITS = 128  # programs that may share a row; the width of the kernel that combines them
@@ -118,3 +118,13 @@ def sample_splits(rows: int, tiles: int, multiprocessors: int) -> int:
     """Programs that share a row of a draw; as ``splits``."""
     wanted = -(-multiprocessors * SAMPLE_PROGRAMS // rows)
     return max(1, min(wanted, tiles, MAX_SPLITS))
+
+
+def draw_tiles(config: TileConfig, rows: int) -> TileConfig:
+    """Configuration of the kernel that draws from heads, for few rows as for many.
+
+    A decoding step reads its weights once; more rows in a tile than there are would be products of
+    nothing. Sizes of batches fall in two classes, so that a run compiles no more than two kernels.
+    The noise takes registers beside the products: 128 rows would spill.
+    """
+    return replace(config, rows=min(config.rows, 16 if rows <= 16 else 64))

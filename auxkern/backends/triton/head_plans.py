@@ -242,7 +242,8 @@ def heads_sum(heads: Sequence[HeadRows], target: Tensor, V: int, separate: bool,
     )
 
 
-def _input_bytes(heads: Sum) -> int:
+def input_bytes(heads: Sum) -> int:
+    """Bytes of hidden states and weights, each once."""
     itemsizes = [(h.hidden.element_size(), h.weight.element_size()) for h in heads.arguments["heads"]]
     return sum(
         D * (heads.N * hidden + heads.V * weight)
@@ -285,7 +286,7 @@ def forward(
         heads_forward_kernel,
         {"partial": partial, "e_out": partial.sums if e is None else e},
         options | {"WRITE": e is not None},
-        _input_bytes(heads) + written,
+        input_bytes(heads) + written,
     )
     sizes = fields * heads.tiles * N
     combined = Launch(
@@ -353,6 +354,6 @@ def gradient(
         heads_gradient_kernel,
         {"coefficients": _Coefficients(row_max, *coefficients), "d_out": tuple(out)},
         {"SLOPES": tuple(capped)},
-        _input_bytes(heads) + sum(heads.N * heads.V * d.element_size() for d in out),
+        input_bytes(heads) + sum(heads.N * heads.V * d.element_size() for d in out),
     )
     return [d[:, : heads.V] for d in out], launch

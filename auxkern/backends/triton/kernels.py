@@ -16,6 +16,7 @@ from torch import Tensor
 
 from auxkern.backends.triton import head_cases, plans, sampling_cases
 from auxkern.backends.triton.cross_entropy import backward_kernel, combine_kernel, forward_kernel
+from auxkern.backends.triton.head_sampling import heads_draw_kernel
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.linear_cross_entropy import (
     heads_combine_kernel,
@@ -170,4 +171,10 @@ KERNELS = (
     Kernel(sum_kernel, _of(sampling_cases.sum_cases, sampling_cases.ROWS), vectors=True, any_row=False),
     Kernel(adjust_kernel, _of(sampling_cases.adjust_cases, sampling_cases.ROWS), vectors=False),
     Kernel(filter_kernel, _of(sampling_cases.filter_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(
+        heads_draw_kernel,
+        _of(sampling_cases.head_draw_cases, sampling_cases.ROWS),
+        vectors=False,
+        dot=True,
+    ),
 )

@@ -29,21 +29,26 @@ _DIGITS: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
-def _noise(seed, position, start, BLOCK: tl.constexpr):
-    """(BLOCK,) Gumbel noise of ids from ``start``, a multiple of 4: word id % 4 of counter id // 4."""
-    counter = start // 4 + tl.arange(0, BLOCK // 4)
-    zero = tl.zeros([BLOCK // 4], tl.int32)
-    low = (position & 0xFFFFFFFF).to(tl.uint32)
-    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, counter, zero, zero.to(tl.uint32) + low, zero.to(tl.uint32) + high)
-    # join puts its arguments side by side in a new last dimension.
-    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK])
+def gumbel(bits):
+    """-log(-log1p(-u)) of u = (bits + 0.5) 2**-32; above a half from 1 - u, then the precise one."""
     below = bits < 0x80000000
-    # Converted as signed: the value above a half is taken from 1 - u, which is then the precise one.
+    # Below 2**31 in either case, so that it may be converted as a signed number.
     small = tl.where(below, bits, bits ^ 0xFFFFFFFF).to(tl.int32).to(tl.float32)
     u = (small + 0.5) * _UNIT
     w = tl.where(below, log1p(u / (1.0 - u)), -tl.log(u))
     return -tl.log(w)
+
+
+@triton.jit
+def _noise(seed, position, start, BLOCK: tl.constexpr):
+    """(BLOCK,) Gumbel noise of ids from ``start``, a multiple of 4: word id % 4 of counter id // 4."""
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
+    zero = tl.zeros([BLOCK // 4], tl.uint32)
+    low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, counter, zero, low, high)
+    # join puts its arguments side by side in a new last dimension.
+    return gumbel(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK]))
 
 
 @triton.jit
@@ -202,33 +207,37 @@ def draw_kernel(
 @triton.jit(do_not_specialize=["N", "splits"])
 def choose_kernel(
     draws,  # Draws
-    partial,  # what draw_kernel left
+    partial,  # what draw_kernel or heads_draw_kernel left
     out,  # (N,) int64, int32, float32
     N, splits,
     LOGPROB: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The best of the draws of row program_id(0)'s programs, one in each lane."""
+    """The best of the draws of row program_id(0)'s programs, LANES at a time."""
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(draws.temperature + row)
     greedy = temperature == 0
     temperature = tl.where(greedy, 1.0, temperature)
     plane = N.to(tl.int64) * splits
     lane = tl.arange(0, LANES)
-    valid = lane < splits
     nothing = -float("inf")
-    at = partial.floats + row * splits + lane
-    largest = tl.load(at, valid, nothing)
-    score = tl.load(at + plane, valid, nothing)
-    d = tl.load(at + 2 * plane, valid, nothing)
-    total = tl.load(at + 3 * plane, valid, 0.0)
-    nans = tl.load(at + 4 * plane, valid, 0.0)
-    ids = tl.load(partial.ids + row * splits + lane, valid, _NO_ID)
-    state = _moved((largest, score, d, ids, total, nans), tl.max(largest, axis=0), temperature)
-    top = tl.max(state[1], axis=0)
-    token = tl.min(tl.where(state[1] == top, ids, _NO_ID), axis=0)
-    of_token = tl.max(tl.where(ids == token, state[2], nothing), axis=0)
-    chosen = (state[0], top, of_token, token, tl.sum(state[4], axis=0), tl.max(nans, axis=0))
-    _write(chosen, out, row, greedy, LOGPROB)
+    state = (nothing, nothing, nothing, _NO_ID, 0.0, 0.0)
+    for first in range(0, splits, LANES):
+        valid = first + lane < splits
+        at = partial.floats + row * splits + first + lane
+        tile_largest = tl.load(at, valid, nothing)
+        score = tl.load(at + plane, valid, nothing)
+        d = tl.load(at + 2 * plane, valid, nothing)
+        total = tl.load(at + 3 * plane, valid, 0.0)
+        nans = tl.load(at + 4 * plane, valid, 0.0)
+        ids = tl.load(partial.ids + row * splits + first + lane, valid, _NO_ID)
+        largest = tl.maximum(state[0], tl.max(tile_largest, axis=0))
+        tiles = _moved((tile_largest, score, d, ids, total, nans), largest, temperature)
+        top = tl.max(tiles[1], axis=0)
+        token = tl.min(tl.where(tiles[1] == top, ids, _NO_ID), axis=0)
+        of_token = tl.max(tl.where(ids == token, tiles[2], nothing), axis=0)
+        best = (largest, top, of_token, token, tl.sum(tiles[4], axis=0), tl.max(nans, axis=0))
+        state = _merge(_moved(state, largest, temperature), best)
+    _write(state, out, row, greedy, LOGPROB)
 
 
 @triton.jit(do_not_specialize=["V", "stride", "splits"])

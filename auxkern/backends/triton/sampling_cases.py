@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from auxkern.backends.triton import sampling_plans
+from auxkern.backends.triton.head_cases import WIDTHS
 from auxkern.backends.triton.launch import Launch
-from auxkern.ops.registry import Draws
+from auxkern.ops.registry import Draws, HeadRows
 
 ROWS = 64  # a decoding batch
 _MULTIPROCESSORS = 132  # H100 SXM; decides how rows are split, not what is compiled
@@ -16,14 +17,14 @@ _H, _B, _F = torch.float16, torch.bfloat16, torch.float32
 _SUMS = {"bf16+bf16": (_B, _B), "fp16+fp32": (_H, _F), "fp32+fp32": (_F, _F), "bf16": (_B,)}
 
 
-def draws_of(*, plain: bool, history: int = 0) -> Draws:
-    """Parameters of ``ROWS`` rows, on tensors without memory."""
+def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS) -> Draws:
+    """Parameters of some rows, on tensors without memory."""
 
     def floats(*shape: int) -> torch.Tensor:
-        return torch.empty(ROWS, *shape, device="meta")
+        return torch.empty(rows, *shape, device="meta")
 
     def integers(*shape: int) -> torch.Tensor:
-        return torch.empty(ROWS, *shape, dtype=torch.int64, device="meta")
+        return torch.empty(rows, *shape, dtype=torch.int64, device="meta")
 
     return Draws(
         temperature=floats(),
@@ -88,3 +89,42 @@ def filter_cases(V: int) -> Iterator[tuple[str, Launch]]:
     for logprob in (False, True):
         label = "logprob" if logprob else "plain"
         yield label, launches(V, (_B, _B), draws_of(plain=False), logprob=logprob)[-1]
+
+
+def head_launch(
+    V: int,
+    widths: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    rows: int = ROWS,
+    cap: float = 0.0,
+    write: bool = False,
+    logprob: bool = False,
+) -> Launch:
+    """The launch that draws from heads, or that writes their logits."""
+    heads = [
+        HeadRows(
+            torch.empty(rows, D, dtype=dtype, device="meta"),
+            torch.empty(V, D, dtype=dtype, device="meta"),
+            None,
+            1.0,
+            cap,
+        )
+        for D, dtype in zip(widths, dtypes, strict=True)
+    ]
+    draws = draws_of(plain=not write, rows=rows)
+    return sampling_plans.sample_heads(heads, V, draws, logprob, "ieee")[1][0]
+
+
+def head_draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    """Of ``heads_draw_kernel``."""
+    for name, widths in WIDTHS.items():
+        yield f"bf16 {name}", head_launch(V, widths, (_B, _B))
+    widths = WIDTHS["768+256"]
+    yield "fp16 768+256", head_launch(V, widths, (_H, _H))
+    yield "bf16, 16 rows", head_launch(V, widths, (_B, _B), rows=16)
+    yield "bf16, 512 rows", head_launch(V, widths, (_B, _B), rows=512)
+    yield "bf16, logprob", head_launch(V, widths, (_B, _B), logprob=True)
+    yield "bf16, writes z", head_launch(V, widths, (_B, _B), write=True)
+    yield "bf16, softcap", head_launch(V, widths, (_B, _B), cap=30.0)
+    yield "fp16+fp32", head_launch(V, widths, (_H, _F))

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs
+from auxkern.backends.triton import configs, head_plans
+from auxkern.backends.triton.head_sampling import heads_draw_kernel
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.rows import VECTOR_BYTES, as_term
 from auxkern.backends.triton.sampling import (
@@ -17,7 +18,7 @@ from auxkern.backends.triton.sampling import (
     filter_kernel,
     sum_kernel,
 )
-from auxkern.ops.registry import Draws
+from auxkern.ops.registry import Draws, HeadRows
 
 # Ten rounds of Philox for four ids, two logarithms: per id. Comparisons of a radix search: per id.
 _NOISE_FLOPS, _SEARCH_FLOPS = 40, 2 * 8 * 16
@@ -76,22 +77,14 @@ def sample(
         multiprocessors: of the device; decides over how many programs a row is split.
     """
     N = draws.temperature.shape[0]
-    adjusts = any(t.shape[1] for t in (draws.prompt, draws.history, draws.added_ids, draws.bias_ids))
-    out = _Out(
-        draws.seed.new_empty(N),
-        draws.seed.new_empty(N, dtype=torch.int32),
-        draws.seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
-    )
+    adjusts, out = _adjusts(draws), _out(draws, want_logprob)
     rows = _row_draws(draws)
     config = configs.SAMPLE
     splits = configs.sample_splits(N, -(-V // config.block), multiprocessors)
     summed, constants = _summed(values, scales, softcaps, draws)
     read = N * V * sum(x.element_size() for x in values)
     if draws.plain and not adjusts:
-        partial = _Partial(
-            draws.seed.new_empty((5, N, splits), dtype=torch.float32),
-            draws.seed.new_empty((N, splits), dtype=torch.int32),
-        )
+        partial = _partial(draws, splits)
         draw = Launch(
             draw_kernel,
             (N, splits),
@@ -101,44 +94,111 @@ def sample(
             bytes_moved=read,
             flops=N * V * (_NOISE_FLOPS + 2 * len(values)),
         )
-        choose = Launch(
-            choose_kernel,
-            (N,),
-            {"draws": rows, "partial": partial, "out": out, "N": N, "splits": splits},
-            {"LOGPROB": want_logprob, "LANES": configs.MAX_SPLITS},
-            1,
-            bytes_moved=24 * N * splits,
-            flops=8 * N * splits,
-        )
-        return (out.token, out.status, out.logprob), [draw, choose]
-    # Whole tiles, filled with -inf, so that nothing that reads them needs a mask.
-    stride = -(-V // config.block) * config.block
-    z = draws.seed.new_empty((N, stride), dtype=torch.float32)
-    launches = [
-        Launch(
-            sum_kernel,
-            (N, splits),
-            {**summed, "z_out": z, "V": V, "stride": stride, "splits": splits},
-            {**constants, "BLOCK": config.block},
-            config.warps,
-            bytes_moved=read + 4 * N * V,
-            flops=2 * N * V * len(values),
-        )
-    ]
-    if adjusts:
-        launches.append(_adjust(z, rows, draws, V, stride))
-    launches.append(
-        Launch(
-            filter_kernel,
-            (N,),
-            {"z_in": z, "draws": rows, "out": out, "V": V, "stride": stride},
-            {"LOGPROB": want_logprob, "BLOCK": configs.FILTER.block},
-            configs.FILTER.warps,
-            bytes_moved=4 * N * V,
-            flops=N * V * (_NOISE_FLOPS + _SEARCH_FLOPS),
-        )
+        return (out.token, out.status, out.logprob), [draw, _choose(rows, partial, out)]
+    z = draws.seed.new_empty((N, padded(V)), dtype=torch.float32)
+    made = Launch(
+        sum_kernel,
+        (N, splits),
+        {**summed, "z_out": z, "V": V, "stride": z.shape[1], "splits": splits},
+        {**constants, "BLOCK": config.block},
+        config.warps,
+        bytes_moved=read + 4 * N * V,
+        flops=2 * N * V * len(values),
     )
-    return (out.token, out.status, out.logprob), launches
+    return (out.token, out.status, out.logprob), [made, *_from_logits(z, rows, draws, V, out)]
+
+
+def sample_heads(
+    heads: list[HeadRows], V: int, draws: Draws, want_logprob: bool, precision: str
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """As ``sample``, from output heads; ``precision`` of products of float32: "ieee" or "tf32"."""
+    N = draws.temperature.shape[0]
+    out, rows = _out(draws, want_logprob), _row_draws(draws)
+    summed = head_plans.heads_sum(heads, draws.seed, V, False, precision)
+    config = configs.draw_tiles(summed.config, N)
+    # No draw looks at a target.
+    arguments = {name: value for name, value in summed.arguments.items() if name != "target"}
+    write = not draws.plain or _adjusts(draws)
+    tiles = padded(V) // config.ids if write else -(-V // config.ids)
+    blocks = -(-N // config.rows)
+    partial = _partial(draws, 0 if write else tiles)
+    z = draws.seed.new_empty((N, padded(V)) if write else (0, 0), dtype=torch.float32)
+    products = 2 * N * V * summed.width
+    made = Launch(
+        heads_draw_kernel,
+        (blocks * tiles,),
+        arguments | {"draws": rows, "partial": partial, "z_out": z, "row_blocks": blocks, "tiles": tiles},
+        summed.constants
+        | {
+            "LOGPROB": want_logprob,
+            "WRITE": write,
+            "BLOCK_N": config.rows,
+            "BLOCK_V": config.ids,
+            "BLOCK_D": config.width,
+            "GROUP": config.group,
+        },
+        config.warps,
+        bytes_moved=head_plans.input_bytes(summed) + (4 * N * V if write else 0),
+        flops=N * V * (2 if write else _NOISE_FLOPS) + (0 if summed.half else products),
+        num_stages=config.stages,
+        tensor_flops=products if summed.half else 0,
+    )
+    rest = _from_logits(z, rows, draws, V, out) if write else [_choose(rows, partial, out)]
+    return (out.token, out.status, out.logprob), [made, *rest]
+
+
+def padded(V: int) -> int:
+    """Columns of written logits: whole tiles, filled with -inf, so that no reader needs a mask."""
+    return -(-V // configs.SAMPLE.block) * configs.SAMPLE.block
+
+
+def _adjusts(draws: Draws) -> bool:
+    return any(t.shape[1] for t in (draws.prompt, draws.history, draws.added_ids, draws.bias_ids))
+
+
+def _out(draws: Draws, want_logprob: bool) -> _Out:
+    N = draws.seed.shape[0]
+    return _Out(
+        draws.seed.new_empty(N),
+        draws.seed.new_empty(N, dtype=torch.int32),
+        draws.seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
+    )
+
+
+def _partial(draws: Draws, parts: int) -> _Partial:
+    N = draws.seed.shape[0]
+    return _Partial(
+        draws.seed.new_empty((5, N, parts), dtype=torch.float32),
+        draws.seed.new_empty((N, parts), dtype=torch.int32),
+    )
+
+
+def _choose(rows: _RowDraws, partial: _Partial, out: _Out) -> Launch:
+    N, parts = partial.ids.shape
+    return Launch(
+        choose_kernel,
+        (N,),
+        {"draws": rows, "partial": partial, "out": out, "N": N, "splits": parts},
+        {"LOGPROB": out.logprob.numel() > 0, "LANES": configs.MAX_SPLITS},
+        1,
+        bytes_moved=24 * N * parts,
+        flops=8 * N * parts,
+    )
+
+
+def _from_logits(z: Tensor, rows: _RowDraws, draws: Draws, V: int, out: _Out) -> list[Launch]:
+    """Penalties, filters and the draw from (N, stride) float32 logits, -inf from V on."""
+    N, stride = z.shape
+    last = Launch(
+        filter_kernel,
+        (N,),
+        {"z_in": z, "draws": rows, "out": out, "V": V, "stride": stride},
+        {"LOGPROB": out.logprob.numel() > 0, "BLOCK": configs.FILTER.block},
+        configs.FILTER.warps,
+        bytes_moved=4 * N * V,
+        flops=N * V * (_NOISE_FLOPS + _SEARCH_FLOPS),
+    )
+    return [_adjust(z, rows, draws, V, stride), last] if _adjusts(draws) else [last]
 
 
 def _row_draws(draws: Draws) -> _RowDraws:
