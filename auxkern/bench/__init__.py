@@ -1,5 +1,6 @@
 """Benchmarks: ``python -m auxkern.bench``, ``auxkern.bench.real`` and ``auxkern.bench.report``.
 
-An operator's file (``cross_entropy.py``) holds its inputs, implementations, float64 check and
-floor; the rest knows no operator. Nothing else in the package imports from here.
+An operator's file (``cross_entropy.py``) holds its inputs, implementations, check and floor;
+``cases`` and ``results`` know its name, the rest knows no operator. Nothing else in the package
+imports from here.
 """

@@ -64,23 +64,22 @@ def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
     """Title, what the work is, legend."""
     kinds = {case.pass_names for case in cases}
     terms = " or ".join(map(str, sorted({case.terms for case in cases})))
-    work = {
-        PASSES: (
-            "Loss of a sum of logits",
-            f"cross-entropy of {terms} terms (N rows, V vocabulary), gradient for the last",
-        ),
-        DRAW: (
-            "Tokens from a sum of logits",
-            f"a token for each of N rows from {terms} terms (V vocabulary)",
-        ),
-    }
-    titles, whats = zip(*(words for kind, words in work.items() if kind in kinds), strict=True)
-    figure.suptitle(f"{' · '.join(titles)}: how long it takes, how much memory", fontsize=14, y=0.97)
-    eager = "eager PyTorch" if PASSES in kinds else "Hugging Face's pipeline (eager)"
+    eager = "eager PyTorch"
+    if DRAW not in kinds:
+        title = "Loss of a sum of logits"
+        what = f"cross-entropy of {terms} terms (N rows, V vocabulary), gradient for the last"
+    elif PASSES not in kinds:
+        title = "Tokens from a sum of logits"
+        what = f"a token for each of N rows from {terms} terms (V vocabulary)"
+        eager = "Hugging Face's pipeline (eager)"
+    else:
+        title = "Loss of a sum of logits, and tokens from it"
+        what = f"cross-entropy of {terms} terms, gradient for the last; a token for each row"
+    figure.suptitle(f"{title}: how long it takes, how much memory", fontsize=14, y=0.97)
     figure.text(
         0.5,
         0.58,
-        f"{'; '.join(whats)}. Shorter is better; (2.0x) = twice the speed of {eager}",
+        f"{what}. Shorter is better; (2.0x) = twice the speed of {eager}",
         ha="center",
         fontsize=9.5,
     )

@@ -75,10 +75,14 @@ def print_case(console: Console, case: CaseResult) -> None:
 
 def print_footer(console: Console, run: Run) -> None:
     """What the implementations are, what the columns mean, and remarks."""
-    legend = descriptions(run)
-    width = max(map(len, legend), default=0)
-    for name, description in legend.items():
-        console.print(f"  [dim]{escape(f'{name:{width}}')}  {escape(description)}", highlight=False)
+    ops = list(dict.fromkeys(case.op for case in run.cases))
+    for op in ops:
+        legend = descriptions(run, op)
+        width = max(map(len, legend), default=0)
+        if len(ops) > 1:
+            console.print(f"[dim]{op}:", highlight=False)
+        for name, description in legend.items():
+            console.print(f"  [dim]{escape(f'{name:{width}}')}  {escape(description)}", highlight=False)
     if run.cases:
         console.print(f"[dim]{_caption(run)}", highlight=False)
     for note in run.notes:
@@ -94,11 +98,11 @@ def _caption(run: Run) -> str:
     return _CAPTION + "".join(words for kind, words in _ERROR.items() if kind in _kinds(run))
 
 
-def descriptions(run: Run) -> dict[str, str]:
-    """Description by implementation name, in order of appearance."""
+def descriptions(run: Run, op: str) -> dict[str, str]:
+    """Description by name of an operator's implementations, in order of appearance."""
     found: dict[str, str] = {}
     for case in run.cases:
-        for result in case.results:
+        for result in case.results if case.op == op else []:
             # The longest: eager's description says more where the dtype is narrow.
             if len(result.description) > len(found.get(result.name, "")):
                 found[result.name] = result.description
