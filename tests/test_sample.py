@@ -259,6 +259,16 @@ def test_logits_of_any_size_give_tokens(backend, scale):
 
 
 @backends
+@pytest.mark.parametrize("temperature", [1e-42, 1e-30, 1e-6, 1e6, 1e30])
+def test_temperatures_of_any_size_give_tokens(backend, temperature):
+    z = logits(30, 200)
+    found = tokens(z, SamplingParams(temperature=temperature), seed=seeds(30), backend=backend)
+    assert ((found >= 0) & (found < 200)).all()
+    if temperature < 1e-5:
+        assert torch.equal(found, z.argmax(-1))
+
+
+@backends
 def test_an_offset_of_all_logits_changes_nothing(backend):
     z = (logits(40, 300) * 64).round() / 64  # so that the sum with 4096 is exact
     assert torch.equal(

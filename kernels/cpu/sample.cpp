@@ -278,36 +278,46 @@ float gumbel(uint32_t bits) {
     return -logf(w);
 }
 
+// Lanes that may beat `best`, given d - best within 1e-4: d + noise > best only if u < exp(d - best), as
+// -log1p(-u) >= u, and the power of two below u bounds its logarithm without one.
+inline vi may_win(vu bits, vf above_best) {
+    const vf u = __builtin_convertvector((vi)(bits >> 1), vf);  // times 2^-31
+    const vf log_u = __builtin_convertvector(((vi)u >> 23) - (127 + 31), vf) * 0.69314718f;
+    return (vi)(log_u < above_best + 1e-3f);
+}
+
+template <bool FILTERED>
 int64_t draw(const Row &row, const Kept &kept) {
     const uint64_t seed = uint64_t(row.sampling().seed[row.n]), position = uint64_t(row.sampling().position[row.n]);
+    // Finite, so that the largest logit's distance stays 0.
+    const float inverse = row.temperature() < 1e-38f ? 1e38f : 1.0f / row.temperature();
     float best = -1e30f;
     int64_t token = -1;
     for (int64_t first = 0; first < row.padded(); first += BLOCK) {
-        vf d[4];
+        vf z[4];
         vf high = splat(-INFINITY);
         for (int k = 0; k < 4; ++k) {
             const int64_t v = first + k * LANES;
-            d[k] = row.distance(v);
-            d[k] = choose(is_kept(kept, load(row.z + v), d[k], v), d[k], splat(-INFINITY));
-            high = vmax(high, d[k]);
+            z[k] = load(row.z + v);
+            if (FILTERED) z[k] = choose(is_kept(kept, z[k], row.distance(v), v), z[k], splat(-INFINITY));
+            high = vmax(z[k], high);
         }
-        if (!any((vi)(high > best - LARGEST_NOISE))) continue;
+        if (!any((vi)((high - row.max) * inverse > best - LARGEST_NOISE))) continue;
         vu bits[4];
         random_bits(bits, seed, position, first);
         for (int k = 0; k < 4; ++k) {
-            // d + noise > best only if u < exp(d - best), as -log1p(-u) >= u; with room for rounding.
-            const vf u = __builtin_convertvector(bits[k] >> 1, vf) * 4.656612873077393e-10f;
-            const vi may_win = (vi)(u < vexp(vmin(d[k] - best, splat(80.0f))) * 1.0001f + 1e-12f) & (vi)(d[k] > -INFINITY);
-            if (!any(may_win)) continue;
-            float ds[LANES];
+            // Screened with a product; who passes is worked out with the division that defines d.
+            const vi candidates = may_win(bits[k], (z[k] - row.max) * inverse - best) & (vi)(z[k] > -INFINITY);
+            if (!any(candidates)) continue;
+            float zs[LANES];
             uint32_t words[LANES];
             int32_t wins[LANES];
-            memcpy(ds, &d[k], sizeof ds);
+            memcpy(zs, &z[k], sizeof zs);
             memcpy(words, &bits[k], sizeof words);
-            memcpy(wins, &may_win, sizeof wins);
+            memcpy(wins, &candidates, sizeof wins);
             for (int i = 0; i < LANES; ++i) {
                 if (!wins[i]) continue;
-                const float value = ds[i] + gumbel(words[i]);
+                const float value = row.distance_of(zs[i]) + gumbel(words[i]);
                 if (value > best) {
                     best = value;
                     token = first + k * LANES + i;
@@ -356,7 +366,7 @@ void sample_row(Row &row) {
         logprob = 0;
     } else if (status == AUXKERN_ROW_OK) {
         const Kept kept = task.filters ? filter(row) : Kept{};
-        token = draw(row, kept);
+        token = task.filters ? draw<true>(row, kept) : draw<false>(row, kept);
         if (task.logprob) logprob = log_share(row, kept, token);
     }
     task.token[row.n] = token;

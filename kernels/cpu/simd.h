@@ -39,8 +39,6 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
-inline vf vmin(vf a, vf b) { return a < b ? a : b; }
-
 inline vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 
 inline bool any(vi mask) {
