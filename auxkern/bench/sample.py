@@ -129,7 +129,7 @@ class Sample:
         "miss": share of tokens that no rounding explains. Ours must be the reference's token unless
         the two score alike; every token must be one that the filters keep in float64.
         "surprise": |mean of -logprob over the tokens - its expectation|, in nats, which sees a
-        forgotten term or temperature. Bernstein's inequality bounds it, exceeded once in e**20.
+        forgotten term or temperature. Bernstein's inequality bounds it, exceeded once in e**14.
         """
         drawn = [made["draw"]]
         if not implementation.ours:
@@ -144,8 +144,8 @@ class Sample:
             other = tokens != exact.tokens
             miss = miss | (other & ~tied(inputs, exact, tokens[0])[None])
         found = -log_p[log_p > -torch.inf]
-        # P(-logprob > s) <= V exp(-s), so one in e**20 is larger than this.
-        n, confidence = max(1, found.numel()), 20.0
+        # P(-logprob > s) <= V exp(-s), so one in e**14 is larger than this.
+        n, confidence = max(1, found.numel()), 14.0
         largest = math.log(V) + confidence
         bound = math.sqrt(2 * exact.variance * confidence / n) + largest * confidence / (3 * n)
         return Errors(
