@@ -1,4 +1,4 @@
-"""``python3 -m benchmarks.gpu.selection``: a few losses and gradients, checked, for compute-sanitizer.
+"""``python3 -m benchmarks.gpu.selection``: a few losses, gradients and draws for compute-sanitizer, checked.
 
 Small on purpose, since instrumented kernels are a hundred times slower, yet every kernel runs: rows
 split over programs and rows of one program, tails, misaligned and padded rows, every output.
@@ -123,6 +123,51 @@ def error(example: Example, device: torch.device, backend: str) -> float:
     return float(torch.tensor(worst).max())  # max() could lose a NaN
 
 
+@dataclass(frozen=True)
+class DrawExample:
+    """One call of ``auxkern.sample``, on the CPU; fields as in ``Example``."""
+
+    name: str
+    terms: list[Any]
+    params: auxkern.SamplingParams
+    history: Tensor
+
+
+def draw_examples() -> Iterator[DrawExample]:
+    """The draws; the same numbers in every run."""
+    source = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int, dtype: torch.dtype = _F) -> Tensor:
+        return (3 * torch.randn(shape, generator=source)).to(dtype)
+
+    history = torch.randint(-1, 1031, (20, 9), generator=source)
+    everything = auxkern.SamplingParams(
+        0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.1
+    )
+    logits = [normal(20, 1031), auxkern.Logits(normal(20, 1031, dtype=_B), scale=0.5, softcap=5.0)]
+    heads = [auxkern.Head(normal(20, D) / 8, normal(1031, D)) for D in (40, 24)]
+    sparse = auxkern.Sparse(torch.randint(1031, (20, 4), generator=source), normal(20, 4))
+    for name, terms in (("logits", logits), ("heads", heads), ("heads, sparse", [*heads, sparse])):
+        yield DrawExample(f"draw from {name}", terms, auxkern.SamplingParams(), history[:, :0])
+        yield DrawExample(f"draw from {name}, all filters", terms, everything, history)
+
+
+def differing_tokens(example: DrawExample, device: torch.device, backend: str) -> int:
+    """Rows whose token is not the reference's."""
+    tokens = []
+    for where, name in ((device, backend), (torch.device("cpu"), "reference")):
+        drawn = auxkern.sample(
+            [moved(term, where) for term in example.terms],
+            example.params,
+            seed=torch.arange(20, device=where),
+            position=3,
+            history=example.history.to(where),
+            backend=name,
+        )
+        tokens.append(drawn.tokens.cpu())
+    return int((tokens[0] != tokens[1]).sum())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs and checks the selection.
 
@@ -132,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 1 if a result is wrong.
     """
-    parser = argparse.ArgumentParser(description="Run and check a few losses and gradients.")
+    parser = argparse.ArgumentParser(description="Run and check a few losses, gradients and draws.")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="triton")
     options = parser.parse_args(argv)
@@ -145,6 +190,11 @@ def main(argv: list[str] | None = None) -> int:
         right = worst <= allowed
         print(f"{'right' if right else 'WRONG'}: {example.name}: error {worst:.1e}, {allowed:.1e} is allowed")
         wrong += not right
+        count += 1
+    for draw in draw_examples():
+        different = differing_tokens(draw, torch.device(options.device), options.backend)
+        print(f"{'WRONG' if different else 'right'}: {draw.name}: {different} of 20 tokens differ")
+        wrong += different > 0
         count += 1
     print(f"{wrong} of {count} cases are wrong" if wrong else f"{count} cases are right", flush=True)
     return 1 if wrong else 0
