@@ -259,6 +259,17 @@ def test_logits_of_any_size_give_tokens(backend, scale):
 
 
 @backends
+@pytest.mark.parametrize("V", [32_000, 262_144])
+def test_ten_thousand_draws_from_a_large_vocabulary(backend, V):
+    if backend == "reference":
+        pytest.skip("writes (N, V) tensors in float64")
+    found = sample(logits(1, V)[0].expand(10_000, -1), seed=seeds(10_000), backend=backend)
+    assert (found.status == 0).all()
+    assert ((found.tokens >= 0) & (found.tokens < V)).all()
+    assert len(set(found.tokens.tolist())) > 1000
+
+
+@backends
 @pytest.mark.parametrize("temperature", [1e-42, 1e-30, 1e-6, 1e6, 1e30])
 def test_temperatures_of_any_size_give_tokens(backend, temperature):
     z = logits(30, 200)
