@@ -66,6 +66,9 @@ def sample(
     (position, v) as counter. So a row's token depends on its logits, parameters, seed and position,
     and on nothing else: not on the batch, the row's place in it, or the backend.
 
+    In a CUDA graph give seed, position and whatever changes as tensors, and a ``logit_bias`` as
+    ``Sparse``: numbers become constants of the graph. Nothing stops the device.
+
     Args:
         terms: 1 to 8 ``Logits`` (..., V), ``Head`` (..., D) and ``Sparse`` (..., K), as in
             ``cross_entropy``; a ``scale`` may be a tensor (...), one for each row. A bare tensor is
