@@ -1,7 +1,7 @@
 """The kernels of output heads on the CPU, through Triton's interpreter, on small shapes.
 
 Runs in a process with ``TRITON_INTERPRET=1``, as ``test_interpreter.py`` does;
-``test_linear_interpreted.py`` starts it. The interpreter cannot multiply bfloat16 matrices.
+``test_interpreted.py`` starts it. The interpreter cannot multiply bfloat16 matrices.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs TRITON_INTERPRET=1 before Triton is imported; test_linear_interpreted.py sets it",
+        reason="needs TRITON_INTERPRET=1 before Triton is imported; test_interpreted.py sets it",
     ),
 ]
 

@@ -1,7 +1,7 @@
 """The sampling kernels on the CPU, through Triton's interpreter: the reference's tokens on small shapes.
 
 Runs in a process with ``TRITON_INTERPRET=1``, as ``test_interpreter.py`` does;
-``test_sampling_interpreted.py`` starts it.
+``test_interpreted.py`` starts it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs TRITON_INTERPRET=1 before Triton is imported; test_sampling_interpreted.py sets it",
+        reason="needs TRITON_INTERPRET=1 before Triton is imported; test_interpreted.py sets it",
     ),
 ]
 
