@@ -28,7 +28,7 @@ FLOAT32 = 4e-6
 def kernels(request, monkeypatch):
     """Every instruction set in turn, in the place of the CPU backend."""
     try:
-        backend = Cpu(request.param)
+        backend = Cpu(request.param, own_products=True)
     except ValueError as missing:
         pytest.skip(str(missing))
     chosen = registry._import
@@ -217,3 +217,8 @@ def test_a_scaled_loss_is_not_computed_again(kernels, monkeypatch):
     assert calls == [1]
     for d, want in zip(made, exact, strict=True):
         assert (d.double() - want.double()).abs().max() <= 2**-10 * want.abs().max()
+
+
+def test_plain_code_leaves_products_to_the_library_unless_told(monkeypatch):
+    assert Cpu("generic").segments_refusal([]) is not None
+    assert Cpu("generic", own_products=True).segments_refusal([]) is None
