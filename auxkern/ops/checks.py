@@ -31,6 +31,16 @@ def one_device(terms: Sequence[Term]) -> tuple[str, torch.device]:
     return first, device
 
 
+def check_sparse_ids(name: str, ids: Tensor, V: int) -> None:
+    """Raises ValueError if one of the ids lies outside [0, V); looks at them, which stops a GPU."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= V:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} holds {wrong}, outside [0, {V}); give padding id 0 and value 0")
+
+
 def checked_vocabulary(terms: Sequence[Term], vocab_size: int | None) -> int | None:
     """``vocab_size`` as given, once it fits every term.
 

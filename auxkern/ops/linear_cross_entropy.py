@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import head_chunks, head_segments, logit_chunks
+from auxkern.ops.checks import check_sparse_ids
 from auxkern.ops.library import check_target_range, loaded
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, TENSORS, Part, empty, flat_parts
 from auxkern.ops.registry import HeadRows, Rows
@@ -195,14 +196,8 @@ def _chunks(
 def _check_sparse_ids(tensors: list[Tensor], kinds: list[int], V: int) -> None:
     first = 0
     for index, kind in enumerate(kinds):
-        ids = tensors[first]
-        if kind == SPARSE and ids.numel():
-            low, high = (int(x) for x in torch.aminmax(ids))
-            if low < 0 or high >= V:
-                wrong = low if low < 0 else high
-                raise ValueError(
-                    f"terms[{index}].ids holds {wrong}, outside [0, {V}); give padding id 0 and value 0"
-                )
+        if kind == SPARSE:
+            check_sparse_ids(f"terms[{index}].ids", tensors[first], V)
         first += TENSORS[kind]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import logit_chunks, registry
-from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
+from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.library import as_rows
 from auxkern.ops.registry import Draws, HeadRows
@@ -201,7 +201,8 @@ def _draws(
     bias_ids, bias = _bias(params, N, V, dtype, device)
     sparse = [t for t in terms if isinstance(t, Sparse)]
     ids = [_row_ids("Sparse.ids", t.ids, leading, device) for t in sparse]
-    _check_ids("Sparse.ids", ids, V)
+    for listed in ids:
+        _check_where_seen("Sparse.ids", listed, V)
     scales = [getattr(t, "scale", None) for t in terms if not isinstance(t, Sparse)]
     return Draws(
         temperature=row("temperature"),
@@ -228,13 +229,10 @@ def _values(term: Sparse, N: int, dtype: torch.dtype) -> Tensor:
     return term.values.reshape(N, -1).to(dtype)
 
 
-def _check_ids(name: str, ids: Sequence[Tensor], V: int) -> None:
-    for listed in ids:
-        if listed.device.type == "cpu" and listed.numel():
-            low, high = (int(x) for x in torch.aminmax(listed))
-            if low < 0 or high >= V:
-                wrong = low if low < 0 else high
-                raise ValueError(f"{name} holds {wrong}, outside [0, {V}); give padding id 0 and value 0")
+def _check_where_seen(name: str, ids: Tensor, V: int) -> None:
+    # Looking at the ids would stop a GPU.
+    if ids.device.type == "cpu":
+        check_sparse_ids(name, ids, V)
 
 
 def _bias(
@@ -243,7 +241,7 @@ def _bias(
     bias = params.logit_bias
     if isinstance(bias, Sparse):
         ids = _row_ids("logit_bias.ids", bias.ids, torch.Size((N,)), device)
-        _check_ids("logit_bias.ids", [ids], V)
+        _check_where_seen("logit_bias.ids", ids, V)
         return ids, _values(bias, N, dtype)
     listed = dict(bias or {})
     if not listed:

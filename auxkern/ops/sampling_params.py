@@ -133,15 +133,6 @@ class SamplingParams:
         filters = ((self.top_k, 0), (self.top_p, 1.0), (self.min_p, 0.0))
         return all(not isinstance(value, Tensor) and value == off for value, off in filters)
 
-    def rows(self) -> int | None:
-        """N of the fields that have one value for each row; None if none has."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            tensor = value.values if isinstance(value, Sparse) else value
-            if isinstance(tensor, Tensor):
-                return int(tensor.shape[0])
-        return None
-
     def _check(
         self,
         name: str,

@@ -85,11 +85,13 @@ struct Work {
 };
 
 int64_t logits(const ForwardTask &task) { return task.N * task.V * task.n_terms; }
+int64_t logits(const SampleTask &task) { return task.N * task.V * task.n_terms; }
 int64_t logits(const BackwardTask &task) { return task.N * task.write.V * task.write.n_terms; }
 
 // Floats of scratch memory per thread.
 int64_t scratch_floats(const ForwardTask &task) { return task.gradient ? scratch_size(task.V) : 0; }
 int64_t scratch_floats(const BackwardTask &) { return 0; }
+int64_t scratch_floats(const SampleTask &task) { return scratch_size(task); }
 
 template <class Task>
 int32_t run(Kernel<Task> kernel, const Task &task, int64_t pieces, int64_t grab, int64_t scratch_floats, unsigned threads,
@@ -284,10 +286,7 @@ int32_t auxkern_sample(const auxkern_term *terms, int32_t n_terms, int64_t N, in
     task.adjusts = task.counts || sampling->added.width + sampling->bias.width > 0;
     for (int64_t n = 0; n < N; ++n)
         task.filters |= sampling->top_k[n] < V || sampling->top_p[n] < 1 || sampling->log_min_p[n] > -HUGE_VALF;
-    const int64_t logits = N * V * n_terms, useful = std::max<int64_t>(1, logits / (1 << 15));
-    const auto threads = static_cast<unsigned>(std::min({int64_t(execution->threads), N, useful}));
-    return run<SampleTask>(AUXKERN_PICK(Kernel<SampleTask>, sample, resolve(execution->isa)), task, N, 1,
-                           scratch_size(task), threads, *execution);
+    return run_rows<SampleTask>(AUXKERN_PICK(Kernel<SampleTask>, sample, resolve(execution->isa)), task, *execution);
 }
 
 }  // extern "C"

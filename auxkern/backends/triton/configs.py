@@ -50,7 +50,7 @@ def backward(terms: int) -> Config:
     return _first_that_fits(_BACKWARD, terms)
 
 
-def splits(rows: int, tiles: int, multiprocessors: int, config: Config) -> int:
+def splits(rows: int, tiles: int, multiprocessors: int, config: Config | BlockConfig) -> int:
     """Programs that share one row: enough to give every multiprocessor its ``config.programs``.
 
     Args:
@@ -103,21 +103,21 @@ def tiles(accumulators: int, half: bool) -> TileConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """How a kernel that draws tokens is launched: columns in a tile, warps in a program."""
+    """How a kernel that draws tokens is launched.
+
+    Attributes:
+        block: columns in a tile.
+        warps: warps in a program.
+        programs: wanted per multiprocessor, as in ``Config``; 0 where a row is never split.
+    """
 
     block: int
     warps: int
+    programs: int = 0
 
 
 # A tile of a radix search is compared with 16 thresholds at once, in registers.
-SAMPLE, FILTER, ADJUST = BlockConfig(2048, 8), BlockConfig(1024, 4), BlockConfig(256, 2)
-SAMPLE_PROGRAMS = 4  # per multiprocessor
-
-
-def sample_splits(rows: int, tiles: int, multiprocessors: int) -> int:
-    """Programs that share a row of a draw; as ``splits``."""
-    wanted = -(-multiprocessors * SAMPLE_PROGRAMS // rows)
-    return max(1, min(wanted, tiles, MAX_SPLITS))
+SAMPLE, FILTER, ADJUST = BlockConfig(2048, 8, programs=4), BlockConfig(1024, 4), BlockConfig(256, 2)
 
 
 def draw_tiles(config: TileConfig, rows: int) -> TileConfig:

@@ -11,7 +11,6 @@ penalties follow, which then work on a buffer in the L2 cache.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.cross_entropy import _pivot
 from auxkern.backends.triton.linear_cross_entropy import (
     _indices,
     _products,
@@ -19,7 +18,7 @@ from auxkern.backends.triton.linear_cross_entropy import (
     _sum_of,
     _tile_of_program,
 )
-from auxkern.backends.triton.sampling import _NO_ID, gumbel
+from auxkern.backends.triton.sampling import _NO_ID, _pivot, gumbel
 
 
 @triton.jit
@@ -71,8 +70,7 @@ def heads_draw_kernel(
         position = tl.load(draws.position + read_rows)
         noise = _noise(seed, position, tile * BLOCK_V, BLOCK_N, BLOCK_V)
         largest = tl.max(z, axis=1)
-        pivot = tl.where(largest == float("inf"), 0.0, _pivot(largest))
-        d = (z - pivot[:, None]) / temperature[:, None]
+        d = (z - _pivot(largest)[:, None]) / temperature[:, None]
         score = tl.where(greedy[:, None], d, d + noise)
         top = tl.max(score, axis=1)
         winner = (score == top[:, None]) & (z > nothing)

@@ -80,7 +80,7 @@ def sample(
     adjusts, out = _adjusts(draws), _out(draws, want_logprob)
     rows = _row_draws(draws)
     config = configs.SAMPLE
-    splits = configs.sample_splits(N, -(-V // config.block), multiprocessors)
+    splits = configs.splits(N, -(-V // config.block), multiprocessors, config)
     summed, constants = _summed(values, scales, softcaps, draws)
     read = N * V * sum(x.element_size() for x in values)
     if draws.plain and not adjusts:
