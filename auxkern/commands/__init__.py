@@ -1,0 +1,1 @@
+"""What ``auxkern train``, ``generate`` and ``evaluate`` do."""

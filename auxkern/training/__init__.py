@@ -1,0 +1,1 @@
+"""Training an auxiliary: data, cached states of the frozen LM, the loop."""
