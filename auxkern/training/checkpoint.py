@@ -1,0 +1,238 @@
+"""Checkpoints of a training run: all that it needs to go on as if it had never stopped.
+
+``output/checkpoint-<step>/`` holds what ``model.save_pretrained`` writes (model.safetensors among it),
+optimizer.safetensors and trainer.json. A folder has that name only once it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file
+
+from auxkern.training.settings import LoopSettings
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, TRAINER = "model.safetensors", "optimizer.safetensors", "trainer.json"
+_PREFIX, _UNFINISHED = "checkpoint-", ".unfinished-"
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Everything else that it computes follows from this, the weights and the settings.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: text tokens (labels) seen.
+        seconds: spent training and evaluating, over all parts of the run.
+        evaluated_step: the last step after which the pair was evaluated.
+        nll: the pair's validation nll then, nats per token.
+        lm_nll: the LM's alone, which never changes.
+        best_step, best_nll: the step with the lowest validation nll.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluated_step: int = 0
+    nll: float | None = None
+    lm_nll: float | None = None
+    best_step: int | None = None
+    best_nll: float | None = None
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What makes two runs the same run: settings, and fingerprints of the data.
+
+    Attributes:
+        settings: of the loop, or those of the command.
+        training, validation: fingerprints; None without validation data.
+    """
+
+    settings: LoopSettings
+    training: str
+    validation: str | None
+
+    def check(self, saved: dict[str, Any], folder: Path) -> None:
+        """Compares with a checkpoint's trainer.json.
+
+        Raises:
+            ValueError: it belongs to another run; the message names what differs.
+        """
+        if saved.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {saved.get('format')}, but this version reads {FORMAT}")
+        current = self.settings.as_json()
+        names = self.settings.changed(saved["settings"])
+        if names:
+            pairs = [f"{name} is {current[name]!r} but was {saved['settings'].get(name)!r}" for name in names]
+            raise ValueError(
+                f"{folder} was made with other settings: {'; '.join(pairs)}; "
+                "set them back, or start anew in another output folder"
+            )
+        for kind in ("training", "validation"):
+            if saved[kind] != getattr(self, kind):
+                raise ValueError(
+                    f"{folder} was made with other {kind} data: fingerprint {saved[kind]}, now "
+                    f"{getattr(self, kind)}; bring that data back, or start anew in another output folder"
+                )
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return output / f"{_PREFIX}{step}"
+
+
+def checkpoint_steps(output: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, rising."""
+    if not output.is_dir():
+        return []
+    numbers = (path.name.removeprefix(_PREFIX) for path in output.glob(f"{_PREFIX}*") if path.is_dir())
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def save_checkpoint(
+    output: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState, identity: RunIdentity
+) -> Path:
+    """Writes the checkpoint of ``state.step``; if there is one, only its trainer.json, atomically.
+
+    The weights after a step never change, but what is known of them does: that they were evaluated.
+
+    Raises:
+        OSError: the disk is full, say; nothing half-written has the name of a checkpoint.
+    """
+    folder = checkpoint_folder(output, state.step)
+    trainer = {
+        "format": FORMAT,
+        **asdict(state),
+        "settings": identity.settings.as_json(),
+        "training": identity.training,
+        "validation": identity.validation,
+    }
+    text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
+    if folder.is_dir():
+        with replacing(folder / TRAINER) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+        return folder
+    unfinished = output / f"{_UNFINISHED}{folder.name}"
+    remove_unfinished(output)
+    unfinished.mkdir(parents=True)
+    model.save_pretrained(unfinished)
+    save_file(_optimizer_tensors(model, optimizer), unfinished / OPTIMIZER)
+    (unfinished / TRAINER).write_text(text, encoding="utf-8")
+    for path in unfinished.iterdir():
+        _flush(path)
+    unfinished.rename(folder)
+    return folder
+
+
+def load_state(folder: Path, identity: RunIdentity) -> TrainState:
+    """The state of a checkpoint, once its run is known to be this one.
+
+    Raises:
+        ValueError: it belongs to another run.
+    """
+    saved = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+    identity.check(saved, folder)
+    return TrainState(**{one.name: saved[one.name] for one in fields(TrainState)})
+
+
+def load_weights(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Weights and optimizer state of a checkpoint, bit for bit as they were saved.
+
+    Raises:
+        RuntimeError: the model has other parameters.
+        ValueError: the optimizer's state is of other parameters.
+    """
+    device = next(model.parameters()).device
+    load_model(model, folder / WEIGHTS, device=str(device))
+    known = dict(model.named_parameters())
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(folder / OPTIMIZER).items():
+        name, _, entry = key.rpartition(":")
+        if name not in known:
+            raise ValueError(f"{folder / OPTIMIZER} has the state of {name!r}, which the model has not")
+        state.setdefault(name, {})[entry] = tensor
+    # torch numbers parameters in the order of the groups.
+    names = {id(parameter): name for name, parameter in known.items()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    saved = optimizer.state_dict()
+    saved["state"] = {index: state[name] for index, name in enumerate(ordered) if name in state}
+    optimizer.load_state_dict(saved)
+
+
+def prune_checkpoints(output: Path, keep: int, best_step: int | None) -> None:
+    """Removes all but the newest ``keep`` checkpoints and the best one."""
+    for step in checkpoint_steps(output)[:-keep]:
+        if step != best_step:
+            # Renamed first: a folder that is half removed must not look like a checkpoint.
+            remove_unfinished(output)
+            unfinished = output / f"{_UNFINISHED}{_PREFIX}{step}"
+            checkpoint_folder(output, step).rename(unfinished)
+            shutil.rmtree(unfinished)
+
+
+def publish(output: Path, step: int) -> None:
+    """Copies the model files of a checkpoint into the output folder, each atomically, config last."""
+    source = checkpoint_folder(output, step)
+    paths = [path for path in source.iterdir() if path.is_file() and path.name not in (OPTIMIZER, TRAINER)]
+    for path in sorted(paths, key=lambda path: (path.name == "config.json", path.name)):
+        with replacing(output / path.name) as unfinished:
+            shutil.copyfile(path, unfinished)
+
+
+def remove_unfinished(output: Path) -> None:
+    """Removes what an interrupted run left half-written."""
+    for path in output.glob(f"{_UNFINISHED}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, which takes its name when the block ends well."""
+    unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
+    try:
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def truncate_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites a JSONL log with the lines that ``keep`` wants; a last line cut short is dropped."""
+    if not path.is_file():
+        return
+    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    lines = [line for line in complete.splitlines() if keep(json.loads(line))]
+    with replacing(path) as unfinished:
+        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}:{entry}": tensor.detach().contiguous()
+        for parameter, entries in optimizer.state.items()
+        for entry, tensor in entries.items()
+    }
+
+
+def _flush(path: Path) -> None:
+    # Without this a power cut after the renaming could leave an empty file under a final name.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

