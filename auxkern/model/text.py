@@ -1,0 +1,234 @@
+"""Text into token ids and back, in the shape that a pair is trained on and prompted with."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a position that no loss counts, as in torch and transformers
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text to learn, and the condition that it answers.
+
+    Attributes:
+        condition: what the auxiliary sees beside the text: a keyword, a label, a document.
+        text: what the pair learns to write.
+        prompt: what the text continues; both models read it, and nothing is learned from it.
+
+    Raises:
+        TypeError: one of them is not a str.
+    """
+
+    condition: str
+    text: str
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a str, got {type(value).__name__}: {value!r:.60}")
+
+
+def check_condition_template(template: str) -> None:
+    """Refuses a template that does not hold the field {condition}, or holds anything else in braces.
+
+    Raises:
+        TypeError: it is not a str.
+        ValueError: another field, a conversion, a format or a lone brace; a literal one is doubled.
+    """
+    if not isinstance(template, str):
+        raise TypeError(f"condition_template must be a str, got {type(template).__name__}")
+    problem = None
+    try:
+        written = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        problem = str(error)
+    else:
+        if not written:
+            problem = "it has no field"
+        elif any(field != ("condition", "", None) for field in written):
+            problem = "it has another field, or a format"
+    if problem:
+        raise ValueError(
+            f"condition_template is {template!r}: {problem}; write {{condition}} where the condition goes, "
+            "and double a brace that is part of the text"
+        )
+
+
+class TextFormat:
+    """How conditions, prompts and texts become token ids: the same in training and in generation.
+
+    A sequence is [start] prompt text [end]. Prompt and text are tokenised apart and joined, so a text
+    that continues a word of its prompt has other ids than the joined string; a tokenizer that marks the
+    beginning of words gives the same ids when the text begins with the space before a word.
+
+    Args:
+        tokenizer: of transformers, the base's own. Special tokens that a text spells out are
+            recognised, and none is added but start and end.
+        condition_template: how a condition is written before it is tokenised, with "{condition}".
+        max_length: most tokens of a sequence, start and end included; a longer text loses its end, and
+            the end token. None: any length. It does not bind ``prompts``.
+
+    Raises:
+        TypeError: the template is not a str.
+        ValueError: the tokenizer has no end token, the template no field {condition} or another
+            one, or max_length is below 2.
+    """
+
+    def __init__(
+        self, tokenizer: Any, condition_template: str = "{condition}", max_length: int | None = None
+    ) -> None:
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no end token, so a text would never end; "
+                "set tokenizer.eos_token"
+            )
+        check_condition_template(condition_template)
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length is {max_length}; the start token and one of the text need 2")
+        self.tokenizer = tokenizer
+        self.condition_template = condition_template
+        self.max_length = max_length
+
+    @property
+    def start_id(self) -> int:
+        """What every sequence begins with: the tokenizer's start token, or its end token for want of one."""
+        start = self.tokenizer.bos_token_id
+        return self.end_id if start is None else start
+
+    @property
+    def end_id(self) -> int:
+        """The tokenizer's end token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch where the mask is 0: the padding token, or the end token for want of one."""
+        padding = self.tokenizer.pad_token_id
+        return self.end_id if padding is None else padding
+
+    def example(self, condition: str, text: str, prompt: str = "") -> dict[str, list[int]]:
+        """One training example as ids; arguments as in ``Example``.
+
+        Returns:
+            input_ids (T), [start] prompt text [end]; labels (T), the same ids over text and end and
+            -100 before; condition_ids (K), without start and end.
+
+        Raises:
+            TypeError: an argument is not a str.
+            ValueError: under max_length the prompt leaves no room for text.
+        """
+        return self.examples([Example(condition, text, prompt)])[0]
+
+    def examples(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+        """Many of ``example``, which tokenizers do several times faster at once."""
+        conditions = self._condition_ids([example.condition for example in examples])
+        prompts = self._ids([example.prompt for example in examples])
+        texts = self._ids([example.text for example in examples])
+        return [
+            {**self._sequence(prompt, text, example.prompt), "condition_ids": condition}
+            for example, condition, prompt, text in zip(examples, conditions, prompts, texts, strict=True)
+        ]
+
+    def prompts(self, conditions: Sequence[str], prompts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """What ``generate`` takes: the beginning of B sequences, and their conditions.
+
+        Args:
+            conditions: B of them.
+            prompts: B of them, or None for empty ones.
+
+        Returns:
+            int64 tensors: input_ids and attention_mask (B, T), [start] prompt, padded on the left, so
+            that new tokens follow; condition_ids and condition_mask (B, K), padded on the right.
+
+        Raises:
+            TypeError: a str stands where a sequence of them belongs.
+            ValueError: there are no conditions, or not as many prompts.
+        """
+        for name, value in (("conditions", conditions), ("prompts", prompts)):
+            if isinstance(value, str):
+                raise TypeError(
+                    f"{name} must be a sequence of str, got the str {value!r:.60}; put it in a list"
+                )
+        if prompts is None:
+            prompts = [""] * len(conditions)
+        if not conditions or len(prompts) != len(conditions):
+            raise ValueError(
+                f"there are {len(conditions)} conditions and {len(prompts)} prompts; pass as many, 1 at least"
+            )
+        begun = [[self.start_id, *ids] for ids in self._ids(prompts)]
+        input_ids, attention_mask = padded(begun, self.pad_id, side="left")
+        condition_ids, condition_mask = padded(self._condition_ids(conditions), self.pad_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "condition_ids": condition_ids,
+            "condition_mask": condition_mask,
+        }
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of (T) ids, without special tokens; spaces and line ends are kept.
+
+        Raises:
+            ValueError: ids is a tensor of more dimensions.
+        """
+        if isinstance(ids, Tensor):
+            if ids.dim() != 1:
+                raise ValueError(f"ids has the shape {tuple(ids.shape)}; decode one row (T,) at a time")
+            ids = ids.tolist()
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _sequence(self, prompt: list[int], text: list[int], written: str) -> dict[str, list[int]]:
+        begun = [self.start_id, *prompt]
+        if self.max_length is not None and len(begun) >= self.max_length:
+            raise ValueError(
+                f"the prompt {written!r:.60} takes {len(begun)} tokens with the start token, which leaves no "
+                f"room for text in max_length={self.max_length}; shorten it or raise max_length"
+            )
+        learned = [*text, self.end_id]
+        if self.max_length is not None:
+            learned = learned[: self.max_length - len(begun)]
+        return {"input_ids": begun + learned, "labels": [IGNORED] * len(begun) + learned}
+
+    def _condition_ids(self, conditions: Sequence[str]) -> list[list[int]]:
+        return self._ids([self.condition_template.format(condition=condition) for condition in conditions])
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # verbose=False: a long document is no reason for a warning, max_length is ours.
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, *, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one (B, longest) int64 tensor, and its mask, 1 for what is real.
+
+    Args:
+        rows: B sequences of ids, or (T,) tensors of them; they may be empty.
+        fill: the id of what is not real.
+        side: where that goes, "right" or "left".
+
+    Raises:
+        ValueError: side is another word.
+    """
+    if side not in ("right", "left"):
+        raise ValueError(f'side is {side!r}; choose "right" or "left"')
+    longest = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for b, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[b, place] = torch.as_tensor(row, dtype=torch.int64)
+        mask[b, place] = 1
+    return ids, mask

@@ -1,0 +1,109 @@
+"""Examples of different lengths into one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.model.text import IGNORED, padded
+
+_NEEDED = ("input_ids", "labels", "condition_ids")
+_STATES = "lm_states"
+
+
+class AuxCollator:
+    """Pads encoded examples on the right into a batch; also a ``data_collator`` of transformers' Trainer.
+
+    Each item has input_ids (T) and labels (T), condition_ids (K), as lists of int or int tensors, and,
+    in all items of a batch or in none, lm_states (T, 1 + L, D), the cached states of the base.
+
+    Args:
+        pad_token_id: fills ids where their mask is 0.
+
+    Raises:
+        TypeError: pad_token_id is not an int.
+        ValueError: it is negative.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, int):
+            raise TypeError(f"pad_token_id must be an int, got {pad_token_id!r}; pass TextFormat.pad_id")
+        if pad_token_id < 0:
+            raise ValueError(f"pad_token_id is {pad_token_id}; it must be 0 or more")
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of B items.
+
+        Returns:
+            input_ids, attention_mask and labels (B, T), -100 where there is padding, condition_ids and
+            condition_mask (B, K), all int64; lm_states (B, T, 1 + L, D) in the dtype of the items', zeros
+            where there is padding, if the items have them.
+
+        Raises:
+            TypeError: lm_states is not a tensor.
+            ValueError: there are no items, a field is missing or unknown, or shapes disagree.
+        """
+        if not items:
+            raise ValueError("a batch needs one item at least, got none")
+        for i, item in enumerate(items):
+            _check_fields(i, item)
+        input_ids, attention_mask = padded([item["input_ids"] for item in items], self.pad_token_id)
+        labels, _ = padded([item["labels"] for item in items], IGNORED)
+        condition_ids, condition_mask = padded([item["condition_ids"] for item in items], self.pad_token_id)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "condition_ids": condition_ids,
+            "condition_mask": condition_mask,
+        }
+        having = sum(_STATES in item for item in items)
+        if having == len(items):
+            batch[_STATES] = _padded_states([item[_STATES] for item in items])
+        elif having:
+            raise ValueError(
+                f"{having} of {len(items)} items have {_STATES}; give them to all items of a batch or to none"
+            )
+        return batch
+
+
+def _check_fields(i: int, item: Mapping[str, Any]) -> None:
+    for name in _NEEDED:
+        if name not in item:
+            raise ValueError(
+                f"item {i} has no {name}; TextFormat.example makes items with {', '.join(_NEEDED)}"
+            )
+    unknown = [name for name in item if name not in _NEEDED and name != _STATES]
+    if unknown:
+        raise ValueError(f"item {i} has the unknown field {unknown[0]!r}; drop it before the batch is made")
+    length = len(item["input_ids"])
+    if len(item["labels"]) != length:
+        raise ValueError(
+            f"item {i} has {length} input_ids but {len(item['labels'])} labels; they must be as many"
+        )
+    if _STATES not in item:
+        return
+    states = item[_STATES]
+    if not isinstance(states, Tensor):
+        raise TypeError(f"item {i} has {_STATES} of type {type(states).__name__}; it must be a tensor")
+    if states.dim() != 3 or len(states) != length:
+        raise ValueError(
+            f"item {i} has {length} input_ids but {_STATES} of shape {tuple(states.shape)}; "
+            "they must be (T, 1 + L, D) of the same sequence"
+        )
+
+
+def _padded_states(rows: list[Tensor]) -> Tensor:
+    kinds = {(row.shape[1:], row.dtype) for row in rows}
+    if len(kinds) > 1:
+        seen = " and ".join(sorted(f"{tuple(shape)} {dtype}" for shape, dtype in kinds))
+        raise ValueError(f"items have {_STATES} of {seen}; all must come from the same cached states")
+    longest = max(len(row) for row in rows)
+    batch = torch.zeros((len(rows), longest, *rows[0].shape[1:]), dtype=rows[0].dtype)
+    for b, row in enumerate(rows):
+        batch[b, : len(row)] = row
+    return batch

@@ -1,0 +1,198 @@
+"""Training examples: read from JSON lines or any sequence of mappings, and encoded as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from auxkern.bench.results import replace_file
+from auxkern.model.text import IGNORED, Example, TextFormat
+
+__all__ = ["EncodedExamples", "Example", "Items", "data_fingerprint", "encode", "read_jsonl", "write_jsonl"]
+
+_KNOWN = tuple(field.name for field in fields(Example))
+_AT_ONCE = 1024  # examples that a tokenizer gets in one call
+
+
+class Items(Protocol):
+    """Encoded examples: anything with a length whose items are mappings with "input_ids" (T)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+class Records(Protocol):
+    """A sequence of ``Example`` or of mappings with its fields, such as a Hugging Face dataset."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """The examples of a file with one JSON object a line, with condition, text and optional prompt.
+
+    Empty lines count for nothing, and a prompt of null is an empty one.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: a line is not UTF-8, not JSON, or not an example; the message names file and line.
+    """
+    examples = []
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                examples.append(_as_example(json.loads(line.decode("utf-8"))))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return examples
+
+
+def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
+    """Writes what ``read_jsonl`` reads, whole or not at all; an empty prompt is left out.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+        TypeError: one of them is not an ``Example``.
+    """
+    lines = []
+    for example in examples:
+        if not isinstance(example, Example):
+            raise TypeError(f"examples holds a {type(example).__name__}; make it an Example")
+        record = {"condition": example.condition, "text": example.text}
+        if example.prompt:
+            record["prompt"] = example.prompt
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    replace_file(Path(path), "".join(lines))
+
+
+def _as_example(record: Any) -> Example:
+    if isinstance(record, Example):
+        return record
+    if not isinstance(record, Mapping):
+        raise TypeError(f"an example is a mapping with {', '.join(_KNOWN)}, got a {type(record).__name__}")
+    unknown = [name for name in record if name not in _KNOWN]
+    missing = [name for name in ("condition", "text") if name not in record]
+    if unknown or missing:
+        problem = (
+            f"the field {unknown[0]!r} is unknown" if unknown else f"the field {missing[0]!r} is missing"
+        )
+        raise ValueError(f"{problem}; an example has condition, text and, if you like, prompt, and no others")
+    prompt = record.get("prompt")  # tables fill a missing one with None
+    return Example(record["condition"], record["text"], "" if prompt is None else prompt)
+
+
+class EncodedExamples(Dataset[dict[str, list[int]]]):
+    """Encoded examples in a few flat tensors: small, and cheap to hand to a loader's processes.
+
+    ``encoded[i]`` is what ``TextFormat.example`` returned: lists of int input_ids (T), labels (T),
+    where -100 stands before the text only, and condition_ids (K).
+
+    Args:
+        items: what ``TextFormat.examples`` returned.
+
+    Raises:
+        ValueError: an item has -100 after its first label.
+    """
+
+    def __init__(self, items: Iterable[Mapping[str, list[int]]]) -> None:
+        sequences, conditions, starts = [], [], []
+        for i, item in enumerate(items):
+            ids, labels = item["input_ids"], item["labels"]
+            start = sum(label == IGNORED for label in labels)
+            if labels != [IGNORED] * start + ids[start:]:
+                raise ValueError(f"item {i} has labels that are not {IGNORED} and then its input_ids")
+            sequences.append(ids)
+            conditions.append(item["condition_ids"])
+            starts.append(start)
+        self._sequences = _Ragged(sequences)
+        self._conditions = _Ragged(conditions)
+        self._starts = torch.tensor(starts, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        i = operator.index(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"there is no example {index} among {len(self)}")
+        i %= len(self)
+        ids = self._sequences.row(i)
+        start = int(self._starts[i])
+        return {
+            "input_ids": ids,
+            "labels": [IGNORED] * start + ids[start:],
+            "condition_ids": self._conditions.row(i),
+        }
+
+
+class _Ragged:
+    """Rows of ids of different lengths, end to end."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.ids: Tensor = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
+        self.ends: Tensor = torch.tensor([0, *accumulate(len(row) for row in rows)], dtype=torch.int64)
+
+    def row(self, i: int) -> list[int]:
+        first, last = self.ends[i : i + 2].tolist()
+        return self.ids[first:last].tolist()
+
+
+def encode(examples: Records, text_format: TextFormat) -> EncodedExamples:
+    """All examples as ids.
+
+    Args:
+        examples: a sequence of ``Example``, or of mappings with condition, text and optional prompt
+            (None counts as empty), such as a Hugging Face dataset.
+        text_format: how they become ids.
+
+    Raises:
+        TypeError: a field is not a str.
+        ValueError: there are no examples, a field is unknown or missing, or under max_length a prompt
+            leaves no room for text.
+    """
+    if len(examples) == 0:
+        raise ValueError("examples is empty; there is nothing to learn from")
+
+    def items() -> Iterable[dict[str, list[int]]]:
+        for first in range(0, len(examples), _AT_ONCE):
+            some = []
+            for i in range(first, min(first + _AT_ONCE, len(examples))):
+                record = examples[i]
+                try:
+                    some.append(_as_example(record))
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"example {i}: {error}") from error
+            yield from text_format.examples(some)
+
+    return EncodedExamples(items())
+
+
+def data_fingerprint(encoded: Items) -> str:
+    """64 hexadecimal digits that name the sequences of a data set and their order.
+
+    SHA-256 over the input_ids only: the states of the language model depend on nothing else, so other
+    conditions or labels on the same sequences have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for i in range(len(encoded)):
+        digest.update(packed_ids(encoded[i]["input_ids"]))
+    return digest.hexdigest()
+
+
+def packed_ids(ids: Any) -> bytes:
+    """One sequence of ids, a list or a (T,) tensor, as bytes: its length, then the ids."""
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    return struct.pack(f"<{len(ids) + 1}q", len(ids), *ids)
