@@ -1,1 +1,28 @@
-"""The pair: a frozen language model and its auxiliary."""
+"""The pair: a frozen language model and its auxiliary, as transformers knows models.
+
+Importing it registers ``AuxTunedForCausalLM`` with transformers' Auto classes, and does nothing else.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from auxkern.model.auxiliary import AuxiliaryInputs, AuxiliaryModule, AuxiliaryOutput
+from auxkern.model.base import fingerprint, load_base, load_tokenizer
+from auxkern.model.config import AuxTunedConfig
+from auxkern.model.modeling import AuxTunedForCausalLM
+from auxkern.model.text import Example, TextFormat
+
+AutoConfig.register(AuxTunedConfig.model_type, AuxTunedConfig)
+AutoModelForCausalLM.register(AuxTunedConfig, AuxTunedForCausalLM)
+
+__all__ = [
+    "AuxTunedConfig",
+    "AuxTunedForCausalLM",
+    "AuxiliaryInputs",
+    "AuxiliaryModule",
+    "AuxiliaryOutput",
+    "Example",
+    "TextFormat",
+    "fingerprint",
+    "load_base",
+    "load_tokenizer",
+]

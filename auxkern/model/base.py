@@ -227,3 +227,18 @@ def run_base(
 def positions_of(attention_mask: Tensor) -> Tensor:
     """(B, T) position of each token among the real ones; 0 for padding before them."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def vocabulary(lm: Any) -> int:
+    """V, the ids that a base gives logits to."""
+    weight = getattr(lm.get_output_embeddings(), "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        return weight.shape[0]
+    return int(lm.config.get_text_config().vocab_size)
+
+
+def output_device(lm: Any) -> torch.device:
+    """Where a base's final hidden states are."""
+    weight = getattr(lm.get_output_embeddings(), "weight", None)
+    device: torch.device = weight.device if isinstance(weight, Tensor) else lm.device
+    return device

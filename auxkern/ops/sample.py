@@ -12,6 +12,7 @@ from torch import Tensor
 from auxkern.ops import logit_chunks, registry
 from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.cross_entropy import cross_entropy
+from auxkern.ops.dense import dense_logits
 from auxkern.ops.library import as_rows
 from auxkern.ops.registry import Draws, HeadRows
 from auxkern.ops.rows import row_dtype
@@ -345,40 +346,10 @@ def _scaled(term: Term) -> Term:
     """The same term without a scale for each row, which ``cross_entropy`` does not take."""
     if isinstance(term, Sparse) or not isinstance(term.scale, Tensor):
         return term
-    scale = term.scale[..., None]
-    if isinstance(term, Logits) and not term.softcap:
-        return Logits(term.values * scale.to(term.values.dtype))
-    if isinstance(term, Head) and not term.softcap and term.bias is None:
-        return Head(term.hidden * scale.to(term.hidden.dtype), term.weight)
-    logits = _all_logits([term], term.vocabulary)
-    return Logits(logits)
-
-
-def _all_logits(terms: Sequence[Term], V: int) -> Tensor:
-    """(..., V) sum of the terms, in float32 or float64."""
-    dtype, leading = row_dtype(tensors_of(terms)), terms[0].leading
-    total: Tensor | None = None
-    for term in terms:
-        if isinstance(term, Sparse):
-            continue
-        if isinstance(term, Logits):
-            z = term.values[..., :V].to(dtype)
-        else:
-            z = torch.empty((leading.numel(), V), dtype=dtype, device=term.hidden.device)
-            logit_chunks.add_head(z, term, slice(0, leading.numel()), V, 1.0, keep=False)
-            z = z.view(*leading, V)
-        z = z if not term.softcap else term.softcap * torch.tanh(z / term.softcap)
-        z = z * (term.scale[..., None].to(dtype) if isinstance(term.scale, Tensor) else term.scale)
-        total = z if total is None else total + z
-    if total is None:
-        raise ValueError("there are only sparse terms")
-    for term in terms:
-        if isinstance(term, Sparse):
-            total = total.scatter_add(-1, term.ids.long(), term.values.to(dtype))
-    return total
+    return Logits(dense_logits([term]))
 
 
 def _with_top(found: Sample, terms: Sequence[Term], V: int, count: int) -> Sample:
-    z = _all_logits(terms, V)
+    z = dense_logits(terms, vocab_size=V)
     top = z.log_softmax(-1).topk(count, dim=-1)
     return replace(found, top_ids=top.indices, top_logprobs=top.values)

@@ -1,0 +1,255 @@
+"""Auxiliary models: what they are given, what they return, and the two that come with the package."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, DynamicCache, EncoderDecoderCache
+
+from auxkern.model.base import positions_of
+from auxkern.model.config import AuxTunedConfig
+
+
+@dataclass
+class AuxiliaryInputs:
+    """What an auxiliary model sees. B sequences, T new tokens after P past ones, K condition tokens.
+
+    Attributes:
+        input_ids: (B, T) int64 new tokens of the text.
+        attention_mask: (B, P + T) int64, 1 for real tokens; padding may be on either side.
+        condition_ids, condition_mask: (B, K) int64; K may be 0.
+        lm_states: (B, T, L, D_lm) the base's hidden states at the new tokens, for ``config.lm_layers``.
+        lm_embedding: (V, D_lm) the base's frozen input embedding.
+        cache: what the module returned for the past tokens; None at the first call.
+        use_cache: whether it must return a cache.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    condition_ids: Tensor
+    condition_mask: Tensor
+    lm_states: Tensor
+    lm_embedding: Tensor
+    cache: Any = None
+    use_cache: bool = False
+
+
+@dataclass
+class AuxiliaryOutput:
+    """What an auxiliary model returns.
+
+    Attributes:
+        hidden: (B, T, D) final hidden states; the pair's head makes logits of them.
+        pointer: (B, T, K) what to add to the logits of the condition's tokens, or None.
+        cache: for the next call; it has ``reorder_cache(rows)``, which takes (B',) int64 indices and
+            keeps these sequences. None without ``use_cache``.
+    """
+
+    hidden: Tensor
+    pointer: Tensor | None = None
+    cache: Any = None
+
+
+class AuxiliaryModule(Protocol):
+    """A module of any kind that can be an auxiliary, with ``architecture="custom"``.
+
+    ``hidden_size`` is the width D of what it returns. Its output at a position may depend on the
+    text up to there, on the condition, and on nothing else.
+    """
+
+    hidden_size: int
+
+    def __call__(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput: ...
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weight and bias start at exactly zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class InputVectors(nn.Module):
+    """Vectors of ids, and of what the base made of them."""
+
+    def __init__(self, config: AuxTunedConfig, D: int) -> None:
+        super().__init__()
+        if config.vocab_size is None or config.lm_hidden_size is None or config.lm_embedding_size is None:
+            raise ValueError(
+                "config.vocab_size or a size of the base is unset; they are filled in from the base"
+            )
+        L, D_lm = len(config.lm_layers), config.lm_hidden_size
+        self.shared = config.input_embedding == "shared"
+        # A copy of the base's first layers reads the base's embedding as it is.
+        exact = bool(config.from_lm_layers)
+        self.embedding = None if self.shared else nn.Embedding(config.vocab_size, D)
+        self.projection = (
+            nn.Linear(config.lm_embedding_size, D, bias=False) if self.shared and not exact else None
+        )
+        # Hidden states in the middle of a language model hold single values in the tens of thousands.
+        self.norms = nn.ModuleList(nn.LayerNorm(D_lm) for _ in range(L))
+        feature = ZeroLinear if exact else nn.Linear
+        self.features = feature(L * D_lm, D, bias=False) if L else None
+        self.condition_type = nn.Parameter(torch.zeros(D))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def _vectors(self, ids: Tensor, inputs: AuxiliaryInputs) -> Tensor:
+        if self.embedding is not None:
+            return self.embedding(ids)
+        vectors = nn.functional.embedding(ids, inputs.lm_embedding).to(self.condition_type.dtype)
+        return vectors if self.projection is None else self.projection(vectors)
+
+    def text(self, inputs: AuxiliaryInputs) -> Tensor:
+        """(B, T, D)"""
+        vectors = self._vectors(inputs.input_ids, inputs)
+        if self.features is not None:
+            states = inputs.lm_states.to(self.condition_type.dtype)
+            normed = [norm(states[:, :, i]) for i, norm in enumerate(self.norms)]
+            vectors = vectors + self.features(torch.cat(normed, -1))
+        return self.dropout(vectors)
+
+    def condition(self, inputs: AuxiliaryInputs) -> Tensor:
+        """(B, K, D)"""
+        return self.dropout(self._vectors(inputs.condition_ids, inputs) + self.condition_type)
+
+
+class Pointer(nn.Module):
+    """Scores of the condition's tokens: q(h[t]) . k(m[j]) / sqrt(d), zero at first (Vinyals et al. 2015)."""
+
+    def __init__(self, D: int, size: int) -> None:
+        super().__init__()
+        self.query = ZeroLinear(D, size)
+        self.key = nn.Linear(D, size)
+
+    def keys(self, memory: Tensor) -> Tensor:
+        """(B, K, D) -> (B, K, d)"""
+        return self.key(memory)
+
+    def forward(self, hidden: Tensor, keys: Tensor) -> Tensor:
+        """(B, T, D), (B, K, d) -> (B, T, K)"""
+        return self.query(hidden) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+
+
+@dataclass
+class AuxiliaryCache:
+    """Keys and values of the text so far, and what was made of the condition, once.
+
+    Attributes:
+        attention: a transformers cache.
+        memory: (B, K, D) states of the condition, for cross-attention; None in a decoder.
+        keys: (B, K, d) the pointer's keys; None without one.
+    """
+
+    attention: Any
+    memory: Tensor | None
+    keys: Tensor | None
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        self.attention.reorder_cache(rows)
+        self.memory = None if self.memory is None else self.memory[rows]
+        self.keys = None if self.keys is None else self.keys[rows]
+
+
+class DecoderAuxiliary(nn.Module):
+    """A decoder-only transformer whose input is the condition, then the text."""
+
+    def __init__(self, config: AuxTunedConfig) -> None:
+        super().__init__()
+        body = config.body_config()
+        self.hidden_size: int = body.hidden_size
+        self.body = _without_embedding(body)
+        self.inputs = InputVectors(config, self.hidden_size)
+        self.pointer = Pointer(self.hidden_size, config.pointer_size) if config.pointer else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
+        text, T = self.inputs.text(inputs), inputs.input_ids.shape[1]
+        first = inputs.cache is None
+        vectors = torch.cat([self.inputs.condition(inputs), text], 1) if first else text
+        mask = torch.cat([inputs.condition_mask, inputs.attention_mask], 1)
+        attention = DynamicCache(config=self.body.config) if first and inputs.use_cache else None
+        attention = attention if first else inputs.cache.attention
+        output = self.body(
+            inputs_embeds=vectors,
+            attention_mask=mask,
+            position_ids=positions_of(mask)[:, -vectors.shape[1] :],
+            past_key_values=attention,
+            use_cache=inputs.use_cache,
+        )
+        hidden = self.dropout(output.last_hidden_state)
+        # At the first call the condition's states stand before the text's.
+        condition, hidden = hidden.split([hidden.shape[1] - T, T], 1)
+        if self.pointer is None:
+            keys, scores = None, None
+        else:
+            keys = self.pointer.keys(condition) if first else inputs.cache.keys
+            scores = self.pointer(hidden, keys)
+        cache = AuxiliaryCache(attention, None, keys) if inputs.use_cache else None
+        return AuxiliaryOutput(hidden, scores, cache)
+
+
+class EncoderDecoderAuxiliary(nn.Module):
+    """An encoder reads the condition; a decoder over the text attends to it (the T5 family)."""
+
+    def __init__(self, config: AuxTunedConfig) -> None:
+        super().__init__()
+        body = config.body_config()
+        self.hidden_size: int = body.d_model
+        self.body = _without_embedding(body)
+        self.inputs = InputVectors(config, self.hidden_size)
+        self.pointer = Pointer(self.hidden_size, config.pointer_size) if config.pointer else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
+        first = inputs.cache is None
+        if first:
+            memory = self.body.encoder(
+                inputs_embeds=self.inputs.condition(inputs), attention_mask=inputs.condition_mask
+            ).last_hidden_state
+            keys = None if self.pointer is None else self.pointer.keys(memory)
+            attention = self._new_cache() if inputs.use_cache else None
+        else:
+            memory, keys, attention = inputs.cache.memory, inputs.cache.keys, inputs.cache.attention
+        output = self.body.decoder(
+            inputs_embeds=self.inputs.text(inputs),
+            attention_mask=inputs.attention_mask,
+            encoder_hidden_states=memory,
+            encoder_attention_mask=inputs.condition_mask,
+            past_key_values=attention,
+            use_cache=inputs.use_cache,
+        )
+        hidden = self.dropout(output.last_hidden_state)
+        scores = None if self.pointer is None else self.pointer(hidden, keys)
+        cache = AuxiliaryCache(attention, memory, keys) if inputs.use_cache else None
+        return AuxiliaryOutput(hidden, scores, cache)
+
+    def _new_cache(self) -> EncoderDecoderCache:
+        config = self.body.config
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+
+
+def _without_embedding(config: Any) -> Any:
+    """The transformer of a config, without the table of embeddings: it is given vectors."""
+    config.vocab_size, config.pad_token_id = 1, None
+    body = AutoModel.from_config(config)
+    body.set_input_embeddings(None)
+    return body
+
+
+def build_auxiliary(config: AuxTunedConfig) -> nn.Module:
+    """The auxiliary module that a config describes, with new weights.
+
+    Raises:
+        ValueError: the architecture is "custom", which only a caller can build.
+    """
+    if config.architecture == "decoder":
+        return DecoderAuxiliary(config)
+    if config.architecture == "encoder-decoder":
+        return EncoderDecoderAuxiliary(config)
+    raise ValueError('architecture is "custom"; pass the module itself as auxiliary=')

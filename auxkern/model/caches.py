@@ -1,0 +1,52 @@
+"""The caches of a pair: the base's and those of its auxiliaries, each over its own inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class AuxiliaryRows:
+    """The cache of one auxiliary, and the sequences of the batch that it serves.
+
+    Attributes:
+        name: of the auxiliary.
+        rows: (R,) int64 indices of the batch; None for all of it.
+        cache: what the auxiliary returned.
+    """
+
+    name: str
+    rows: Tensor | None
+    cache: Any
+
+
+class PairCache:
+    """Keys and values of the base over the text, and of each auxiliary over its condition and the text."""
+
+    is_compileable = False  # read by transformers' generate
+
+    def __init__(self, lm: Any, auxiliaries: list[AuxiliaryRows]) -> None:
+        self.lm = lm
+        self.auxiliaries = auxiliaries
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Text positions seen so far, padding included."""
+        return self.lm.get_seq_length(layer_idx)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the sequences ``beam_idx`` (B,), as beam search asks.
+
+        A sequence is only ever replaced by another beam of its own request, so it keeps its auxiliary.
+        """
+        self.lm.reorder_cache(beam_idx)
+        for part in self.auxiliaries:
+            if part.rows is None:
+                part.cache.reorder_cache(beam_idx)
+                continue
+            place = torch.zeros_like(beam_idx)
+            place[part.rows] = torch.arange(len(part.rows), device=beam_idx.device)
+            part.cache.reorder_cache(place[beam_idx[part.rows]])

@@ -1,0 +1,247 @@
+"""``generate`` for a pair: drawn by ``auxkern.sample`` where it can, by transformers elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from auxkern.model.caches import PairCache
+from auxkern.model.inputs import PairInputs
+from auxkern.ops.sample import sample
+from auxkern.ops.sampling_params import SamplingParams
+from auxkern.terms import Head, Logits, Sparse, Term
+
+# What SamplingParams knows; any other processor leaves the drawing to transformers.
+_KNOWN = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
+
+
+class PairGeneration(GenerationMixin):
+    """transformers' ``generate``, with a condition, a seed, an auxiliary and a mixing weight per sequence."""
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        seeds: Sequence[int] | Tensor | None = None,
+        auxiliary: str | Sequence[str | None] | None = "default",
+        aux_scale: float | Sequence[float] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids; arguments as in transformers' ``generate``, and these.
+
+        Drawing and greedy search go through ``auxkern.sample``: the noise of a sequence comes from its
+        seed, the position and the token, so its text is the same alone and in any batch. Beam search
+        and every option that ``SamplingParams`` does not know are transformers' own code on the summed
+        logits.
+
+        Args:
+            inputs: (B, T) ids, left-padded; or ``input_ids`` and ``attention_mask`` by name.
+            condition_ids, condition_mask: (B, K), by name.
+            seeds: one int for each returned sequence, B * num_return_sequences of them; drawn from
+                torch's global generator if None.
+            auxiliary: name of an auxiliary, None for the base alone, or one of these for each input.
+            aux_scale: mixing weight instead of the config's; a float, or one for each input.
+
+        Raises:
+            ValueError: there is no such auxiliary, or an argument has the wrong number of entries.
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ValueError(
+                "generate needs input_ids (B, T): the start token at least; see TextFormat.prompts"
+            )
+        B = ids.shape[0]
+        if auxiliary != "default":
+            kwargs["auxiliary_ids"] = self._auxiliary_ids(auxiliary, B).to(ids.device)
+        if aux_scale is not None:
+            kwargs["aux_scale"] = _mixing(aux_scale, B, ids.device)
+        if seeds is not None:
+            kwargs["seeds"] = tuple(
+                int(seed) for seed in seeds
+            )  # a tuple is not repeated for return sequences
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _auxiliary_ids(self, auxiliary: str | Sequence[str | None] | None, B: int) -> Tensor:
+        names: list[str | None] = [None, *self.auxiliary_names]
+        asked = [auxiliary] * B if auxiliary is None or isinstance(auxiliary, str) else list(auxiliary)
+        if len(asked) != B:
+            raise ValueError(f"auxiliary has {len(asked)} names but there are {B} inputs; give each one")
+        for name in asked:
+            if name not in names:
+                raise ValueError(
+                    f"there is no auxiliary {name!r}; choose one of {names}, or load_auxiliary it"
+                )
+        return torch.tensor([names.index(name) - 1 for name in asked])
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *args: Any, seeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, which calls it where it does the search or the drawing itself."""
+        if seeds is not None:
+            raise ValueError("seeds are given, but this search does not draw with auxkern.sample; drop them")
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return prepared
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the pair makes its own caches, see PairCache
+
+    def _sample(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        seeds: tuple[int, ...] | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        returns_more = generation_config.return_dict_in_generate
+        if synced_gpus or returns_more or not all(isinstance(p, _KNOWN) for p in logits_processor):
+            if seeds is not None:
+                raise ValueError(
+                    "seeds are given, but an option of this call leaves the drawing to transformers "
+                    f"({[type(p).__name__ for p in logits_processor if not isinstance(p, _KNOWN)]}, "
+                    f"return_dict_in_generate={returns_more}); drop it, or use torch.manual_seed instead"
+                )
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
+        params = SamplingParams.from_generation_config(generation_config)
+        return self._draw(
+            input_ids, params, stopping_criteria, generation_config, streamer, seeds, model_kwargs
+        )
+
+    def _next_terms(
+        self, ids: Tensor, mask: Tensor, cache: PairCache | None, use_cache: bool, inputs: dict[str, Any]
+    ) -> tuple[list[Term], PairCache | None]:
+        """The terms of the next token's logits, rows (B,), and the caches."""
+        batch = PairInputs(ids, mask, inputs.get("condition_ids"), inputs.get("condition_mask"))
+        options = {name: inputs.get(name) for name in ("auxiliary_ids", "aux_scale")}
+        terms, cache = self.terms(batch, cache=cache, use_cache=use_cache, keep=1, **options)
+        return [_last(term) for term in terms], cache
+
+    def _draw(
+        self,
+        ids: Tensor,
+        params: SamplingParams,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any,
+        seeds: tuple[int, ...] | None,
+        inputs: dict[str, Any],
+    ) -> Tensor:
+        B, device = ids.shape[0], ids.device
+        seed = _seed_tensor(seeds, B).to(device)
+        mask = inputs.pop("attention_mask", None)  # transformers drops one that is all ones
+        mask = torch.ones_like(ids) if mask is None else mask
+        use_cache = inputs.get("use_cache", True)
+        penalised = params.repetition_penalty != 1.0
+        prompt = ids.masked_fill(mask == 0, -1) if penalised else None
+        start = ids.shape[1]
+        unfinished = torch.ones(B, dtype=torch.bool, device=device)
+        pad, ends = _padding(generation_config, stopping_criteria)
+        cache: PairCache | None = inputs.pop("past_key_values", None)
+        if cache is not None:
+            raise ValueError("past_key_values is given to generate, which starts anew; pass the whole text")
+        while True:
+            new = ids if cache is None else ids[:, -1:]
+            terms, cache = self._next_terms(new, mask, cache, use_cache, inputs)
+            history = ids[:, start:] if penalised else None
+            # Positions count real tokens, so that padding does not change the noise.
+            drawn = sample(
+                terms,
+                params,
+                seed=seed,
+                position=mask.sum(-1),
+                prompt=prompt,
+                history=history,
+                vocab_size=self.config.vocab_size,
+            )
+            tokens = drawn.tokens if not ends else torch.where(unfinished, drawn.tokens, pad)
+            _refuse_failed(drawn.status, unfinished)
+            ids = torch.cat([ids, tokens[:, None]], 1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            unfinished = unfinished & ~stopping_criteria(ids, None)
+            if not bool(unfinished.any()):
+                break
+        if streamer is not None:
+            streamer.end()
+        return ids
+
+
+def _last(term: Term) -> Term:
+    """(B, 1) rows as (B,)"""
+    if isinstance(term, Sparse):
+        return Sparse(term.ids[:, -1], term.values[:, -1])
+    scale = term.scale[:, -1] if isinstance(term.scale, Tensor) else term.scale
+    if isinstance(term, Logits):
+        return Logits(term.values[:, -1], scale, term.softcap)
+    return Head(term.hidden[:, -1], term.weight, term.bias, scale, term.softcap)
+
+
+def _mixing(aux_scale: float | Sequence[float] | Tensor, B: int, device: torch.device) -> float | Tensor:
+    if isinstance(aux_scale, (int, float)) and not isinstance(aux_scale, bool):
+        return float(aux_scale)
+    scale = torch.as_tensor(aux_scale, dtype=torch.float32, device=device)
+    if scale.shape != (B,):
+        raise ValueError(f"aux_scale has shape {tuple(scale.shape)} but there are {B} inputs; give each one")
+    return scale
+
+
+def _seed_tensor(seeds: tuple[int, ...] | None, B: int) -> Tensor:
+    if seeds is None:
+        return torch.randint(2**63 - 1, (B,))
+    if len(seeds) != B:
+        raise ValueError(f"seeds has {len(seeds)} entries but {B} sequences are returned; give each one")
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds])
+
+
+def _padding(generation_config: Any, stopping_criteria: Any) -> tuple[Tensor | None, bool]:
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = generation_config._pad_token_tensor
+    if ends and pad is None:
+        raise ValueError(
+            "eos_token_id is set but pad_token_id is not; pass pad_token_id for finished sequences"
+        )
+    return pad, ends
+
+
+def _refuse_failed(status: Tensor, unfinished: Tensor) -> None:
+    failed = (status != 0) & unfinished
+    if bool(failed.any()):
+        rows = failed.nonzero()[:, 0].tolist()
+        raise RuntimeError(
+            f"the logits of sequences {rows} are NaN or infinite; look at the models' weights and aux_scale"
+        )

@@ -1,0 +1,77 @@
+"""Ids and masks of a call of the pair, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from auxkern.model.auxiliary import AuxiliaryInputs
+
+
+class PairInputs:
+    """What the base and the auxiliaries read.
+
+    Args:
+        input_ids: (B, T) int64 new tokens.
+        attention_mask: (B, P + T) int64, 1 for real tokens; all are if None.
+        condition_ids, condition_mask: (B, K) int64; no condition if None.
+        past: P, tokens that came before.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        condition_ids: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        *,
+        past: int = 0,
+    ) -> None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (B, T)")
+        B, T = input_ids.shape
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(B, past + T)
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids "
+                f"{tuple(input_ids.shape)}; it covers the tokens in the cache and the new ones"
+            )
+        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.condition_ids, self.condition_mask = _conditions(input_ids, condition_ids, condition_mask)
+
+    def rows(self, rows: Tensor) -> PairInputs:
+        """The same for some sequences, (R,) int64 indices."""
+        return PairInputs(*(tensor[rows] for tensor in vars(self).values()))
+
+    def for_auxiliary(
+        self, lm_states: Tensor, lm_embedding: Tensor, cache: Any, use_cache: bool
+    ) -> AuxiliaryInputs:
+        """With what comes from the base and from the auxiliary's own cache."""
+        return AuxiliaryInputs(
+            **vars(self), lm_states=lm_states, lm_embedding=lm_embedding, cache=cache, use_cache=use_cache
+        )
+
+
+def _conditions(input_ids: Tensor, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    B = input_ids.shape[0]
+    if ids is None:
+        if mask is not None:
+            raise ValueError("condition_mask is given without condition_ids; pass both")
+        ids = input_ids.new_zeros(B, 0)
+    if ids.dim() != 2 or ids.shape[0] != B:
+        raise ValueError(
+            f"condition_ids has shape {tuple(ids.shape)} but input_ids {tuple(input_ids.shape)}; give each "
+            "sequence its condition, (B, K)"
+        )
+    mask = input_ids.new_ones(ids.shape) if mask is None else mask
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"condition_mask has shape {tuple(mask.shape)} but condition_ids {tuple(ids.shape)}; give "
+            "each token of a condition its mask"
+        )
+    return ids, mask

@@ -1,0 +1,527 @@
+"""A frozen language model and its auxiliary as one transformers model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from auxkern.model import base
+from auxkern.model.auxiliary import (
+    AuxiliaryOutput,
+    DecoderAuxiliary,
+    ZeroLinear,
+    build_auxiliary,
+)
+from auxkern.model.caches import AuxiliaryRows, PairCache
+from auxkern.model.card import write_model_card
+from auxkern.model.config import AuxTunedConfig
+from auxkern.model.generation import PairGeneration
+from auxkern.model.inputs import PairInputs
+from auxkern.ops.cross_entropy import cross_entropy
+from auxkern.ops.dense import dense_logits
+from auxkern.terms import Head, Logits, Sparse, Term
+
+DEFAULT = "default"
+IGNORED = -100
+
+
+class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
+    """softmax(logits_LM + aux_scale * logits_aux), the LM frozen (Zeldes et al. 2020, eq. 1).
+
+    ``parameters()``, ``state_dict()`` and a checkpoint hold the auxiliary alone. The LM, ``model.lm``,
+    is held by reference: it gets no gradient, is never saved, and moves to a device with the model,
+    but keeps its dtype.
+
+    Args:
+        config: what the auxiliary is, and which base it was made for.
+        lm: the base, loaded; read from where the config says if None.
+        auxiliary: with ``architecture="custom"``, the module (see ``AuxiliaryModule``).
+        allow_other_base: whether a base with another fingerprint is taken.
+
+    Raises:
+        ValueError: the base is not the one in the config, or does not fit it.
+    """
+
+    config_class = AuxTunedConfig
+    base_model_prefix = "auxiliary"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _keys_to_ignore_at_inference = ("past_key_values",)
+    lm: Any
+
+    def __init__(
+        self,
+        config: AuxTunedConfig,
+        lm: Any = None,
+        auxiliary: nn.Module | None = None,
+        *,
+        allow_other_base: bool = False,
+    ) -> None:
+        config = copy.deepcopy(config)
+        lm = base.freeze(lm if lm is not None else _base_of(config))
+        _fit(config, lm, allow_other_base)
+        super().__init__(config)
+        # Past nn.Module's registration: the base is no part of the parameters, nor of what is saved.
+        object.__setattr__(self, "lm", lm)
+        object.__setattr__(self, "_others", {})
+        custom = config.architecture == "custom"
+        if custom != (auxiliary is not None):
+            raise ValueError(
+                f"architecture is {config.architecture!r} and auxiliary a {type(auxiliary).__name__}; a "
+                'module goes with "custom", and only with it'
+            )
+        self.auxiliary = build_auxiliary(config) if auxiliary is None else auxiliary
+        D, D_lm, V = self.auxiliary.hidden_size, config.lm_hidden_size, config.vocab_size
+        self.head = ZeroLinear(D, D_lm if config.head == "shared" else V, bias=False)
+        self.post_init()
+
+    # ----------------------------------------------------------------- made, loaded, saved, moved
+
+    @classmethod
+    def from_lm(
+        cls,
+        lm: Any,
+        auxiliary: nn.Module | None = None,
+        *,
+        base_options: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> AuxTunedForCausalLM:
+        """A new pair; its auxiliary is untrained, so it is the LM.
+
+        Args:
+            lm: a causal LM of transformers, or a name or path for ``load_base``.
+            auxiliary: a module, with ``architecture="custom"``.
+            base_options: for ``load_base``, such as device or dtype.
+            fields: of ``AuxTunedConfig``.
+
+        Raises:
+            ValueError: a field is unknown or does not fit the LM.
+        """
+        options = dict(base_options or {})
+        if isinstance(lm, str):
+            fields = {
+                "base_model_name_or_path": lm,
+                "base_revision": options.get("revision"),
+                "base_gguf_file": options.get("gguf_file"),
+                **fields,
+            }
+            lm = base.load_base(lm, **options)
+        elif options:
+            raise ValueError(
+                "base_options are for a base that is loaded by name; the lm given is loaded already"
+            )
+        if auxiliary is not None:
+            fields.setdefault("architecture", "custom")
+        config = AuxTunedConfig(**fields)
+        if config.lm_term == "head":
+            base.check_output_head(lm)
+        if config.from_lm_layers:
+            config.auxiliary_config = _first_layers(lm, config.from_lm_layers)
+        model = cls(config, lm=lm, auxiliary=auxiliary)
+        if config.from_lm_layers and isinstance(model.auxiliary, DecoderAuxiliary):
+            _copy_layers(model.auxiliary.body, lm)
+        return model.to(base.output_device(lm)).train()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        lm: Any = None,
+        auxiliary: nn.Module | None = None,
+        base_options: dict[str, Any] | None = None,
+        allow_other_base: bool = False,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> AuxTunedForCausalLM:
+        """A trained pair: the auxiliary from a checkpoint, the base from where its config says.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name.
+            lm: the base, if it is loaded already, or its name or path, if it has moved.
+            auxiliary: with ``architecture="custom"``, the module that the weights go into.
+            base_options: for ``load_base``, such as device or dtype.
+            allow_other_base: whether a base with another fingerprint is taken.
+            config, kwargs: as in transformers.
+
+        Raises:
+            ValueError: the base has another fingerprint than the one that the auxiliary was made for.
+            OSError: there is no such checkpoint.
+        """
+        if not isinstance(config, AuxTunedConfig):
+            hub = {
+                k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
+            }
+            config = AuxTunedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if lm is None or isinstance(lm, str):
+            lm = _base_of(config, lm, base_options)
+        model = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            lm=lm,
+            auxiliary=auxiliary,
+            allow_other_base=allow_other_base,
+            **kwargs,
+        )
+        return model if "device_map" in kwargs else model.to(base.output_device(lm))
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes the auxiliary's weights (safetensors), its config and a model card.
+
+        Args:
+            save_directory: folder; made if it is not there.
+            kwargs: as in transformers, ``push_to_hub`` among them.
+        """
+        if kwargs.get("is_main_process", True):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_model_card(Path(save_directory), self.config, sum(p.numel() for p in self.parameters()))
+        super().save_pretrained(save_directory, **kwargs)
+
+    def load_auxiliary(self, name: str, path: Any, *, allow_other_base: bool = False, **kwargs: Any) -> None:
+        """Another auxiliary on the same base, for ``generate(auxiliary=...)``.
+
+        Args:
+            name: what it is called; "default" is the one that the model was made with.
+            path: folder or Hub name of its checkpoint.
+            allow_other_base, kwargs: as in ``from_pretrained``.
+
+        Raises:
+            ValueError: the name is taken, or the auxiliary was made for another base.
+        """
+        if name == DEFAULT or name in self._others:
+            raise ValueError(f"there is an auxiliary {name!r} already; choose another name")
+        other = type(self).from_pretrained(path, lm=self.lm, allow_other_base=allow_other_base, **kwargs)
+        if other.config.vocab_size != self.config.vocab_size:
+            raise ValueError(
+                f"auxiliary {name!r} has {other.config.vocab_size} ids but the model "
+                f"{self.config.vocab_size}; make both with one vocab_size"
+            )
+        self._others[name] = other.to(self.device).eval()
+
+    @property
+    def auxiliary_names(self) -> list[str]:
+        """Names for ``generate(auxiliary=...)``."""
+        return [DEFAULT, *self._others]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # The device only: a cast is for the auxiliary, the base keeps the dtype that it was loaded in.
+        device = self.head.weight.device
+        if (
+            "lm" in self.__dict__
+            and device.type != "meta"
+            and getattr(self.lm, "hf_device_map", None) is None
+        ):
+            if base.output_device(self.lm) != device:
+                self.lm.to(device)
+            for other in self._others.values():
+                other.to(device)
+        return self
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            super()._init_weights(module)
+            nn.init.zeros_(module.weight)
+        elif self.config.architecture != "custom":  # a module that was passed keeps its own weights
+            super()._init_weights(module)
+
+    # ----------------------------------------------------------------------------- what it computes
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        condition_ids: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        lm_states: Tensor | None = None,
+        past_key_values: PairCache | None = None,
+        use_cache: bool = False,
+        auxiliary_ids: Tensor | None = None,
+        aux_scale: float | Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        logits_to_keep: int = 0,
+        return_logits: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The loss of the pair, or its logits.
+
+        Args:
+            input_ids: (B, T) int64; new tokens, if there is a cache.
+            attention_mask: (B, P + T) int64, 1 for real tokens; padding on either side.
+            labels: (B, T) int64: the ids at the same positions, -100 where nothing is to be learnt;
+                position t is scored against label t + 1.
+            condition_ids, condition_mask: (B, K) int64; no condition if None.
+            lm_states: (B, T, 1 + L, D_lm) what the base computes for these ids, from a cache of LM
+                states: the final hidden states, then those of ``config.lm_layers``.
+            past_key_values: what an earlier call returned.
+            use_cache: whether to return caches.
+            auxiliary_ids: (B,) int64 indices into ``auxiliary_names``, -1 for the base alone.
+            aux_scale: mixing weight instead of the config's; a float, or (B,) without labels.
+            num_items_in_batch: what divides the summed loss, instead of the number of labels.
+            logits_to_keep: how many of the last positions' logits are wanted; 0 for all.
+            return_logits: whether logits are wanted; by default only without labels.
+            return_dict: False for a tuple.
+
+        Returns:
+            ``CausalLMOutputWithPast``: ``loss`` 0-d float32 in nats, ``logits`` (B, T, V) float32.
+
+        Raises:
+            ValueError: arguments do not fit each other.
+        """
+        cache_wanted = use_cache and labels is None
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch = PairInputs(input_ids, attention_mask, condition_ids, condition_mask, past=past)
+        terms, cache = self.terms(
+            batch,
+            lm_states=lm_states,
+            cache=past_key_values,
+            use_cache=cache_wanted,
+            auxiliary_ids=auxiliary_ids,
+            aux_scale=aux_scale,
+            keep=0 if labels is not None else logits_to_keep,
+        )
+        loss = None if labels is None else self._loss(terms, labels, num_items_in_batch)
+        logits = None
+        if return_logits or (return_logits is None and labels is None):
+            logits = dense_logits(terms, vocab_size=self.config.vocab_size)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def terms(
+        self,
+        batch: PairInputs,
+        *,
+        lm_states: Tensor | None = None,
+        cache: PairCache | None = None,
+        use_cache: bool = False,
+        auxiliary_ids: Tensor | None = None,
+        aux_scale: float | Tensor | None = None,
+        keep: int = 0,
+    ) -> tuple[list[Term], PairCache | None]:
+        """The terms of the last ``keep`` (0: all) positions' logits, rows (B, T), and the caches.
+
+        Arguments as in ``forward``.
+        """
+        parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
+        models = {part.name: self._named(part.name) for part in parts}
+        layers = sorted({layer for model in models.values() for layer in model.config.lm_layers})
+        lm, states, logits = None, lm_states, None
+        if lm_states is None:
+            lm, states, logits = self._run_lm(batch, layers, cache, use_cache)
+        elif use_cache or layers != self.config.lm_layers or lm_states.shape[:2] != batch.input_ids.shape:
+            raise ValueError(
+                f"lm_states has shape {tuple(lm_states.shape)}, ids {tuple(batch.input_ids.shape)}, layers "
+                f"are {layers}; states stand in for the base in training, all positions and config.lm_layers "
+                f"({self.config.lm_layers}, in rising order) of the model's own auxiliary"
+            )
+        hidden = states[:, -keep:, 0]
+        lm_term: Term = self._lm_term(hidden) if logits is None else Logits(logits[:, -keep:])
+        found: list[AuxiliaryRows] = []
+        added: list[tuple[AuxiliaryRows, list[Term]]] = []
+        for part in parts:
+            model = models[part.name]
+            here = batch if part.rows is None else batch.rows(part.rows)
+            chosen = states if part.rows is None else states[part.rows]
+            chosen = chosen[:, :, [1 + layers.index(layer) for layer in model.config.lm_layers]]
+            output = model.auxiliary(here.for_auxiliary(chosen, self._embedding(), part.cache, use_cache))
+            found.append(AuxiliaryRows(part.name, part.rows, output.cache))
+            scale = _row_scale(model.config.aux_scale if aux_scale is None else aux_scale, part.rows)
+            output = AuxiliaryOutput(
+                output.hidden[:, -keep:], None if output.pointer is None else output.pointer[:, -keep:]
+            )
+            added.append((part, model.auxiliary_terms(output, here, scale)))
+        pair_cache = PairCache(lm, found) if use_cache else None
+        if len(added) == 1 and added[0][0].rows is None:
+            return _merged(lm_term, added[0][1]), pair_cache
+        return [lm_term, *self._scattered(hidden.shape[:2], hidden.device, added)], pair_cache
+
+    def auxiliary_terms(
+        self, output: AuxiliaryOutput, batch: PairInputs, scale: float | Tensor
+    ) -> list[Term]:
+        """What this model's own auxiliary adds to the logits of its rows (B, T)."""
+        hidden = output.hidden
+        shared = self.config.head == "shared"
+        weight = base.output_head(self.lm).weight if shared else self.head.weight
+        row_scale = scale[:, None].expand(hidden.shape[:2]) if isinstance(scale, Tensor) else scale
+        terms: list[Term] = [Head(self.head(hidden) if shared else hidden, weight, scale=row_scale)]
+        if output.pointer is not None and batch.condition_ids.shape[1]:
+            factor = scale[:, None, None] if isinstance(scale, Tensor) else scale
+            mask = batch.condition_mask[:, None, :] != 0
+            values = torch.where(mask, output.pointer * factor, 0.0)
+            terms.append(Sparse((batch.condition_ids[:, None, :] * mask).expand(values.shape), values))
+        return terms
+
+    def _named(self, name: str) -> AuxTunedForCausalLM:
+        return self if name == DEFAULT else self._others[name]
+
+    def _parts(self, auxiliary_ids: Tensor | None) -> list[AuxiliaryRows]:
+        if auxiliary_ids is None:
+            return [AuxiliaryRows(DEFAULT, None, None)]
+        names, listed = self.auxiliary_names, auxiliary_ids.tolist()
+        if not all(-1 <= i < len(names) for i in listed):
+            raise ValueError(
+                f"auxiliary_ids is {listed}; each is an index into {names}, or -1 for the base alone"
+            )
+        if len(set(listed)) == 1 and listed[0] >= 0:
+            return [AuxiliaryRows(names[listed[0]], None, None)]
+        return [
+            AuxiliaryRows(name, (auxiliary_ids == i).nonzero()[:, 0], None)
+            for i, name in enumerate(names)
+            if i in listed
+        ]
+
+    def _run_lm(
+        self, batch: PairInputs, layers: list[int], cache: PairCache | None, use_cache: bool
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        output = base.run_base(
+            self.lm,
+            batch.input_ids,
+            batch.attention_mask,
+            layers=layers,
+            cache=None if cache is None else cache.lm,
+            use_cache=use_cache,
+            want_logits=self.config.lm_term == "logits",
+        )
+        return output.cache, output.states, output.logits
+
+    def _lm_term(self, hidden: Tensor) -> Head:
+        head = base.output_head(self.lm)
+        return Head(hidden, head.weight, head.bias, head.scale, head.softcap)
+
+    def _embedding(self) -> Tensor:
+        weight: Tensor = self.lm.get_input_embeddings().weight
+        return weight
+
+    def _scattered(
+        self, shape: torch.Size, device: torch.device, added: list[tuple[AuxiliaryRows, list[Term]]]
+    ) -> list[Term]:
+        """Logits of auxiliaries that serve some rows each, as one term."""
+        if not added:
+            return []
+        V = self.config.vocab_size
+        total = torch.zeros(*shape, V, device=device)
+        for part, terms in added:
+            total = total.index_copy(0, part.rows, dense_logits(terms, vocab_size=V).float())
+        return [Logits(total)]
+
+    def _loss(self, terms: list[Term], labels: Tensor, num_items: int | Tensor | None) -> Tensor:
+        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            # A ragged batch is half padding; looking for it would stop a GPU, and costs nothing here.
+            rows = (target != IGNORED).flatten().nonzero()[:, 0]
+            terms, target = [_rows_of(term, rows) for term in terms], target.flatten()[rows]
+        loss: Tensor = cross_entropy(
+            terms,
+            target,
+            normalizer=num_items,
+            reduction="mean" if num_items is None else "sum",
+            vocab_size=self.config.vocab_size,
+        )
+        return loss
+
+
+def _row_scale(scale: float | Tensor, rows: Tensor | None) -> float | Tensor:
+    return scale[rows] if isinstance(scale, Tensor) and rows is not None else scale
+
+
+def _merged(lm_term: Term, added: list[Term]) -> list[Term]:
+    """The LM's term and an auxiliary's; as one product where both go through the same embedding."""
+    first = added[0]
+    if (
+        isinstance(lm_term, Head)
+        and isinstance(first, Head)
+        and lm_term.weight is first.weight
+        and lm_term.softcap is None
+        and lm_term.scale == 1.0
+    ):
+        scale = first.scale[..., None] if isinstance(first.scale, Tensor) else first.scale
+        hidden = lm_term.hidden.float() + scale * first.hidden.float()
+        return [Head(hidden, lm_term.weight, lm_term.bias), *added[1:]]
+    return [lm_term, *added]
+
+
+def _rows_of(term: Term, rows: Tensor) -> Term:
+    if isinstance(term, Head):
+        return Head(term.hidden.flatten(0, 1)[rows], term.weight, term.bias, term.scale, term.softcap)
+    if isinstance(term, Sparse):
+        return Sparse(term.ids.flatten(0, 1)[rows], term.values.flatten(0, 1)[rows])
+    return Logits(term.values.flatten(0, 1)[rows], term.scale, term.softcap)
+
+
+def _base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str, Any] | None = None) -> Any:
+    name = name or config.base_model_name_or_path
+    if name is None:
+        raise ValueError("the config names no base; pass it as lm=")
+    settings = {"revision": config.base_revision, "gguf_file": config.base_gguf_file, **(options or {})}
+    return base.load_base(name, **settings)
+
+
+def _fit(config: AuxTunedConfig, lm: Any, allow_other_base: bool) -> None:
+    """Fills in what the config leaves to the base, and refuses a base that does not fit."""
+    found = base.fingerprint(lm)
+    if config.base_fingerprint is None:
+        config.base_fingerprint = found
+    elif config.base_fingerprint != found and not allow_other_base:
+        raise ValueError(
+            f"the auxiliary was made for a base with fingerprint {config.base_fingerprint[:16]}... "
+            f"({config.base_model_name_or_path}), but the one given has {found[:16]}...; pass that base, or "
+            "allow_other_base=True"
+        )
+    text = lm.config.get_text_config()
+    V, layers = base.vocabulary(lm), text.num_hidden_layers
+    config.vocab_size = config.vocab_size or V
+    for name, size, most in (
+        ("vocab_size", config.vocab_size, V),
+        ("lm_layers", max(config.lm_layers, default=0), layers),
+        ("from_lm_layers", config.from_lm_layers, layers),
+    ):
+        if size > most:
+            raise ValueError(f"{name} asks for {size}, but the base has {most}; give at most that")
+    for name, size in (
+        ("lm_hidden_size", text.hidden_size),
+        ("lm_embedding_size", lm.get_input_embeddings().weight.shape[1]),
+    ):
+        if getattr(config, name) not in (None, size):
+            raise ValueError(f"{name} is {getattr(config, name)}, but the base's is {size}")
+        setattr(config, name, size)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(lm.generation_config, name, None) or getattr(text, name, None))
+
+
+def _first_layers(lm: Any, count: int) -> dict[str, Any]:
+    """The base's own config, with so many layers, as a dict."""
+    config = copy.deepcopy(lm.config.get_text_config())
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = count
+    settings = config.to_diff_dict()
+    settings = {
+        name: value[:count] if isinstance(value, list) and len(value) == layers else value
+        for name, value in settings.items()
+    }
+    known = type(config)().to_dict()
+    settings = {name: value for name, value in settings.items() if name in known and name != "dtype"}
+    return {"model_type": config.model_type, **settings}
+
+
+def _copy_layers(body: Any, lm: Any) -> None:
+    source = lm.base_model.state_dict()
+    wanted = body.state_dict()
+    for name, parameter in wanted.items():
+        if name not in source or source[name].shape != parameter.shape:
+            raise ValueError(
+                f"from_lm_layers cannot copy {name}: the base has "
+                f"{tuple(source[name].shape) if name in source else 'no such weight'}, the auxiliary "
+                f"{tuple(parameter.shape)}; a quantised base cannot be copied"
+            )
+    body.load_state_dict({name: source[name].to(wanted[name].dtype) for name in wanted})
