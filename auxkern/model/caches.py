@@ -47,6 +47,7 @@ class PairCache:
             if part.rows is None:
                 part.cache.reorder_cache(beam_idx)
                 continue
-            place = torch.zeros_like(beam_idx)
+            # Where each sequence of the batch stands among this auxiliary's.
+            place = torch.zeros(len(beam_idx), dtype=torch.int64, device=beam_idx.device)
             place[part.rows] = torch.arange(len(part.rows), device=beam_idx.device)
             part.cache.reorder_cache(place[beam_idx[part.rows]])

@@ -133,6 +133,8 @@ class AuxTunedConfig(PreTrainedConfig):
             raise ValueError(
                 f"lm_layers is {self.lm_layers}; it must list indices of hidden states, 0 or more"
             )
+        if self.lm_layers != sorted(set(self.lm_layers)):
+            raise ValueError(f"lm_layers is {self.lm_layers}; give each layer once, in rising order")
         for name, least in (("from_lm_layers", 0), ("pointer_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")

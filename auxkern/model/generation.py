@@ -39,7 +39,7 @@ class PairGeneration(GenerationMixin):
     """transformers' ``generate``, with a condition, a seed, an auxiliary and a mixing weight per sequence."""
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: Any = None,
@@ -95,7 +95,7 @@ class PairGeneration(GenerationMixin):
                 )
         return torch.tensor([names.index(name) - 1 for name in asked])
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, seeds: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in transformers, which calls it where it does the search or the drawing itself."""
@@ -108,7 +108,7 @@ class PairGeneration(GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the pair makes its own caches, see PairCache
 
-    def _sample(  # type: ignore[override]
+    def _sample(
         self,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -169,7 +169,7 @@ class PairGeneration(GenerationMixin):
         prompt = ids.masked_fill(mask == 0, -1) if penalised else None
         start = ids.shape[1]
         unfinished = torch.ones(B, dtype=torch.bool, device=device)
-        pad, ends = _padding(generation_config, stopping_criteria)
+        pad = _padding(generation_config, stopping_criteria)
         cache: PairCache | None = inputs.pop("past_key_values", None)
         if cache is not None:
             raise ValueError("past_key_values is given to generate, which starts anew; pass the whole text")
@@ -187,7 +187,7 @@ class PairGeneration(GenerationMixin):
                 history=history,
                 vocab_size=self.config.vocab_size,
             )
-            tokens = drawn.tokens if not ends else torch.where(unfinished, drawn.tokens, pad)
+            tokens = drawn.tokens if pad is None else torch.where(unfinished, drawn.tokens, pad)
             _refuse_failed(drawn.status, unfinished)
             ids = torch.cat([ids, tokens[:, None]], 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -228,14 +228,17 @@ def _seed_tensor(seeds: tuple[int, ...] | None, B: int) -> Tensor:
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds])
 
 
-def _padding(generation_config: Any, stopping_criteria: Any) -> tuple[Tensor | None, bool]:
+def _padding(generation_config: Any, stopping_criteria: Any) -> Tensor | None:
+    """What follows the end of a finished sequence; None if nothing ends one."""
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    pad = generation_config._pad_token_tensor
-    if ends and pad is None:
+    pad: Tensor | None = generation_config._pad_token_tensor
+    if not ends:
+        return None
+    if pad is None:
         raise ValueError(
             "eos_token_id is set but pad_token_id is not; pass pad_token_id for finished sequences"
         )
-    return pad, ends
+    return pad
 
 
 def _refuse_failed(status: Tensor, unfinished: Tensor) -> None:

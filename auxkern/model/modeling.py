@@ -79,8 +79,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
                 'module goes with "custom", and only with it'
             )
         self.auxiliary = build_auxiliary(config) if auxiliary is None else auxiliary
-        D, D_lm, V = self.auxiliary.hidden_size, config.lm_hidden_size, config.vocab_size
-        self.head = ZeroLinear(D, D_lm if config.head == "shared" else V, bias=False)
+        out = config.lm_hidden_size if config.head == "shared" else config.vocab_size
+        width: Any = self.auxiliary.hidden_size
+        self.head = ZeroLinear(width, int(out or 0), bias=False)
         self.post_init()
 
     # ----------------------------------------------------------------- made, loaded, saved, moved
@@ -131,7 +132,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         return model.to(base.output_device(lm)).train()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
         *model_args: Any,
@@ -174,7 +175,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         )
         return model if "device_map" in kwargs else model.to(base.output_device(lm))
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Writes the auxiliary's weights (safetensors), its config and a model card.
 
         Args:
@@ -315,15 +316,12 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
         models = {part.name: self._named(part.name) for part in parts}
         layers = sorted({layer for model in models.values() for layer in model.config.lm_layers})
-        lm, states, logits = None, lm_states, None
+        lm, logits = None, None
         if lm_states is None:
             lm, states, logits = self._run_lm(batch, layers, cache, use_cache)
-        elif use_cache or layers != self.config.lm_layers or lm_states.shape[:2] != batch.input_ids.shape:
-            raise ValueError(
-                f"lm_states has shape {tuple(lm_states.shape)}, ids {tuple(batch.input_ids.shape)}, layers "
-                f"are {layers}; states stand in for the base in training, all positions and config.lm_layers "
-                f"({self.config.lm_layers}, in rising order) of the model's own auxiliary"
-            )
+        else:
+            states = lm_states
+            self._check_states(states, batch, layers, use_cache)
         hidden = states[:, -keep:, 0]
         lm_term: Term = self._lm_term(hidden) if logits is None else Logits(logits[:, -keep:])
         found: list[AuxiliaryRows] = []
@@ -394,6 +392,21 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         )
         return output.cache, output.states, output.logits
 
+    def _check_states(self, states: Tensor, batch: PairInputs, layers: list[int], use_cache: bool) -> None:
+        wanted = (*batch.input_ids.shape, 1 + len(self.config.lm_layers), self.config.lm_hidden_size)
+        if use_cache or self.config.lm_term == "logits":
+            raise ValueError('lm_states are for training and scoring with lm_term="head", not with caches')
+        if tuple(states.shape) != wanted:
+            raise ValueError(
+                f"lm_states has shape {tuple(states.shape)} but it must be {wanted}: (B, T, 1 + L, D_lm) for "
+                f"lm_layers {self.config.lm_layers}"
+            )
+        if layers != self.config.lm_layers:
+            raise ValueError(
+                f"lm_states are for lm_layers {self.config.lm_layers}, but another auxiliary reads {layers}; "
+                "they serve the model's own auxiliary only"
+            )
+
     def _lm_term(self, hidden: Tensor) -> Head:
         head = base.output_head(self.lm)
         return Head(hidden, head.weight, head.bias, head.scale, head.softcap)
@@ -411,7 +424,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         V = self.config.vocab_size
         total = torch.zeros(*shape, V, device=device)
         for part, terms in added:
-            total = total.index_copy(0, part.rows, dense_logits(terms, vocab_size=V).float())
+            rows = torch.arange(shape[0], device=device) if part.rows is None else part.rows
+            total = total.index_copy(0, rows, dense_logits(terms, vocab_size=V).float())
         return [Logits(total)]
 
     def _loss(self, terms: list[Term], labels: Tensor, num_items: int | Tensor | None) -> Tensor:
