@@ -138,6 +138,8 @@ def cache_lm_states(
     plan = _plan(encoded, shard_tokens)
     digest = _begin(folder, header, plan, shard_tokens)
     missing = [s for s, shard in enumerate(plan.shards) if not _is_whole(folder, s, digest, shard.tokens)]
+    if missing:
+        check_output_head(lm)
     report = _Progress(progress, plan.tokens)
     report.add(plan.tokens - sum(plan.shards[s].tokens for s in missing))
     for s in missing:
@@ -394,7 +396,6 @@ def _check_lm(lm: Any, layers: Sequence[int]) -> None:
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= most:
             raise ValueError(f"layers names {layer!r}, but {type(lm).__name__} has 0 to {most}")
-    check_output_head(lm)
 
 
 def _check_lengths(lm: Any, encoded: Items) -> None:
