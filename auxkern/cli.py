@@ -6,6 +6,8 @@ import importlib
 import sys
 
 COMMANDS = {
+    "generate": ("auxkern.commands.generate", "write texts with a trained pair"),
+    "evaluate": ("auxkern.commands.evaluate", "nll and perplexity of a pair, its base and its auxiliary"),
     "bench": ("auxkern.bench.__main__", "time the operators against eager, torch.compile and peers"),
     "inspect": ("auxkern.inspect.__main__", "compile every Triton kernel and print what came of it"),
     "env": ("auxkern.env", "print versions, backends and why each was chosen"),

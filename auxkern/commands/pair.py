@@ -1,0 +1,230 @@
+"""What ``auxkern generate`` and ``auxkern evaluate`` share: loading a pair, drawing texts, ending well."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import safetensors
+import torch
+
+from auxkern.bench.session import INTERRUPTED, device_from
+from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
+from auxkern.training.loop import mixed_seed
+from auxkern.training.settings import DTYPES
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class Request(NamedTuple):
+    """What a text is wanted for.
+
+    Attributes:
+        condition: what the auxiliary sees.
+        prompt: what the text continues.
+    """
+
+    condition: str
+    prompt: str = ""
+
+
+class Text(NamedTuple):
+    """A text that a pair wrote.
+
+    Attributes:
+        text: what follows the prompt, without special tokens.
+        finished: whether the pair ended it; False where it was cut off.
+    """
+
+    text: str
+    finished: bool
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Without abbreviations, and with errors of one line: the usage of many flags would bury it."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the options that say how it is loaded and mixed."""
+    parser.add_argument("model", metavar="MODEL", help="folder that auxkern train wrote, or a Hub name")
+    parser.add_argument("--base", metavar="NAME", help="where the base is, if it has moved (name or folder)")
+    parser.add_argument(
+        "--allow-other-base", action="store_true", help="take a base with other weights than it was made for"
+    )
+    parser.add_argument("--aux-scale", type=finite, metavar="X", help="weight of the auxiliary's logits")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the base (default: the checkpoint's on a GPU, float32 on a CPU)",
+    )
+
+
+def check_json_option(parser: argparse.ArgumentParser, path: Path | None) -> None:
+    """Ends the program with a message if --json names a file that cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        parser.error(f"--json {path} is a folder; give a file name")
+    if not path.resolve().parent.is_dir():
+        parser.error(f"--json {path}: the folder {path.resolve().parent} does not exist; make it first")
+
+
+def run(prog: str, work: Callable[[], int]) -> int:
+    """The exit status of ``work``; 2 after an error, of which one line is printed, 130 after Ctrl-C."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (OSError, ValueError, RuntimeError, FloatingPointError, ModuleNotFoundError) as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def load_pair(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, max_length: int | None = None
+) -> tuple[Any, Any]:
+    """The model that the options name, in evaluation mode, and its ``TextFormat``.
+
+    Raises:
+        OSError, ValueError: there is no such model or base, it is damaged, or the base is another one.
+    """
+    from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, TextFormat, load_tokenizer
+
+    device = device_from(parser, options.device)
+    _check_model(options.model)
+    config = AuxTunedConfig.from_pretrained(options.model)
+    base = options.base or config.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"{options.model} does not name its base; pass --base NAME")
+    if not (Path(base).is_dir() or base.startswith("pip:") or _HUB_NAME.fullmatch(base) or "/" not in base):
+        raise ValueError(f"the base {base} is no folder here; if it has moved, pass --base NAME")
+    tokenizer = load_tokenizer(base, revision=config.base_revision, gguf_file=config.base_gguf_file)
+    try:
+        model = AuxTunedForCausalLM.from_pretrained(
+            options.model,
+            config=config,
+            lm=base,
+            base_options={"device": device, "dtype": options.dtype},
+            allow_other_base=options.allow_other_base,
+        )
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {options.model} or of its base are damaged: {error}") from error
+    return model.eval(), TextFormat(tokenizer, config.condition_template, max_length)
+
+
+def texts(
+    model: Any,
+    text_format: Any,
+    requests: Sequence[Request],
+    *,
+    batch_size: int,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> Iterator[list[Text]]:
+    """Texts for the requests, in their order, a batch at a time.
+
+    Args:
+        model, text_format: what ``load_pair`` returned.
+        requests: one for each text, unless ``num_return_sequences`` asks for more.
+        batch_size: requests that are answered at a time; it changes the texts by rounding only.
+        seeds: one int for each request; None where nothing is drawn.
+        options: for ``model.generate``.
+
+    Raises:
+        ValueError: an option is out of range or a condition does not fit.
+        RuntimeError: logits are NaN or infinite.
+    """
+    for first in range(0, len(requests), batch_size):
+        some = requests[first : first + batch_size]
+        inputs = text_format.prompts([one.condition for one in some], [one.prompt for one in some])
+        if seeds is not None:
+            options["seeds"] = seeds[first : first + batch_size]
+        ids = model.generate(
+            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+            eos_token_id=text_format.end_id,
+            pad_token_id=text_format.pad_id,
+            **options,
+        )
+        yield [_text(text_format, row, inputs["input_ids"].shape[1]) for row in ids.cpu()]
+
+
+def _text(text_format: Any, ids: torch.Tensor, start: int) -> Text:
+    """What follows the first ``start`` ids of (T) ids."""
+    prompt, whole = text_format.decode(ids[:start]), text_format.decode(ids)
+    # Decoded apart, a text would lose the space before its first word with some tokenizers.
+    text = whole[len(prompt) :] if whole.startswith(prompt) else text_format.decode(ids[start:])
+    return Text(text, bool((ids[start:] == text_format.end_id).any()))
+
+
+def sample_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of ``count`` samples; each depends on ``seed`` and its place alone."""
+    return [mixed_seed(seed, "sample", index) for index in range(count)]
+
+
+def _check_model(name: str) -> None:
+    """Says what is wrong with a folder before transformers looks for it on the Hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.exists() or not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
+        raise ValueError(f"there is no folder {name}; name the one that auxkern train wrote, or a Hub name")
+
+
+def _check_folder(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        steps = checkpoint_steps(folder)
+        hint = f"; its run is not finished, try {checkpoint_folder(folder, steps[-1])}" if steps else ""
+        raise ValueError(f"{folder} holds no config.json, so no model{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "aux_tuned":
+        raise ValueError(f"{folder} holds a model of type {kind!r}, not an auxiliary; see auxkern train")
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 0")
+    return value
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN, for argparse."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{value} is not finite")
+    return value
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """The machine, and the versions of what a pair runs on."""
+    import transformers
+
+    from auxkern.bench.machine import machine_facts
+
+    return {**machine_facts(device), "transformers": transformers.__version__}

@@ -1,0 +1,213 @@
+"""What a pair and each of its models alone give to held-out text, in nats per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.model.auxiliary import AuxiliaryOutput
+from auxkern.model.base import output_head, run_base
+from auxkern.model.inputs import PairInputs
+from auxkern.model.text import IGNORED
+from auxkern.ops.cross_entropy import cross_entropy
+from auxkern.terms import Head, Logits, Term
+from auxkern.training.collator import AuxCollator
+from auxkern.training.examples import Items
+from auxkern.training.lm_states import LMStates
+
+_INPUTS = ("input_ids", "attention_mask", "condition_ids", "condition_mask")
+
+
+@dataclass(frozen=True)
+class NllReport:
+    """Mean negative log-likelihood of the labels of a data set, in nats per token.
+
+    Attributes:
+        tokens: labels that are scored, those that are not -100.
+        sequences: B of the data set.
+        lm_nll: the base alone.
+        aux_nll: the auxiliary alone, softmax(aux_scale * logits_aux).
+        pair_nll: the sum of both, softmax(logits_LM + aux_scale * logits_aux).
+    """
+
+    tokens: int
+    sequences: int
+    lm_nll: float
+    aux_nll: float
+    pair_nll: float
+
+    @property
+    def lm_perplexity(self) -> float:
+        """exp(lm_nll); infinite beyond what a float holds."""
+        return _exp(self.lm_nll)
+
+    @property
+    def aux_perplexity(self) -> float:
+        """exp(aux_nll); infinite beyond what a float holds."""
+        return _exp(self.aux_nll)
+
+    @property
+    def pair_perplexity(self) -> float:
+        """exp(pair_nll); infinite beyond what a float holds."""
+        return _exp(self.pair_nll)
+
+
+@torch.no_grad()
+def evaluate_nll(
+    model: Any,
+    encoded: Items,
+    *,
+    batch_tokens: int = 1024,
+    aux_scale: float | None = None,
+    lm_states: LMStates | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> NllReport:
+    """Scores every label of a data set by the pair, by its base alone, and by its auxiliary alone.
+
+    One forward pass of each model; the model is in evaluation mode meanwhile. Sequences of like length
+    go together, and only positions that have a label reach a vocabulary-sized product, so the logits
+    (B, T, V) never exist at once. Batches change the figures by rounding only.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        encoded: examples with input_ids (T), labels (T) and condition_ids (K), see ``encode``.
+        batch_tokens: most tokens of a batch, padding included; a longer sequence goes alone.
+        aux_scale: mixing weight instead of the config's.
+        lm_states: cached states of this data set for ``config.lm_layers``; then the base does not run.
+        progress: called with tokens done and tokens in all (of input_ids), before the first batch and
+            after each. What it raises ends the evaluation.
+
+    Raises:
+        ValueError: there is nothing to score, a sequence is longer than the base can take, or
+            lm_states are of other data or layers.
+        FloatingPointError: an nll is NaN or infinite; the message says whose.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be 1 or more")
+    lengths = [len(encoded[i]["input_ids"]) for i in range(len(encoded))]
+    _check_lengths(model, lengths)
+    examples: Items = encoded if lm_states is None else _with_states(model, encoded, lm_states)
+    collate = AuxCollator(model.config.pad_token_id or 0)
+    scale = model.config.aux_scale if aux_scale is None else aux_scale
+    sums, tokens, done = torch.zeros(3, dtype=torch.float64), 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for chosen in _batches(lengths, batch_tokens):
+            if progress is not None:
+                progress(done, sum(lengths))
+            batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in chosen]).items()}
+            nll = _row_nll(model, batch, float(scale))
+            sums += nll.double().sum(1).cpu()
+            tokens += nll.shape[1]
+            done += sum(lengths[i] for i in chosen)
+    finally:
+        model.train(was_training)
+    if progress is not None:
+        progress(done, sum(lengths))
+    if not tokens:
+        raise ValueError(f"no label is to be scored: all of them are {IGNORED} in {len(encoded)} sequences")
+    return _report(tokens, len(encoded), (sums / tokens).tolist())
+
+
+def _report(tokens: int, sequences: int, means: list[float]) -> NllReport:
+    for name, mean in zip(("LM alone", "auxiliary alone", "pair"), means, strict=True):
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the mean nll of the {name} is {mean}; look at the weights and the dtype of both models"
+            )
+    return NllReport(tokens, sequences, *means)
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def _check_lengths(model: Any, lengths: list[int]) -> None:
+    if not lengths:
+        raise ValueError("encoded is empty; there is nothing to score")
+    most = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and max(lengths) > most:
+        raise ValueError(
+            f"sequence {lengths.index(max(lengths))} has {max(lengths)} tokens, but the base has positions "
+            f"for {most}; encode with max_length={most} or less"
+        )
+
+
+def _with_states(model: Any, encoded: Items, lm_states: LMStates) -> Items:
+    layers = tuple(model.config.lm_layers)
+    if model.config.lm_term != "head":
+        raise ValueError(
+            f'lm_states hold no logits, but lm_term is "{model.config.lm_term}"; leave lm_states out'
+        )
+    if tuple(lm_states.layers) != layers:
+        raise ValueError(
+            f"lm_states hold the layers {list(lm_states.layers)}, but the auxiliary reads {list(layers)}; "
+            "cache states for these"
+        )
+    return lm_states.dataset(encoded)
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices, longest sequences first, in batches of at most ``batch_tokens`` with padding, or of one."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    first = 0
+    while first < len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[first]]))
+        yield order[first : first + count]
+        first += count
+
+
+def _row_nll(model: Any, batch: dict[str, Tensor], scale: float) -> Tensor:
+    """(3, N) float32 nll of the N labels that count: the base's, the auxiliary's, the pair's."""
+    labels = batch["labels"][:, 1:]
+    b, t = (labels != IGNORED).nonzero(as_tuple=True)
+    if not len(b):
+        return torch.zeros(3, 0)
+    target = labels[b, t][:, None]
+    lm, added = _terms(model, batch, b, t, scale)
+    options: dict[str, Any] = {"reduction": "none", "vocab_size": model.config.vocab_size}
+    pair, stats = cross_entropy([lm, *added], target, return_stats=True, **options)
+    # The statistics of one pass have each term alone; an auxiliary with a pointer is two of them.
+    alone = stats.term_nll[1] if len(added) == 1 else cross_entropy(added, target, **options)
+    return torch.stack([stats.term_nll[0], alone, pair]).flatten(1).float()
+
+
+def _terms(
+    model: Any, batch: dict[str, Tensor], b: Tensor, t: Tensor, scale: float
+) -> tuple[Term, list[Term]]:
+    """The base's term and the auxiliary's, apart even where they share an embedding; rows (N, 1).
+
+    Row n predicts what follows position t[n] of sequence b[n].
+    """
+    inputs = PairInputs(*(batch[name] for name in _INPUTS))
+    logits, states = None, batch.get("lm_states")
+    if states is None:
+        output = run_base(
+            model.lm,
+            inputs.input_ids,
+            inputs.attention_mask,
+            layers=model.config.lm_layers,
+            want_logits=model.config.lm_term == "logits",
+        )
+        states, logits = output.states, output.logits
+    lm: Term
+    if logits is not None:
+        lm = Logits(logits[b, t][:, None])
+    else:
+        head = output_head(model.lm)
+        lm = Head(states[b, t, :1].to(head.weight.dtype), *head)
+    embedding = model.lm.get_input_embeddings().weight
+    found = model.auxiliary(inputs.for_auxiliary(states[:, :, 1:], embedding, None, False))
+    pointer = None if found.pointer is None else found.pointer[b, t][:, None]
+    # Each row as a sequence of one position, with the condition of its own sequence.
+    rows = AuxiliaryOutput(found.hidden[b, t][:, None], pointer)
+    return lm, model.auxiliary_terms(rows, inputs.rows(b), scale)
