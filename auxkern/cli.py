@@ -6,6 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "train": ("auxkern.commands.train", "train an auxiliary for a frozen language model"),
     "generate": ("auxkern.commands.generate", "write texts with a trained pair"),
     "evaluate": ("auxkern.commands.evaluate", "nll and perplexity of a pair, its base and its auxiliary"),
     "bench": ("auxkern.bench.__main__", "time the operators against eager, torch.compile and peers"),

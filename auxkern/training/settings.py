@@ -123,7 +123,7 @@ class LoopSettings:
         values = self.as_json()
         lines = []
         for one in fields(self):
-            value = yaml.safe_dump({one.name: values[one.name]}, default_flow_style=None, width=1000)
+            value = yaml.safe_dump({one.name: values[one.name]}, sort_keys=False)
             lines.append(f"# {_help(one)}\n{value}")
         return "".join(lines)
 
@@ -276,6 +276,8 @@ def _bare(hint: Any) -> Any:
 
 def _number_of(value: Any, hint: Any) -> Any:
     # YAML 1.1 reads 1e-3 (without a point) as text.
+    if get_origin(_bare(hint)) is tuple and isinstance(value, list):
+        return [_number_of(one, get_args(_bare(hint))[0]) for one in value]
     if _bare(hint) is float and isinstance(value, str):
         try:
             return float(value)

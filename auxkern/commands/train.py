@@ -1,0 +1,327 @@
+"""``auxkern train``: an auxiliary for a frozen language model, from a YAML file or flags."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from auxkern.model.text import Example, TextFormat
+from auxkern.training.checkpoint import RunIdentity, checkpoint_folder, checkpoint_steps, load_state
+from auxkern.training.loop import (
+    IGNORED,
+    Examples,
+    ExampleSet,
+    TrainingInterrupted,
+    TrainResult,
+    check_output,
+    fingerprint_of,
+    mixed_seed,
+    train,
+)
+from auxkern.training.progress import duration, progress_for
+from auxkern.training.settings import TrainSettings, add_flags, settings_from
+
+_EPILOG = """\
+A YAML file has a line NAME: VALUE for each setting, named like the flag with _ for -; a flag beats the
+file. --show prints such a file. `pair` holds fields of AuxTunedConfig, as in --pair pointer=true
+--pair lm_layers=[10].
+Ctrl-C finishes the step and saves; --resume goes on from there, as if nothing had happened.
+Exit status: 0; 1 if the loss was not finite or the disk is full; 2 for bad options or missing data;
+130 after Ctrl-C.
+"""
+_SPLIT_SEED = 0  # not settings.seed: runs with other seeds compare on the same data
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # The usage of forty flags would bury the one line that matters.
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is trained, all of it checked; nothing is written yet."""
+
+    settings: TrainSettings
+    model: Any
+    text_format: TextFormat
+    training: Examples
+    validation: Examples
+    identity: RunIdentity
+    condition: str  # one of the validation set's
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, and prints what came of it.
+
+    Args:
+        argv: arguments after ``auxkern train``; those of the process when None.
+
+    Returns:
+        0; 1 if the loss was not finite or the disk is full; 2 for bad settings or missing data; 130
+        after SIGINT or SIGTERM. Flags that argparse refuses exit with 2 (``SystemExit``).
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(arguments)
+    try:
+        settings = settings_from(options, options.config)
+        if options.show:
+            print(settings.as_yaml(), end="")
+            return 0
+    except (ValueError, TypeError, OSError) as error:
+        return _refuse(error, 2)
+    try:
+        return _run(settings)
+    except KeyboardInterrupt as stop:
+        return _say_how_to_resume(stop, arguments)
+
+
+def _run(settings: TrainSettings) -> int:
+    try:
+        job = _prepare(settings)
+        _print_job(job)
+        training, validation = _with_states(job) if settings.cache_states else _without_states(job)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        return _refuse(error, 2)
+    try:
+        result = _train(job, training, validation)
+    except (FloatingPointError, OSError) as error:
+        return _refuse(error, 1)
+    _print_summary(job, result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="auxkern train",
+        description=__doc__.partition(": ")[2].capitalize() if __doc__ else None,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
+    parser.add_argument("--show", action="store_true", help="print all settings as a YAML file, and stop")
+    add_flags(parser)
+    return parser
+
+
+def _prepare(settings: TrainSettings) -> _Job:
+    """Reads data and base, cheapest first, so that a mistake shows soon."""
+    check_output(Path(settings.output), settings.resume)
+    training, validation = _read_examples(settings)
+    text_format, model = _pair(settings)
+    from auxkern.training.examples import encode
+
+    train_ids, validation_ids = encode(training, text_format), encode(validation, text_format)
+    identity = RunIdentity(settings, fingerprint_of(train_ids), fingerprint_of(validation_ids))
+    steps = checkpoint_steps(Path(settings.output))
+    if steps:
+        load_state(checkpoint_folder(Path(settings.output), steps[-1]), identity)
+    return _Job(settings, model, text_format, train_ids, validation_ids, identity, validation[0].condition)
+
+
+def _read_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
+    from auxkern.training.examples import read_jsonl
+
+    if settings.task is not None:
+        from auxkern.tasks.keywords import keyword_examples, split_by_keyword
+
+        training, validation = split_by_keyword(keyword_examples(), seed=_SPLIT_SEED)
+    else:
+        training = read_jsonl(Path(str(settings.train_file)))
+        validation = read_jsonl(Path(str(settings.validation_file)))
+    for name, examples in (("train_file", training), ("validation_file", validation)):
+        if not examples:
+            raise ValueError(f"{name} {getattr(settings, name)} has no examples")
+    return _drawn(training, settings.train_examples), _drawn(validation, settings.validation_examples)
+
+
+def _drawn(examples: list[Example], limit: int | None) -> list[Example]:
+    """At most ``limit`` of them, drawn at random by hashes, in their old order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    drawn = sorted(range(len(examples)), key=lambda index: mixed_seed(_SPLIT_SEED, "draw", index))[:limit]
+    return [examples[index] for index in sorted(drawn)]
+
+
+def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:
+    from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM
+
+    fields = {
+        "base_model_name_or_path": settings.base,
+        "base_revision": settings.base_revision,
+        "base_gguf_file": settings.base_gguf_file,
+        "condition_template": settings.condition_template,
+        **settings.pair,
+    }
+    try:
+        AuxTunedConfig(**fields)  # refuses unknown names before the base is loaded
+    except TypeError as error:
+        raise ValueError(f"a value in pair {settings.pair} has the wrong type: {error}") from error
+    lm, tokenizer = _base(settings)
+    text_format = TextFormat(tokenizer, settings.condition_template, settings.max_length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed_seed(settings.seed, "weights"))
+        return text_format, AuxTunedForCausalLM.from_lm(lm, **fields)
+
+
+def _base(settings: TrainSettings) -> tuple[Any, Any]:
+    from auxkern.model.base import load_base, load_tokenizer
+
+    source = {"revision": settings.base_revision, "gguf_file": settings.base_gguf_file}
+    device = settings.device or ("cuda" if torch.cuda.is_available() else None)
+    try:
+        tokenizer = load_tokenizer(settings.base, **source)
+        return load_base(settings.base, dtype=settings.dtype, device=device, **source), tokenizer
+    except OSError as error:  # transformers' message may not name it
+        raise ValueError(f"the base {settings.base!r} cannot be loaded: {error}") from error
+
+
+def _without_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
+    return (
+        ExampleSet(job.training, job.identity.training),
+        ExampleSet(job.validation, job.identity.validation),
+    )
+
+
+def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
+    """Both data sets with the base's states, computed where they are not on disk yet."""
+    from auxkern.tasks.smollm2 import cache_folder
+    from auxkern.training.examples import data_fingerprint
+    from auxkern.training.lm_states import announce_size, cache_lm_states, states_folder
+
+    settings, config = job.settings, job.model.config
+    layers, dtype = list(config.lm_layers), getattr(torch, settings.states_dtype)
+    root = Path(settings.states_folder) if settings.states_folder else cache_folder() / "states"
+    kinds = (("training", job.training), ("validation", job.validation))
+    plans = []
+    for kind, encoded in kinds:
+        folder = states_folder(root, data_fingerprint(encoded), config.base_fingerprint, layers, dtype)
+        plans.append((kind, encoded, folder, announce_size(encoded, job.model.lm, layers, dtype)))
+    _check_space(root, sum(size for _, _, folder, size in plans if not folder.is_dir()))
+    sets = []
+    for kind, encoded, folder, size in plans:
+        print(f"states of the base for {kind}: {size / 1e6:,.1f} MB in {folder}", flush=True)
+        show, close = _token_progress(f"{kind} states")
+        try:
+            states = cache_lm_states(
+                job.model.lm,
+                encoded,
+                folder,
+                layers=layers,
+                dtype=dtype,
+                base_fingerprint=config.base_fingerprint,
+                progress=show,
+            )
+        finally:
+            close()
+        sets.append(ExampleSet(states.dataset(encoded), getattr(job.identity, kind), states.lm_nll))
+    return sets[0], sets[1]
+
+
+def _check_space(root: Path, needed: int) -> None:
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"the base's states need {needed / 1e6:,.0f} MB but {existing} has {free / 1e6:,.0f} MB free; "
+            "name another states_folder, fewer lm_layers, or set cache_states to false"
+        )
+
+
+def _token_progress(what: str) -> tuple[Callable[[int, int], None], Callable[[], None]]:
+    """What a caching reports to, and what ends the report."""
+    progress = progress_for()
+    started = False
+
+    def show(done: int, total: int) -> None:
+        nonlocal started
+        if not started:
+            progress.start(done, total, f"{what}, tokens")
+            started = True
+        progress.advance(done)
+
+    return show, progress.close
+
+
+def _train(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResult:
+    from auxkern.training.collator import AuxCollator
+
+    return train(
+        job.model,
+        training,
+        job.settings,
+        collate=AuxCollator(job.text_format.pad_id),
+        validation=validation,
+        progress=progress_for(),
+    )
+
+
+def _print_job(job: _Job) -> None:
+    settings, model = job.settings, job.model
+    lm_size = sum(parameter.numel() for parameter in model.lm.parameters())
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    each = settings.batch_size * settings.gradient_accumulation
+    epochs = settings.steps * each / len(job.training)
+    rows = [
+        ("base", f"{settings.base}: {lm_size:,} parameters, {model.lm.dtype}, {model.lm.device}, frozen"),
+        ("auxiliary", f"{model.config.architecture}: {size:,} trainable parameters"),
+        *((kind, _described(getattr(job, kind))) for kind in ("training", "validation")),
+        ("steps", f"{settings.steps:,} of {each:,} examples, {epochs:.1f} epochs"),
+    ]
+    _print_rows(rows)
+
+
+def _described(examples: Examples) -> str:
+    tokens = sum(
+        label != IGNORED for index in range(len(examples)) for label in examples[index]["labels"][1:]
+    )
+    return f"{len(examples):,} examples, {tokens:,} tokens to learn"
+
+
+def _print_summary(job: _Job, result: TrainResult) -> None:
+    state = result.state
+    rows = []
+    for name, nll in (("LM alone", state.lm_nll), (f"pair, step {state.best_step:,}", state.best_nll)):
+        if nll is not None:
+            # exp overflows beyond 709.
+            rows.append((name, f"validation nll {nll:.4f}, perplexity {math.exp(min(nll, 700.0)):,.2f}"))
+    rows.append(("time", f"{duration(state.seconds)} for {state.step:,} steps, {state.tokens:,} tokens"))
+    rows.append(("model", str(result.output)))
+    command = ["auxkern", "generate", str(result.output), "--condition", job.condition]
+    rows.append(("try it", shlex.join(command)))
+    print()
+    _print_rows(rows)
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}", flush=True)
+
+
+def _say_how_to_resume(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int:
+    if isinstance(stop, TrainingInterrupted):
+        print(f"\nauxkern train: {stop}", file=sys.stderr)
+    else:
+        print("\nauxkern train: stopped; what was saved before is kept", file=sys.stderr)
+    others = [argument for argument in arguments if argument not in ("--resume", "--no-resume")]
+    print(f"resume: {shlex.join(['auxkern', 'train', *others, '--resume'])}", file=sys.stderr)
+    return 130
+
+
+def _refuse(error: Exception, status: int) -> int:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"auxkern train: {' '.join(text.split())}", file=sys.stderr)
+    return status
