@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from auxkern.model.text import TextFormat
 from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import encode, read_jsonl
-from auxkern.training.settings import TrainSettings, settings_from
+from auxkern.training.loop import train
+from auxkern.training.settings import LoopSettings, TrainSettings, settings_from
 
 WORDS = [f"w{i}" for i in range(60)]
 PAIR = {
@@ -361,6 +363,26 @@ def test_resuming_with_another_setting_is_refused_before_anything_is_computed(
     assert not (tmp_path / "states").exists()
     assert main(["--config", str(config)]) == 2
     assert "holds a run with checkpoint-8 already; resume it" in capsys.readouterr().err
+
+
+def test_resuming_on_another_base_or_model_is_refused(
+    config: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(base, tmp_path / "base")
+    assert main(["--config", str(config), "--base", str(own)]) == 0
+    lm = load_base(str(own))
+    lm.lm_head.weight.data[5, 3] += 0.5
+    lm.save_pretrained(own)
+    assert main(["--config", str(config), "--base", str(own), "--resume"]) == 2
+    assert "is of another model: base_fingerprint is" in capsys.readouterr().err
+
+    pair = AuxTunedForCausalLM.from_lm(load_base(str(base)), **{**PAIR, "dropout": 0.3})
+    examples = encode(read_jsonl(tmp_path / "train.jsonl"), TextFormat(load_tokenizer(str(base))))
+    settings = {"output": str(tmp_path / "library"), "steps": 1}
+    train(pair, examples, LoopSettings(**settings), collate=AuxCollator(0))
+    pair = AuxTunedForCausalLM.from_lm(load_base(str(base)), **{**PAIR, "dropout": 0.2})
+    with pytest.raises(ValueError, match=r"is of another model: dropout is 0.2 but was 0.3"):
+        train(pair, examples, LoopSettings(**settings, resume=True), collate=AuxCollator(0))
 
 
 def test_a_limit_draws_examples_that_no_seed_changes(

@@ -15,7 +15,13 @@ from typing import Any, NoReturn
 import torch
 
 from auxkern.model.text import Example, TextFormat
-from auxkern.training.checkpoint import RunIdentity, checkpoint_folder, checkpoint_steps, load_state
+from auxkern.training.checkpoint import (
+    RunIdentity,
+    checkpoint_folder,
+    checkpoint_steps,
+    load_state,
+    model_fields,
+)
 from auxkern.training.loop import (
     IGNORED,
     Examples,
@@ -122,7 +128,9 @@ def _prepare(settings: TrainSettings) -> _Job:
     from auxkern.training.examples import encode
 
     train_ids, validation_ids = encode(training, text_format), encode(validation, text_format)
-    identity = RunIdentity(settings, fingerprint_of(train_ids), fingerprint_of(validation_ids))
+    identity = RunIdentity(
+        settings, fingerprint_of(train_ids), fingerprint_of(validation_ids), model_fields(model)
+    )
     steps = checkpoint_steps(Path(settings.output))
     if steps:
         load_state(checkpoint_folder(Path(settings.output), steps[-1]), identity)

@@ -51,16 +51,18 @@ class TrainState:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes two runs the same run: settings, and fingerprints of the data.
+    """What makes two runs the same run: settings, fingerprints of the data, and what the model is.
 
     Attributes:
         settings: of the loop, or those of the command.
         training, validation: fingerprints; None without validation data.
+        model: fields of its config, the fingerprint of its base among them; see ``model_fields``.
     """
 
     settings: LoopSettings
     training: str
     validation: str | None
+    model: dict[str, Any]
 
     def check(self, saved: dict[str, Any], folder: Path) -> None:
         """Compares with a checkpoint's trainer.json.
@@ -78,12 +80,32 @@ class RunIdentity:
                 f"{folder} was made with other settings: {'; '.join(pairs)}; "
                 "set them back, or start anew in another output folder"
             )
+        # A newer transformers may know more fields, with defaults.
+        names = [
+            name for name in self.model if self.model[name] != saved["model"].get(name, self.model[name])
+        ]
+        if names:
+            pairs = [f"{name} is {self.model[name]!r} but was {saved['model'][name]!r}" for name in names]
+            raise ValueError(
+                f"{folder} is of another model: {'; '.join(pairs)}; "
+                "make the same one, or start anew in another output folder"
+            )
         for kind in ("training", "validation"):
             if saved[kind] != getattr(self, kind):
                 raise ValueError(
                     f"{folder} was made with other {kind} data: fingerprint {saved[kind]}, now "
                     f"{getattr(self, kind)}; bring that data back, or start anew in another output folder"
                 )
+
+
+def model_fields(model: Any) -> dict[str, Any]:
+    """A model's config in types that JSON has, less what may change between runs; {} if it has none."""
+    if not hasattr(model, "config"):
+        return {}
+    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    # A base may move: its fingerprint says whether it is the same.
+    free = ("transformers_version", "base_model_name_or_path", "base_revision", "base_gguf_file")
+    return {name: value for name, value in values.items() if name not in free and not name.startswith("_")}
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
@@ -116,6 +138,7 @@ def save_checkpoint(
         "settings": identity.settings.as_json(),
         "training": identity.training,
         "validation": identity.validation,
+        "model": identity.model,
     }
     text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
     if folder.is_dir():

@@ -29,6 +29,7 @@ from auxkern.training.checkpoint import (
     checkpoint_steps,
     load_state,
     load_weights,
+    model_fields,
     prune_checkpoints,
     publish,
     remove_unfinished,
@@ -239,6 +240,7 @@ class _Run:
             settings,
             training.fingerprint or fingerprint_of(training.examples),
             None if validation is None else validation.fingerprint or fingerprint_of(validation.examples),
+            model_fields(model),
         )
         check_output(self.output, settings.resume)
         steps = checkpoint_steps(self.output)
