@@ -73,9 +73,10 @@ def alone(lm: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return states, F.pad(nll, (0, 1))
 
 
-def test_states_are_those_of_each_sequence_alone(tmp_path):
+@pytest.mark.parametrize("batch_tokens", [24, 2048])  # no padding; much of it
+def test_states_are_those_of_each_sequence_alone(tmp_path, batch_tokens):
     lm, encoded = tiny_lm(), sequences()
-    states = cached(tmp_path, lm, dtype=torch.float32)
+    states = cached(tmp_path, lm, dtype=torch.float32, batch_tokens=batch_tokens)
     assert len(states) == len(encoded)
     for i in range(len(encoded)):
         expected, nll = alone(lm, encoded[i]["input_ids"])
