@@ -120,20 +120,30 @@ class InputVectors(nn.Module):
 
 
 class Pointer(nn.Module):
-    """Scores of the condition's tokens: q(h[t]) . k(m[j]) / sqrt(d), zero at first (Vinyals et al. 2015)."""
+    """Scores of the condition's tokens (Vinyals et al. 2015), zero at first.
+
+        score[t, j] = q(h[t]) . k(m[j]) / sqrt(d)  +  g(h[t]) [x[t] = c[j - 1]]
+
+    The second part lets a word of several tokens be written to its end: it is on where the text's
+    last token is the one that stands before token j of the condition.
+    """
 
     def __init__(self, D: int, size: int) -> None:
         super().__init__()
         self.query = ZeroLinear(D, size)
         self.key = nn.Linear(D, size)
+        self.follow = ZeroLinear(D, 1)
 
     def keys(self, memory: Tensor) -> Tensor:
         """(B, K, D) -> (B, K, d)"""
         return self.key(memory)
 
-    def forward(self, hidden: Tensor, keys: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, keys: Tensor, inputs: AuxiliaryInputs) -> Tensor:
         """(B, T, D), (B, K, d) -> (B, T, K)"""
-        return self.query(hidden) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+        before = nn.functional.pad(inputs.condition_ids[:, :-1], (1, 0), value=-1)
+        follows = inputs.input_ids[:, :, None] == before[:, None, :]
+        scores = self.query(hidden) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+        return scores + self.follow(hidden) * follows
 
 
 @dataclass
@@ -189,7 +199,7 @@ class DecoderAuxiliary(nn.Module):
             keys, scores = None, None
         else:
             keys = self.pointer.keys(condition) if first else inputs.cache.keys
-            scores = self.pointer(hidden, keys)
+            scores = self.pointer(hidden, keys, inputs)
         cache = AuxiliaryCache(attention, None, keys) if inputs.use_cache else None
         return AuxiliaryOutput(hidden, scores, cache)
 
@@ -225,7 +235,7 @@ class EncoderDecoderAuxiliary(nn.Module):
             use_cache=inputs.use_cache,
         )
         hidden = self.dropout(output.last_hidden_state)
-        scores = None if self.pointer is None else self.pointer(hidden, keys)
+        scores = None if self.pointer is None else self.pointer(hidden, keys, inputs)
         cache = AuxiliaryCache(attention, memory, keys) if inputs.use_cache else None
         return AuxiliaryOutput(hidden, scores, cache)
 
