@@ -95,27 +95,26 @@ def evaluate_nll(
     collate = AuxCollator(model.config.pad_token_id or 0)
     scale = model.config.aux_scale if aux_scale is None else aux_scale
     sums, tokens, done = torch.zeros(3, dtype=torch.float64), 0, 0
+    report = progress or (lambda done, total: None)
     was_training = model.training
     model.eval()
     try:
+        report(0, sum(lengths))
         for chosen in _batches(lengths, batch_tokens):
-            if progress is not None:
-                progress(done, sum(lengths))
             batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in chosen]).items()}
             nll = _row_nll(model, batch, float(scale))
             sums += nll.double().sum(1).cpu()
             tokens += nll.shape[1]
             done += sum(lengths[i] for i in chosen)
+            report(done, sum(lengths))
     finally:
         model.train(was_training)
-    if progress is not None:
-        progress(done, sum(lengths))
     if not tokens:
         raise ValueError(f"no label is to be scored: all of them are {IGNORED} in {len(encoded)} sequences")
-    return _report(tokens, len(encoded), (sums / tokens).tolist())
+    return _checked(tokens, len(encoded), (sums / tokens).tolist())
 
 
-def _report(tokens: int, sequences: int, means: list[float]) -> NllReport:
+def _checked(tokens: int, sequences: int, means: list[float]) -> NllReport:
     for name, mean in zip(("LM alone", "auxiliary alone", "pair"), means, strict=True):
         if not math.isfinite(mean):
             raise FloatingPointError(
