@@ -6,7 +6,10 @@ INSTALLED := $(VENV)/installed
 REAL := $(VENV)/real
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench bench-real test test-slow test-gpu gpu lint format clean
+.PHONY: bench install bench-real test test-slow test-gpu gpu lint format clean
+
+# Everything that the commands need, a small language model among it.
+install: $(REAL)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
