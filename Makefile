@@ -8,11 +8,11 @@ NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
 .PHONY: bench install bench-real test test-slow test-gpu gpu lint format clean
 
-# Everything that the commands need, a small language model among it.
-install: $(REAL)
-
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
+
+# Everything that the commands need, a small language model among it.
+install: $(REAL)
 
 bench-real: $(REAL)
 	$(BIN)/python -m auxkern.bench.real $(ARGS)
