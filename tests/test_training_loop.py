@@ -192,6 +192,9 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path: Path, unint
     with pytest.raises(TrainingInterrupted):
         run(output, Interrupting())
     assert json.loads((output / "checkpoint-4" / "trainer.json").read_text())["evaluated_step"] == 0
+    # As if it was killed after the evaluation of the resumed run and before the next checkpoint.
+    with (output / "log.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "evaluation": true, "nll": 1.0}\n')
     run(output, resume=True)
     assert log(output) == log(uninterrupted)
 

@@ -7,7 +7,8 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _refuse(error, 2)
     try:
-        return _run(settings)
+        with _no_bars_of_transformers():
+            return _run(settings)
     except KeyboardInterrupt as stop:
         return _say_how_to_resume(stop, arguments)
 
@@ -104,6 +106,20 @@ def _run(settings: TrainSettings) -> int:
         return _refuse(error, 1)
     _print_summary(job, result)
     return 0
+
+
+@contextmanager
+def _no_bars_of_transformers() -> Iterator[None]:
+    """Its bars for every file read or written would break up ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _parser() -> argparse.ArgumentParser:

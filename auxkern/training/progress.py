@@ -35,7 +35,7 @@ class Progress:
 class LineProgress(Progress):
     """Plain lines, at most one every ``seconds`` for what only advances."""
 
-    def __init__(self, stream: TextIO, seconds: float = 10.0) -> None:
+    def __init__(self, stream: TextIO, seconds: float = 30.0) -> None:
         self._stream, self._seconds = stream, seconds
         self._total, self._what = 0, ""
         self._next = math.inf
