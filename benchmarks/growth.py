@@ -13,8 +13,9 @@ import torch
 from auxkern.bench import memory, session
 from auxkern.bench.cases import DTYPES
 from auxkern.bench.linear import OPERATOR, made_inputs, needed_bytes
-from auxkern.bench.results import CaseResult, Run, replace_file
+from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
+from auxkern.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from auxkern.bench.results import Run, replace_file
+from auxkern.bench.results import Run
+from auxkern.files import replace_file
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,9 @@ import torch
 
 from auxkern.bench import machine
 from auxkern.bench.plot import SUFFIXES, plot
-from auxkern.bench.results import CaseResult, Run, replace_file
+from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Progress
+from auxkern.files import replace_file
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 

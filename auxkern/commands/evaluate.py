@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from auxkern.bench.machine import now
-from auxkern.bench.results import replace_file
 from auxkern.bench.session import INTERRUPTED, positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request
 from auxkern.evaluation.accuracy import keyword_accuracy
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
+from auxkern.files import replace_file
 from auxkern.model.text import Example
 from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.loop import mixed_seed

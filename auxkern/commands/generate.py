@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from auxkern.bench.results import replace_file
 from auxkern.bench.session import positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request, Text
+from auxkern.files import replace_file
 from auxkern.ops.sampling_params import SamplingParams
 
 _EPILOG = """\

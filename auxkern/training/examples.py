@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from auxkern.bench.results import replace_file
+from auxkern.files import replace_file
 from auxkern.model.text import IGNORED, Example, TextFormat
 
 __all__ = ["EncodedExamples", "Example", "Items", "data_fingerprint", "encode", "read_jsonl", "write_jsonl"]

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from auxkern.bench.results import replace_file
+from auxkern.files import replace_file
 from auxkern.model.base import check_output_head, fingerprint, output_head, run_base
 from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy

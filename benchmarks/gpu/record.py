@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from auxkern.bench.results import SCHEMA, Run, replace_file
+from auxkern.bench.results import SCHEMA, Run
+from auxkern.files import replace_file
 
 BAD = ("failed", "timed out", "interrupted")
 
