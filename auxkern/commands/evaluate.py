@@ -235,7 +235,7 @@ def _print_table(found: dict[str, dict[str, float | None]], samples: int) -> Non
 def _print_facts(report: NllReport, seconds: dict[str, float], options: argparse.Namespace) -> None:
     data = options.task or options.file
     print(f"{data}: {report.sequences:,} sequences, {report.tokens:,} tokens scored")
-    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05))
 
 
 def _described(model: Any, options: argparse.Namespace) -> dict[str, Any]:
