@@ -206,7 +206,7 @@ def _base(settings: TrainSettings) -> tuple[Any, Any]:
     try:
         tokenizer = load_tokenizer(settings.base, **source)
         return load_base(settings.base, dtype=settings.dtype, device=device, **source), tokenizer
-    except OSError as error:  # transformers' message may not name it
+    except (OSError, ValueError) as error:  # transformers' message may not name it
         raise ValueError(f"the base {settings.base!r} cannot be loaded: {error}") from error
 
 
