@@ -185,6 +185,23 @@ def test_another_base_is_refused_unless_told_otherwise(tmp_path):
         AuxTunedForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_checkpoint_with_other_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_pair("shared head, features, pointer")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    left = {name: value for name, value in weights.items() if name != "auxiliary.pointer.query.weight"}
+    for changed, message in (
+        (left, r"missing keys auxiliary\.pointer\.query\.weight"),
+        ({**weights, "auxiliary.gate": torch.zeros(2)}, r"unexpected keys auxiliary\.gate"),
+    ):
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            AuxTunedForCausalLM.from_pretrained(tmp_path, lm=model.lm)
+
+
 def test_a_fingerprint_knows_the_weights_and_not_their_dtype():
     lm = tiny_lm()
     known = fingerprint(lm)

@@ -154,7 +154,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             config, kwargs: as in transformers.
 
         Raises:
-            ValueError: the base has another fingerprint than the one that the auxiliary was made for.
+            ValueError: the base has another fingerprint than the one that the auxiliary was made for, or
+                weights are missing or left over.
             OSError: there is no such checkpoint.
         """
         if not isinstance(config, AuxTunedConfig):
@@ -164,16 +165,22 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             config = AuxTunedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if lm is None or isinstance(lm, str):
             lm = _base_of(config, lm, base_options)
-        model = super().from_pretrained(
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
             config=config,
             lm=lm,
             auxiliary=auxiliary,
             allow_other_base=allow_other_base,
+            output_loading_info=True,
             **kwargs,
         )
-        return model if "device_map" in kwargs else model.to(base.output_device(lm))
+        _check_complete(pretrained_model_name_or_path, report)
+        if "device_map" not in kwargs:
+            model = model.to(base.output_device(lm))
+        found: Any = (model, report) if wants_report else model
+        return found
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Writes the auxiliary's weights (safetensors), its config and a model card.
@@ -478,6 +485,17 @@ def _base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str,
         raise ValueError("the config names no base; pass it as lm=")
     settings = {"revision": config.base_revision, "gguf_file": config.base_gguf_file, **(options or {})}
     return base.load_base(name, **settings)
+
+
+def _check_complete(path: Any, report: dict[str, Any]) -> None:
+    # transformers would go on with new weights in place of missing ones.
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            names = ", ".join(sorted(map(str, report[what]))[:5])
+            raise ValueError(
+                f"{path} does not hold the auxiliary that its config describes: {what.replace('_', ' ')} "
+                f"{names}; it was made with another version, or for another module"
+            )
 
 
 def _fit(config: AuxTunedConfig, lm: Any, allow_other_base: bool) -> None:
