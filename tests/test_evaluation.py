@@ -13,13 +13,13 @@ from tiny_pair import WORDS, V, save_tiny_pair, tiny_lm, tiny_pair
 from torch.nn import functional as F
 
 from auxkern.commands import evaluate
-from auxkern.commands.train import _drawn as drawn_for_training
 from auxkern.evaluation.accuracy import keyword_accuracy
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.model.text import Example
 from auxkern.tasks.keywords import split_by_keyword
 from auxkern.training.examples import EncodedExamples
 from auxkern.training.lm_states import cache_lm_states
+from auxkern.training.seeds import drawn
 
 FLOAT32_MEAN = 2e-6  # relative: nll of a few nats, logits of both sides summed in another order
 PAIRS: dict[str, dict[str, Any]] = {
@@ -275,10 +275,14 @@ def test_a_file_is_not_sampled_unless_asked(folder: Path) -> None:
     assert found["samples"] is None
 
 
-def test_examples_are_drawn_as_in_training() -> None:
+def test_examples_are_drawn_the_same_every_time_and_spread() -> None:
     examples = [Example(str(i), "text") for i in range(50)]
-    assert evaluate.drawn(examples, 12) == drawn_for_training(examples, 12)
-    assert evaluate.drawn(examples, 50) == examples
+    some = drawn(examples, 12)
+    assert some == drawn(examples, 12)
+    assert len(some) == 12
+    assert some == [example for example in examples if example in some], "in their old order"
+    assert some != examples[:12]
+    assert drawn(examples, 50) == drawn(examples, None) == examples
 
 
 def test_the_task_scores_and_samples_what_is_held_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

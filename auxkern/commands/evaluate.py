@@ -23,8 +23,8 @@ from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.files import replace_file
 from auxkern.model.text import Example
 from auxkern.training.examples import encode, read_jsonl
-from auxkern.training.loop import mixed_seed
 from auxkern.training.progress import Progress, progress_for
+from auxkern.training.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.training.settings import TASKS
 
 _EPILOG = """\
@@ -35,7 +35,6 @@ softmax(aux_scale * logits_aux).
 the pair and by the language model alone, and counts those that contain their condition as a word.
 Exit status: 0; 2 for bad options, missing data or a model that cannot be loaded; 130 after Ctrl-C.
 """
-_SPLIT_SEED = 0  # as auxkern train splits and draws, so that its figures compare
 _TASK_SAMPLES = 100
 _NAMES = {"lm": "LM alone", "aux": "auxiliary alone", "pair": "pair"}
 _SAMPLERS = {"pair": "default", "lm": None}  # which auxiliary writes the samples
@@ -104,19 +103,11 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
     return INTERRUPTED if interrupted else 0
 
 
-def drawn(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """At most ``limit`` of them, the same that ``auxkern train`` draws, in their old order."""
-    if limit is None or limit >= len(examples):
-        return list(examples)
-    order = sorted(range(len(examples)), key=lambda index: mixed_seed(_SPLIT_SEED, "draw", index))
-    return [examples[index] for index in sorted(order[:limit])]
-
-
 def _read_examples(options: argparse.Namespace) -> list[Example]:
     if options.task is not None:
         from auxkern.tasks.keywords import keyword_examples, split_by_keyword
 
-        return split_by_keyword(keyword_examples(), seed=_SPLIT_SEED)[1]
+        return split_by_keyword(keyword_examples(), seed=DATA_SEED)[1]
     examples = read_jsonl(options.file)
     if not examples:
         raise ValueError(f"{options.file} has no examples")
@@ -138,7 +129,7 @@ def _requests(examples: Sequence[Example], options: argparse.Namespace) -> list[
             wanted = len(first_of)
         else:
             raise ValueError(f"--samples {wanted}, but there are {len(first_of)} conditions; lower it")
-    order = sorted(first_of, key=lambda condition: mixed_seed(_SPLIT_SEED, f"sample {condition}"))
+    order = sorted(first_of, key=lambda condition: mixed_seed(DATA_SEED, f"sample {condition}"))
     return [Request(first_of[name].condition, first_of[name].prompt) for name in order[:wanted]]
 
 

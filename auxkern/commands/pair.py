@@ -16,7 +16,7 @@ import torch
 
 from auxkern.bench.session import INTERRUPTED, device_from
 from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
-from auxkern.training.loop import mixed_seed
+from auxkern.training.seeds import mixed_seed
 from auxkern.training.settings import DTYPES
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

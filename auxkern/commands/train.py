@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from auxkern.commands.pair import CommandParser
 from auxkern.model.text import Example, TextFormat
 from auxkern.training.checkpoint import (
     RunIdentity,
@@ -31,10 +32,10 @@ from auxkern.training.loop import (
     TrainResult,
     check_output,
     fingerprint_of,
-    mixed_seed,
     train,
 )
 from auxkern.training.progress import duration, progress_for
+from auxkern.training.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.training.settings import TrainSettings, add_flags, settings_from
 
 _EPILOG = """\
@@ -45,13 +46,6 @@ Ctrl-C finishes the step and saves; --resume goes on from there, as if nothing h
 Exit status: 0; 1 if the loss was not finite or the disk is full; 2 for bad options or missing data;
 130 after Ctrl-C.
 """
-_SPLIT_SEED = 0  # not settings.seed: runs with other seeds compare on the same data
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # The usage of forty flags would bury the one line that matters.
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 @dataclass(frozen=True)
@@ -123,13 +117,7 @@ def _no_bars_of_transformers() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="auxkern train",
-        description=__doc__.partition(": ")[2].capitalize() if __doc__ else None,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("auxkern train", "An auxiliary for a frozen language model.", _EPILOG)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
     parser.add_argument("--show", action="store_true", help="print all settings as a YAML file, and stop")
     add_flags(parser)
@@ -159,22 +147,14 @@ def _read_examples(settings: TrainSettings) -> tuple[list[Example], list[Example
     if settings.task is not None:
         from auxkern.tasks.keywords import keyword_examples, split_by_keyword
 
-        training, validation = split_by_keyword(keyword_examples(), seed=_SPLIT_SEED)
+        training, validation = split_by_keyword(keyword_examples(), seed=DATA_SEED)
     else:
         training = read_jsonl(Path(str(settings.train_file)))
         validation = read_jsonl(Path(str(settings.validation_file)))
     for name, examples in (("train_file", training), ("validation_file", validation)):
         if not examples:
             raise ValueError(f"{name} {getattr(settings, name)} has no examples")
-    return _drawn(training, settings.train_examples), _drawn(validation, settings.validation_examples)
-
-
-def _drawn(examples: list[Example], limit: int | None) -> list[Example]:
-    """At most ``limit`` of them, drawn at random by hashes, in their old order."""
-    if limit is None or limit >= len(examples):
-        return examples
-    drawn = sorted(range(len(examples)), key=lambda index: mixed_seed(_SPLIT_SEED, "draw", index))[:limit]
-    return [examples[index] for index in sorted(drawn)]
+    return drawn(training, settings.train_examples), drawn(validation, settings.validation_examples)
 
 
 def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:

@@ -38,6 +38,7 @@ from auxkern.training.checkpoint import (
 )
 from auxkern.training.lm_alone import lm_alone_nll
 from auxkern.training.progress import Progress
+from auxkern.training.seeds import mixed_seed
 from auxkern.training.settings import LoopSettings, learning_rate_at
 
 LOG = "log.jsonl"
@@ -206,12 +207,6 @@ class DataOrder:
             generator = torch.Generator().manual_seed(mixed_seed(self._settings.seed, "epoch", epoch))
             self._epoch, self._order = epoch, torch.randperm(self._count, generator=generator).tolist()
         return self._order[place]
-
-
-def mixed_seed(seed: int, purpose: str, number: int = 0) -> int:
-    """A seed in [0, 2**63) for one purpose, as good as independent of those for all others."""
-    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class _Run:
