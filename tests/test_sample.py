@@ -374,6 +374,17 @@ def test_terms_of_every_kind_and_scales_of_rows(backend):
 
 
 @backends
+def test_logprobs_of_half_precision_terms_keep_a_scale_per_row(backend):
+    """The scale is not rounded to the term's dtype, and neither are the scaled logits."""
+    z, scale = logits(16, 120, 3, torch.bfloat16), torch.linspace(0.31, 1.77, 16)
+    made = sample([Logits(z, scale=scale)], seed=seeds(16), position=0, return_logprobs=True, backend=backend)
+    exact = (z.double() * scale.double()[:, None]).log_softmax(-1)
+    picked = exact.gather(1, made.tokens[:, None])[:, 0]
+    torch.testing.assert_close(made.logprob.double(), picked, rtol=0, atol=2e-5)
+    torch.testing.assert_close(made.term_logprobs[0].double(), picked, rtol=0, atol=2e-5)
+
+
+@backends
 def test_raw_and_processed_logprobs_are_different_things(backend):
     z = logits(16, 120)
     params = SamplingParams(temperature=0.7, top_k=6, top_p=0.9)
