@@ -120,16 +120,19 @@ class InputVectors(nn.Module):
 
 
 class Pointer(nn.Module):
-    """Scores of the condition's tokens (Vinyals et al. 2015), zero at first.
+    """Scores of the condition's tokens (Vinyals et al. 2015), with coverage (See et al. 2017); zero at first.
 
-        score[t, j] = q(h[t]) . k(m[j]) / sqrt(d)  +  g(h[t]) [x[t] = c[j - 1]]
+        h'[t]       = h[t] + v * share of c's tokens that occur in x[..t]
+        score[t, j] = q(h'[t]) . k(m[j]) / sqrt(d)  +  g(h'[t]) [x[t] = c[j - 1]]
 
-    The second part lets a word of several tokens be written to its end: it is on where the text's
-    last token is the one that stands before token j of the condition.
+    The last part lets a word of several tokens be written to its end: it is on where the text's
+    last token is the one that stands before token j of the condition. Coverage says what is still
+    to be written, to the pointer and to the head.
     """
 
     def __init__(self, D: int, size: int) -> None:
         super().__init__()
+        self.covered = nn.Parameter(torch.zeros(D))
         self.query = ZeroLinear(D, size)
         self.key = nn.Linear(D, size)
         self.follow = ZeroLinear(D, 1)
@@ -138,12 +141,28 @@ class Pointer(nn.Module):
         """(B, K, D) -> (B, K, d)"""
         return self.key(memory)
 
-    def forward(self, hidden: Tensor, keys: Tensor, inputs: AuxiliaryInputs) -> Tensor:
-        """(B, T, D), (B, K, d) -> (B, T, K)"""
-        before = nn.functional.pad(inputs.condition_ids[:, :-1], (1, 0), value=-1)
-        follows = inputs.input_ids[:, :, None] == before[:, None, :]
+    def forward(
+        self, hidden: Tensor, keys: Tensor, inputs: AuxiliaryInputs, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, T, D), scores (B, T, K), and which tokens have occurred by the end, (B, K) bool.
+
+        Args:
+            hidden: (B, T, D).
+            keys: (B, K, d).
+            inputs: of this call.
+            seen: (B, K) bool, which tokens occur in the past; None if there is none.
+        """
+        ids, condition = inputs.input_ids[:, :, None], inputs.condition_ids[:, None, :]
+        real = (inputs.condition_mask != 0)[:, None, :]
+        here = (ids == condition) & real & (inputs.attention_mask[:, -ids.shape[1] :, None] != 0)
+        occurred = here.cumsum(1) > 0
+        if seen is not None:
+            occurred = occurred | seen[:, None, :]
+        share = occurred.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp_min(1)
+        hidden = hidden + share * self.covered
+        before = nn.functional.pad(inputs.condition_ids[:, :-1], (1, 0), value=-1)[:, None, :]
         scores = self.query(hidden) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
-        return scores + self.follow(hidden) * follows
+        return hidden, scores + self.follow(hidden) * (ids == before), occurred[:, -1]
 
 
 @dataclass
@@ -154,16 +173,19 @@ class AuxiliaryCache:
         attention: a transformers cache.
         memory: (B, K, D) states of the condition, for cross-attention; None in a decoder.
         keys: (B, K, d) the pointer's keys; None without one.
+        seen: (B, K) which of the condition's tokens the text holds; None without a pointer.
     """
 
     attention: Any
     memory: Tensor | None
     keys: Tensor | None
+    seen: Tensor | None
 
     def reorder_cache(self, rows: Tensor) -> None:
         self.attention.reorder_cache(rows)
         self.memory = None if self.memory is None else self.memory[rows]
         self.keys = None if self.keys is None else self.keys[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
 
 
 class DecoderAuxiliary(nn.Module):
@@ -195,12 +217,13 @@ class DecoderAuxiliary(nn.Module):
         hidden = self.dropout(output.last_hidden_state)
         # At the first call the condition's states stand before the text's.
         condition, hidden = hidden.split([hidden.shape[1] - T, T], 1)
-        if self.pointer is None:
-            keys, scores = None, None
-        else:
-            keys = self.pointer.keys(condition) if first else inputs.cache.keys
-            scores = self.pointer(hidden, keys, inputs)
-        cache = AuxiliaryCache(attention, None, keys) if inputs.use_cache else None
+        keys, scores, seen = None, None, None
+        if self.pointer is not None:
+            keys, seen = (
+                (self.pointer.keys(condition), None) if first else (inputs.cache.keys, inputs.cache.seen)
+            )
+            hidden, scores, seen = self.pointer(hidden, keys, inputs, seen)
+        cache = AuxiliaryCache(attention, None, keys, seen) if inputs.use_cache else None
         return AuxiliaryOutput(hidden, scores, cache)
 
 
@@ -226,6 +249,7 @@ class EncoderDecoderAuxiliary(nn.Module):
             attention = self._new_cache() if inputs.use_cache else None
         else:
             memory, keys, attention = inputs.cache.memory, inputs.cache.keys, inputs.cache.attention
+        seen = None if first else inputs.cache.seen
         output = self.body.decoder(
             inputs_embeds=self.inputs.text(inputs),
             attention_mask=inputs.attention_mask,
@@ -235,8 +259,10 @@ class EncoderDecoderAuxiliary(nn.Module):
             use_cache=inputs.use_cache,
         )
         hidden = self.dropout(output.last_hidden_state)
-        scores = None if self.pointer is None else self.pointer(hidden, keys, inputs)
-        cache = AuxiliaryCache(attention, memory, keys) if inputs.use_cache else None
+        scores = None
+        if self.pointer is not None:
+            hidden, scores, seen = self.pointer(hidden, keys, inputs, seen)
+        cache = AuxiliaryCache(attention, memory, keys, seen) if inputs.use_cache else None
         return AuxiliaryOutput(hidden, scores, cache)
 
     def _new_cache(self) -> EncoderDecoderCache:

@@ -1,0 +1,456 @@
+"""What a batch run is asked for, what it answers, and a text on its way."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from auxkern.ops.sampling_params import SamplingParams
+from auxkern.terms import Sparse
+from auxkern.training.seeds import mixed_seed
+
+FinishReason = Literal["end", "stop", "length", "error"]
+State = Literal["new", "waiting", "running", "ended"]
+
+_SAMPLING = tuple(one.name for one in fields(SamplingParams))
+_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True)
+class Request:
+    """One condition and prompt, and how texts for them are drawn.
+
+    Attributes:
+        id: names the request in the output; an int or a str that is not empty.
+        condition: what the auxiliary sees; not read where there is no auxiliary.
+        prompt: what the text continues.
+        params: how a token is drawn; numbers only, no tensors.
+        seed: of the first sample, in [0, 2**63); the others' are made from it.
+        max_new_tokens: most tokens of a text, the end token counted.
+        stop: a text ends before the first of these strings.
+        auxiliary: name of the auxiliary; None for the language model alone.
+        aux_scale: weight of the auxiliary's logits; None for the one that it was trained with.
+        samples: texts that are wanted.
+        logprobs: whether the answer holds log-probabilities.
+        ignore_eos: whether the end token is one like any other.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, or two contradict each other.
+    """
+
+    id: str | int
+    condition: str = ""
+    prompt: str = ""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    auxiliary: str | None = "default"
+    aux_scale: float | None = None
+    samples: int = 1
+    logprobs: bool = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+        for name in ("condition", "prompt"):
+            _check_text(name, getattr(self, name))
+        _check_params(self.params)
+        _check_integer("seed", self.seed, 0, _SEEDS)
+        for name in ("max_new_tokens", "samples"):
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("logprobs", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r:.60}")
+        _check_stop(self.stop)
+        self._check_auxiliary()
+        if self.samples > 1 and self.params.temperature == 0:
+            raise ValueError(
+                f"samples is {self.samples} but temperature is 0, which always finds the same text; "
+                "ask for one sample, or give a temperature"
+            )
+
+    @classmethod
+    def from_record(
+        cls, record: Mapping[str, Any], defaults: Request | None = None, id: str | int | None = None
+    ) -> Request:
+        """The request that a JSON object stands for.
+
+        Its fields are those of ``Request``, with the fields of ``SamplingParams`` in place of params.
+        A field that is absent or null has the default's value, but an auxiliary of null is none.
+        ``stop`` may be one str. A "text" is not read, so a file of training examples will do.
+
+        Without a seed the request has one made from the default's and its id, so that what is drawn
+        depends neither on the order of requests nor on their number.
+
+        Args:
+            record: the object.
+            defaults: what absent fields are; its id does not count. Filters of its params do not hold
+                for a record with temperature 0.
+            id: the id of a record without one.
+
+        Raises:
+            TypeError: the record is not an object, or a field has the wrong type.
+            ValueError: a field is unknown (the message names the closest) or out of range.
+        """
+        if not isinstance(record, Mapping):
+            raise TypeError(f"a request must be an object with named fields, got {type(record).__name__}")
+        _check_names(record)
+        given = {
+            name: value
+            for name, value in record.items()
+            if name != "text" and (value is not None or name == "auxiliary")
+        }
+        given.setdefault("id", id)
+        if given["id"] is None:
+            raise ValueError("the request has no id; give it one")
+        check_id(given["id"])
+        if defaults is None:
+            defaults = cls(id=given["id"])
+        sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+        if sampling:
+            given["params"] = _params(sampling, defaults.params)
+        if "stop" in given:
+            given["stop"] = _stop(given["stop"])
+        if "seed" not in given:
+            given["seed"] = mixed_seed(defaults.seed, f"request {given['id']!r}")
+        if "auxiliary" in given and given["auxiliary"] is None:
+            given.setdefault("aux_scale", None)  # the default's is about an auxiliary
+        return replace(defaults, **given)
+
+    def as_record(self) -> dict[str, Any]:
+        """The same as a JSON object, which ``from_record`` reads."""
+        record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "params"}
+        record["stop"] = list(self.stop)
+        record |= {name: getattr(self.params, name) for name in _SAMPLING}
+        if self.params.logit_bias is not None:
+            record["logit_bias"] = {str(token): bias for token, bias in _biases(self.params)}
+        return record
+
+    def sequences(
+        self, prompt_ids: Iterable[int], condition_ids: Iterable[int], samples: Iterable[int] | None = None
+    ) -> list[Sequence]:
+        """The request's samples as sequences to be scheduled.
+
+        Args:
+            prompt_ids: (T), the start token and the prompt.
+            condition_ids: (K) of the condition; none where there is no auxiliary.
+            samples: numbers of the samples that are wanted; all of them if None.
+
+        Raises:
+            ValueError: there are no prompt_ids, or no such sample.
+        """
+        prompt, condition = tuple(prompt_ids), tuple(condition_ids)
+        wanted = range(self.samples) if samples is None else samples
+        return [Sequence(self, index, prompt, condition) for index in wanted]
+
+    def _check_auxiliary(self) -> None:
+        if self.auxiliary is not None:
+            _check_text("auxiliary", self.auxiliary)
+            if not self.auxiliary:
+                raise ValueError("auxiliary is empty; name one, or pass None for the language model alone")
+        scale = self.aux_scale
+        if scale is None:
+            return
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"aux_scale must be a number or None, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"aux_scale is {scale}; it must be finite")
+        if self.auxiliary is None:
+            raise ValueError(f"aux_scale is {scale} but auxiliary is None; leave one of them out")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural log-probabilities of a text's tokens, one float for each of its token_ids.
+
+    Attributes:
+        raw: log softmax(z), z the sum of both models' logits, before bias, penalties and filters.
+        processed: among what bias, penalties, temperature and filters left; 0 for temperature 0.
+        lm: of the language model alone.
+        auxiliary: of the auxiliary alone, times its scale; None where there is none.
+    """
+
+    raw: tuple[float, ...]
+    processed: tuple[float, ...]
+    lm: tuple[float, ...]
+    auxiliary: tuple[float, ...] | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """The same as a JSON object, with null for -infinity.
+
+        Raises:
+            ValueError: a number is NaN or infinity.
+        """
+        return {one.name: _numbers(one.name, getattr(self, one.name)) for one in fields(self)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> TokenLogprobs:
+        """What ``as_record`` returned.
+
+        Raises:
+            ValueError: a field is missing.
+        """
+        values = {}
+        for one in fields(cls):
+            if one.name not in record:
+                raise ValueError(f"logprobs has no field {one.name!r}")
+            numbers = record[one.name]
+            if numbers is not None:
+                numbers = tuple(-math.inf if number is None else float(number) for number in numbers)
+            values[one.name] = numbers
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One text of a request.
+
+    Attributes:
+        id: of the request.
+        sample: number of the text among the request's, from 0.
+        text: what follows the prompt, without special tokens, and without the stop string.
+        token_ids: what was drawn, the end token and the tokens of a stop string among them.
+        finish_reason: "end" (the end token), "stop" (a stop string), "length" or "error".
+        prompt_tokens: tokens of the prompt with the start token.
+        seed: what this text was drawn with; None after an error before the first draw.
+        error: what went wrong; None unless finish_reason is "error".
+        logprobs: one number for each of token_ids; None unless asked for.
+
+    Raises:
+        ValueError: finish_reason is another word, or is "error" without an error or the reverse.
+    """
+
+    id: str | int
+    sample: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seed: int | None = None
+    error: str | None = None
+    logprobs: TokenLogprobs | None = None
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+        _check_integer("sample", self.sample, 0)
+        if self.finish_reason not in get_args(FinishReason):
+            raise ValueError(
+                f"finish_reason is {self.finish_reason!r}; it is one of {', '.join(get_args(FinishReason))}"
+            )
+        if (self.finish_reason == "error") != (self.error is not None):
+            raise ValueError(
+                f"finish_reason is {self.finish_reason!r} but error is {self.error!r}; they go together"
+            )
+
+    @classmethod
+    def failed(cls, request: Request, sample: int, error: str) -> Completion:
+        """The answer to a request that cannot be served."""
+        return cls(request.id, sample, "", (), "error", 0, error=error)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that were drawn."""
+        return len(self.token_ids)
+
+    def as_record(self) -> dict[str, Any]:
+        """The same as a JSON object; error and logprobs are absent where they are None."""
+        record: dict[str, Any] = {
+            "id": self.id,
+            "sample": self.sample,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "seed": self.seed,
+            "token_ids": list(self.token_ids),
+        }
+        if self.error is not None:
+            record["error"] = self.error
+        if self.logprobs is not None:
+            record["logprobs"] = self.logprobs.as_record()
+        return record
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Completion:
+        """What ``as_record`` returned.
+
+        Raises:
+            TypeError: it is not an object.
+            ValueError: a field is missing or unknown, or the numbers disagree.
+        """
+        if not isinstance(record, Mapping):
+            raise TypeError(f"a completion must be an object, got {type(record).__name__}")
+        values = dict(record)
+        new_tokens = values.pop("new_tokens", None)
+        known = {one.name for one in fields(cls)}
+        required = known - {"seed", "error", "logprobs"}
+        for problem, names in (("no", required - set(values)), ("an unknown", set(values) - known)):
+            if names:
+                raise ValueError(f"the completion has {problem} field {min(names)!r}")
+        values["token_ids"] = tuple(values["token_ids"])
+        if new_tokens != len(values["token_ids"]):
+            raise ValueError(f"new_tokens is {new_tokens} but there are {len(values['token_ids'])} token_ids")
+        if values.get("logprobs") is not None:
+            values["logprobs"] = TokenLogprobs.from_record(values["logprobs"])
+        return cls(**values)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request on its way, from the queue through a slot to its end.
+
+    Attributes:
+        request: what it is a sample of.
+        sample: its number among the request's samples.
+        prompt_ids: (T), the start token and the prompt.
+        condition_ids: (K).
+        generated: what was drawn so far.
+        state: "new", "waiting", "running" or "ended"; the scheduler's to change.
+        slot: where it runs, or None; the scheduler's to change.
+
+    Raises:
+        ValueError: there are no prompt_ids, or the request has no such sample.
+    """
+
+    request: Request
+    sample: int
+    prompt_ids: tuple[int, ...]
+    condition_ids: tuple[int, ...] = ()
+    generated: list[int] = field(default_factory=list)
+    state: State = "new"
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError(
+                f"request {self.request.id!r}: prompt_ids is empty; a sequence begins with the start token"
+            )
+        if not 0 <= self.sample < self.request.samples:
+            raise ValueError(
+                f"request {self.request.id!r} has {self.request.samples} samples, none with number {self.sample}"
+            )
+
+    @property
+    def key(self) -> tuple[str | int, int]:
+        """The request's id and the sample's number."""
+        return self.request.id, self.sample
+
+    @property
+    def seed(self) -> int:
+        """What it is drawn with: the request's own seed for the first sample."""
+        return mixed_seed(self.request.seed, "sample", self.sample) if self.sample else self.request.seed
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens that are drawn."""
+        return self.request.max_new_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, and those drawn so far."""
+        return len(self.prompt_ids) + len(self.generated)
+
+
+def check_id(id: Any) -> None:
+    """Refuses what cannot name a request.
+
+    Raises:
+        TypeError: it is neither a str nor an int.
+        ValueError: it is empty, or no Unicode text.
+    """
+    if isinstance(id, bool) or not isinstance(id, (str, int)):
+        raise TypeError(f"id must be a str or an int, got {type(id).__name__}: {id!r:.60}")
+    if isinstance(id, str):
+        _check_text("id", id)
+        if not id:
+            raise ValueError("id is empty; leave it out, or name the request")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}: {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a surrogate pair at character {error.start}, which is no text; remove it"
+        ) from error
+
+
+def _check_integer(name: str, value: Any, least: int, below: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r:.60}")
+    if value < least or (below is not None and value >= below):
+        limit = f"{least} or more" if below is None else f"in [{least}, {below})"
+        raise ValueError(f"{name} is {value}; it must be {limit}")
+
+
+def _check_params(params: Any) -> None:
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+    for name in _SAMPLING:
+        if isinstance(getattr(params, name), (Tensor, Sparse)):
+            raise TypeError(f"params.{name} is of many rows; a request takes one number, or a dict of biases")
+
+
+def _biases(params: SamplingParams) -> list[tuple[int, float]]:
+    return list(params.logit_bias.items()) if isinstance(params.logit_bias, Mapping) else []
+
+
+def _check_stop(stop: Any) -> None:
+    if not isinstance(stop, tuple):
+        raise TypeError(f"stop must be a tuple of str, got {type(stop).__name__}; write (text,)")
+    for text in stop:
+        _check_text("stop", text)
+        if not text:
+            raise ValueError("stop holds an empty str, which would end every text at once; leave it out")
+
+
+def _check_names(record: Mapping[str, Any]) -> None:
+    known = [*(one.name for one in fields(Request) if one.name != "params"), *_SAMPLING]
+    for name in record:
+        if name not in known and name != "text":
+            close = difflib.get_close_matches(str(name), known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"a request has no field {name!r}; {remedy}")
+
+
+def _params(given: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
+    values = {name: getattr(defaults, name) for name in _SAMPLING}
+    if given.get("temperature") == 0:
+        values |= _FILTERS
+    if isinstance(given.get("logit_bias"), Mapping):
+        given = {**given, "logit_bias": {_token(key): bias for key, bias in given["logit_bias"].items()}}
+    return SamplingParams(**{**values, **given})
+
+
+def _token(key: Any) -> Any:
+    """A token id; JSON has only text for the names in an object."""
+    if isinstance(key, str) and key.isascii() and key.isdigit():
+        return int(key)
+    return key  # SamplingParams says what is wrong with another one
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"stop must be a str or a list of them, got {type(value).__name__}: {value!r:.60}")
+    return tuple(value)
+
+
+def _numbers(name: str, values: tuple[float, ...] | None) -> list[float | None] | None:
+    if values is None:
+        return None
+    for value in values:
+        if not value < math.inf:
+            raise ValueError(f"logprobs.{name} holds {value}, which is no log-probability")
+    return [None if value == -math.inf else value for value in values]

@@ -1,0 +1,235 @@
+"""Which sequences run, and where: pure policy, without tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from auxkern.generation.request import Sequence
+
+
+class Move(NamedTuple):
+    """The sequence in slot ``source`` goes on in slot ``destination``, and its caches with it."""
+
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does.
+
+    Attributes:
+        decode: slots that were running, 0 to n - 1; each gets one token.
+        prefill: newcomers; ``prefill[i]`` takes slot n + i, its prompt is read, and it gets its first
+            token.
+    """
+
+    decode: range
+    prefill: tuple[Sequence, ...]
+
+    @property
+    def running(self) -> int:
+        """Slots in use once the newcomers are in."""
+        return len(self.decode) + len(self.prefill)
+
+
+class Scheduler:
+    """A queue, first come first served, in front of a number of slots.
+
+    Running sequences always fill slots 0 to n - 1, so that a cache of all of them is a plain prefix of
+    the slots. When one ends, the last running one moves into its slot.
+
+    Each step admits at least the head of the queue if a slot is free. Others are admitted with it if
+    they stand among the first ``look_ahead`` and are like it in length, for the prompts of newcomers
+    are padded to the longest. So a sequence before which p others wait when it is added starts with
+    the (p + 1)-th following step that has a free slot, or sooner.
+
+    Args:
+        slots: most sequences that run at a time.
+        max_length: most tokens of a sequence, prompt and new ones together.
+        prefill_tokens: most padded tokens of the newcomers of one step: their number times the longest
+            prompt and condition together. A single one may have more.
+        max_condition: most tokens of a condition; None for any number.
+        look_ahead: places of the queue from which newcomers are taken; None for twice the slots.
+        max_padding: largest share of padding among the padded tokens, in [0, 1).
+
+    Raises:
+        TypeError: one of the numbers is not an int.
+        ValueError: one of them is out of range.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        max_length: int,
+        prefill_tokens: int,
+        *,
+        max_condition: int | None = None,
+        look_ahead: int | None = None,
+        max_padding: float = 0.5,
+    ) -> None:
+        look_ahead = 2 * slots if look_ahead is None else look_ahead
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("max_length", max_length, 2),
+            ("prefill_tokens", prefill_tokens, 1),
+            ("max_condition", max_condition, 0),
+            ("look_ahead", look_ahead, 1),
+        ):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more")
+        if not 0 <= max_padding < 1:
+            raise ValueError(f"max_padding is {max_padding}; it must be in [0, 1)")
+        self.slots = slots
+        self.max_length = max_length
+        self.prefill_tokens = prefill_tokens
+        self.max_condition = max_condition
+        self.look_ahead = look_ahead
+        self.max_padding = max_padding
+        self._queue: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._keys: set[tuple[str | int, int]] = set()
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences in slots 0 to n - 1."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not self._keys
+
+    def refusal(self, sequence: Sequence) -> str | None:
+        """Why the sequence can never run here; None if it can."""
+        prompt, new = len(sequence.prompt_ids), sequence.max_new_tokens
+        if prompt + new > self.max_length:
+            return (
+                f"the prompt has {prompt} tokens and max_new_tokens is {new}, together {prompt + new}, but a "
+                f"sequence has room for {self.max_length}; shorten the prompt, or lower max_new_tokens"
+            )
+        condition = len(sequence.condition_ids)
+        if self.max_condition is not None and condition > self.max_condition:
+            return (
+                f"the condition has {condition} tokens, but there is room for {self.max_condition}; shorten it"
+            )
+        return None
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a new sequence at the end of the queue.
+
+        Raises:
+            ValueError: it can never fit (see ``refusal``), it is not new, or one with the same id and
+                sample number waits or runs.
+        """
+        problem = self.refusal(sequence)
+        if problem is not None:
+            raise ValueError(f"request {sequence.request.id!r}: {problem}")
+        if sequence.state != "new":
+            raise ValueError(f"sequence {sequence.key} is {sequence.state}; only a new one can be added")
+        if sequence.key in self._keys:
+            raise ValueError(f"a sequence {sequence.key} waits or runs already; ids must differ")
+        self._keys.add(sequence.key)
+        sequence.state = "waiting"
+        self._queue.append(sequence)
+
+    def schedule(self) -> Plan:
+        """Moves newcomers from the queue into free slots, and says what the next step does."""
+        before = len(self._running)
+        newcomers = self._admitted(self.slots - before)
+        for sequence in newcomers:
+            sequence.state = "running"
+            sequence.slot = len(self._running)
+            self._running.append(sequence)
+        return Plan(range(before), tuple(newcomers))
+
+    def finish(self, slots: int | Iterable[int]) -> list[Move]:
+        """Takes ended sequences out of their slots.
+
+        Args:
+            slots: one slot, or several at once, which takes fewer moves.
+
+        Returns:
+            Moves that fill the gaps. No source of one is the destination of another, so they can be
+            made in any order, or all at once.
+
+        Raises:
+            ValueError: nothing runs in one of the slots, or one is named twice.
+        """
+        ended = [slots] if isinstance(slots, int) else list(slots)
+        for slot in ended:
+            if not 0 <= slot < len(self._running):
+                raise ValueError(f"nothing runs in slot {slot}; {len(self._running)} slots are in use")
+        if len(set(ended)) < len(ended):
+            raise ValueError(f"slots holds one twice: {sorted(ended)}")
+        for slot in ended:
+            self._end(self._running[slot])
+        left = len(self._running) - len(ended)
+        gaps = sorted(slot for slot in ended if slot < left)
+        behind = set(range(left, len(self._running))).difference(ended)
+        moves = [Move(*pair) for pair in zip(sorted(behind), gaps, strict=True)]
+        for move in moves:
+            sequence = self._running[move.source]
+            sequence.slot = move.destination
+            self._running[move.destination] = sequence
+        del self._running[left:]
+        return moves
+
+    def cancel(self, id: str | int) -> tuple[list[Sequence], list[Move]]:
+        """Ends all samples of a request, whether they wait or run.
+
+        Returns:
+            The sequences that it ended, none if there is no such request, and moves as of ``finish``.
+        """
+        waiting = [sequence for sequence in self._queue if sequence.request.id == id]
+        if waiting:
+            self._queue = deque(sequence for sequence in self._queue if sequence.request.id != id)
+            for sequence in waiting:
+                self._end(sequence)
+        running = [sequence for sequence in self._running if sequence.request.id == id]
+        slots = [slot for slot, sequence in enumerate(self._running) if sequence.request.id == id]
+        return waiting + running, self.finish(slots)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.state = "ended"
+        sequence.slot = None
+        self._keys.remove(sequence.key)
+
+    def _admitted(self, free: int) -> list[Sequence]:
+        """Takes the head of the queue and those that go well with it out of the queue."""
+        if not free or not self._queue:
+            return []
+        seen = [self._queue.popleft() for _ in range(min(self.look_ahead, len(self._queue)))]
+        head = _width(seen[0])
+        # sorted() keeps the order of arrival among those that are equally near.
+        nearest = sorted(range(1, len(seen)), key=lambda i: abs(_width(seen[i]) - head))
+        chosen, longest, total = {0}, head, head
+        for i in nearest:
+            if len(chosen) == free:
+                break
+            width = _width(seen[i])
+            padded = (len(chosen) + 1) * max(longest, width)
+            real = total + width
+            if padded <= self.prefill_tokens and padded - real <= self.max_padding * padded:
+                chosen.add(i)
+                longest, total = max(longest, width), real
+        self._queue.extendleft(reversed([one for i, one in enumerate(seen) if i not in chosen]))
+        return [seen[i] for i in sorted(chosen)]
+
+
+def _width(sequence: Sequence) -> int:
+    """Tokens that are read before the first one is drawn, at most, in either model."""
+    return len(sequence.prompt_ids) + len(sequence.condition_ids)
