@@ -335,7 +335,8 @@ class Sequence:
             )
         if not 0 <= self.sample < self.request.samples:
             raise ValueError(
-                f"request {self.request.id!r} has {self.request.samples} samples, none with number {self.sample}"
+                f"request {self.request.id!r} has {self.request.samples} samples, "
+                f"none with number {self.sample}"
             )
 
     @property
@@ -434,7 +435,7 @@ def _params(given: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
 
 def _token(key: Any) -> Any:
     """A token id; JSON has only text for the names in an object."""
-    if isinstance(key, str) and key.isascii() and key.isdigit():
+    if isinstance(key, str) and key.isascii() and key.isdigit() and str(int(key)) == key:
         return int(key)
     return key  # SamplingParams says what is wrong with another one
 

@@ -123,9 +123,8 @@ class Scheduler:
             )
         condition = len(sequence.condition_ids)
         if self.max_condition is not None and condition > self.max_condition:
-            return (
-                f"the condition has {condition} tokens, but there is room for {self.max_condition}; shorten it"
-            )
+            room = self.max_condition
+            return f"the condition has {condition} tokens, but there is room for {room}; shorten it"
         return None
 
     def add(self, sequence: Sequence) -> None:

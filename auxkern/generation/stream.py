@@ -1,0 +1,400 @@
+"""Requests from a file of any length, and their answers into another one, line by line.
+
+A run that is killed at any moment and started again goes on where it was: no line is lost, none comes
+twice, and the lines are those of a run that was not interrupted, in an order of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from auxkern.files import replace_file
+from auxkern.generation.request import Completion, Request, check_id
+
+LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends would be read as a whole
+_BLOCK = 2**20
+_BOM = b"\xef\xbb\xbf"
+
+
+class BadLine(NamedTuple):
+    """A line of the input that is no request.
+
+    Attributes:
+        line: its number, from 1.
+        error: what is wrong with it.
+    """
+
+    line: int
+    error: str
+
+
+def file_fingerprint(path: Path) -> str:
+    """64 hexadecimal digits that name the content of a file (SHA-256).
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_requests(
+    path: Path, defaults: Request | None = None, on_error: Callable[[BadLine], None] | None = None
+) -> Iterator[Request]:
+    """The requests in a file with one JSON object a line, read as they are asked for.
+
+    A line without an id has its number, from 1, as its id. Empty lines count for nothing. Memory does
+    not grow with the file, but for ids that lines bring along: about 100 MB for a million of them.
+
+    Args:
+        path: the file, UTF-8.
+        defaults: what fields are that a line leaves out; see ``Request.from_record``.
+        on_error: is called with each line that is no request, which is then left out; None raises.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: without on_error: a line is no JSON object, is no valid request, is longer than 64 MiB,
+            or has the id of an earlier one; the message names file and line.
+    """
+    ids = _Ids()
+    with path.open("rb") as file:
+        for number, line in _lines(file):
+            try:
+                if line is None:
+                    raise ValueError(f"it is longer than {LONGEST_LINE} bytes; is the file one JSON array?")
+                if not line.strip():
+                    continue
+                record = _parsed(line)
+                request = Request.from_record(record, defaults, number)
+                if not ids.add(request.id, number, given=record.get("id") is not None):
+                    first = _line_of(path, request.id, number, defaults)
+                    raise ValueError(f"its id {request.id!r} is that of line {first}; ids must differ")
+            except (ValueError, TypeError) as error:
+                if on_error is None:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+                on_error(BadLine(number, str(error)))
+                continue
+            yield request
+
+
+class CompletionWriter:
+    """Appends completions to a file, a JSON object a line, and knows which are there already.
+
+    Every line is in the operating system's hands when ``write`` returns, so a killed process loses none
+    of them; the disk has all but those of the last ``sync_seconds``. Beside the output lies
+    ``OUTPUT.run.json``, which says what run the lines are of. For every million lines that it finds it
+    takes about 100 MB of memory.
+
+    Use it in a with statement; one process at a time.
+
+    Args:
+        path: the output; its lines are ``Completion.as_record``.
+        errors_path: where bad lines of the input go, objects with line and error; None if ``report``
+            is never called.
+        run: whatever makes another output if it changes: fingerprints of input and model, settings;
+            values that JSON has.
+        sync_seconds: how often the disk is waited for.
+
+    Raises:
+        OSError: the files cannot be opened or written.
+        ValueError: the output is of another run, or no output of this class, a line in it is damaged
+            or comes twice, or another process writes to it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        errors_path: Path | None = None,
+        *,
+        run: Mapping[str, Any],
+        sync_seconds: float = 5.0,
+    ) -> None:
+        if errors_path is not None and errors_path.absolute() == path.absolute():
+            raise ValueError(f"path and errors_path are both {path}; the errors need a file of their own")
+        self.run_path = path.with_name(path.name + ".run.json")
+        self._out = _Appender(path, sync_seconds)
+        self._errors: _Appender | None = None
+        try:
+            if errors_path is not None:
+                self._errors = _Appender(errors_path, sync_seconds)
+            self._claim(json.loads(json.dumps(dict(run))))
+            self._done: set[int | bytes] = set()
+            for number, record in self._out.recover():
+                self._remember(number, record)
+            self._reported = set()
+            if self._errors is not None:
+                self._reported = {
+                    self._errors.field(n, record, "line") for n, record in self._errors.recover()
+                }
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def done(self) -> int:
+        """Completions that were there when it was opened."""
+        return len(self._done)
+
+    def pending(self, requests: Iterable[Request]) -> Iterator[tuple[Request, tuple[int, ...]]]:
+        """The requests that were not answered in full when it was opened.
+
+        Yields:
+            A request, and the numbers of its samples that are wanted.
+        """
+        for request in requests:
+            wanted = tuple(i for i in range(request.samples) if _key(request.id, i) not in self._done)
+            if wanted:
+                yield request, wanted
+
+    def write(self, completion: Completion) -> None:
+        """Appends a completion.
+
+        Raises:
+            OSError: it cannot be written, for want of room or another reason; what was written of the line
+                is taken back, and nothing more can be written.
+            ValueError: a log-probability is NaN.
+        """
+        self._out.append(completion.as_record())
+
+    def report(self, bad: BadLine) -> None:
+        """Appends a bad line of the input to the errors, unless it is there.
+
+        Raises:
+            OSError: as ``write``.
+            ValueError: there is no errors_path.
+        """
+        if self._errors is None:
+            raise ValueError(f"line {bad.line} is bad but there is no errors_path; pass one")
+        if bad.line not in self._reported:
+            self._errors.append(bad._asdict())
+
+    def close(self) -> None:
+        """Waits for the disk and closes the files."""
+        try:
+            self._out.close()
+        finally:
+            if self._errors is not None:
+                self._errors.close()
+
+    def __enter__(self) -> CompletionWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _remember(self, number: int, record: dict[str, Any]) -> None:
+        id, sample = (self._out.field(number, record, name) for name in ("id", "sample"))
+        key = _key(id, sample)
+        if key in self._done:
+            raise ValueError(
+                f"{self._out.path}, line {number}: sample {sample} of request {id!r} is there twice; "
+                "remove one line"
+            )
+        self._done.add(key)
+
+    def _claim(self, run: dict[str, Any]) -> None:
+        """Makes sure that the lines that are there are of this run, or that there are none."""
+        begun = self._out.size > 0 or (self._errors is not None and self._errors.size > 0)
+        if begun:
+            if not self.run_path.is_file():
+                raise ValueError(
+                    f"{self._out.path} or its errors hold lines but {self.run_path.name} is missing, so they "
+                    "may be of another run; choose another output, or remove them"
+                )
+            self._compare(run)
+        else:
+            replace_file(self.run_path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+
+    def _compare(self, run: dict[str, Any]) -> None:
+        try:
+            saved = json.loads(self.run_path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.run_path} is not JSON: {error}; choose another output") from error
+        for name in sorted({*saved, *run}):
+            if saved.get(name) != run.get(name):
+                raise ValueError(
+                    f"{self._out.path} was begun with {name} {saved.get(name)!r:.200}, but this run has "
+                    f"{run.get(name)!r:.200}; choose another output, or go on with the former"
+                )
+
+
+class _Appender:
+    """A file of JSON lines that only grows, by whole lines."""
+
+    def __init__(self, path: Path, sync_seconds: float) -> None:
+        self.path = path
+        self._sync_seconds = sync_seconds
+        import fcntl  # POSIX only; all else here imports anywhere
+
+        self._file: int | None = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            # The lock goes with the process, however that ends.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise ValueError(f"another process writes to {path}; wait for it, or end it") from error
+        self._synced = time.monotonic()
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._open()).st_size
+
+    def recover(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbers and objects of the lines that are there; cuts off a last one that is not whole."""
+        whole = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{self.path}, line {number} is damaged: {error}; remove it") from error
+                if not isinstance(record, dict):
+                    raise ValueError(f"{self.path}, line {number} is no object; remove it")
+                whole += len(line)
+                yield number, record
+        os.ftruncate(self._open(), whole)
+
+    def field(self, number: int, record: dict[str, Any], name: str) -> Any:
+        value = record.get(name)
+        try:
+            check_id(value)  # whole numbers, too, may be ids
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}, line {number}, field {name!r}: {error}; remove the line"
+            ) from error
+        return value
+
+    def append(self, record: dict[str, Any]) -> None:
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        file, size = self._open(), self.size
+        try:
+            written = 0
+            while written < len(line):  # a full disk may take a part
+                written += os.write(file, line[written:])
+            if time.monotonic() - self._synced >= self._sync_seconds:
+                os.fsync(file)
+                self._synced = time.monotonic()
+        except OSError as error:
+            self._file = None
+            # Should this fail too, the next run cuts the line off.
+            try:
+                os.ftruncate(file, size)
+            finally:
+                os.close(file)
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; all lines before are whole: make room and start the same run again",
+                str(self.path),
+            ) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+    def _open(self) -> int:
+        if self._file is None:
+            raise ValueError(f"{self.path} is closed; open another CompletionWriter")
+        return self._file
+
+
+class _Ids:
+    """Which ids were there.
+
+    Lines without an id are kept as ranges of numbers, for a file of nothing else is one range.
+    """
+
+    def __init__(self) -> None:
+        self._given: set[int | bytes] = set()
+        self._first: list[int] = []  # first and last numbers of runs of lines without an id
+        self._last: list[int] = []
+
+    def add(self, id: str | int, number: int, *, given: bool) -> bool:
+        """Whether the id of line ``number`` is new; ``given`` says whether the line brought it along."""
+        key = _key(id, 0)
+        if key in self._given or (isinstance(id, int) and self._is_number(id)):
+            return False
+        if given:
+            self._given.add(key)
+        elif self._last and self._last[-1] == number - 1:
+            self._last[-1] = number
+        else:
+            self._first.append(number)
+            self._last.append(number)
+        return True
+
+    def _is_number(self, id: int) -> bool:
+        place = bisect_right(self._first, id) - 1
+        return place >= 0 and id <= self._last[place]
+
+
+def _key(id: str | int, sample: int) -> int | bytes:
+    """What stands for a sample in a set: small, and different for different ones."""
+    if sample == 0 and isinstance(id, int):
+        return id
+    return hashlib.blake2b(json.dumps([id, sample]).encode(), digest_size=16).digest()
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Numbers and bytes of the lines; None for one that is too long."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_BLOCK)
+            yield number, None
+        else:
+            yield number, line.removeprefix(_BOM) if number == 1 else line
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("its objects or lists are nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"it is a JSON {type(record).__name__}; write an object in braces")
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is there twice; write it once")
+    return record
+
+
+def _line_of(path: Path, id: str | int, before: int, defaults: Request | None) -> int:
+    """The line before line ``before`` whose request has the id; this reads the file again."""
+    with path.open("rb") as file:
+        for number, line in _lines(file):
+            if number >= before:
+                break
+            try:
+                request = Request.from_record(_parsed(line or b""), defaults, number)
+            except (ValueError, TypeError):
+                continue  # it was reported when it was read
+            if request.id == id:
+                return number
+    raise ValueError(f"{path} changed while it was read; start again")
