@@ -171,18 +171,21 @@ class AuxiliaryCache:
 
     Attributes:
         attention: a transformers cache.
+        mask: (B, columns of the cache) int64, 1 where it holds a real token.
         memory: (B, K, D) states of the condition, for cross-attention; None in a decoder.
         keys: (B, K, d) the pointer's keys; None without one.
         seen: (B, K) which of the condition's tokens the text holds; None without a pointer.
     """
 
     attention: Any
+    mask: Tensor
     memory: Tensor | None
     keys: Tensor | None
     seen: Tensor | None
 
     def reorder_cache(self, rows: Tensor) -> None:
         self.attention.reorder_cache(rows)
+        self.mask = self.mask[rows]
         self.memory = None if self.memory is None else self.memory[rows]
         self.keys = None if self.keys is None else self.keys[rows]
         self.seen = None if self.seen is None else self.seen[rows]
@@ -204,7 +207,8 @@ class DecoderAuxiliary(nn.Module):
         text, T = self.inputs.text(inputs), inputs.input_ids.shape[1]
         first = inputs.cache is None
         vectors = torch.cat([self.inputs.condition(inputs), text], 1) if first else text
-        mask = torch.cat([inputs.condition_mask, inputs.attention_mask], 1)
+        past = inputs.condition_mask if first else inputs.cache.mask
+        mask = torch.cat([past, inputs.attention_mask[:, -T:]], 1)
         attention = DynamicCache(config=self.body.config) if first and inputs.use_cache else None
         attention = attention if first else inputs.cache.attention
         output = self.body(
@@ -223,7 +227,7 @@ class DecoderAuxiliary(nn.Module):
                 (self.pointer.keys(condition), None) if first else (inputs.cache.keys, inputs.cache.seen)
             )
             hidden, scores, seen = self.pointer(hidden, keys, inputs, seen)
-        cache = AuxiliaryCache(attention, None, keys, seen) if inputs.use_cache else None
+        cache = AuxiliaryCache(attention, mask, None, keys, seen) if inputs.use_cache else None
         return AuxiliaryOutput(hidden, scores, cache)
 
 
@@ -250,9 +254,11 @@ class EncoderDecoderAuxiliary(nn.Module):
         else:
             memory, keys, attention = inputs.cache.memory, inputs.cache.keys, inputs.cache.attention
         seen = None if first else inputs.cache.seen
+        mask = inputs.attention_mask[:, -inputs.input_ids.shape[1] :]
+        mask = mask if first else torch.cat([inputs.cache.mask, mask], 1)
         output = self.body.decoder(
             inputs_embeds=self.inputs.text(inputs),
-            attention_mask=inputs.attention_mask,
+            attention_mask=mask,
             encoder_hidden_states=memory,
             encoder_attention_mask=inputs.condition_mask,
             past_key_values=attention,
@@ -262,7 +268,7 @@ class EncoderDecoderAuxiliary(nn.Module):
         scores = None
         if self.pointer is not None:
             hidden, scores, seen = self.pointer(hidden, keys, inputs, seen)
-        cache = AuxiliaryCache(attention, memory, keys, seen) if inputs.use_cache else None
+        cache = AuxiliaryCache(attention, mask, memory, keys, seen) if inputs.use_cache else None
         return AuxiliaryOutput(hidden, scores, cache)
 
     def _new_cache(self) -> EncoderDecoderCache:
