@@ -167,6 +167,25 @@ class Sparse:
 Term: TypeAlias = Logits | Head | Sparse
 
 
+def rows_of(term: Term, rows: Tensor) -> Term:
+    """The same term for some rows.
+
+    Args:
+        term: of rows (...).
+        rows: (R,) int64 indices into the rows, flattened.
+    """
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, -2)[rows]
+
+    if isinstance(term, Sparse):
+        return Sparse(chosen(term.ids), chosen(term.values))
+    scale = term.scale.flatten()[rows] if isinstance(term.scale, Tensor) else term.scale
+    if isinstance(term, Logits):
+        return Logits(chosen(term.values), scale, term.softcap)
+    return Head(chosen(term.hidden), term.weight, term.bias, scale, term.softcap)
+
+
 def _float_tensor(name: str, tensor: Any, shape: str, dimensions: int) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -22,7 +22,7 @@ from auxkern.model.caches import PairCache
 from auxkern.model.inputs import PairInputs
 from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.terms import Head, Logits, Sparse, Term
+from auxkern.terms import Term, rows_of
 
 # What SamplingParams knows; any other processor leaves the drawing to transformers.
 _KNOWN = (
@@ -148,7 +148,7 @@ class PairGeneration(GenerationMixin):
         batch = PairInputs(ids, mask, inputs.get("condition_ids"), inputs.get("condition_mask"))
         options = {name: inputs.get(name) for name in ("auxiliary_ids", "aux_scale")}
         terms, cache = self.terms(batch, cache=cache, use_cache=use_cache, keep=1, **options)
-        return [_last(term) for term in terms], cache
+        return [rows_of(term, torch.arange(len(ids), device=ids.device)) for term in terms], cache
 
     def _draw(
         self,
@@ -199,16 +199,6 @@ class PairGeneration(GenerationMixin):
         if streamer is not None:
             streamer.end()
         return ids
-
-
-def _last(term: Term) -> Term:
-    """(B, 1) rows as (B,)"""
-    if isinstance(term, Sparse):
-        return Sparse(term.ids[:, -1], term.values[:, -1])
-    scale = term.scale[:, -1] if isinstance(term.scale, Tensor) else term.scale
-    if isinstance(term, Logits):
-        return Logits(term.values[:, -1], scale, term.softcap)
-    return Head(term.hidden[:, -1], term.weight, term.bias, scale, term.softcap)
 
 
 def _mixing(aux_scale: float | Sequence[float] | Tensor, B: int, device: torch.device) -> float | Tensor:

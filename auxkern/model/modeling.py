@@ -25,7 +25,7 @@ from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
-from auxkern.terms import Head, Logits, Sparse, Term
+from auxkern.terms import Head, Logits, Sparse, Term, rows_of
 
 DEFAULT = "default"
 IGNORED = -100
@@ -440,7 +440,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             # A ragged batch is half padding; looking for it would stop a GPU, and costs nothing here.
             rows = (target != IGNORED).flatten().nonzero()[:, 0]
-            terms, target = [_rows_of(term, rows) for term in terms], target.flatten()[rows]
+            terms, target = [rows_of(term, rows) for term in terms], target.flatten()[rows]
         loss: Tensor = cross_entropy(
             terms,
             target,
@@ -469,14 +469,6 @@ def _merged(lm_term: Term, added: list[Term]) -> list[Term]:
         hidden = lm_term.hidden.float() + scale * first.hidden.float()
         return [Head(hidden, lm_term.weight, lm_term.bias), *added[1:]]
     return [lm_term, *added]
-
-
-def _rows_of(term: Term, rows: Tensor) -> Term:
-    if isinstance(term, Head):
-        return Head(term.hidden.flatten(0, 1)[rows], term.weight, term.bias, term.scale, term.softcap)
-    if isinstance(term, Sparse):
-        return Sparse(term.ids.flatten(0, 1)[rows], term.values.flatten(0, 1)[rows])
-    return Logits(term.values.flatten(0, 1)[rows], term.scale, term.softcap)
 
 
 def _base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str, Any] | None = None) -> Any:
