@@ -1,5 +1,6 @@
 """Batch generation: requests in, texts out, two models behind them."""
 
+from auxkern.generation.engine import Engine, EngineStats
 from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
 from auxkern.generation.scheduler import Move, Plan, Scheduler
 from auxkern.generation.stops import TextStream
@@ -9,6 +10,8 @@ __all__ = [
     "BadLine",
     "Completion",
     "CompletionWriter",
+    "Engine",
+    "EngineStats",
     "Move",
     "Plan",
     "Request",

@@ -177,9 +177,7 @@ class Scheduler:
         for slot in ended:
             self._end(self._running[slot])
         left = len(self._running) - len(ended)
-        gaps = sorted(slot for slot in ended if slot < left)
-        behind = set(range(left, len(self._running))).difference(ended)
-        moves = [Move(*pair) for pair in zip(sorted(behind), gaps, strict=True)]
+        moves = closing_moves(len(self._running), ended)
         for move in moves:
             sequence = self._running[move.source]
             sequence.slot = move.destination
@@ -227,6 +225,23 @@ class Scheduler:
                 longest, total = max(longest, width), real
         self._queue.extendleft(reversed([one for i, one in enumerate(seen) if i not in chosen]))
         return [seen[i] for i in sorted(chosen)]
+
+
+def closing_moves(count: int, ended: Iterable[int]) -> list[Move]:
+    """Moves after which the slots that go on are 0, 1, ... again.
+
+    Args:
+        count: slots in use, 0 to count - 1.
+        ended: those that are left, without repetition.
+
+    Returns:
+        Moves from the last slots into the gaps; no source of one is the destination of another.
+    """
+    gone = set(ended)
+    left = count - len(gone)
+    gaps = sorted(slot for slot in gone if slot < left)
+    behind = sorted(set(range(left, count)) - gone)
+    return [Move(*pair) for pair in zip(behind, gaps, strict=True)]
 
 
 def _width(sequence: Sequence) -> int:

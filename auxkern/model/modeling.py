@@ -215,6 +215,10 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             )
         self._others[name] = other.to(self.device).eval()
 
+    def auxiliary_scale(self, name: str) -> float:
+        """The mixing weight that an auxiliary was trained with."""
+        return float(self._named(name).config.aux_scale)
+
     @property
     def auxiliary_names(self) -> list[str]:
         """Names for ``generate(auxiliary=...)``."""
@@ -315,10 +319,12 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         auxiliary_ids: Tensor | None = None,
         aux_scale: float | Tensor | None = None,
         keep: int = 0,
+        separate: bool = False,
     ) -> tuple[list[Term], PairCache | None]:
         """The terms of the last ``keep`` (0: all) positions' logits, rows (B, T), and the caches.
 
-        Arguments as in ``forward``.
+        Arguments as in ``forward``. With ``separate`` the first term is the base's alone, and the
+        others are the auxiliary's; else both may be one product.
         """
         parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
         models = {part.name: self._named(part.name) for part in parts}
@@ -347,7 +353,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             added.append((part, model.auxiliary_terms(output, here, scale)))
         pair_cache = PairCache(lm, found) if use_cache else None
         if len(added) == 1 and added[0][0].rows is None:
-            return _merged(lm_term, added[0][1]), pair_cache
+            terms = added[0][1]
+            return [lm_term, *terms] if separate else _merged(lm_term, terms), pair_cache
         return [lm_term, *self._scattered(hidden.shape[:2], hidden.device, added)], pair_cache
 
     def auxiliary_terms(

@@ -1,0 +1,149 @@
+"""Tokens for rows with sampling parameters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.generation.request import Sequence
+from auxkern.ops.dense import dense_logits
+from auxkern.ops.sample import sample
+from auxkern.ops.sampling_params import SamplingParams
+from auxkern.terms import Sparse, Term
+
+_NUMBERS = tuple(one.name for one in fields(SamplingParams) if one.name != "logit_bias")
+_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+Logprob = tuple[float, float, float, float | None]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each row.
+
+    Attributes:
+        tokens: ids.
+        status: 0 where all is well, see ``auxkern.Sample``.
+        logprobs: (raw, processed, LM alone, auxiliary alone) of each token; empty if no row wants them.
+    """
+
+    tokens: list[int]
+    status: list[int]
+    logprobs: list[Logprob]
+
+
+class Drawer:
+    """Keeps what does not change from step to step while the same sequences run.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        slots: most rows.
+    """
+
+    def __init__(self, model: Any, slots: int) -> None:
+        self.model, self.slots = model, slots
+        self._known: tuple[list[Sequence], SamplingParams, Tensor] | None = None
+
+    def forget(self) -> None:
+        """The sequences have changed."""
+        self._known = None
+
+    def scales(self, sequences: Several[Sequence]) -> Tensor | None:
+        """(n,) mixing weights; None if no request has one of its own."""
+        if all(one.request.aux_scale is None for one in sequences):
+            return None
+        return torch.tensor([self._scale(one) for one in sequences], device=self.model.device)
+
+    def draw(self, terms: list[Term], sequences: Several[Sequence]) -> Drawn:
+        """One token for each sequence.
+
+        Args:
+            terms: of rows (n,).
+            sequences: n of them.
+        """
+        params, seed = self._settled(list(sequences))
+        device = seed.device
+        penalised = [
+            s for s in sequences if any(getattr(s.request.params, p) != off for p, off in _PENALTIES.items())
+        ]
+        wanted = any(s.request.logprobs for s in sequences)
+        drawn = sample(
+            terms,
+            params,
+            seed=seed,
+            position=torch.tensor([s.length for s in sequences], device=device),
+            history=_ragged([s.generated for s in sequences], device) if penalised else None,
+            prompt=_ragged([s.prompt_ids for s in sequences], device) if penalised else None,
+            vocab_size=self.model.config.vocab_size,
+            return_logprobs=wanted,
+        )
+        logprobs = self._logprobs(terms, drawn, sequences) if wanted else []
+        return Drawn(drawn.tokens.tolist(), drawn.status.tolist(), logprobs)
+
+    def _scale(self, sequence: Sequence) -> float:
+        request = sequence.request
+        if request.aux_scale is not None:
+            return request.aux_scale
+        return 1.0 if request.auxiliary is None else self.model.auxiliary_scale(request.auxiliary)
+
+    def _settled(self, sequences: list[Sequence]) -> tuple[SamplingParams, Tensor]:
+        known = self._known
+        if known is None or len(known[0]) != len(sequences) or any(map(_other, known[0], sequences)):
+            device = self.model.device
+            seed = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
+            known = (sequences, _combined([s.request.params for s in sequences], device), seed)
+            self._known = known
+        return known[1], known[2]
+
+    def _logprobs(self, terms: list[Term], drawn: Any, sequences: Several[Sequence]) -> list[Logprob]:
+        """Of the terms as ``model.terms(separate=True)`` gives them: the base's first."""
+        V = self.model.config.vocab_size
+        picked = drawn.tokens.clamp_min(0)[:, None]  # a failed row has token -1
+
+        def alone(some: list[Term]) -> list[float]:
+            z = dense_logits(some, vocab_size=V).log_softmax(-1)
+            return [float(x) for x in z.gather(1, picked)[:, 0]]
+
+        lm = alone(terms[:1])
+        auxiliary: list[float | None] = [*alone(terms[1:])] if len(terms) > 1 else [None] * len(lm)
+        own = [None if s.request.auxiliary is None else x for s, x in zip(sequences, auxiliary, strict=True)]
+        return list(zip(drawn.logprob.tolist(), drawn.processed_logprob.tolist(), lm, own, strict=True))
+
+
+def _other(one: Sequence, other: Sequence) -> bool:
+    return one is not other
+
+
+def _ragged(rows: Several[Several[int]], device: torch.device) -> Tensor:
+    """(n, longest) int64, -1 behind the shorter ones."""
+    longest = max(map(len, rows), default=0)
+    return torch.tensor(
+        [[*row] + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device
+    ).view(len(rows), longest)
+
+
+def _combined(each: list[SamplingParams], device: torch.device) -> SamplingParams:
+    """The parameters of all rows in one; numbers stay numbers where all rows agree."""
+    settings: dict[str, Any] = {}
+    for name in _NUMBERS:
+        values = [getattr(params, name) for params in each]
+        if len(set(values)) == 1:
+            settings[name] = values[0]
+        else:
+            dtype = torch.int64 if name == "top_k" else torch.float32
+            settings[name] = torch.tensor(values, dtype=dtype, device=device)
+    return SamplingParams(**settings, logit_bias=_biases(each, device))
+
+
+def _biases(each: list[SamplingParams], device: torch.device) -> Sparse | None:
+    listed = [dict(params.logit_bias or {}) for params in each]  # type: ignore[arg-type]
+    longest = max(map(len, listed), default=0)
+    if not longest:
+        return None
+    ids = [[*bias] + [0] * (longest - len(bias)) for bias in listed]
+    values = [[*bias.values()] + [0.0] * (longest - len(bias)) for bias in listed]
+    return Sparse(torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device))

@@ -1,0 +1,103 @@
+"""The running sequences of one auxiliary, and what it keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+from auxkern.generation.request import Sequence
+from auxkern.generation.scheduler import closing_moves
+from auxkern.generation.slots import SlotTable
+from auxkern.model.auxiliary import AuxiliaryCache
+
+_OF_CONDITION = ("memory", "keys", "seen")
+
+
+class Lane:
+    """One auxiliary's sequences, in slots of its own, in the order in which they came or were moved.
+
+    Args:
+        name: of the auxiliary.
+        table: for its keys and values.
+        max_condition: most tokens K of a condition.
+    """
+
+    def __init__(self, name: str, table: SlotTable, max_condition: int) -> None:
+        self.name, self.table, self.max_condition = name, table, max_condition
+        self.members: list[Sequence] = []
+        self._of_condition: dict[str, Tensor] = {}  # (slots, K, ...) each
+
+    def attention_of(self, cache: Any) -> Any:
+        """The keys and values over the text in what an auxiliary returned.
+
+        Raises:
+            ValueError: it is a module of another kind, whose cache cannot be kept in slots.
+        """
+        if not isinstance(cache, AuxiliaryCache):
+            raise ValueError(
+                f"auxiliary {self.name!r} returns a {type(cache).__name__} as its cache; the engine takes "
+                "the package's own architectures. Use model.generate"
+            )
+        attention = cache.attention
+        return attention.self_attention_cache if isinstance(attention, EncoderDecoderCache) else attention
+
+    def rows(self, sequences: Several[Sequence]) -> Tensor | None:
+        """(R,) slots of the whole batch that are this lane's, in its own order; None if it is all of them."""
+        if len(self.members) == len(sequences) and all(
+            mine is theirs for mine, theirs in zip(self.members, sequences, strict=True)
+        ):
+            return None
+        return torch.tensor([member.slot for member in self.members], device=self.table.mask.device)
+
+    def cache(self, K: int) -> AuxiliaryCache:
+        """What the auxiliary is given at the next step, with conditions of K tokens, padded."""
+        n = len(self.members)
+        kept = {name: tensor[:n, :K] for name, tensor in self._of_condition.items()}
+        attention: Any = self.table.cache
+        if "memory" in kept:
+            # Keys and values of the condition are made anew at each step: it is short.
+            attention = EncoderDecoderCache(attention, DynamicCache())
+        return AuxiliaryCache(attention, self.table.window, *(kept.get(name) for name in _OF_CONDITION))
+
+    def advance(self, cache: AuxiliaryCache) -> None:
+        """Takes over what a step changed."""
+        self.table.advance()
+        if cache.seen is not None:
+            n, K = cache.seen.shape
+            self._of_condition["seen"][:n, :K] = cache.seen
+
+    def join(self, joining: Several[tuple[Sequence, int]], cache: Any) -> None:
+        """Newcomers, each with its row of what the auxiliary returned for the rows that were read."""
+        rows = torch.tensor([row for _, row in joining], device=self.table.mask.device)
+        start, end = len(self.members), len(self.members) + len(joining)
+        cache.reorder_cache(rows)
+        self.table.join(self.attention_of(cache), cache.mask)
+        for name in _OF_CONDITION:
+            new = getattr(cache, name)
+            if new is None:
+                continue
+            if name not in self._of_condition:
+                shape = (self.table.mask.shape[0], self.max_condition, *new.shape[2:])
+                self._of_condition[name] = new.new_zeros(shape)
+            self._of_condition[name][start:end] = 0
+            self._of_condition[name][start:end, : new.shape[1]] = new
+        self.members += [sequence for sequence, _ in joining]
+
+    def leave(self, ended: Several[Sequence]) -> None:
+        """Sequences have ended; those that are not this lane's do not matter."""
+        gone = {id(sequence) for sequence in ended}
+        slots = [slot for slot, member in enumerate(self.members) if id(member) in gone]
+        if not slots:
+            return
+        moves = closing_moves(len(self.members), slots)
+        left = len(self.members) - len(slots)
+        self.table.leave(moves, left)
+        for source, destination in moves:
+            self.members[destination] = self.members[source]
+            for tensor in self._of_condition.values():
+                tensor[destination] = tensor[source]
+        del self.members[left:]

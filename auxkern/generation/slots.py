@@ -1,0 +1,199 @@
+"""Caches of running sequences in fixed memory, through transformers' own Cache interface.
+
+All sequences of a table stand on the right: the last token of each is in the same column, so a step
+writes one column and reads one window of columns, and a mask says where a sequence begins, as in a
+batch that is padded on the left. A newcomer is placed before the next column to be written; one that
+ends makes room by a move. Nothing is allocated while sequences run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, (slots, heads, columns, head width)."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, table: SlotTable) -> None:
+        self.table = table
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.is_initialized = False
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Room like these (R, heads, T, width) for all slots."""
+        # Zeros: what is masked is still multiplied, and NaN times 0 is NaN.
+        slots, columns = self.table.mask.shape
+        self.keys = keys.new_zeros(slots, keys.shape[1], columns, keys.shape[3])
+        self.values = values.new_zeros(slots, values.shape[1], columns, values.shape[3])
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.allocate(key_states, value_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens' columns, returns the window up to them."""
+        table, T = self.table, key_states.shape[2]
+        if self.keys is None or self.values is None:
+            raise RuntimeError("a slot has no memory yet; a sequence joins before it goes on")
+        window = slice(table.begin, table.end + T)
+        written = slice(table.end, table.end + T)
+        self.keys[: table.count, :, written] = key_states
+        self.values[: table.count, :, written] = value_states
+        return self.keys[: table.count, :, window], self.values[: table.count, :, window]
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.table.end - self.table.begin
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        # transformers passed positions before it passed their number
+        new = query if isinstance(query, int) else query.shape[0]
+        return self.get_seq_length() + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class SlotTable:
+    """The cache of one model over the running sequences, which fill slots 0 to ``count`` - 1.
+
+    Args:
+        slots: most sequences.
+        length: most columns of a sequence.
+        device: of the model.
+    """
+
+    def __init__(self, slots: int, length: int, device: torch.device) -> None:
+        # Columns move to the right as sequences go on; a quarter more than the longest needs makes
+        # moving all of them back rare.
+        self._room = max(length + 64, length * 5 // 4)
+        self.length = length
+        self.mask = torch.zeros(slots, self._room, dtype=torch.int64, device=device)
+        self.count = 0
+        self.end = length
+        self._starts: list[int] = []
+        self.layers: list[SlotLayer] = []
+        self.cache: Cache | None = None
+
+    @property
+    def begin(self) -> int:
+        """First column that a running sequence uses."""
+        return min(self._starts, default=self.end)
+
+    @property
+    def window(self) -> Tensor:
+        """(count, columns so far) int64, 1 where there is a real token."""
+        return self.mask[: self.count, self.begin : self.end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def needed_bytes(self, cache: Cache) -> int:
+        """What ``reserve`` would take."""
+        slots, columns = self.mask.shape
+        sources = [tensor for layer in cache.layers for tensor in _plain_layer(layer)]
+        return sum(slots * columns * t.shape[1] * t.shape[3] * t.element_size() for t in sources)
+
+    def reserve(self, cache: Cache) -> None:
+        """Takes the memory for all slots.
+
+        Args:
+            cache: as a forward pass of the model filled it, of any size.
+
+        Raises:
+            ValueError: the cache is of a kind that does not fit.
+        """
+        sources = [_plain_layer(layer) for layer in cache.layers]
+        self.layers = [SlotLayer(self) for _ in sources]
+        for layer, (keys, values) in zip(self.layers, sources, strict=True):
+            layer.allocate(keys, values)
+        self.cache = Cache(layers=list(self.layers))
+
+    def join(self, cache: Cache, mask: Tensor) -> None:
+        """Newcomers take the next slots.
+
+        Args:
+            cache: of R sequences, W columns each, as a forward pass filled it.
+            mask: (R, W) int64 of these columns.
+
+        Raises:
+            ValueError: W is too long.
+        """
+        R, W = mask.shape
+        if self.length < W:
+            raise ValueError(f"newcomers take {W} columns, but a slot has {self.length}")
+        sources = [_plain_layer(layer) for layer in cache.layers]
+        rows, columns = slice(self.count, self.count + R), slice(self.end - W, self.end)
+        for layer, (keys, values) in zip(self.layers, sources, strict=True):
+            for room, new in ((layer.keys, keys), (layer.values, values)):
+                room[rows, :, columns] = new  # type: ignore[index]
+        self.mask[rows] = 0
+        self.mask[rows, columns] = mask
+        first = mask.argmax(1) if W else mask.new_zeros(R)
+        self._starts += [self.end - W + start for start in first.tolist()]
+        self.count += R
+
+    def advance(self) -> None:
+        """A step has written one column of every running sequence."""
+        self.mask[: self.count, self.end] = 1
+        self.end += 1
+        if self.end >= self._room:
+            self._shift_back()
+
+    def leave(self, moves: Sequence[tuple[int, int]], left: int) -> None:
+        """Sequences have ended; others go on in their slots.
+
+        Args:
+            moves: (source, destination) slots; no source is a destination.
+            left: sequences that run on.
+        """
+        window = slice(self.begin, self.end)
+        for source, destination in moves:
+            for layer in self.layers:
+                for room in (layer.keys, layer.values):
+                    room[destination, :, window] = room[source, :, window]  # type: ignore[index]
+            self.mask[destination] = self.mask[source]
+            self._starts[destination] = self._starts[source]
+        del self._starts[left:]
+        self.count = left
+
+    def _shift_back(self) -> None:
+        begin, end = self.begin, self.end
+        by = end - self.length
+        if begin < by:
+            raise RuntimeError(f"a sequence takes {end - begin} columns, but a slot has {self.length}")
+        old, new = slice(begin, end), slice(begin - by, end - by)
+        for layer in self.layers:
+            for room in (layer.keys, layer.values):
+                room[: self.count, :, new] = room[: self.count, :, old].clone()  # type: ignore[index]
+        kept = self.mask[: self.count, old].clone()
+        self.mask[: self.count] = 0
+        self.mask[: self.count, new] = kept
+        self._starts = [start - by for start in self._starts]
+        self.end = end - by
+
+
+def _plain_layer(layer: Any) -> tuple[Tensor, Tensor]:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if getattr(layer, "is_sliding", False) or keys is None or values is None or keys.dim() != 4:
+        raise ValueError(
+            f"the model's cache has a {type(layer).__name__}; the engine takes layers of full attention. "
+            "Use model.generate for this model"
+        )
+    return keys, values
