@@ -41,16 +41,11 @@ class Drawer:
 
     Args:
         model: an ``AuxTunedForCausalLM``.
-        slots: most rows.
     """
 
-    def __init__(self, model: Any, slots: int) -> None:
-        self.model, self.slots = model, slots
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self._known: tuple[list[Sequence], SamplingParams, Tensor] | None = None
-
-    def forget(self) -> None:
-        """The sequences have changed."""
-        self._known = None
 
     def scales(self, sequences: Several[Sequence]) -> Tensor | None:
         """(n,) mixing weights; None if no request has one of its own."""

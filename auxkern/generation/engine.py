@@ -101,7 +101,7 @@ class Engine:
             for name in model.auxiliary_names
         }
         self._condition = torch.zeros(2, slots, max_condition, dtype=torch.int64, device=model.device)
-        self._drawer = Drawer(model, slots)
+        self._drawer = Drawer(model)
         model.eval()
         self._reserve()
 
@@ -299,7 +299,6 @@ class Engine:
             self._condition[:, destination] = self._condition[:, source]
         for lane in self._lanes.values():
             lane.leave(ended)
-        self._drawer.forget()
 
     # ---------------------------------------------------------------------------------- preparing
 
