@@ -26,8 +26,7 @@ def run(folder: Path, *options: str, conditions: tuple[str, ...] = ("w3 w4",)) -
     """The records of a run that ends well."""
     path = folder.parent / "out.jsonl"
     path.unlink(missing_ok=True)
-    chosen = [word for condition in conditions for word in ("--condition", condition)]
-    source = [] if "--file" in options else chosen
+    source = [word for condition in conditions for word in ("--condition", condition)]
     assert generate.main([str(folder), *source, "--json", str(path), *options]) == 0
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -123,38 +122,6 @@ def test_what_ended_and_what_was_cut_off_is_told(folder: Path, capsys: pytest.Ca
     for index, record in enumerate(records):
         assert f"[{index + 1}/40" in out
         assert f" w5\nw7 w8{record['text']}\n" in out
-
-
-def test_conditions_and_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
-    lines = [{"condition": "w1", "prompt": "w2"}, {"condition": "w3", "text": "w9"}, {"condition": "w1"}]
-    path = tmp_path / "in.jsonl"
-    path.write_text("\n\n".join(json.dumps(line) for line in lines))
-    records = run(folder, "--file", str(path), "--max-new-tokens", "3")
-    assert [(record["condition"], record["prompt"]) for record in records] == [
-        ("w1", "w2"),
-        ("w3", ""),
-        ("w1", ""),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: "),
-        ("[]", "line 2: a line is an object"),
-        ('{"prompt": "w1"}', "line 2: a line is an object"),
-        ('{"condition": 1}', "line 2: a line is an object"),
-        ('{"condition": "w1", "prompt": 1}', "line 2: prompt is 1"),
-        ('{"condition": "w1", "promt": "w1"}', "line 2: the field 'promt' is unknown"),
-    ],
-)
-def test_a_bad_line_is_named(
-    folder: Path, tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "in.jsonl"
-    path.write_text('{"condition": "w1"}\n' + line)
-    assert generate.main([str(folder), "--file", str(path)]) == 2
-    assert f"{path}, {message}" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_is_done(
@@ -266,7 +233,9 @@ def test_weights_that_are_nan_are_an_error(folder: Path, tmp_path: Path, capsys:
         (["--greedy", "--number", "2"], "--greedy finds one text"),
         (["--greedy", "--num-beams", "2"], "--greedy and --num-beams"),
         (["--num-beams", "2", "--number", "3"], "lower --number"),
-        (["--file", "x.jsonl"], "not allowed with"),
+        (["--input", "x.jsonl"], "not allowed with"),
+        (["--output", "x.jsonl"], "--output goes with --input"),
+        (["--max-length", "9"], "--max-length goes with --input"),
         (["--json", "."], "is a folder"),
         (["--json", "no/such/folder/x.jsonl"], "does not exist"),
         (["--temp", "1"], "unrecognized arguments"),

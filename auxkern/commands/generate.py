@@ -19,11 +19,15 @@ _EPILOG = """\
 Without options it draws from the pair's own distribution: temperature 1, no filter. Each sample has a seed
 of its own, made from --seed and its number, so the same command writes the same texts, whatever the batch
 size. Beam search and --greedy draw nothing.
-A line of --file is a JSON object with condition and, if you like, prompt; a text in it is not read.
+A line of --input is a JSON object with condition and, if you like, id, prompt, seed, max_new_tokens, stop,
+samples, aux_scale, auxiliary, logprobs, ignore_eos and the fields of SamplingParams; other options say what
+a line leaves out. Lines of any number go through an engine that keeps --batch-size texts going. A line of
+--output is an object with id, sample, text, finish_reason, token_ids and more. Stopped at any moment and
+started again with the same command it goes on; bad lines go to OUTPUT.errors.jsonl.
 A line of --json is an object with condition, prompt, text (without the prompt), finished (false where
 --max-new-tokens cut it off) and seed.
-Exit status: 0; 2 for bad options or a model that cannot be loaded; 130 after Ctrl-C, when the texts so far
-are printed and written.
+Exit status: 0; 1 if lines of --input were bad or could not be answered; 2 for bad options or a model that
+cannot be loaded; 130 after Ctrl-C, when the texts so far are printed and written.
 """
 _SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # and what each is if not given
 
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments after the program's name; those of the process when None.
 
     Returns:
-        0; 2 if a file cannot be read or written or a model cannot be loaded; 130 after Ctrl-C. Bad
+        0; 1 if lines of --input were bad or failed; 2 if a file cannot be read or written or a model cannot be loaded; 130 after Ctrl-C. Bad
         options exit with 2 (``SystemExit``, as argparse does).
     """
     parser = _parser()
@@ -44,48 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     return pair.run(parser.prog, lambda: _generate(parser, options))
 
 
-def read_requests(path: Path) -> list[Request]:
-    """The requests in a file with one JSON object a line, with condition and optional prompt.
-
-    Empty lines count for nothing, a prompt of null is an empty one, and a text is not read, so a file
-    of training examples will do.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: a line is not such an object, or there is none; the message names file and line.
-    """
-    requests = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                requests.append(_request(json.loads(line.decode("utf-8"))))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    if not requests:
-        raise ValueError(f"{path} holds no line; give each condition one")
-    return requests
-
-
-def _request(record: Any) -> Request:
-    if not isinstance(record, dict) or not isinstance(record.get("condition"), str):
-        raise ValueError('a line is an object with a str "condition" and, if you like, a str "prompt"')
-    unknown = [name for name in record if name not in ("condition", "prompt", "text")]
-    if unknown:
-        raise ValueError(f"the field {unknown[0]!r} is unknown; known are condition, prompt and text")
-    prompt = record.get("prompt")
-    if prompt is not None and not isinstance(prompt, str):
-        raise ValueError(f"prompt is {prompt!r:.60}; it must be a str")
-    return Request(record["condition"], prompt or "")
-
-
 def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    conditions: list[str] = options.condition or []
-    requests = [Request(condition, options.prompt) for condition in conditions]
-    if options.file is not None:
-        requests = read_requests(options.file)
     model, text_format = pair.load_pair(parser, options)
+    if options.input is not None:
+        from auxkern.commands import generate_file
+
+        return generate_file.generate(options, model, text_format, _params(options))
+    requests = [Request(condition, options.prompt) for condition in options.condition]
     records: list[dict[str, Any]] = []
     total = len(requests) * options.number
     try:
@@ -143,8 +112,7 @@ def _print(record: dict[str, Any], index: int, total: int) -> None:
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     pair.check_json_option(parser, options.json)
-    if options.file is not None and options.prompt:
-        parser.error("--prompt goes with --condition; write prompts into the lines of --file")
+    _check_input(parser, options)
     if options.greedy and options.num_beams > 1:
         parser.error("--greedy and --num-beams are two ways to search; leave one out")
     if options.greedy and options.number > 1:
@@ -158,11 +126,38 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
                 parser.error(f"--{flag} is for drawing, which --greedy and --num-beams do not; drop it")
     if options.temperature == 0:
         parser.error("--temperature 0 draws nothing; use --greedy")
-    penalty = options.repetition_penalty
     try:
-        SamplingParams(repetition_penalty=1.0 if penalty is None else penalty, **_sampling(options))
+        _params(options)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for_input = ("output", "max_length", "max_condition", "stop_on_error")
+    if options.input is None:
+        for name in for_input:
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')} goes with --input")
+        return
+    if options.output is None:
+        parser.error("--input needs --output, the file for the texts")
+    if options.prompt:
+        parser.error("--prompt goes with --condition; write prompts into the lines of --input")
+    if options.json is not None:
+        parser.error("--json goes with --condition; --output is what --input writes")
+    if options.num_beams > 1:
+        parser.error("--num-beams goes with --condition; the engine draws, or takes the likeliest token")
+    if not options.input.is_file():
+        parser.error(f"--input {options.input} is no file")
+    options.max_length = options.max_length or 512
+    options.max_condition = options.max_condition or 64
+
+
+def _params(options: argparse.Namespace) -> SamplingParams:
+    penalty = 1.0 if options.repetition_penalty is None else options.repetition_penalty
+    if options.greedy:
+        return SamplingParams(temperature=0.0, repetition_penalty=penalty)
+    return SamplingParams(repetition_penalty=penalty, **_sampling(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--condition", action="append", metavar="TEXT", help="a condition (repeatable)")
-    source.add_argument("--file", type=Path, metavar="FILE.jsonl", help="conditions and prompts")
+    source.add_argument("--input", type=Path, metavar="FILE.jsonl", help="requests, any number of them")
     parser.add_argument(
         "--prompt", default="", metavar="TEXT", help="what the text of every condition continues"
     )
@@ -191,6 +186,15 @@ def _parser() -> argparse.ArgumentParser:
         ("--seed", pair.natural, "N", "of the draws (default 0)"),
     ):
         parser.add_argument(flag, type=kind, metavar=letter, help=what)
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="with --input: the texts")
+    for flag, what in (
+        ("--max-length", "with --input: most tokens of a text and its prompt (default 512)"),
+        ("--max-condition", "with --input: most tokens of a condition (default 64)"),
+    ):
+        parser.add_argument(flag, type=positive, metavar="N", help=what)
+    parser.add_argument(
+        "--stop-on-error", action="store_true", help="with --input: end at the first bad line"
+    )
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl", help="write the texts there too")
     parser.set_defaults(number=1, max_new_tokens=64, batch_size=16, num_beams=1)

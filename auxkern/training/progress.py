@@ -25,6 +25,9 @@ class Progress:
     def record(self, record: dict[str, Any]) -> None:
         """A line was added to the log."""
 
+    def figures(self, text: str) -> None:
+        """What is said beside the bar from now on."""
+
     def say(self, text: str) -> None:
         """Something that a person should read."""
 
@@ -37,7 +40,7 @@ class LineProgress(Progress):
 
     def __init__(self, stream: TextIO, seconds: float = 30.0) -> None:
         self._stream, self._seconds = stream, seconds
-        self._total, self._what = 0, ""
+        self._total, self._what, self._figures = 0, "", ""
         self._next = math.inf
 
     def start(self, done: int, total: int, what: str) -> None:
@@ -46,10 +49,13 @@ class LineProgress(Progress):
 
     def advance(self, done: int) -> None:
         if time.monotonic() >= self._next:
-            self.say(f"{self._what} {done:,}/{self._total:,}")
+            self.say(f"{self._what} {done:,}/{self._total:,}" + (self._figures and f", {self._figures}"))
 
     def record(self, record: dict[str, Any]) -> None:
         self.say(describe(record, self._total))
+
+    def figures(self, text: str) -> None:
+        self._figures = text
 
     def say(self, text: str) -> None:
         self._next = time.monotonic() + self._seconds
@@ -90,7 +96,10 @@ class BarProgress(Progress):
         if record.get("evaluation"):
             self.say(describe(record, self._total))
         else:
-            self._progress.update(self._task, figures=_figures(record))
+            self.figures(_figures(record))
+
+    def figures(self, text: str) -> None:
+        self._progress.update(self._task, figures=text)
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False)

@@ -1,0 +1,166 @@
+"""``auxkern generate --input``: a file of any length through the engine, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from auxkern.generation import (
+    BadLine,
+    CompletionWriter,
+    Engine,
+    Request,
+    file_fingerprint,
+    read_requests,
+)
+from auxkern.ops.sampling_params import SamplingParams
+from auxkern.training.progress import Progress, duration, progress_for
+
+# Requests that are encoded ahead of their turn: newcomers of like length are looked for among them.
+_AHEAD = 4
+
+
+def generate(options: argparse.Namespace, model: Any, text_format: Any, params: SamplingParams) -> int:
+    """Answers every request in ``options.input`` that ``options.output`` does not answer yet.
+
+    Args:
+        options: of ``auxkern generate``.
+        model, text_format: a pair, and what makes its ids.
+        params: what lines leave out.
+
+    Returns:
+        0; 1 if lines of the input were no requests or requests failed.
+
+    Raises:
+        OSError, ValueError: a file cannot be read or written, or is of another run; a line is bad and
+            ``options.stop_on_error`` is set.
+    """
+    engine = Engine(
+        model,
+        text_format,
+        slots=options.batch_size,
+        max_length=options.max_length,
+        max_condition=options.max_condition,
+    )
+    defaults = Request(
+        "defaults",
+        params=params,
+        seed=options.seed or 0,
+        max_new_tokens=options.max_new_tokens,
+        aux_scale=options.aux_scale,
+        samples=options.number,
+    )
+    errors = options.output.with_name(options.output.name + ".errors.jsonl")
+    run = _identity(options, model, defaults)
+    with CompletionWriter(options.output, None if options.stop_on_error else errors, run=run) as writer:
+        bad: list[int] = []
+
+        def report(line: BadLine) -> None:
+            bad.append(line.line)
+            writer.report(line)
+
+        lines = read_requests(options.input, defaults, None if options.stop_on_error else report)
+        meter = _Meter(engine, _count_lines(options.input), progress_for())
+        failed = 0
+        pending = writer.pending(meter.counted(lines))
+        try:
+            for completion in _completions(engine, pending):
+                writer.write(completion)
+                failed += completion.finish_reason == "error"
+                meter.show()
+        finally:
+            meter.close()
+    _print_summary(options, engine, meter.seconds, failed, len(bad), errors)
+    return 1 if failed or bad else 0
+
+
+def _completions(engine: Engine, pending: Iterator[tuple[Request, tuple[int, ...]]]) -> Iterator[Any]:
+    """Keeps the engine's queue filled, and never fuller than it needs."""
+    more = True
+    while more or not engine.scheduler.idle:
+        while more and engine.scheduler.waiting < _AHEAD * engine.scheduler.slots:
+            request = next(pending, None)
+            if request is None:
+                more = False
+            else:
+                yield from engine.submit(*request)
+        yield from engine.step()
+
+
+class _Meter:
+    """Tells how far the input is read, and how fast."""
+
+    def __init__(self, engine: Engine, total: int, progress: Progress) -> None:
+        self._engine, self._progress = engine, progress
+        self._began, self._read, self._total = time.monotonic(), 0, total
+        self._shown = 0.0
+        progress.start(0, total, "requests")
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._began
+
+    def counted(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """The same requests."""
+        for request in requests:
+            self._read += 1
+            yield request
+
+    def show(self) -> None:
+        """A line at most every tenth of a second."""
+        now = time.monotonic()
+        if now - self._shown < 0.1:
+            return
+        self._shown = now
+        scheduler, stats = self._engine.scheduler, self._engine.stats
+        done = max(0, self._read - scheduler.waiting - len(scheduler.running))
+        self._progress.advance(done)
+        left = self.seconds / done * (self._total - done) if done else 0.0
+        self._progress.figures(
+            f"{stats.new_tokens / self.seconds:,.0f} tokens/s written, "
+            f"{stats.prefill_tokens / self.seconds:,.0f} read, {duration(left)} left"
+        )
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._progress.close()
+
+
+def _identity(options: argparse.Namespace, model: Any, defaults: Request) -> dict[str, Any]:
+    """What makes another output if it changes."""
+    from auxkern.model import fingerprint
+
+    return {
+        "input": file_fingerprint(options.input),
+        "auxiliary": fingerprint(model),
+        "base": fingerprint(model.lm),
+        "condition_template": model.config.condition_template,
+        "defaults": defaults.as_record(),
+        "max_length": options.max_length,
+        "max_condition": options.max_condition,
+    }
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b"")) or 1
+
+
+def _print_summary(
+    options: argparse.Namespace, engine: Engine, seconds: float, failed: int, bad: int, errors: Path
+) -> None:
+    stats = engine.stats
+    speed = stats.new_tokens / max(seconds, 1e-9)
+    print(
+        f"{options.output}: {stats.new_tokens:,} tokens written, {stats.prefill_tokens:,} read, in "
+        f"{duration(seconds)} ({speed:,.0f} written per second)"
+    )
+    if failed:
+        print(f"{failed:,} texts could not be written; their lines have an error", file=sys.stderr)
+    if bad:
+        print(f"{bad:,} lines of {options.input} are no requests; see {errors}", file=sys.stderr)
