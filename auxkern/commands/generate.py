@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments after the program's name; those of the process when None.
 
     Returns:
-        0; 1 if lines of --input were bad or failed; 2 if a file cannot be read or written or a model cannot be loaded; 130 after Ctrl-C. Bad
-        options exit with 2 (``SystemExit``, as argparse does).
+        0; 1 if lines of --input were bad or failed; 2 if a file cannot be read or written or a model
+        cannot be loaded; 130 after Ctrl-C. Bad options exit with 2 (``SystemExit``, as argparse does).
     """
     parser = _parser()
     options = parser.parse_args(argv)
