@@ -74,11 +74,26 @@ def words_format() -> TextFormat:
     return TextFormat(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]"))
 
 
+def torn_format() -> TextFormat:
+    """Bytes, and tokens that hold the end of one character and the beginning of the next."""
+    tokenizer = byte_tokenizer()
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # The letters that stand for the bytes of an emoji.
+    ((first, second, third, fourth), _) = letters.pre_tokenize_str("🙂")[0]
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
+    for token in (second + third + fourth + first, third + fourth + first + second, fourth + first):
+        vocabulary[token] = len(vocabulary)
+    torn = Tokenizer(models.BPE(vocabulary, []))
+    torn.decoder = decoders.ByteLevel()
+    return TextFormat(PreTrainedTokenizerFast(tokenizer_object=torn, eos_token="<end>"))
+
+
 FORMATS = {
     "bytes": bytes_format(),
     "trained": trained_format(),
     "spaced": spaced_format(),
     "words": words_format(),
+    "torn": torn_format(),
 }
 
 
@@ -100,20 +115,23 @@ def streamed(text: TextStream, ids: list[int]) -> list[str]:
     return [*pieces, text.finish()]
 
 
-@st.composite
-def token_streams(draw: st.DrawFn, name: str) -> list[int]:
-    """Random tokens, with tokens of real text among them, so that characters are whole now and then."""
-    text_format = FORMATS[name]
-    parts = st.lists(st.integers(0, sizes(name) - 1), max_size=30)
+def real_tokens(name: str) -> list[list[int]]:
+    """Tokens of real text, characters spelled in bytes, characters torn."""
+    tokenizer = FORMATS[name].tokenizer
     if name in ("bytes", "trained"):
-        real = st.sampled_from(SENTENCES).map(lambda text: text_format.tokenizer(text)["input_ids"])
-        parts |= real
-    else:  # bytes of real characters, and their beginnings
-        first = text_format.tokenizer.convert_tokens_to_ids("<0x00>") if name == "spaced" else 0
-        parts |= st.sampled_from(["€", "🙂", "aé"]).map(
-            lambda text: [first + byte for byte in text.encode()] if name == "spaced" else [2, 3]
-        )
-    return [token for part in draw(st.lists(parts, max_size=8)) for token in part]
+        return [tokenizer(text)["input_ids"] for text in SENTENCES]
+    if name == "spaced":
+        first = tokenizer.convert_tokens_to_ids("<0x00>")
+        return [[first + byte for byte in text.encode()] for text in ("€", "🙂", "aé")]
+    if name == "torn":
+        return [[token] * count for token in (256, 257, 258) for count in (1, 9, 30)]
+    return [[2, 3], [4, 5]]
+
+
+def token_streams(name: str) -> st.SearchStrategy[list[int]]:
+    """Random tokens, with real ones among them, so that characters are whole now and then."""
+    parts = st.lists(st.integers(0, sizes(name) - 1), max_size=30) | st.sampled_from(real_tokens(name))
+    return st.lists(parts, max_size=8).map(lambda parts: [token for part in parts for token in part])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -177,18 +195,18 @@ class CountingFormat(TextFormat):
     ("tokens", "most"),
     [
         ("text", 20),
-        ("no character at all", 40),  # 0x80, which continues nothing
-        ("cuts in every character", 20),  # the last byte of one and the first of the next in each token
+        ("no character at all", 20),  # 0x80, which continues nothing
+        ("torn", 20),  # the end of one character and the beginning of the next in each token
         ("nothing", 20),  # special tokens
     ],
 )
 def test_a_long_text_costs_no_more_for_each_token(tokens: str, most: int) -> None:
-    plain, trained = FORMATS["bytes"].tokenizer, FORMATS["trained"].tokenizer
+    plain = FORMATS["bytes"].tokenizer
     continuation = plain.convert_tokens_to_ids("Ģ")  # ByteLevel's letter for 0x80
     tokenizer, ids = {
         "text": (plain, plain("ab cd€ 🙂")["input_ids"] * 400),
         "no character at all": (plain, [continuation] * 5000),
-        "cuts in every character": (trained, trained("🙂🙃" * 600)["input_ids"]),
+        "torn": (FORMATS["torn"].tokenizer, [256] * 5000),
         "nothing": (plain, [256] * 5000),
     }[tokens]
     counting = CountingFormat(tokenizer)
@@ -207,20 +225,36 @@ def by_hand(text: str, stop: list[str]) -> str:
     return text
 
 
+@st.composite
+def parts_of_text(draw: st.DrawFn) -> str:
+    """A few characters of a sentence that trained tokens hold several of at a time."""
+    start = draw(st.integers(0, len(SENTENCES[0]) - 1))
+    return SENTENCES[0][start : start + draw(st.integers(1, 5))]
+
+
 @pytest.mark.parametrize("name", ["bytes", "trained"])
 def test_stop_strings_end_the_text(name: str) -> None:
     @settings(max_examples=200)
     @given(
-        text=st.text("abc€", max_size=40),
-        stop=st.lists(st.text("abc€", min_size=1, max_size=6), max_size=4),
+        parts=st.lists(st.sampled_from([SENTENCES[0], "€", "at t"]) | parts_of_text(), max_size=8),
+        stop=st.lists(parts_of_text() | st.sampled_from(["€a", "at€"]), max_size=4),
     )
-    def check(text: str, stop: list[str]) -> None:
+    def check(parts: list[str], stop: list[str]) -> None:
+        text = "".join(parts)
         ids = FORMATS[name].tokenizer(text)["input_ids"]
         out = TextStream(FORMATS[name], stop)
         assert "".join(streamed(out, ids)) == by_hand(text, stop) == out.text
         assert (out.stopped is not None) == (by_hand(text, stop) != text)
 
     check()
+
+
+def test_the_first_complete_stop_string_counts() -> None:
+    ids = FORMATS["trained"].tokenizer("the cat sat on the mat")["input_ids"]
+    assert len(ids) < 4  # " cat sat" is complete after " cat", in the same token
+    for stop, left in ((("cat sat on", "sat"), "the cat "), (("t sat", "cat sat"), "the ")):
+        out = TextStream(FORMATS["trained"], stop)
+        assert "".join(streamed(out, ids)) == left
 
 
 def test_nothing_of_a_stop_string_comes_out() -> None:

@@ -185,6 +185,13 @@ def test_newcomers_of_like_length_go_together() -> None:
     assert ids(queue.schedule().prefill) == [1]
 
 
+def test_the_nearest_in_length_go_first() -> None:
+    queue = scheduler(slots=2)
+    for id, width in enumerate([30, 20, 28]):
+        queue.add(sequence(id, width))
+    assert ids(queue.schedule().prefill) == [0, 2]
+
+
 def test_the_condition_is_read_with_the_prompt() -> None:
     queue = scheduler(prefill_tokens=30)
     queue.add(sequence("a", 5, condition=10))

@@ -9,8 +9,8 @@ from auxkern.model.text import TextFormat
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for bytes that are no character
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_SEGMENT = 8  # tokens that are settled at a time; 1 to 32 of them take about as long to decode
-_LONGEST_CHARACTER = 4  # bytes in UTF-8, and so tokens
+# Tokens; 1 to 16 of them take about as long to decode. A character has 4 bytes at most, and so tokens.
+_SEGMENT = 8
 
 
 class TextStream:
@@ -19,9 +19,9 @@ class TextStream:
     All that was returned, joined, is ``decode(prompt + tokens)`` without the beginning that is
     ``decode(prompt)``, cut before the first stop string. First is the one that is complete first; among
     several that end together, the longest. So the text does not depend on how characters and stop
-    strings are spread over tokens. A token costs one decoding of at most about three segments of
-    eight tokens, however long the text. Where tokens spell bytes that are no character, text may come
-    later than it could, never wrong.
+    strings are spread over tokens. A token costs one decoding of 16 tokens at
+    most, however long the text; but where byte tokens of a vocabulary with words spell out characters,
+    these come together when the next other token does.
 
     tokenizers' own ``DecodeStream`` returns nothing more once such bytes have come, and knows no stop
     strings.
@@ -106,42 +106,39 @@ class TextStream:
 
 
 class _Detokenizer:
-    """Certain text of tokens, decoded a window at a time.
+    """Certain text of tokens, decoded in a window: a segment that is out, and what follows it.
 
-    The window begins and is divided where a character begins: before the division is a segment that is
-    kept as context, for decoders that write a token otherwise at the beginning of a text.
+    The segment is there for decoders that write a token otherwise at the beginning of a text, and because
+    it may itself begin inside a character: that garbles its first characters, never its last ones.
     """
 
     def __init__(self, text_format: TextFormat, prompt_ids: Sequence[int]) -> None:
         self._format = text_format
         self._ids = list(prompt_ids[-_SEGMENT:])
-        prompt = text_format.decode(self._ids)
-        if not prompt:
+        self._text: str | None = text_format.decode(self._ids)  # of the window; None if not decoded
+        if not self._text:
             self._ids = []
-        self._context = len(self._ids)
-        self._sent = len(prompt)  # characters of the window's text that are out
-        self._before: str | None = prompt  # the window's text at the last push; None if it was not decoded
-        self._patience = 0  # how long the window must grow before the next attempt to divide it
+        self._out = len(self._ids)  # tokens of the segment
+        self._sent = len(self._text or "")  # characters of the window that are out
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        if len(self._ids) < self._patience or self._is_byte(token_id):
+        if self._is_byte(token_id):
             # Decoders with a fallback to bytes write a run of byte tokens by what the whole run spells.
-            self._before = None
-            return ""
-        if self._before is None and not self._format.decode([token_id, token_id]):
-            self._ids.pop()  # a special token does not end a run of bytes; twice, as one space may be dropped
+            self._text = None
             return ""
         text = self._format.decode(self._ids)
-        complete = not text.endswith(_UNDECODABLE)
-        if complete and text and text == self._before:
-            self._ids.pop()  # a special token; nothing can come of it
+        if (self._text is None or self._text == text) and self._is_nothing(token_id):
+            self._ids.pop()
             return ""
         # Bytes at the end that may become a character are one undecodable one until then.
-        new = self._new(text if complete else text[:-1])
-        self._before = text
-        if len(self._ids) - self._context >= _SEGMENT:
-            self._divide(text, complete)
+        new = self._new(text[:-1] if text.endswith(_UNDECODABLE) else text)
+        self._text = text
+        if len(self._ids) - self._out >= _SEGMENT:
+            self._ids = self._ids[self._out :]
+            self._out = len(self._ids)
+            self._text = self._format.decode(self._ids)
+            self._sent += len(self._text) - len(text)
         return new
 
     def rest(self) -> str:
@@ -156,35 +153,11 @@ class _Detokenizer:
         token = self._format.tokenizer.convert_ids_to_tokens(token_id)
         return isinstance(token, str) and _BYTE.fullmatch(token) is not None
 
-    def _divide(self, text: str, complete: bool) -> None:
-        """Makes what followed the context the new context, up to where a character begins."""
-        size = len(self._ids)
-        place = size if complete else self._boundary(text)
-        if place is not None:
-            old = len(text) if complete else len(self._format.decode(self._ids[:place]))
-            context = self._format.decode(self._ids[self._context : place])
-            if context:
-                self._ids = self._ids[self._context :]
-                self._sent += len(context) - old
-                self._context = place - self._context
-                self._before = None
-                self._patience = 0
-                return
-        # Twice as long each time, so that a text of nothing but such tokens takes linear time.
-        self._patience = 2 * size
-
-    def _boundary(self, text: str) -> int | None:
-        """A place among the last tokens where a character begins, whatever follows; None if none is seen.
-
-        Decoding both sides apart gives the same as decoding them together only there: a character, or
-        the beginning of one, that is cut becomes two undecodable ones at least.
-        """
-        size = len(self._ids)
-        for place in range(size - 1, max(self._context, size - 1 - _LONGEST_CHARACTER), -1):
-            right = self._format.decode(self._ids[place:])
-            if right and self._format.decode(self._ids[:place]) + right == text:
-                return place
-        return None
+    def _is_nothing(self, token_id: int) -> bool:
+        """Whether it is a special token, or no token at all; they do not even end a run of bytes."""
+        return not self._format.decode(
+            [token_id, token_id]
+        )  # twice: the first space of a text may be dropped
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
