@@ -19,12 +19,13 @@ class TextStream:
     All that was returned, joined, is ``decode(prompt + tokens)`` without the beginning that is
     ``decode(prompt)``, cut before the first stop string. First is the one that is complete first; among
     several that end together, the longest. So the text does not depend on how characters and stop
-    strings are spread over tokens. A token costs one decoding of 16 tokens at
-    most, however long the text; but where byte tokens of a vocabulary with words spell out characters,
-    these come together when the next other token does.
+    strings are spread over tokens.
 
-    tokenizers' own ``DecodeStream`` returns nothing more once such bytes have come, and knows no stop
-    strings.
+    A token costs one decoding of 16 tokens at most, however long the text. Where a vocabulary of words
+    falls back to tokens of single bytes, a run of them comes out with the next other token.
+
+    tokenizers' own ``DecodeStream`` knows no stop strings, and holds back all tokens, decoding them
+    again and again, while they end in bytes that are no character.
 
     Args:
         text_format: what decodes.
