@@ -181,6 +181,16 @@ def test_the_space_after_a_prompt_is_kept() -> None:
     assert "".join(streamed(with_prompt, [word, word])) == " word word"
 
 
+def test_special_tokens_separate_nothing() -> None:
+    spaced, plain = FORMATS["spaced"].tokenizer, FORMATS["bytes"].tokenizer
+    word, end = spaced.convert_tokens_to_ids("▁word"), spaced.eos_token_id
+    many = [word, *[end] * 30, word, word]
+    assert "".join(streamed(TextStream(FORMATS["spaced"]), many)) == "word word word"
+    first, *rest = plain("€")["input_ids"]
+    parts = [first, *[plain.eos_token_id] * 30, *rest, first, *rest]
+    assert "".join(streamed(TextStream(FORMATS["bytes"]), parts)) == "€€"
+
+
 class CountingFormat(TextFormat):
     """Counts the tokens that are decoded."""
 

@@ -156,9 +156,8 @@ class _Detokenizer:
 
     def _is_nothing(self, token_id: int) -> bool:
         """Whether it is a special token, or no token at all; they do not even end a run of bytes."""
-        return not self._format.decode(
-            [token_id, token_id]
-        )  # twice: the first space of a text may be dropped
+        # Twice, for a decoder may drop the first space of a text.
+        return not self._format.decode([token_id, token_id])
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
