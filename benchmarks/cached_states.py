@@ -91,6 +91,7 @@ def measure(settings: TrainSettings, batches: int, folder: Path) -> dict[str, di
     # Evenly spaced: the files are in the order of parts of speech.
     count = batches * settings.batch_size
     encoded = encode([training[i * len(training) // count] for i in range(count)], text_format)
+    tokens = sum(len(encoded[i]["input_ids"]) for i in range(count))
     lm = load_base(settings.base)
     loop = LoopSettings(
         output=str(folder / "plain"),
@@ -103,18 +104,14 @@ def measure(settings: TrainSettings, batches: int, folder: Path) -> dict[str, di
     )
     results: dict[str, dict[str, float]] = {}
     _epoch(settings, dataclasses.replace(loop, output=str(folder / "warm-up"), steps=1), lm, encoded)
-    with _counted(lm) as calls:
-        seconds = _epoch(settings, loop, lm, encoded)
-    results["epoch without cached states"] = _row(seconds, calls)
+    results["epoch without cached states"] = _epoch(settings, loop, lm, encoded)
     with _counted(lm) as calls:
         began = time.monotonic()
         states = cache_lm_states(lm, encoded, folder / "states", layers=settings.pair["lm_layers"])
-        results["caching"] = _row(time.monotonic() - began, calls) | {"tokens": states.tokens}
+        results["caching"] = _row(time.monotonic() - began, calls) | {"tokens": tokens}
     for name in ("first epoch", "second epoch"):
-        with _counted(lm) as calls:
-            output = dataclasses.replace(loop, output=str(folder / name.split()[0]))
-            seconds = _epoch(settings, output, lm, encoded, states)
-        results[name] = _row(seconds, calls)
+        output = dataclasses.replace(loop, output=str(folder / name.split()[0]))
+        results[name] = _epoch(settings, output, lm, encoded, states)
     return results
 
 
@@ -124,8 +121,8 @@ def _epoch(
     lm: Any,
     encoded: EncodedExamples,
     states: LMStates | None = None,
-) -> float:
-    """Seconds of the steps of an epoch."""
+) -> dict[str, float]:
+    """Seconds of the steps of an epoch, and forward passes of the base in them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AuxTunedForCausalLM.from_lm(
@@ -138,7 +135,8 @@ def _epoch(
 
     examples = ExampleSet(encoded if states is None else states.dataset(encoded), lm_nll=nothing)
     pad = model.config.pad_token_id
-    return train(model, examples, loop, collate=AuxCollator(pad)).state.seconds
+    with _counted(lm) as calls:
+        return _row(train(model, examples, loop, collate=AuxCollator(pad)).state.seconds, calls)
 
 
 @contextmanager
