@@ -35,6 +35,7 @@ h_aux and W_aux. A case of it takes a minute or two on a CPU, so it runs only wh
 --op sample draws a token for each row at temperature {TEMPERATURE}, with no filter and with each of
 {", ".join(list(FILTERS)[1:])}.
 Its tokens must be the reference's, those of others such as the filters keep.
+--op generate has options of its own: see --op generate --help.
 Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options; 130 after Ctrl-C.
 """
 
@@ -49,8 +50,14 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 if an implementation of auxkern was wrong or failed; 130 after Ctrl-C. Bad options
         exit with 2 (``SystemExit``, as argparse does).
     """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if ["--op", "generate"] in [arguments[i : i + 2] for i in range(len(arguments))]:
+        from auxkern.bench import generate
+
+        place = arguments.index("generate")
+        return generate.main(arguments[: place - 1] + arguments[place + 1 :])
     parser = _parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     session.check_common_options(parser, options)
     if "linear" in (options.op or []) and options.terms != 2:
         parser.error(f"--terms {options.terms}: linear is measured with 2 heads; leave --terms out")

@@ -1,0 +1,413 @@
+"""``python -m auxkern.bench --op generate``: texts of two models beside other ways to write them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.bench.machine import OtherWork, machine_facts, now
+from auxkern.bench.session import device_from, positive
+from auxkern.files import replace_file
+
+PROGRAM = "python -m auxkern.bench --op generate"
+SHORTEST, LONGEST = 8, 128
+FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
+_AUXILIARY = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+_EPILOG = """\
+SmolLM2-135M and an auxiliary of 4.8M parameters write one text for each request; every text has a length of
+its own, 8 to 128 tokens, the same for all implementations. A batch of the others goes on until its longest
+text is done. First the engine's texts are compared with those of model.generate for single requests.
+two-model loop: both models with their caches, the sum of their logits, Hugging Face's warpers, multinomial.
+Exit status: 0; 1 if the engine's texts are wrong; 2 for bad options or missing packages; 130 after Ctrl-C.
+"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for.
+
+    Attributes:
+        model: the pair.
+        text_format: makes its ids.
+        conditions, prompts: one of each for every request.
+        lengths: tokens that are wanted of each text.
+    """
+
+    model: Any
+    text_format: Any
+    conditions: list[str]
+    prompts: list[str]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """One implementation at one batch size.
+
+    Attributes:
+        implementation: its name.
+        batch: texts at a time.
+        seconds: for all requests.
+        tokens: that were asked for, all of them written.
+        shares: of the time, by what it went to; empty if not known.
+        busy_cores: cores that other programs kept busy meanwhile.
+    """
+
+    implementation: str
+    batch: int
+    seconds: float
+    tokens: int
+    shares: dict[str, float]
+    busy_cores: float | None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks, measures, prints a table.
+
+    Args:
+        argv: arguments after the program's name and its --op; those of the process when None.
+
+    Returns:
+        0; 1 if the engine's texts are wrong; 2 if a package is missing; 130 after Ctrl-C. Bad options
+        exit with 2.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = device_from(parser, options.device)
+    try:
+        work = made_work(options.requests, device)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    wrong = differing(work)
+    if wrong:
+        print(f"{parser.prog}: the engine's texts of requests {wrong} are wrong", file=sys.stderr)
+        return 1
+    found: list[Throughput] = []
+    notes: list[str] = []
+    try:
+        for name, batch, run in _runs(work, options.batch, notes):
+            print(f"{name}, batch {batch}", file=sys.stderr, flush=True)
+            found.append(_measured(work, name, batch, run))
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        print(table(found))
+        for note in notes:
+            print(note)
+        if options.json is not None:
+            record = {
+                "kind": "generate",
+                "command": shlex.join([*PROGRAM.split(), *arguments]),
+                "date": now(),
+                "machine": machine_facts(device),
+                "requests": options.requests,
+                "lengths": [SHORTEST, LONGEST],
+                "filters": FILTERS,
+                "results": [asdict(one) for one in found],
+                "notes": notes,
+            }
+            replace_file(options.json, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def made_work(count: int, device: torch.device) -> Work:
+    """Requests for WordNet's keywords, with prompts and lengths of their own, always the same.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: what is missing, and how to install it.
+    """
+    from auxkern.model import AuxTunedForCausalLM, TextFormat, load_base, load_tokenizer
+    from auxkern.model.base import PACKAGED
+    from auxkern.tasks.keywords import keyword_examples
+
+    examples = keyword_examples()
+    chosen = [examples[i * len(examples) // count] for i in range(count)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AuxTunedForCausalLM.from_lm(
+            load_base(PACKAGED, device=device),
+            auxiliary_config=_AUXILIARY,
+            head="shared",
+            input_embedding="shared",
+            pointer=True,
+        )
+        # An untrained head is zero, and would leave the auxiliary's logits out of the comparison.
+        torch.nn.init.normal_(model.head.weight, std=0.02)
+        lengths = torch.randint(SHORTEST, LONGEST + 1, (count,)).tolist()
+        words = torch.randint(0, 9, (count,)).tolist()
+    prompts = [" ".join(one.text.split()[:n]) for one, n in zip(chosen, words, strict=True)]
+    text_format = TextFormat(load_tokenizer(PACKAGED), " {condition}")
+    return Work(model.eval(), text_format, [one.condition for one in chosen], prompts, lengths)
+
+
+def engine(work: Work, slots: int) -> Any:
+    """An engine with room for this work."""
+    from auxkern.generation import Engine
+
+    return Engine(work.model, work.text_format, slots=slots, max_length=192, max_condition=16)
+
+
+def requests(work: Work) -> list[Any]:
+    """The work as the engine takes it."""
+    from auxkern import SamplingParams
+    from auxkern.generation import Request
+
+    params = SamplingParams(**FILTERS)
+    fields = zip(work.conditions, work.prompts, work.lengths, strict=True)
+    return [
+        Request(i, condition, prompt, params, seed=i, max_new_tokens=length, ignore_eos=True)
+        for i, (condition, prompt, length) in enumerate(fields)
+    ]
+
+
+def differing(work: Work, count: int = 4) -> list[int]:
+    """Which of some requests the engine answers otherwise than ``model.generate`` does for each alone."""
+    wrong = []
+    asked = requests(work)[:count]
+    for request, done in zip(asked, engine(work, count).generate(asked), strict=True):
+        inputs = _inputs(work, [request.id])
+        ids = work.model.generate(
+            **inputs,
+            do_sample=True,
+            seeds=[request.seed],
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=None,
+            **FILTERS,
+        )
+        if ids[0, inputs["input_ids"].shape[1] :].tolist() != list(done.token_ids):
+            wrong.append(request.id)
+    return wrong
+
+
+def table(found: list[Throughput]) -> str:
+    """Tokens per second of each, and how they compare."""
+
+    def best(name: str) -> float:
+        return max((one.speed for one in found if one.implementation == name), default=float("nan"))
+
+    loop, lm = best("two-model loop"), best("generate, LM alone")
+    names = ("implementation", "batch", "seconds", "tokens/s", "vs loop", "vs LM alone")
+    lines = ["{:<26} {:>5} {:>8} {:>9} {:>8} {:>11}".format(*names)]
+    for one in found:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in one.shares.items())
+        lines.append(
+            f"{one.implementation:<26} {one.batch:>5} {one.seconds:>8.1f} {one.speed:>9.1f} "
+            f"{one.speed / loop:>7.2f}x {one.speed / lm:>10.2f}x  {shares}"
+        )
+    return "\n".join(lines)
+
+
+def _runs(
+    work: Work, batches: list[int], notes: list[str]
+) -> Iterator[tuple[str, int, Callable[[], dict[str, float]]]]:
+    ways: list[tuple[str, Callable[[int], dict[str, float]]]] = [
+        ("engine", lambda batch: _engine(work, batch)),
+        ("two-model loop", lambda batch: _in_batches(work, batch, _two_model_loop)),
+        ("generate, LM alone", lambda batch: _in_batches(work, batch, _generate_lm)),
+        ("generate, pair", lambda batch: _in_batches(work, batch, _generate_pair)),
+    ]
+    for batch in batches:
+        for name, way in ways:
+            yield name, batch, lambda way=way, batch=batch: way(batch)  # type: ignore[misc]
+    reason = _continuous_refusal(work)
+    if reason is None:
+        yield "continuous, LM alone", max(batches), lambda: _continuous(work)
+    else:
+        notes.append(f"transformers' continuous batching of the LM alone does not run here: {reason}")
+
+
+def _measured(work: Work, name: str, batch: int, run: Callable[[], dict[str, float]]) -> Throughput:
+    other, began = OtherWork(), time.perf_counter()
+    shares = run()
+    seconds = time.perf_counter() - began
+    return Throughput(name, batch, seconds, sum(work.lengths), shares, other.cores())
+
+
+def _engine(work: Work, batch: int) -> dict[str, float]:
+    made = engine(work, batch)
+    parts = {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
+    with _timed(parts) as spent:
+        began = time.perf_counter()
+        made.generate(requests(work))
+        whole = time.perf_counter() - began
+    seconds = {**spent, "sampling": made.stats.seconds["sampling"]}
+    seconds["rest"] = whole - sum(seconds.values())
+    return {name: value / whole for name, value in seconds.items()}
+
+
+@contextmanager
+def _timed(modules: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Seconds spent in the forward passes of modules."""
+    spent = dict.fromkeys(modules, 0.0)
+    handles = []
+    for name, module in modules.items():
+
+        def before(*_: Any, name: str = name) -> None:
+            spent[name] -= time.perf_counter()
+
+        def after(*_: Any, name: str = name) -> None:
+            spent[name] += time.perf_counter()
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(work: Work, rows: list[int]) -> dict[str, Tensor]:
+    found = work.text_format.prompts([work.conditions[i] for i in rows], [work.prompts[i] for i in rows])
+    return {name: tensor.to(work.model.device) for name, tensor in found.items()}
+
+
+def _in_batches(work: Work, batch: int, way: Callable[[Work, list[int]], None]) -> dict[str, float]:
+    # Texts of like length together: the best that batches of fixed members can do.
+    order = sorted(range(len(work.lengths)), key=lambda i: work.lengths[i])
+    for first in range(0, len(order), batch):
+        way(work, order[first : first + batch])
+    return {}
+
+
+def _generate_lm(work: Work, rows: list[int]) -> None:
+    inputs = _inputs(work, rows)
+    work.model.lm.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        do_sample=True,
+        max_new_tokens=max(work.lengths[i] for i in rows),
+        eos_token_id=None,
+        pad_token_id=work.text_format.pad_id,
+        **FILTERS,
+    )
+
+
+def _generate_pair(work: Work, rows: list[int]) -> None:
+    work.model.generate(
+        **_inputs(work, rows),
+        do_sample=True,
+        max_new_tokens=max(work.lengths[i] for i in rows),
+        eos_token_id=None,
+        pad_token_id=work.text_format.pad_id,
+        **FILTERS,
+    )
+
+
+@torch.no_grad()
+def _two_model_loop(work: Work, rows: list[int]) -> None:
+    """In the manner of the published code of proxy tuning (Liu et al. 2024)."""
+    from transformers import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    from auxkern.model.inputs import PairInputs
+
+    model, inputs = work.model, _inputs(work, rows)
+    warpers = LogitsProcessorList(
+        [
+            TemperatureLogitsWarper(FILTERS["temperature"]),
+            TopKLogitsWarper(FILTERS["top_k"]),
+            TopPLogitsWarper(FILTERS["top_p"]),
+        ]
+    )
+    weight, embedding = model.lm.get_output_embeddings().weight, model.lm.get_input_embeddings().weight
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    new, lm_cache, aux_cache = ids, None, None
+    for _ in range(max(work.lengths[i] for i in rows)):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+        lm = model.lm(
+            input_ids=new,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=lm_cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        pair = PairInputs(new, mask, inputs["condition_ids"], inputs["condition_mask"])
+        nothing = embedding.new_zeros(*new.shape, 0, embedding.shape[1])
+        aux = model.auxiliary(pair.for_auxiliary(nothing, embedding, aux_cache, True))
+        lm_cache, aux_cache = lm.past_key_values, aux.cache
+        aux_logits = torch.nn.functional.linear(model.head(aux.hidden[:, -1]), weight)
+        aux_logits = aux_logits.scatter_add(
+            1, inputs["condition_ids"], aux.pointer[:, -1] * inputs["condition_mask"]
+        )
+        scores = warpers(ids, lm.logits[:, -1] + aux_logits)
+        new = torch.multinomial(scores.softmax(-1), 1)
+        ids = torch.cat([ids, new], 1)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+
+
+def _continuous_refusal(work: Work) -> str | None:
+    if not hasattr(work.model.lm, "generate_batch"):
+        return "this version of transformers has none"
+    if work.model.device.type == "cpu":
+        return "it needs a GPU"
+    return None
+
+
+def _continuous(work: Work) -> dict[str, float]:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=True,
+        max_new_tokens=LONGEST,
+        eos_token_id=-1,
+        pad_token_id=work.text_format.pad_id,
+        **FILTERS,
+    )
+    prompts = [_inputs(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
+    work.model.lm.generate_batch(inputs=prompts, generation_config=config)
+    return {}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Tokens per second of two models' texts, beside other ways to write them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--requests", type=positive, default=64, metavar="N", help="texts (default 64)")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        default=[8, 32, 64],
+        metavar="N",
+        help="texts at a time (8 32 64)",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--json", type=Path, metavar="FILE.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
