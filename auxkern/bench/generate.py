@@ -286,10 +286,10 @@ def _inputs(work: Work, rows: list[int]) -> dict[str, Tensor]:
 
 
 def _in_batches(work: Work, batch: int, way: Callable[[Work, list[int]], None]) -> dict[str, float]:
-    # Texts of like length together: the best that batches of fixed members can do.
-    order = sorted(range(len(work.lengths)), key=lambda i: work.lengths[i])
-    for first in range(0, len(order), batch):
-        way(work, order[first : first + batch])
+    # In the order of arrival: how long a text will be is not known before it is written.
+    rows = list(range(len(work.lengths)))
+    for first in range(0, len(rows), batch):
+        way(work, rows[first : first + batch])
     return {}
 
 
