@@ -54,7 +54,7 @@ def read_requests(
     """The requests in a file with one JSON object a line, read as they are asked for.
 
     A line without an id has its number, from 1, as its id. Empty lines count for nothing. Memory does
-    not grow with the file, but for ids that lines bring along: about 100 MB for a million of them.
+    not grow with the file, but for ids that lines bring along: about 150 MB for a million of them.
 
     Args:
         path: the file, UTF-8.
@@ -93,7 +93,7 @@ class CompletionWriter:
     Every line is in the operating system's hands when ``write`` returns, so a killed process loses none
     of them; the disk has all but those of the last ``sync_seconds``. Beside the output lies
     ``OUTPUT.run.json``, which says what run the lines are of. For every million lines that it finds it
-    takes about 100 MB of memory.
+    takes about 150 MB of memory.
 
     Use it in a with statement; one process at a time.
 
