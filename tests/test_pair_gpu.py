@@ -1,0 +1,87 @@
+"""The pair and the engine on a GPU: an fp16 base beside a float32 auxiliary."""
+
+import pytest
+import torch
+from pairs import ragged_batch, tiny_lm, tiny_pair
+from tiny import byte_tokenizer
+
+from auxkern.generation import Engine, Request
+from auxkern.model import TextFormat
+from auxkern.training.collator import AuxCollator
+from auxkern.training.loop import train
+from auxkern.training.settings import LoopSettings
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+KIND = "shared head, features, pointer"
+
+
+def _on_gpu(batch):
+    return {name: tensor.cuda() for name, tensor in batch.items()}
+
+
+def test_the_base_follows_the_device_and_keeps_its_dtype():
+    model = tiny_pair(KIND, tiny_lm().half())
+    model.cuda()
+    assert {p.device.type for p in model.lm.parameters()} == {"cuda"}
+    assert {p.dtype for p in model.lm.parameters()} == {torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_loss_and_gradients_are_the_cpus():
+    lm, batch = tiny_lm(), ragged_batch()
+    exact = tiny_pair(KIND, lm)
+    expected = exact(**batch).loss
+    expected.backward()
+    model = tiny_pair(KIND, tiny_lm().half()).cuda()
+    loss = model(**_on_gpu(batch)).loss
+    loss.backward()
+    # fp16 weights and states of the base: 11 bits
+    torch.testing.assert_close(loss.cpu(), expected, rtol=5e-3, atol=0)
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+        largest = max(theirs.grad.abs().max().item(), 1e-4)
+        difference = (ours.grad.cpu() - theirs.grad).abs().max().item()
+        assert difference <= 0.05 * largest, name
+
+
+def test_a_run_under_autocast_learns(tmp_path):
+    model = tiny_pair(KIND, tiny_lm().half(), trained=False).cuda()
+    batch = ragged_batch(8)
+    examples = [
+        {
+            "input_ids": batch["input_ids"][row, : int(batch["attention_mask"][row].sum())].tolist(),
+            "labels": batch["labels"][row, : int(batch["attention_mask"][row].sum())].tolist(),
+            "condition_ids": batch["condition_ids"][row, : int(batch["condition_mask"][row].sum())].tolist(),
+        }
+        for row in range(8)
+    ]
+    settings = LoopSettings(
+        output=str(tmp_path), steps=30, batch_size=8, learning_rate=1e-2, schedule="constant", save_every=30
+    )
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        first = model(**_on_gpu(batch)).loss.item()
+        train(model, examples, settings, collate=AuxCollator(0))
+        last = model(**_on_gpu(batch)).loss.item()
+    assert last < 0.7 * first
+
+
+def test_the_engine_writes_what_generate_writes():
+    tokenizer = byte_tokenizer()
+    lm = tiny_lm(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model, text = tiny_pair(KIND, lm).cuda(), TextFormat(tokenizer)
+    requests = [Request(i, "abc"[: 1 + i % 3], seed=i, max_new_tokens=5 + i) for i in range(8)]
+    for request, done in zip(
+        requests, Engine(model, text, slots=3, max_length=64).generate(requests), strict=True
+    ):
+        inputs = _on_gpu(text.prompts([request.condition], [""]))
+        ids = model.generate(
+            **inputs, do_sample=True, top_k=0, seeds=[request.seed], max_new_tokens=request.max_new_tokens
+        )
+        assert ids[0, inputs["input_ids"].shape[1] :].tolist() == list(done.token_ids)
