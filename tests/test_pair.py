@@ -224,6 +224,16 @@ def test_half_precision_base_beside_a_float32_auxiliary():
     assert cast.lm.dtype == torch.bfloat16
 
 
+def test_a_float16_base_under_bfloat16_autocast():
+    """The base keeps its precision; what is made of its states is autocast's."""
+    model, batch = tiny_pair("shared head, features, pointer", tiny_lm().half()), ragged_batch()
+    exact = model(**batch).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)  # bfloat16 has 8 bits
+
+
 def test_the_first_layers_are_the_lms():
     lm = tiny_lm()
     model = tiny_pair("first layers of the LM", lm, trained=False)

@@ -214,12 +214,14 @@ def run_base(
             use_cache=use_cache,
             output_hidden_states=bool(layers) or want_logits,
         )
-    every = output.hidden_states
-    final = every[-1] if want_logits else output.last_hidden_state
-    for layer in layers:
-        if not 0 <= layer < len(every):
-            raise ValueError(f"lm_layers names {layer}, but {type(lm).__name__} has 0 to {len(every) - 1}")
-    states = torch.stack([final, *(every[layer] for layer in layers)], dim=2)
+        every = output.hidden_states
+        final = every[-1] if want_logits else output.last_hidden_state
+        for layer in layers:
+            if not 0 <= layer < len(every):
+                raise ValueError(
+                    f"lm_layers names {layer}, but {type(lm).__name__} has 0 to {len(every) - 1}"
+                )
+        states = torch.stack([final, *(every[layer] for layer in layers)], dim=2)
     logits = output.logits if want_logits else None
     return LmOutput(states, logits, output.past_key_values if use_cache else None)
 
