@@ -58,7 +58,7 @@ def test_a_run_under_autocast_learns(tmp_path):
         for row in range(8)
     ]
     settings = LoopSettings(
-        output=str(tmp_path), steps=30, batch_size=8, learning_rate=1e-2, schedule="constant", save_every=30
+        output=str(tmp_path), steps=60, batch_size=8, learning_rate=1e-2, schedule="constant", save_every=60
     )
     with torch.autocast("cuda", dtype=torch.bfloat16):
         first = model(**_on_gpu(batch)).loss.item()
