@@ -16,10 +16,10 @@ from auxkern.commands import evaluate
 from auxkern.evaluation.accuracy import keyword_accuracy
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.model.text import Example
+from auxkern.seeds import drawn
 from auxkern.tasks.keywords import split_by_keyword
 from auxkern.training.examples import EncodedExamples
 from auxkern.training.lm_states import cache_lm_states
-from auxkern.training.seeds import drawn
 
 FLOAT32_MEAN = 2e-6  # relative: nll of a few nats, logits of both sides summed in another order
 PAIRS: dict[str, dict[str, Any]] = {

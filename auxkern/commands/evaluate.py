@@ -22,9 +22,9 @@ from auxkern.evaluation.accuracy import keyword_accuracy
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.files import replace_file
 from auxkern.model.text import Example
+from auxkern.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.progress import Progress, progress_for
-from auxkern.training.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.training.settings import TASKS
 
 _EPILOG = """\

@@ -15,8 +15,8 @@ import safetensors
 import torch
 
 from auxkern.bench.session import INTERRUPTED, device_from
+from auxkern.seeds import mixed_seed
 from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
-from auxkern.training.seeds import mixed_seed
 from auxkern.training.settings import DTYPES
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

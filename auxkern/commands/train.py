@@ -17,6 +17,7 @@ import torch
 
 from auxkern.commands.pair import CommandParser
 from auxkern.model.text import Example, TextFormat
+from auxkern.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.training.checkpoint import (
     RunIdentity,
     checkpoint_folder,
@@ -35,7 +36,6 @@ from auxkern.training.loop import (
     train,
 )
 from auxkern.training.progress import duration, progress_for
-from auxkern.training.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.training.settings import TrainSettings, add_flags, settings_from
 
 _EPILOG = """\

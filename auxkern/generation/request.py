@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from auxkern.ops.sampling_params import SamplingParams
+from auxkern.seeds import mixed_seed
 from auxkern.terms import Sparse
-from auxkern.training.seeds import mixed_seed
 
 FinishReason = Literal["end", "stop", "length", "error"]
 State = Literal["new", "waiting", "running", "ended"]

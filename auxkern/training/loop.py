@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from auxkern.seeds import mixed_seed
 from auxkern.training.checkpoint import (
     RunIdentity,
     TrainState,
@@ -38,7 +39,6 @@ from auxkern.training.checkpoint import (
 )
 from auxkern.training.lm_alone import lm_alone_nll
 from auxkern.training.progress import Progress
-from auxkern.training.seeds import mixed_seed
 from auxkern.training.settings import LoopSettings, learning_rate_at
 
 LOG = "log.jsonl"
