@@ -30,6 +30,7 @@ DEFAULT_ENCODER_DECODER = {
 # What transformers itself adds to the keywords of a config that it saved or loads.
 _INHERITED = frozenset(
     {
+        "_commit_hash",
         "_name_or_path",
         "name_or_path",
         "model_type",
