@@ -24,7 +24,6 @@ language model `{base}`, `softmax(logits_LM + {scale:g} * logits_aux)`, to steer
 ([Auxiliary Tuning](https://arxiv.org/abs/2006.16823)).
 
 ```python
-from transformers import AutoTokenizer
 from auxkern.model import AuxTunedForCausalLM, TextFormat, load_tokenizer
 
 model = AuxTunedForCausalLM.from_pretrained("{folder}")  # loads the base, and checks that it is the same one
