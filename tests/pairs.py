@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,21 @@ def tiny_lm(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def tiny_lm_for(tokenizer: Any, **options: Any) -> LlamaForCausalLM:
+    """``tiny_lm`` with a tokenizer's ids."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return tiny_lm(vocab_size=len(tokenizer), **ids, **options)
+
+
+def with_two_more(lm: Any, folder: Path) -> AuxTunedForCausalLM:
+    """A model with its own auxiliary and two of other kinds, "t5" and "own", on one base."""
+    model = tiny_pair("shared head, features, pointer", lm)
+    for name, kind in (("t5", "encoder-decoder"), ("own", "own head")):
+        tiny_pair(kind, lm).save_pretrained(folder / name)
+        model.load_auxiliary(name, folder / name)
+    return model
 
 
 def tiny_pair(kind: str, lm: Any = None, *, trained: bool = True, **more: Any) -> AuxTunedForCausalLM:

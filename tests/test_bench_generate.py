@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pairs import tiny_lm, tiny_pair
+from pairs import tiny_lm_for, tiny_pair
 from tiny import byte_tokenizer
 
 from auxkern.bench import __main__ as bench
@@ -15,12 +15,7 @@ from auxkern.model import TextFormat
 @pytest.fixture
 def work():
     tokenizer = byte_tokenizer()
-    lm = tiny_lm(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    lm = tiny_lm_for(tokenizer)
     model = tiny_pair("shared head, features, pointer", lm, lm_layers=[])
     conditions, prompts = [*"abcdef"], ["", "x", "", "yy", "", "z"]
     return generate.Work(model, TextFormat(tokenizer), conditions, prompts, [3, 9, 1, 5, 7, 2])

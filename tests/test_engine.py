@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from pairs import PAIRS, tiny_lm, tiny_pair
+from pairs import PAIRS, tiny_lm_for, tiny_pair, with_two_more
 from tiny import byte_tokenizer
 
 from auxkern.generation import Engine, Request
@@ -19,13 +19,7 @@ TEXT = TextFormat(TOKENIZER)
 
 
 def _lm(**options):
-    return tiny_lm(
-        vocab_size=len(TOKENIZER),
-        bos_token_id=TOKENIZER.bos_token_id,
-        eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id,
-        **options,
-    )
+    return tiny_lm_for(TOKENIZER, **options)
 
 
 def _requests(count, seed=0, **fixed):
@@ -116,12 +110,7 @@ def test_greedy_texts_and_samples_of_one_prompt():
 
 @pytest.fixture
 def three(tmp_path):
-    lm = _lm()
-    model = tiny_pair("shared head, features, pointer", lm)
-    for name, kind in (("t5", "encoder-decoder"), ("own", "own head")):
-        tiny_pair(kind, lm).save_pretrained(tmp_path / name)
-        model.load_auxiliary(name, tmp_path / name)
-    return model
+    return with_two_more(_lm(), tmp_path)
 
 
 def test_auxiliaries_and_mixing_weights_by_request(three):

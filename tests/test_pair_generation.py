@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import DECODER, EOS, PAD, PAIRS, one_of, prompts, tiny_lm, tiny_pair
+from pairs import DECODER, EOS, PAD, PAIRS, one_of, prompts, tiny_lm, tiny_pair, with_two_more
 from transformers import GenerationConfig, LogitsProcessor
 
 NEW = 10
@@ -145,13 +145,7 @@ def test_the_mixing_weight():
 
 @pytest.fixture
 def three(tmp_path):
-    """A model with its own auxiliary and two more, of other kinds, on one base."""
-    lm = tiny_lm()
-    model = tiny_pair("shared head, features, pointer", lm)
-    for name, kind in (("t5", "encoder-decoder"), ("own", "own head")):
-        tiny_pair(kind, lm).save_pretrained(tmp_path / name)
-        model.load_auxiliary(name, tmp_path / name)
-    return model
+    return with_two_more(tiny_lm(), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"seeds": range(4)}, {"do_sample": False}])

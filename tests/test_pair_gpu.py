@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import ragged_batch, tiny_lm, tiny_pair
+from pairs import ragged_batch, tiny_lm, tiny_lm_for, tiny_pair
 from tiny import byte_tokenizer
 
 from auxkern.generation import Engine, Request
@@ -60,12 +60,7 @@ def test_steps_under_autocast_learn():
 
 def test_the_engine_writes_what_generate_writes():
     tokenizer = byte_tokenizer()
-    lm = tiny_lm(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    lm = tiny_lm_for(tokenizer)
     model, text = tiny_pair(KIND, lm).cuda(), TextFormat(tokenizer)
     requests = [Request(i, "abc"[: 1 + i % 3], seed=i, max_new_tokens=5 + i) for i in range(8)]
     for request, done in zip(

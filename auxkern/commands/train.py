@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from auxkern.commands.pair import CommandParser
-from auxkern.model.text import Example, TextFormat
+from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.training.checkpoint import (
     RunIdentity,
@@ -26,7 +26,6 @@ from auxkern.training.checkpoint import (
     model_fields,
 )
 from auxkern.training.loop import (
-    IGNORED,
     Examples,
     ExampleSet,
     TrainingInterrupted,

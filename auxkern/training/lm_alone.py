@@ -35,8 +35,7 @@ def lm_alone_nll(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         term: Term = Logits(logits)
     else:
         head = output_head(model.lm)
-        hidden = states[:, :, 0].to(head.weight.dtype)
-        term = Head(hidden, head.weight, head.bias, scale=head.scale, softcap=head.softcap)
+        term = Head(states[:, :, 0].to(head.weight.dtype), *head)
     loss: Tensor = cross_entropy(
         [term], batch["labels"], shift=True, reduction="sum", vocab_size=model.config.vocab_size
     )

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from auxkern.model.text import IGNORED
 from auxkern.seeds import mixed_seed
 from auxkern.training.checkpoint import (
     RunIdentity,
@@ -42,7 +43,6 @@ from auxkern.training.progress import Progress
 from auxkern.training.settings import LoopSettings, learning_rate_at
 
 LOG = "log.jsonl"
-IGNORED = -100
 _IDENTIFYING = ("input_ids", "labels", "condition_ids")
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
