@@ -138,7 +138,7 @@ def _identity(options: argparse.Namespace, model: Any, defaults: Request) -> dic
     return {
         "input": file_fingerprint(options.input),
         "auxiliary": fingerprint(model),
-        "base": fingerprint(model.lm),
+        "base": model.lm_fingerprint,
         "condition_template": model.config.condition_template,
         "defaults": defaults.as_record(),
         "max_length": options.max_length,

@@ -23,12 +23,12 @@ from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
+from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 from auxkern.terms import Head, Logits, Sparse, Term, rows_of
 
 DEFAULT = "default"
-IGNORED = -100
 
 
 class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
@@ -43,6 +43,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         lm: the base, loaded; read from where the config says if None.
         auxiliary: with ``architecture="custom"``, the module (see ``AuxiliaryModule``).
         allow_other_base: whether a base with another fingerprint is taken.
+        lm_fingerprint: of the lm, where it is known already; taking it reads every weight.
 
     Raises:
         ValueError: the base is not the one in the config, or does not fit it.
@@ -64,11 +65,14 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         auxiliary: nn.Module | None = None,
         *,
         allow_other_base: bool = False,
+        lm_fingerprint: str | None = None,
     ) -> None:
         config = copy.deepcopy(config)
         lm = base.freeze(lm if lm is not None else _base_of(config))
-        _fit(config, lm, allow_other_base)
+        found = lm_fingerprint or base.fingerprint(lm)
+        _fit(config, lm, found, allow_other_base)
         super().__init__(config)
+        self.lm_fingerprint = found
         # Past nn.Module's registration: the base is no part of the parameters, nor of what is saved.
         object.__setattr__(self, "lm", lm)
         object.__setattr__(self, "_others", {})
@@ -207,7 +211,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         """
         if name == DEFAULT or name in self._others:
             raise ValueError(f"there is an auxiliary {name!r} already; choose another name")
-        other = type(self).from_pretrained(path, lm=self.lm, allow_other_base=allow_other_base, **kwargs)
+        known = {"lm": self.lm, "lm_fingerprint": self.lm_fingerprint}
+        other = type(self).from_pretrained(path, **known, allow_other_base=allow_other_base, **kwargs)
         if other.config.vocab_size != self.config.vocab_size:
             raise ValueError(
                 f"auxiliary {name!r} has {other.config.vocab_size} ids but the model "
@@ -336,7 +341,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             states = lm_states
             self._check_states(states, batch, layers, use_cache)
         hidden = states[:, -keep:, 0]
-        lm_term: Term = self._lm_term(hidden) if logits is None else Logits(logits[:, -keep:])
+        lm_term: Term = (
+            Head(hidden, *base.output_head(self.lm)) if logits is None else Logits(logits[:, -keep:])
+        )
         found: list[AuxiliaryRows] = []
         added: list[tuple[AuxiliaryRows, list[Term]]] = []
         for part in parts:
@@ -421,10 +428,6 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
                 "they serve the model's own auxiliary only"
             )
 
-    def _lm_term(self, hidden: Tensor) -> Head:
-        head = base.output_head(self.lm)
-        return Head(hidden, head.weight, head.bias, head.scale, head.softcap)
-
     def _embedding(self) -> Tensor:
         weight: Tensor = self.lm.get_input_embeddings().weight
         return weight
@@ -497,9 +500,8 @@ def _check_complete(path: Any, report: dict[str, Any]) -> None:
             )
 
 
-def _fit(config: AuxTunedConfig, lm: Any, allow_other_base: bool) -> None:
+def _fit(config: AuxTunedConfig, lm: Any, found: str, allow_other_base: bool) -> None:
     """Fills in what the config leaves to the base, and refuses a base that does not fit."""
-    found = base.fingerprint(lm)
     if config.base_fingerprint is None:
         config.base_fingerprint = found
     elif config.base_fingerprint != found and not allow_other_base:
