@@ -18,7 +18,10 @@ def work():
     lm = tiny_lm_for(tokenizer)
     model = tiny_pair("shared head, features, pointer", lm, lm_layers=[])
     conditions, prompts = [*"abcdef"], ["", "x", "", "yy", "", "z"]
-    return generate.Work(model, TextFormat(tokenizer), conditions, prompts, [3, 9, 1, 5, 7, 2])
+    lengths = [3, 9, 1, 5, 7, 2]
+    return generate.Work(
+        model, TextFormat(tokenizer), conditions, prompts, lengths, model.lm, model.auxiliary
+    )
 
 
 def test_every_way_is_measured_and_written_down(work, monkeypatch, tmp_path, capsys):
@@ -34,7 +37,7 @@ def test_every_way_is_measured_and_written_down(work, monkeypatch, tmp_path, cap
         assert one["tokens"] == sum(work.lengths)
         assert one["seconds"] > 0
     shares = record["results"][0]["shares"]
-    assert set(shares) == {"LM", "auxiliary", "sampling", "rest"}
+    assert set(shares) == {"LM", "heads", "auxiliary", "sampling", "rest"}
     assert sum(shares.values()) == pytest.approx(1)
     assert all(share >= 0 for share in shares.values())
     out = capsys.readouterr().out

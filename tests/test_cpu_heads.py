@@ -11,29 +11,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import generator
+from instruction_sets import EACH, substituted
 from torch import Tensor
 
 import auxkern
 from auxkern import Head, Sparse
-from auxkern.backends.cpu import ISAS, Cpu
+from auxkern.backends.cpu import Cpu
 from auxkern.backends.cpu.heads import IDS
-from auxkern.ops import registry
 
 H, B, S = torch.float16, torch.bfloat16, torch.float32
 # float32 sums of D products and V exponentials in another order than float64's; of the largest entry.
 FLOAT32 = 4e-6
 
 
-@pytest.fixture(params=[isa for isa in ISAS if isa != "best"])
+@pytest.fixture(params=EACH)
 def kernels(request, monkeypatch):
-    """Every instruction set in turn, in the place of the CPU backend."""
-    try:
-        backend = Cpu(request.param, own_products=True)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    chosen = registry._import
-    monkeypatch.setattr(registry, "_import", lambda name: backend if name == "cpu" else chosen(name))
-    return backend
+    """Every instruction set in turn."""
+    return substituted(request.param, monkeypatch, own_products=True)
 
 
 def leaf(*shape: int, seed: int, dtype: torch.dtype = S, std: float = 1.0) -> Tensor:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import generator
+from instruction_sets import EACH, substituted
 from torch import Tensor
 
 import auxkern
 from auxkern import Logits, SamplingParams
-from auxkern.ops import registry
-
-try:
-    from auxkern.backends.cpu import ISAS, Cpu
-except OSError as error:  # as on a GPU machine, where nothing was built; elsewhere another test fails
-    pytest.skip(str(error), allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -30,15 +25,10 @@ PARAMS = {
 }
 
 
-@pytest.fixture(params=[isa for isa in ISAS if isa != "best"], autouse=True)
+@pytest.fixture(params=EACH, autouse=True)
 def kernels(request, monkeypatch):
-    """Every instruction set in turn, in the place of the CPU backend."""
-    try:
-        backend = Cpu(request.param)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    chosen = registry._import
-    monkeypatch.setattr(registry, "_import", lambda name: backend if name == "cpu" else chosen(name))
+    """Every instruction set in turn."""
+    return substituted(request.param, monkeypatch)
 
 
 def logits(N: int, V: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from pairs import PAIRS, tiny_lm_for, tiny_pair, with_two_more
+from pairs import DECODER, PAIRS, tiny_lm_for, tiny_pair, with_two_more
 from tiny import byte_tokenizer
 
 from auxkern.generation import Engine, Request
@@ -98,6 +98,25 @@ def test_order_and_slots_do_not_change_a_text():
     for slots, order in ((3, requests), (8, requests[::-1])):
         for done in Engine(model, TEXT, slots=slots, **engine).generate(order):
             assert done == known[done.id, done.sample]
+
+
+@pytest.mark.parametrize("kind", ["own head", "shared head, features, pointer"])
+def test_with_native_kernels_a_batch_changes_nothing_to_the_last_bit(kind, threads):
+    """Slots, order, other requests and threads: tokens and every log-probability are equal."""
+    one_head = {**DECODER, "num_attention_heads": 1}  # 16 wide, which the kernels take
+    model = tiny_pair(kind, _lm(num_attention_heads=2), auxiliary_config=one_head).use_native_kernels()
+    requests = _requests(12, seed=5, logprobs=True)
+
+    def written(slots, order, count):
+        torch.set_num_threads(count)
+        engine = Engine(model, TEXT, slots=slots, max_length=48, max_condition=8)
+        return {(done.id, done.sample): done for done in engine.generate(requests[i] for i in order)}
+
+    alone = written(1, range(12), 1)
+    for slots in (3, 20):
+        assert written(slots, reversed(range(12)), 2) == alone
+    few = written(5, [7, 2], 2)
+    assert few == {key: alone[key] for key in few}
 
 
 def test_greedy_texts_and_samples_of_one_prompt():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Work:
         text_format: makes its ids.
         conditions, prompts: one of each for every request.
         lengths: tokens that are wanted of each text.
+        plain_lm, plain_auxiliary: the same two models with torch's own linear layers, for the others.
     """
 
     model: Any
@@ -55,6 +58,8 @@ class Work:
     conditions: list[str]
     prompts: list[str]
     lengths: list[int]
+    plain_lm: Any
+    plain_auxiliary: Any
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ def made_work(count: int, device: torch.device) -> Work:
     """
     from auxkern.model import AuxTunedForCausalLM, TextFormat, load_base, load_tokenizer
     from auxkern.model.base import PACKAGED
+    from auxkern.model.native import native_refusal
     from auxkern.tasks.keywords import keyword_examples
 
     examples = keyword_examples()
@@ -161,7 +167,12 @@ def made_work(count: int, device: torch.device) -> Work:
         words = torch.randint(0, 9, (count,)).tolist()
     prompts = [" ".join(one.text.split()[:n]) for one, n in zip(chosen, words, strict=True)]
     text_format = TextFormat(load_tokenizer(PACKAGED), " {condition}")
-    return Work(model.eval(), text_format, [one.condition for one in chosen], prompts, lengths)
+    plain_lm, plain_auxiliary = model.lm, copy.deepcopy(model.eval().auxiliary)
+    if device.type == "cpu" and native_refusal() is None:
+        plain_lm = load_base(PACKAGED, native=False)
+        model.use_native_kernels()
+    conditions = [one.condition for one in chosen]
+    return Work(model, text_format, conditions, prompts, lengths, plain_lm, plain_auxiliary)
 
 
 def engine(work: Work, slots: int) -> Any:
@@ -230,6 +241,12 @@ def _runs(
         ("generate, LM alone", lambda batch: _in_batches(work, batch, _generate_lm)),
         ("generate, pair", lambda batch: _in_batches(work, batch, _generate_pair)),
     ]
+    if work.plain_lm is not work.model.lm:
+        ours = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
+        ways += [
+            ("two-model loop, our kernels", lambda batch: _in_batches(ours, batch, _two_model_loop)),
+            ("generate, LM, our kernels", lambda batch: _in_batches(ours, batch, _generate_lm)),
+        ]
     for batch in batches:
         for name, way in ways:
             yield name, batch, lambda way=way, batch=batch: way(batch)  # type: ignore[misc]
@@ -252,11 +269,47 @@ def _engine(work: Work, batch: int) -> dict[str, float]:
     parts = {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
     with _timed(parts) as spent:
         began = time.perf_counter()
-        made.generate(requests(work))
+        rows = _generated(made, requests(work))
         whole = time.perf_counter() - began
-    seconds = {**spent, "sampling": made.stats.seconds["sampling"]}
+    heads = _head_seconds(work, rows)
+    seconds = {**spent, "heads": heads, "sampling": made.stats.seconds["sampling"] - heads}
     seconds["rest"] = whole - sum(seconds.values())
     return {name: value / whole for name, value in seconds.items()}
+
+
+def _generated(made: Any, asked: list[Any]) -> list[int]:
+    """Answers requests; how many rows each step drew at once."""
+    for request in asked:
+        made.submit(request)
+    rows = []
+    while not made.scheduler.idle:
+        before = made.stats.new_tokens
+        made.step()
+        rows.append(made.stats.new_tokens - before)
+    return rows
+
+
+def _head_seconds(work: Work, rows: list[int]) -> float:
+    """What the output embedding takes of so many draws.
+
+    On a CPU its product is the first half of ``auxkern.sample``; here it is timed by itself.
+    """
+    from auxkern.model.base import output_head
+    from auxkern.ops.dense import dense_logits
+    from auxkern.terms import Head
+
+    if work.model.device.type != "cpu":
+        return 0.0
+    head, total = output_head(work.model.lm), 0.0
+    for n in set(rows):
+        hidden = torch.ones(n, head.weight.shape[1])
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            dense_logits([Head(hidden, *head)])
+            times.append(time.perf_counter() - began)
+        total += statistics.median(times[1:]) * rows.count(n)
+    return total
 
 
 @contextmanager
@@ -295,7 +348,7 @@ def _in_batches(work: Work, batch: int, way: Callable[[Work, list[int]], None]) 
 
 def _generate_lm(work: Work, rows: list[int]) -> None:
     inputs = _inputs(work, rows)
-    work.model.lm.generate(
+    work.plain_lm.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         do_sample=True,
@@ -337,12 +390,13 @@ def _two_model_loop(work: Work, rows: list[int]) -> None:
             TopPLogitsWarper(FILTERS["top_p"]),
         ]
     )
-    weight, embedding = model.lm.get_output_embeddings().weight, model.lm.get_input_embeddings().weight
+    embedding = work.plain_lm.get_input_embeddings().weight
+    project = work.plain_lm.get_output_embeddings()
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     new, lm_cache, aux_cache = ids, None, None
     for _ in range(max(work.lengths[i] for i in rows)):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
-        lm = model.lm(
+        lm = work.plain_lm(
             input_ids=new,
             attention_mask=mask,
             position_ids=positions,
@@ -352,9 +406,9 @@ def _two_model_loop(work: Work, rows: list[int]) -> None:
         )
         pair = PairInputs(new, mask, inputs["condition_ids"], inputs["condition_mask"])
         nothing = embedding.new_zeros(*new.shape, 0, embedding.shape[1])
-        aux = model.auxiliary(pair.for_auxiliary(nothing, embedding, aux_cache, True))
+        aux = work.plain_auxiliary(pair.for_auxiliary(nothing, embedding, aux_cache, True))
         lm_cache, aux_cache = lm.past_key_values, aux.cache
-        aux_logits = torch.nn.functional.linear(model.head(aux.hidden[:, -1]), weight)
+        aux_logits = project(model.head(aux.hidden[:, -1]))
         aux_logits = aux_logits.scatter_add(
             1, inputs["condition_ids"], aux.pointer[:, -1] * inputs["condition_mask"]
         )
@@ -365,7 +419,7 @@ def _two_model_loop(work: Work, rows: list[int]) -> None:
 
 
 def _continuous_refusal(work: Work) -> str | None:
-    if not hasattr(work.model.lm, "generate_batch"):
+    if not hasattr(work.plain_lm, "generate_batch"):
         return "this version of transformers has none"
     if work.model.device.type == "cpu":
         return "it needs a GPU"
@@ -383,7 +437,7 @@ def _continuous(work: Work) -> dict[str, float]:
         **FILTERS,
     )
     prompts = [_inputs(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
-    work.model.lm.generate_batch(inputs=prompts, generation_config=config)
+    work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
     return {}
 
 

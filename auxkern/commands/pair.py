@@ -109,6 +109,7 @@ def load_pair(
         OSError, ValueError: there is no such model or base, it is damaged, or the base is another one.
     """
     from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, TextFormat, load_tokenizer
+    from auxkern.model.native import native_refusal
 
     device = device_from(parser, options.device)
     _check_model(options.model)
@@ -129,6 +130,8 @@ def load_pair(
         )
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights of {options.model} or of its base are damaged: {error}") from error
+    if device.type == "cpu" and native_refusal() is None:
+        model.use_native_kernels()
     return model.eval(), TextFormat(tokenizer, config.condition_template, max_length)
 
 

@@ -180,7 +180,7 @@ def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:
 def _base(settings: TrainSettings) -> tuple[Any, Any]:
     from auxkern.model.base import load_base, load_tokenizer
 
-    source = {"revision": settings.base_revision, "gguf_file": settings.base_gguf_file}
+    source: dict[str, Any] = {"revision": settings.base_revision, "gguf_file": settings.base_gguf_file}
     device = settings.device or ("cuda" if torch.cuda.is_available() else None)
     try:
         tokenizer = load_tokenizer(settings.base, **source)

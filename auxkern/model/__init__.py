@@ -9,6 +9,7 @@ from auxkern.model.auxiliary import AuxiliaryInputs, AuxiliaryModule, AuxiliaryO
 from auxkern.model.base import fingerprint, load_base, load_tokenizer
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.modeling import AuxTunedForCausalLM
+from auxkern.model.native import use_native_kernels
 from auxkern.model.text import Example, TextFormat
 
 AutoConfig.register(AuxTunedConfig.model_type, AuxTunedConfig)
@@ -25,4 +26,5 @@ __all__ = [
     "fingerprint",
     "load_base",
     "load_tokenizer",
+    "use_native_kernels",
 ]

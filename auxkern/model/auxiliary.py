@@ -75,6 +75,9 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+_PRODUCTS = 1 << 22  # most that a pointer holds at a time
+
+
 class InputVectors(nn.Module):
     """Vectors of ids, and of what the base made of them."""
 
@@ -161,8 +164,19 @@ class Pointer(nn.Module):
         share = occurred.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp_min(1)
         hidden = hidden + share * self.covered
         before = nn.functional.pad(inputs.condition_ids[:, :-1], (1, 0), value=-1)[:, None, :]
-        scores = self.query(hidden) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+        scores = _products(self.query(hidden), keys) / math.sqrt(keys.shape[-1])
         return hidden, scores + self.follow(hidden) * (ids == before), occurred[:, -1]
+
+
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """(B, T, d) and (B, K, d) to (B, T, K)."""
+    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+        return query @ keys.transpose(1, 2)
+    # A library's product of small matrices adds in an order that changes with their number.
+    B, T, d = query.shape
+    step = max(1, _PRODUCTS // max(1, B * keys.shape[1] * d))
+    parts = [(query[:, t : t + step, None] * keys[:, None]).sum(-1) for t in range(0, T, step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @dataclass

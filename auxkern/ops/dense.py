@@ -9,6 +9,7 @@ from torch import Tensor
 
 from auxkern.ops import logit_chunks
 from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
+from auxkern.ops.linear import kernel_for
 from auxkern.ops.rows import row_dtype
 from auxkern.terms import Head, Logits, Sparse, as_terms
 
@@ -55,5 +56,5 @@ def _products(head: Head, V: int, dtype: torch.dtype) -> Tensor:
         return torch.nn.functional.linear(head.hidden.to(dtype), head.weight[:V].to(dtype), bias)
     N = head.leading.numel()
     z = torch.empty((N, V), dtype=dtype, device=head.hidden.device)
-    logit_chunks.add_head(z, head, slice(0, N), V, 1.0, keep=False)
+    logit_chunks.add_head(z, head, slice(0, N), V, 1.0, keep=False, kernel=kernel_for(z, head.weight))
     return z.view(*head.leading, V)

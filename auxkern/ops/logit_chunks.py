@@ -62,10 +62,16 @@ def _summands(parts: list[Part], separate: bool) -> list[_Summand]:
     return listed
 
 
-def _add_product(z: Tensor, a: Tensor, b: Tensor, factor: float, keep: bool) -> None:
-    """z (C, V) = factor * a (C, D) @ b (V, D).T, plus what z held if ``keep``; rounded to z's dtype only."""
+def _add_product(z: Tensor, a: Tensor, b: Tensor, factor: float, keep: bool, kernel: Any = None) -> None:
+    """z (C, V) = factor * a (C, D) @ b (V, D).T, plus what z held if ``keep``; rounded to z's dtype only.
+
+    A backend's ``kernel`` makes the product if it takes it.
+    """
     beta = 1 if keep else 0
-    if a.dtype == b.dtype == z.dtype:
+    if hasattr(kernel, "linear") and kernel.linear_refusal(z, b) is None:
+        a = a.to(z.dtype)
+        kernel.linear(a if factor == 1.0 else a * factor, b, None, z, keep)
+    elif a.dtype == b.dtype == z.dtype:
         z.addmm_(a, b.T, beta=beta, alpha=factor)
     elif a.is_cuda and a.dtype == b.dtype:
         product = torch.mm(a, b.T, out_dtype=z.dtype)
@@ -77,15 +83,17 @@ def _add_product(z: Tensor, a: Tensor, b: Tensor, factor: float, keep: bool) -> 
             z[:, v : v + _CONVERTED_IDS].addmm_(a, block.T, beta=beta, alpha=factor)
 
 
-def add_head(z: Tensor, head: Head, rows: slice, V: int, factor: float, *, keep: bool) -> None:
+def add_head(
+    z: Tensor, head: Head, rows: slice, V: int, factor: float, *, keep: bool, kernel: Any = None
+) -> None:
     """z (C, V) = factor * (hidden @ weight.T + bias) of these rows, plus what z held if ``keep``."""
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
-    _add_product(z, hidden[rows], head.weight[:V], factor, keep)
+    _add_product(z, hidden[rows], head.weight[:V], factor, keep, kernel)
     if head.bias is not None:
         z.add_(head.bias[:V], alpha=factor)
 
 
-def _fill(z: Tensor, summand: _Summand, rows: Any) -> None:
+def _fill(z: Tensor, summand: _Summand, rows: Any, kernel: Any) -> None:
     """z (C, V) = the summand's logits for these rows."""
     V = z.shape[1]
     keep = False
@@ -97,7 +105,7 @@ def _fill(z: Tensor, summand: _Summand, rows: Any) -> None:
             z.scatter_add_(1, ids[rows].long(), factor * values[rows].to(z.dtype))
         else:
             hidden, weight, *bias = part.tensors
-            _add_product(z, hidden[rows], weight[:V], factor, keep)
+            _add_product(z, hidden[rows], weight[:V], factor, keep, kernel)
             for b in bias:
                 z.add_(b[:V], alpha=factor)
         keep = True
@@ -222,7 +230,7 @@ def rows_and_gradients(
             logits = summand.logits
             if logits is None:
                 z = next(unused)[: y.shape[0]]
-                _fill(z, summand, rows)
+                _fill(z, summand, rows, kernel)
                 values.append(z[None])
             else:
                 values.append(rows_of_logits(logits, rows))

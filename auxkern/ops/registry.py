@@ -308,6 +308,28 @@ class BackendWithHeadSample(BackendWithHeads, BackendWithSample, Protocol):
         ...
 
 
+class BackendWithLinear(Backend, Protocol):
+    """A backend with products of its own for layers that are not trained."""
+
+    def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
+        """Why it leaves this product to torch; None if it takes it."""
+        ...
+
+    def linear(
+        self,
+        x: Tensor,  # (M, K) float32
+        weight: Tensor,  # (N, K) float32, float16 or bfloat16, rows contiguous
+        bias: Tensor | None,  # (N,)
+        y: Tensor,  # (M, N) float32, rows contiguous, written
+        accumulate: bool,
+    ) -> None:
+        """``y = x @ weight.T + bias``, plus what y held if ``accumulate``, summed in float32.
+
+        A row of y does not depend on the other rows.
+        """
+        ...
+
+
 _MODULES = {
     "triton": "auxkern.backends.triton",
     "cpu": "auxkern.backends.cpu",

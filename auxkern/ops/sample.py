@@ -271,7 +271,7 @@ def _chunked(
     parts = []
     for n in range(0, N, C):
         rows = slice(n, min(n + C, N))
-        values, scales, softcaps, row_scales = _chunk(summed, draws, rows, V)
+        values, scales, softcaps, row_scales = _chunk(kernel, summed, draws, rows, V)
         part = _rows_of(draws, rows, row_scales)
         parts.append(kernel.sample(values, scales, softcaps, V, part, want_logprob))
     token, status, logprob = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -297,7 +297,7 @@ def _rows_of(draws: Draws, rows: slice, row_scales: list[Tensor | None]) -> Draw
 
 
 def _chunk(
-    terms: Sequence[Logits | Head], draws: Draws, rows: slice, V: int
+    kernel: Any, terms: Sequence[Logits | Head], draws: Draws, rows: slice, V: int
 ) -> tuple[list[Tensor], list[float], list[float], list[Tensor | None]]:
     """What a kernel takes for some rows: logits as they are, heads that simply add up as one buffer."""
     values: list[Tensor] = []
@@ -312,12 +312,12 @@ def _chunk(
         if isinstance(term, Logits):
             chunk = logit_chunks.rows_of_logits(as_rows(index, term.values), rows)
         elif here is None and not term.softcap and shared is not None:
-            logit_chunks.add_head(shared, term, rows, V, scale, keep=True)
+            logit_chunks.add_head(shared, term, rows, V, scale, keep=True, kernel=kernel)
             continue
         else:
             z = torch.empty((rows.stop - rows.start, V), dtype=dtype, device=draws.seed.device)
             alone = here is not None or bool(term.softcap)
-            logit_chunks.add_head(z, term, rows, V, 1.0 if alone else scale, keep=False)
+            logit_chunks.add_head(z, term, rows, V, 1.0 if alone else scale, keep=False, kernel=kernel)
             scale = scale if alone else 1.0
             chunk = z[None]
             shared = shared if alone else z

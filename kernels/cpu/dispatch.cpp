@@ -14,8 +14,10 @@
 #include <unistd.h>
 #endif
 
+#include "attention.h"
 #include "cross_entropy.h"
 #include "heads.h"
+#include "linear.h"
 #include "sample.h"
 
 namespace {
@@ -172,6 +174,18 @@ int32_t check(const auxkern_head *heads, int32_t n_heads, const auxkern_rows *ro
     return AUXKERN_OK;
 }
 
+bool is_bad(const auxkern_linear &layer) {
+    return layer.M < 0 || layer.N < 0 || layer.K < 1 || layer.x_stride < layer.K || layer.weight_stride < layer.K ||
+           layer.y_stride < layer.N || layer.dtype < AUXKERN_F32 || layer.dtype > AUXKERN_BF16 ||
+           (layer.M > 0 && layer.N > 0 && (!layer.x || !layer.weight || !layer.y));
+}
+
+bool is_bad(const auxkern_attention &a) {
+    const bool empty = a.B == 0 || a.T == 0;
+    return a.B < 0 || a.T < 0 || a.P < a.T || a.P > INT32_MAX || a.D < 1 || a.D % 16 != 0 || a.key_heads < 1 ||
+           a.heads < 1 || a.heads % a.key_heads != 0 || (!empty && (!a.query || !a.key || !a.value || !a.out));
+}
+
 bool is_bad(const auxkern_row_ids &list) { return list.width < 0 || (list.width > 0 && !list.ids); }
 
 bool is_bad(const auxkern_sampling &s) {
@@ -272,6 +286,32 @@ int32_t auxkern_heads_backward(const auxkern_head *heads, int32_t n_heads, const
     const HeadsBackwardTask task{heads, n_heads, rows, V, gradient};
     const int32_t isa = resolve(execution->isa);
     return run_segments<HeadsBackwardTask>(AUXKERN_PICK(Kernel<HeadsBackwardTask>, heads_backward, isa), task, *execution);
+}
+
+int32_t auxkern_linear_forward(const auxkern_linear *layer, const auxkern_execution *execution) {
+    if (!layer || !execution || is_bad(*layer) || execution->threads < 1) return AUXKERN_BAD_ARGUMENT;
+    if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
+    const LinearTask task{layer};
+    if (layer->M == 0 || layer->N == 0) return AUXKERN_OK;
+    constexpr int64_t MIN_PRODUCTS_PER_THREAD = 1 << 16;  // about 10 us of work, what a thread costs
+    const int64_t pieces = task.pieces(), useful = layer->M * layer->N * layer->K / MIN_PRODUCTS_PER_THREAD;
+    const auto threads = static_cast<unsigned>(std::min<int64_t>({execution->threads, pieces, useful + 1}));
+    return run(AUXKERN_PICK(Kernel<LinearTask>, linear, resolve(execution->isa)), task, pieces, int64_t(1), int64_t(0),
+               threads, *execution);
+}
+
+int32_t auxkern_attention_forward(const auxkern_attention *attention, const auxkern_execution *execution) {
+    if (!attention || !execution || is_bad(*attention) || execution->threads < 1) return AUXKERN_BAD_ARGUMENT;
+    if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
+    const AttentionTask task{attention};
+    const int64_t pieces = task.pieces(), work = task.group() * attention->P * attention->D;
+    if (pieces == 0) return AUXKERN_OK;
+    constexpr int64_t MIN_PRODUCTS_PER_THREAD = 1 << 15, MIN_PRODUCTS = 1 << 13;
+    const auto threads = static_cast<unsigned>(
+        std::min<int64_t>({execution->threads, pieces, pieces * work / MIN_PRODUCTS_PER_THREAD + 1}));
+    const int64_t grab = std::max<int64_t>(1, MIN_PRODUCTS / work);
+    return run(AUXKERN_PICK(Kernel<AttentionTask>, attention, resolve(execution->isa)), task, pieces, grab,
+               scratch_size(task), threads, *execution);
 }
 
 int32_t auxkern_sample(const auxkern_term *terms, int32_t n_terms, int64_t N, int64_t V,

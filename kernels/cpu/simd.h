@@ -28,6 +28,16 @@ inline vf splat(float x) { return vf{} + x; }
 inline vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 inline void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 
+// x, loaded once: compilers would rather load it again for each use, and loads are what runs out.
+inline vf in_register(vf x) {
+#if AUXKERN_LANES == 16
+    __asm__("" : "+v"(x));
+#elif AUXKERN_LANES == 8
+    __asm__("" : "+x"(x));
+#endif
+    return x;
+}
+
 // The second operand where either is NaN, as the x86 instruction does.
 inline vf vmax(vf a, vf b) {
 #if AUXKERN_LANES == 16
@@ -67,6 +77,40 @@ inline double reduce_sum(vf x) {
     double sum = 0;
     for (int i = 0; i < LANES; ++i) sum += lanes[i];
     return sum;
+}
+
+// to[i] = sum of the lanes of x[i], each in the same order.
+template <int COUNT>
+inline void reduce_each(const vf *x, float *to) {
+#if AUXKERN_LANES == 16
+    static_assert(COUNT == 8, "eight vectors end in eight lanes");
+    __m512 four[4], two[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // halves of two vectors, then quarters of four, added
+        const __m512 a = (__m512)x[2 * i], b = (__m512)x[2 * i + 1];
+        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                               _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+    const __m512 one = _mm512_add_ps(_mm512_unpacklo_ps(two[0], two[1]), _mm512_unpackhi_ps(two[0], two[1]));
+    const __m512 sums = _mm512_add_ps(one, _mm512_permute_ps(one, 0x4e));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
+#elif AUXKERN_LANES == 8
+    static_assert(COUNT == 4, "four vectors end in four lanes");
+    const __m256 low = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), high = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
+    const __m256 both = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+    for (int i = 0; i < COUNT; ++i) {
+        float lanes[LANES];
+        memcpy(lanes, x + i, sizeof lanes);
+        to[i] = 0;
+        for (int j = 0; j < LANES; ++j) to[i] += lanes[j];
+    }
+#endif
 }
 
 // ---- float16 and bfloat16 ------------------------------------------------------------------

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define AUXKERN_ABI_VERSION 3
+#define AUXKERN_ABI_VERSION 4
 #define AUXKERN_MAX_TERMS 8
 
 #if defined(_WIN32)
@@ -171,6 +171,48 @@ AUXKERN_EXPORT int32_t auxkern_heads_backward(const auxkern_head *heads, int32_t
                                               const auxkern_rows *rows, int64_t V,
                                               const auxkern_heads_gradient *gradient,
                                               const auxkern_execution *execution);
+
+/* ---- linear layers that are not trained ------------------------------------------------------ */
+
+/* y[m, n] = sum over k of x[m, k] * weight[n, k] + bias[n], for any M, and plus what y[m, n] held with
+ * `accumulate`; a row of y is the same to the last bit whatever other rows there are. */
+typedef struct {
+    int64_t M, N, K;     /* K at least 1 */
+    const float *x;      /* M rows of K */
+    const void *weight;  /* N rows of K */
+    const float *bias;   /* (N,) or NULL */
+    float *y;            /* M rows of N */
+    int64_t x_stride, weight_stride, y_stride; /* from row to row */
+    int32_t dtype;       /* of the weight */
+    int32_t accumulate;
+} auxkern_linear;
+
+AUXKERN_EXPORT int32_t auxkern_linear_forward(const auxkern_linear *layer, const auxkern_execution *execution);
+
+/* ---- attention over a cache -------------------------------------------------------------------
+ *
+ *     out[b, t, h] = sum over columns p that (b, t) sees of softmax(scale * query[b, h, t] . key[b, g, p]) value[b, g, p]
+ *
+ * where g = h / (heads / key_heads). A row is the same to the last bit whatever columns there are that
+ * it does not see, and whatever other rows. A row that sees none is 0.
+ */
+typedef struct {
+    int64_t B, T, P, D;       /* sequences, query positions, columns, width of a head: a multiple of 16 */
+    int64_t heads, key_heads; /* the second divides the first */
+    const float *query;       /* rows of D; strides count floats */
+    int64_t query_stride_batch, query_stride_head, query_stride_position;
+    const float *key;
+    int64_t key_stride_batch, key_stride_head, key_stride_column;
+    const float *value;
+    int64_t value_stride_batch, value_stride_head, value_stride_column;
+    const uint8_t *mask; /* not 0 where a position sees a column; NULL: position t sees P - T + t + 1 */
+    int64_t mask_stride_batch, mask_stride_query, mask_stride_column;
+    float scale;
+    float *out; /* (B, T, heads, D) contiguous */
+} auxkern_attention;
+
+AUXKERN_EXPORT int32_t auxkern_attention_forward(const auxkern_attention *attention,
+                                                 const auxkern_execution *execution);
 
 /* ---- sampling ------------------------------------------------------------------------------- */
 

@@ -14,8 +14,10 @@ from auxkern.backends.cpu import sampling as _sampling
 from auxkern.backends.cpu.library import (
     DTYPES,
     ISAS,
+    Attention,
     Execution,
     Gradient,
+    Linear,
     Term,
     check,
     library_path,
@@ -23,6 +25,9 @@ from auxkern.backends.cpu.library import (
     torch_thread_pool,
 )
 from auxkern.ops.registry import Draws, Entries, HeadRows, Rows, SegmentGradients, Segments
+
+_LIBRARY = "a library's products are faster than plain code"
+_WIDTH = 16  # what a head's width is a multiple of, for every instruction set
 
 
 class Cpu:
@@ -172,7 +177,7 @@ class Cpu:
 
     def segments_refusal(self, heads: list[HeadRows]) -> str | None:
         if not self._own_products:
-            return "a library's products are faster than plain code"
+            return _LIBRARY
         return _heads.refusal(heads)
 
     def segments_e_size(self, C: int, V: int) -> int:
@@ -204,6 +209,69 @@ class Cpu:
         sums = (row_max, exp_coefficient, target_gradient)
         return _heads.backward(self._library, self._execution(), segments, *sums, gradients)
 
+    def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
+        if not self._own_products:
+            return _LIBRARY
+        if x.dtype != torch.float32:
+            return f"its products are made in float32, not {x.dtype}"
+        return None if weight.stride(1) == 1 and weight.shape[1] else "a weight's rows are not contiguous"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, accumulate: bool) -> None:
+        if y.numel() == 0:
+            return
+        # Bound to names: a temporary would be freed before the kernel reads it.
+        x = x if x.stride(1) == 1 else x.contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        layer = Linear(
+            M=y.shape[0],
+            N=y.shape[1],
+            K=x.shape[1],
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            y=y.data_ptr(),
+            x_stride=x.stride(0),
+            weight_stride=weight.stride(0),
+            y_stride=y.stride(0),
+            dtype=DTYPES[weight.dtype],
+            accumulate=accumulate,
+        )
+        check(self._library.auxkern_linear_forward(layer, self._execution()))
+
+    def attention_refusal(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+        if not self._own_products:
+            return _LIBRARY
+        if any(t.dtype != torch.float32 or t.stride(-1) != 1 for t in (query, key, value)):
+            return "it takes float32 with rows that are contiguous"
+        if query.shape[-1] % _WIDTH or value.shape[-1] != query.shape[-1]:
+            return f"heads have a width of {query.shape[-1]}, which is no multiple of {_WIDTH}"
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):
+            return "the mask is not one of bools for all heads"
+        return None
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, out: Tensor
+    ) -> None:
+        attention = Attention(
+            B=query.shape[0],
+            T=query.shape[2],
+            P=key.shape[2],
+            D=query.shape[3],
+            heads=query.shape[1],
+            key_heads=key.shape[1],
+            query=query.data_ptr(),
+            query_strides=query.stride()[:3],
+            key=key.data_ptr(),
+            key_strides=key.stride()[:3],
+            value=value.data_ptr(),
+            value_strides=value.stride()[:3],
+            scale=scale,
+            out=out.data_ptr(),
+        )
+        if mask is not None:
+            attention.mask, attention.mask_strides = mask.data_ptr(), _mask_strides(mask, query, key)
+        check(self._library.auxkern_attention_forward(attention, self._execution()))
+
     def sample(
         self,
         values: list[Tensor],
@@ -218,6 +286,14 @@ class Cpu:
 
     def _execution(self) -> Execution:
         return Execution(torch.get_num_threads(), ISAS[self.isa], self._parallel)
+
+
+def _mask_strides(mask: Tensor, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Of sequence, position and column; 0 where one entry stands for all."""
+    sizes = (query.shape[0], query.shape[2], key.shape[2])
+    places = (0, 2, 3)
+    strides = [mask.stride(i) if mask.shape[i] == size else 0 for i, size in zip(places, sizes, strict=True)]
+    return strides[0], strides[1], strides[2]
 
 
 def _terms(values: list[Tensor], scales: list[float], softcaps: list[float]) -> ctypes.Array[Term]:

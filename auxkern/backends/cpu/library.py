@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STATUS = {
@@ -85,6 +85,39 @@ class HeadsGradient(Structure):
     ]
 
 
+class Linear(Structure):
+    _fields_ = [
+        ("M", c_int64),
+        ("N", c_int64),
+        ("K", c_int64),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("x_stride", c_int64),
+        ("weight_stride", c_int64),
+        ("y_stride", c_int64),
+        ("dtype", c_int32),
+        ("accumulate", c_int32),
+    ]
+
+
+class Attention(Structure):
+    _fields_ = [
+        *[(name, c_int64) for name in ("B", "T", "P", "D", "heads", "key_heads")],
+        ("query", c_void_p),
+        ("query_strides", c_int64 * 3),
+        ("key", c_void_p),
+        ("key_strides", c_int64 * 3),
+        ("value", c_void_p),
+        ("value_strides", c_int64 * 3),
+        ("mask", c_void_p),
+        ("mask_strides", c_int64 * 3),
+        ("scale", c_float),
+        ("out", c_void_p),
+    ]
+
+
 class RowIds(Structure):
     _fields_ = [("ids", c_void_p), ("width", c_int64)]
 
@@ -154,6 +187,10 @@ def load(path: Path) -> ctypes.CDLL:
     library.auxkern_heads_forward.argtypes = [*heads, *execution]
     library.auxkern_heads_backward.restype = c_int32
     library.auxkern_heads_backward.argtypes = [*heads, POINTER(HeadsGradient), *execution]
+    library.auxkern_linear_forward.restype = c_int32
+    library.auxkern_linear_forward.argtypes = [POINTER(Linear), *execution]
+    library.auxkern_attention_forward.restype = c_int32
+    library.auxkern_attention_forward.argtypes = [POINTER(Attention), *execution]
     library.auxkern_sample.restype = c_int32
     library.auxkern_sample.argtypes = [
         POINTER(Term),

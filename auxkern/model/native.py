@@ -1,0 +1,112 @@
+"""A transformers model on a CPU in auxkern's kernels: through its own extension points, no forward copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from auxkern.nn import FrozenEmbedding, FrozenLinear
+from auxkern.ops.attention import attention, kernel_refusal
+from auxkern.ops.linear import kernel_for
+
+ATTENTION = "auxkern"  # its name among transformers' attention functions
+_UNKNOWN = ("position_bias", "cache", "softcap")  # what the kernel would have to know of
+
+
+def native_refusal() -> str | None:
+    """Why a model runs on this machine's CPU as it is; None if ``use_native_kernels`` makes it faster."""
+    x = torch.empty(1, 1, dtype=torch.float32, device="cpu")
+    return None if kernel_for(x, x) is not None else "there are no native kernels for AVX2 or AVX-512 here"
+
+
+def use_native_kernels(module: nn.Module) -> nn.Module:
+    """Puts auxkern's kernels in a model that runs on a CPU and is not trained.
+
+    Linear layers and embeddings keep their weights' dtype, float16 or another; everything else, and all
+    that is computed, is in float32. Parameters, their names and ``state_dict`` stay what they are. Of
+    transformers models "sdpa" attention becomes "auxkern". A row then does not depend, to the last bit,
+    on the rows or the padding beside it. Where gradients are wanted, or on a GPU, torch's own functions
+    are called.
+
+    Args:
+        module: such as a base or an auxiliary; changed in place.
+
+    Returns:
+        The same module.
+
+    Raises:
+        RuntimeError: there are no kernels for this machine.
+    """
+    reason = native_refusal()
+    if reason is not None:
+        raise RuntimeError(f"native kernels cannot run: {reason}; leave the model as it is")
+    _swap_layers(module)
+    for layer in module.modules():
+        for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            narrow = isinstance(layer, (FrozenLinear, FrozenEmbedding)) and name == "weight"
+            if tensor.is_floating_point() and not narrow:
+                tensor.data = tensor.data.float()
+    for model in module.modules():
+        if isinstance(model, PreTrainedModel) and model.config._attn_implementation == "sdpa":
+            _register()
+            model.set_attn_implementation(ATTENTION)
+    return module
+
+
+def _swap_layers(module: nn.Module) -> None:
+    """Linear layers and embeddings become frozen ones; subclasses that compute otherwise stay."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
+                setattr(parent, name, FrozenLinear.of(child))
+            elif isinstance(child, nn.Embedding) and type(child).forward is nn.Embedding.forward:
+                setattr(parent, name, FrozenEmbedding.of(child))
+
+
+def _register() -> None:
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (B, H, T, D) and (B, G, P, D) to (B, T, H, D)."""
+    T, P, D = query.shape[2], key.shape[2], query.shape[3]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    taken = (
+        not wants_gradient
+        and dropout == 0.0
+        and all(options.get(name) is None for name in _UNKNOWN)
+        and (attention_mask is not None or T == 1 or (causal and T == P))
+        and kernel_refusal(query, key, value, attention_mask) is None
+    )
+    if taken:
+        scale = D**-0.5 if scaling is None else scaling
+        return attention(query, key, value, attention_mask, scale=scale), None
+    found: tuple[Tensor, None] = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **options,
+    )
+    return found

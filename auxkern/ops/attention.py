@@ -1,0 +1,104 @@
+"""Attention over a cache, of positions that are not trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.ops import registry
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    backend: str | None = None,
+) -> Tensor:
+    """out[b, t, h] = sum over p of softmax over p of (scale * query[b, h, t] . key[b, g, p]) value[b, g, p].
+
+    H query heads share the keys of G heads: g = h // (H // G). Positions see the columns p that the mask
+    says. On a CPU with AVX2 a native kernel reads only those, and a row is the same to the last bit
+    whatever padding or other rows stand beside it. Elsewhere it is
+    ``torch.nn.functional.scaled_dot_product_attention``. It makes no gradients.
+
+    Args:
+        query: (B, H, T, D) of the last T positions.
+        key, value: (B, G, P, D); G divides H.
+        mask: (B or 1, 1, T or 1, P or 1) bool; None: each position sees those up to its own.
+        scale: mostly D ** -0.5.
+        backend: name of a backend, or None to choose.
+
+    Returns:
+        (B, T, H, D). A row that sees no column is 0 from the native kernel.
+
+    Raises:
+        ValueError: shapes disagree.
+        RuntimeError: the backend asked for cannot run.
+    """
+    if key.shape != value.shape or query.dim() != 4 or key.dim() != 4 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}; "
+            "they must be (B, H, T, D) and (B, G, P, D), and G must divide H"
+        )
+    if not torch.compiler.is_compiling():
+        return _attention(query, key, value, mask, scale, backend or "")
+    found: Tensor = torch.ops.auxkern.attention(query, key, value, mask, scale, backend or "")
+    return found
+
+
+def kernel_refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    """Why ``attention`` would leave these to torch; None if a native kernel takes them."""
+    _, reason = _kernel(query, key, value, mask, None)
+    return reason
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: str | None
+) -> tuple[Any, str | None]:
+    kernel = registry.load(registry.choose(backend, query.device, (query.dtype, key.dtype)))
+    if not hasattr(kernel, "attention"):
+        return kernel, "it has no kernel for attention"
+    return kernel, kernel.attention_refusal(query, key, value, mask)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: str
+) -> Tensor:
+    kernel, reason = _kernel(query, key, value, mask, backend or None)
+    if reason is None:
+        out = _empty(query)
+        kernel.attention(query, key, value, mask, scale, out)
+        return out
+    if backend not in ("", "reference"):
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}. Pass backend=None")
+    if mask is None:
+        T, P = query.shape[2], key.shape[2]
+        mask = torch.ones(T, P, dtype=torch.bool, device=query.device).tril(P - T)
+    z = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return z.transpose(1, 2).contiguous()
+
+
+torch.library.define(
+    "auxkern::attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str backend) -> Tensor",
+)
+torch.library.impl("auxkern::attention", "default", _attention)
+
+
+@torch.library.register_fake("auxkern::attention")
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: str
+) -> Tensor:
+    return _empty(query)
+
+
+def _empty(query: Tensor) -> Tensor:
+    B, H, T, D = query.shape
+    return query.new_empty((B, T, H, D))

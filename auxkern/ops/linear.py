@@ -1,0 +1,103 @@
+"""Linear layers that are not trained, with weights narrower than what goes through them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.ops import registry
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """y[m, n] = sum over k of x[m, k] * weight[n, k], plus bias[n]; computed in x's dtype.
+
+    On a CPU with AVX2 a native kernel reads the weight as it stands, half precision too, and a row of
+    y is the same to the last bit in whatever batch. Elsewhere, and where a gradient is wanted, it is
+    ``torch.nn.functional.linear`` on the weight in x's dtype.
+
+    Args:
+        x: (..., K).
+        weight: (N, K) of x's dtype, float16 or bfloat16.
+        bias: (N,) or None.
+        backend: name of a backend, or None to choose.
+
+    Returns:
+        (..., N) of x's dtype; differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        RuntimeError: the backend asked for cannot run.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        if backend not in (None, "reference"):
+            raise RuntimeError(f"backend={backend!r} makes no gradients of a linear layer; pass backend=None")
+        _check(x, weight, bias)
+        return _plain(x, weight, bias)
+    if not torch.compiler.is_compiling():
+        # A text takes hundreds of calls, and torch's dispatcher would cost each half as much again.
+        return _linear(x, weight, bias, backend or "")
+    y: Tensor = torch.ops.auxkern.linear(x, weight, bias, backend or "")
+    return y
+
+
+def kernel_for(x: Tensor, weight: Tensor, backend: str | None = None) -> Any:
+    """A backend with a kernel for ``x @ weight.T`` in float32; None where torch's products are to be used.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run.
+    """
+    name = registry.choose(backend, x.device, (x.dtype, weight.dtype))
+    kernel = registry.load(name)
+    if not hasattr(kernel, "linear"):
+        return None
+    reason = kernel.linear_refusal(x, weight)
+    if reason is not None and backend is not None and backend != "reference":
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}. Pass backend=None")
+    return None if reason is not None else kernel
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} but weight {tuple(weight.shape)}; they must be (..., K) and (N, K)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} but weight has {weight.shape[0]} rows; give (N,)"
+        )
+    if weight.dtype != x.dtype and weight.dtype not in HALF_DTYPES:
+        raise ValueError(
+            f"weight has dtype {weight.dtype} but x {x.dtype}; give x's dtype, float16 or bfloat16"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device} but x on {x.device}; move it there")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    _check(x, weight, bias)
+    kernel = kernel_for(x, weight, backend or None)
+    if kernel is None:
+        return _plain(x, weight, bias)
+    N, K = weight.shape
+    rows = x.reshape(-1, K)
+    y = x.new_empty((rows.shape[0], N))
+    kernel.linear(rows, weight, bias, y, False)
+    return y.view(*x.shape[:-1], N)
+
+
+torch.library.define("auxkern::linear", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")
+torch.library.impl("auxkern::linear", "default", _linear)
+
+
+@torch.library.register_fake("auxkern::linear")
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    _check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
