@@ -8,7 +8,7 @@ from pairs import tiny_lm_for, tiny_pair
 from tiny import byte_tokenizer
 
 from auxkern.bench import __main__ as bench
-from auxkern.bench import generate
+from auxkern.bench import generate, generate_peers
 from auxkern.model import TextFormat
 
 
@@ -19,7 +19,7 @@ def work():
     model = tiny_pair("shared head, features, pointer", lm, lm_layers=[])
     conditions, prompts = [*"abcdef"], ["", "x", "", "yy", "", "z"]
     lengths = [3, 9, 1, 5, 7, 2]
-    return generate.Work(
+    return generate_peers.Work(
         model, TextFormat(tokenizer), conditions, prompts, lengths, model.lm, model.auxiliary
     )
 
@@ -70,11 +70,11 @@ def test_the_loop_computes_the_pairs_logits(work, monkeypatch):
         return scores.argmax(-1, keepdim=True)
 
     monkeypatch.setattr(torch, "multinomial", first)
-    monkeypatch.setattr(generate, "FILTERS", {"temperature": 1.0, "top_k": 1, "top_p": 1.0})
+    monkeypatch.setattr(generate_peers, "FILTERS", {"temperature": 1.0, "top_k": 1, "top_p": 1.0})
     rows = [1, 3]
-    generate._two_model_loop(work, rows)
+    generate_peers.two_model_loop(work, rows)
     greedy = work.model.generate(
-        **generate._inputs(work, rows), do_sample=False, max_new_tokens=9, eos_token_id=None
+        **generate_peers.encoded(work, rows), do_sample=False, max_new_tokens=9, eos_token_id=None
     )
     drawn = torch.stack([scores.argmax(-1) for scores in seen], 1)
     assert torch.equal(drawn, greedy[:, -9:])

@@ -16,15 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from auxkern.bench.generate_peers import (
+    FILTERS,
+    LONGEST,
+    SHORTEST,
+    Work,
+    continuous,
+    continuous_refusal,
+    encoded,
+    generate_lm,
+    generate_pair,
+    in_batches,
+    two_model_loop,
+)
 from auxkern.bench.machine import OtherWork, machine_facts, now
 from auxkern.bench.session import device_from, positive
 from auxkern.files import replace_file
 
 PROGRAM = "python -m auxkern.bench --op generate"
-SHORTEST, LONGEST = 8, 128
-FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
 _AUXILIARY = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -39,27 +49,6 @@ text is done. First the engine's texts are compared with those of model.generate
 two-model loop: both models with their caches, the sum of their logits, Hugging Face's warpers, multinomial.
 Exit status: 0; 1 if the engine's texts are wrong; 2 for bad options or missing packages; 130 after Ctrl-C.
 """
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is asked for.
-
-    Attributes:
-        model: the pair.
-        text_format: makes its ids.
-        conditions, prompts: one of each for every request.
-        lengths: tokens that are wanted of each text.
-        plain_lm, plain_auxiliary: the same two models with torch's own linear layers, for the others.
-    """
-
-    model: Any
-    text_format: Any
-    conditions: list[str]
-    prompts: list[str]
-    lengths: list[int]
-    plain_lm: Any
-    plain_auxiliary: Any
 
 
 @dataclass(frozen=True)
@@ -200,7 +189,7 @@ def differing(work: Work, count: int = 4) -> list[int]:
     wrong = []
     asked = requests(work)[:count]
     for request, done in zip(asked, engine(work, count).generate(asked), strict=True):
-        inputs = _inputs(work, [request.id])
+        inputs = encoded(work, [request.id])
         ids = work.model.generate(
             **inputs,
             do_sample=True,
@@ -237,22 +226,22 @@ def _runs(
 ) -> Iterator[tuple[str, int, Callable[[], dict[str, float]]]]:
     ways: list[tuple[str, Callable[[int], dict[str, float]]]] = [
         ("engine", lambda batch: _engine(work, batch)),
-        ("two-model loop", lambda batch: _in_batches(work, batch, _two_model_loop)),
-        ("generate, LM alone", lambda batch: _in_batches(work, batch, _generate_lm)),
-        ("generate, pair", lambda batch: _in_batches(work, batch, _generate_pair)),
+        ("two-model loop", lambda batch: in_batches(work, batch, two_model_loop)),
+        ("generate, LM alone", lambda batch: in_batches(work, batch, generate_lm)),
+        ("generate, pair", lambda batch: in_batches(work, batch, generate_pair)),
     ]
     if work.plain_lm is not work.model.lm:
         ours = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
         ways += [
-            ("two-model loop, our kernels", lambda batch: _in_batches(ours, batch, _two_model_loop)),
-            ("generate, LM, our kernels", lambda batch: _in_batches(ours, batch, _generate_lm)),
+            ("two-model loop, our kernels", lambda batch: in_batches(ours, batch, two_model_loop)),
+            ("generate, LM, our kernels", lambda batch: in_batches(ours, batch, generate_lm)),
         ]
     for batch in batches:
         for name, way in ways:
             yield name, batch, lambda way=way, batch=batch: way(batch)  # type: ignore[misc]
-    reason = _continuous_refusal(work)
+    reason = continuous_refusal(work)
     if reason is None:
-        yield "continuous, LM alone", max(batches), lambda: _continuous(work)
+        yield "continuous, LM alone", max(batches), lambda: continuous(work)
     else:
         notes.append(f"transformers' continuous batching of the LM alone does not run here: {reason}")
 
@@ -331,114 +320,6 @@ def _timed(modules: dict[str, Any]) -> Iterator[dict[str, float]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _inputs(work: Work, rows: list[int]) -> dict[str, Tensor]:
-    found = work.text_format.prompts([work.conditions[i] for i in rows], [work.prompts[i] for i in rows])
-    return {name: tensor.to(work.model.device) for name, tensor in found.items()}
-
-
-def _in_batches(work: Work, batch: int, way: Callable[[Work, list[int]], None]) -> dict[str, float]:
-    # In the order of arrival: how long a text will be is not known before it is written.
-    rows = list(range(len(work.lengths)))
-    for first in range(0, len(rows), batch):
-        way(work, rows[first : first + batch])
-    return {}
-
-
-def _generate_lm(work: Work, rows: list[int]) -> None:
-    inputs = _inputs(work, rows)
-    work.plain_lm.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        do_sample=True,
-        max_new_tokens=max(work.lengths[i] for i in rows),
-        eos_token_id=None,
-        pad_token_id=work.text_format.pad_id,
-        **FILTERS,
-    )
-
-
-def _generate_pair(work: Work, rows: list[int]) -> None:
-    work.model.generate(
-        **_inputs(work, rows),
-        do_sample=True,
-        max_new_tokens=max(work.lengths[i] for i in rows),
-        eos_token_id=None,
-        pad_token_id=work.text_format.pad_id,
-        **FILTERS,
-    )
-
-
-@torch.no_grad()
-def _two_model_loop(work: Work, rows: list[int]) -> None:
-    """In the manner of the published code of proxy tuning (Liu et al. 2024)."""
-    from transformers import (
-        LogitsProcessorList,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    from auxkern.model.inputs import PairInputs
-
-    model, inputs = work.model, _inputs(work, rows)
-    warpers = LogitsProcessorList(
-        [
-            TemperatureLogitsWarper(FILTERS["temperature"]),
-            TopKLogitsWarper(FILTERS["top_k"]),
-            TopPLogitsWarper(FILTERS["top_p"]),
-        ]
-    )
-    embedding = work.plain_lm.get_input_embeddings().weight
-    project = work.plain_lm.get_output_embeddings()
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    new, lm_cache, aux_cache = ids, None, None
-    for _ in range(max(work.lengths[i] for i in rows)):
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
-        lm = work.plain_lm(
-            input_ids=new,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=lm_cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        pair = PairInputs(new, mask, inputs["condition_ids"], inputs["condition_mask"])
-        nothing = embedding.new_zeros(*new.shape, 0, embedding.shape[1])
-        aux = work.plain_auxiliary(pair.for_auxiliary(nothing, embedding, aux_cache, True))
-        lm_cache, aux_cache = lm.past_key_values, aux.cache
-        aux_logits = project(model.head(aux.hidden[:, -1]))
-        aux_logits = aux_logits.scatter_add(
-            1, inputs["condition_ids"], aux.pointer[:, -1] * inputs["condition_mask"]
-        )
-        scores = warpers(ids, lm.logits[:, -1] + aux_logits)
-        new = torch.multinomial(scores.softmax(-1), 1)
-        ids = torch.cat([ids, new], 1)
-        mask = torch.cat([mask, torch.ones_like(new)], 1)
-
-
-def _continuous_refusal(work: Work) -> str | None:
-    if not hasattr(work.plain_lm, "generate_batch"):
-        return "this version of transformers has none"
-    if work.model.device.type == "cpu":
-        return "it needs a GPU"
-    return None
-
-
-def _continuous(work: Work) -> dict[str, float]:
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=True,
-        max_new_tokens=LONGEST,
-        eos_token_id=-1,
-        pad_token_id=work.text_format.pad_id,
-        **FILTERS,
-    )
-    prompts = [_inputs(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
-    work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
-    return {}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,148 @@
+"""What is written in ``python -m auxkern.bench --op generate``, and the other ways to write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHORTEST, LONGEST = 8, 128
+FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for.
+
+    Attributes:
+        model: the pair.
+        text_format: makes its ids.
+        conditions, prompts: one of each for every request.
+        lengths: tokens that are wanted of each text.
+        plain_lm, plain_auxiliary: the same two models with torch's own linear layers, for the others.
+    """
+
+    model: Any
+    text_format: Any
+    conditions: list[str]
+    prompts: list[str]
+    lengths: list[int]
+    plain_lm: Any
+    plain_auxiliary: Any
+
+
+def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
+    """What the models are given for some requests: ids and masks, padded, on the model's device."""
+    found = work.text_format.prompts([work.conditions[i] for i in rows], [work.prompts[i] for i in rows])
+    return {name: tensor.to(work.model.device) for name, tensor in found.items()}
+
+
+def in_batches(work: Work, batch: int, way: Callable[[Work, list[int]], None]) -> dict[str, float]:
+    """All requests, ``batch`` at a time, each batch until its longest text is done; no shares are known."""
+    # In the order of arrival: how long a text will be is not known before it is written.
+    rows = list(range(len(work.lengths)))
+    for first in range(0, len(rows), batch):
+        way(work, rows[first : first + batch])
+    return {}
+
+
+def generate_lm(work: Work, rows: list[int]) -> None:
+    """Hugging Face's ``generate`` of the LM alone."""
+    inputs = encoded(work, rows)
+    work.plain_lm.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        do_sample=True,
+        max_new_tokens=max(work.lengths[i] for i in rows),
+        eos_token_id=None,
+        pad_token_id=work.text_format.pad_id,
+        **FILTERS,
+    )
+
+
+def generate_pair(work: Work, rows: list[int]) -> None:
+    """Hugging Face's ``generate`` of the pair."""
+    work.model.generate(
+        **encoded(work, rows),
+        do_sample=True,
+        max_new_tokens=max(work.lengths[i] for i in rows),
+        eos_token_id=None,
+        pad_token_id=work.text_format.pad_id,
+        **FILTERS,
+    )
+
+
+@torch.no_grad()
+def two_model_loop(work: Work, rows: list[int]) -> None:
+    """In the manner of the published code of proxy tuning (Liu et al. 2024)."""
+    from transformers import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    from auxkern.model.inputs import PairInputs
+
+    model, inputs = work.model, encoded(work, rows)
+    warpers = LogitsProcessorList(
+        [
+            TemperatureLogitsWarper(FILTERS["temperature"]),
+            TopKLogitsWarper(FILTERS["top_k"]),
+            TopPLogitsWarper(FILTERS["top_p"]),
+        ]
+    )
+    embedding = work.plain_lm.get_input_embeddings().weight
+    project = work.plain_lm.get_output_embeddings()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    new, lm_cache, aux_cache = ids, None, None
+    for _ in range(max(work.lengths[i] for i in rows)):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+        lm = work.plain_lm(
+            input_ids=new,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=lm_cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        pair = PairInputs(new, mask, inputs["condition_ids"], inputs["condition_mask"])
+        nothing = embedding.new_zeros(*new.shape, 0, embedding.shape[1])
+        aux = work.plain_auxiliary(pair.for_auxiliary(nothing, embedding, aux_cache, True))
+        lm_cache, aux_cache = lm.past_key_values, aux.cache
+        aux_logits = project(model.head(aux.hidden[:, -1]))
+        aux_logits = aux_logits.scatter_add(
+            1, inputs["condition_ids"], aux.pointer[:, -1] * inputs["condition_mask"]
+        )
+        scores = warpers(ids, lm.logits[:, -1] + aux_logits)
+        new = torch.multinomial(scores.softmax(-1), 1)
+        ids = torch.cat([ids, new], 1)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+
+
+def continuous_refusal(work: Work) -> str | None:
+    """Why transformers' continuous batching does not run here; None if it does."""
+    if not hasattr(work.plain_lm, "generate_batch"):
+        return "this version of transformers has none"
+    if work.model.device.type == "cpu":
+        return "it needs a GPU"
+    return None
+
+
+def continuous(work: Work) -> dict[str, float]:
+    """Transformers' continuous batching of the LM alone."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=True,
+        max_new_tokens=LONGEST,
+        eos_token_id=-1,
+        pad_token_id=work.text_format.pad_id,
+        **FILTERS,
+    )
+    prompts = [encoded(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
+    work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
+    return {}
