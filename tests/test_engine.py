@@ -245,20 +245,82 @@ def test_broken_logits_are_an_error_of_their_request(three, monkeypatch):
     assert list(sound.token_ids) == _alone(three, requests[1], sound.seed)
 
 
+class _Repeated(Engine):
+    """Does again what a CUDA graph would replay: the same calls, into the memory that was left first."""
+
+    recorded = 0
+
+    def _recorder(self, graphs):
+        def record(call):
+            self.recorded += 1
+            result = call()
+
+            def replay():
+                for old, new in zip(result, call(), strict=True):
+                    for name, tensor in old.tensors.items():
+                        if tensor is not new.tensors[name]:
+                            tensor.copy_(new.tensors[name])
+                    if isinstance(getattr(old, "scale", None), torch.Tensor):
+                        assert old.scale.data_ptr() == new.scale.data_ptr()
+
+            return replay, result
+
+        return record
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_that_are_recorded_write_the_same_texts(kind):
+    model, requests = tiny_pair(kind, _lm()), _requests(14, seed=3)
+    plain = Engine(model, TEXT, slots=5, max_length=48, max_condition=8).generate(requests)
+    engine = _Repeated(model, TEXT, slots=5, max_length=48, max_condition=8)
+    # With the auxiliary, if its steps can be recorded, and without; 1, 2, 4 and 5 slots.
+    expected = 4 if kind == "encoder-decoder" else 8
+    assert engine.recorded == expected
+    assert [done.token_ids for done in engine.generate(requests)] == [done.token_ids for done in plain]
+    assert engine.recorded == expected
+
+
+def test_steps_that_are_recorded_serve_every_mix(three):
+    chosen = [
+        {"auxiliary": None},
+        {"auxiliary": "t5"},
+        {"auxiliary": "own", "aux_scale": 0.3},
+        {"logprobs": True},
+    ]
+    requests = [
+        Request(
+            i, "ab", **{"auxiliary": "default", **chosen[i // 3 % 4]}, seed=i, max_new_tokens=4 + 3 * (i % 5)
+        )
+        for i in range(24)
+    ]
+    plain = Engine(three, TEXT, slots=3, max_length=32, max_condition=8).generate(requests)
+    engine = _Repeated(three, TEXT, slots=3, max_length=32, max_condition=8)
+    found = engine.generate(requests)
+    assert [done.token_ids for done in found] == [done.token_ids for done in plain]
+    for ours, theirs in zip(found, plain, strict=True):
+        if ours.logprobs is not None:
+            assert ours.logprobs.raw == pytest.approx(theirs.logprobs.raw, abs=1e-4)
+
+
 def test_an_engine_that_cannot_work_says_so():
     model = tiny_pair("own head", _lm(max_position_embeddings=64))
     with pytest.raises(ValueError, match="max_length is 65, but the base has positions for 64"):
         Engine(model, TEXT, max_length=65)
+    with pytest.raises(
+        ValueError, match="graphs cannot be recorded: they need a GPU, and the model is on cpu"
+    ):
+        Engine(model, TEXT, max_length=32, graphs=True)
     with pytest.raises(ValueError, match=r"Use model\.generate"):
         Engine(tiny_pair("the LM's own logits", _lm()), TEXT, max_length=32)
 
 
-def test_a_table_keeps_each_sequence_through_moves():
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_table_keeps_each_sequence_through_moves(fixed):
     """Against a plain list of columns for each sequence."""
     from transformers import DynamicCache
 
     generator = torch.Generator().manual_seed(0)
-    table, plain = SlotTable(4, 12, torch.device("cpu")), []
+    table, plain = SlotTable(4, 12, torch.device("cpu"), fixed=fixed), []
     first = DynamicCache()
     first.update(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3), 0)
     table.reserve(first)
@@ -267,6 +329,9 @@ def test_a_table_keeps_each_sequence_through_moves():
         if plain:
             new = torch.randn(len(plain), 2, 1, 3, generator=generator)
             keys, values = table.cache.update(new, -new, 0)
+            if fixed:
+                assert torch.equal(keys[:, :, -1], new[:, :, 0])
+                keys, values = keys[:, :, :-1], values[:, :, :-1]
             table.advance()
             window = table.window
             for row, columns in enumerate(plain):

@@ -51,7 +51,7 @@ class Drawer:
         """(n,) mixing weights; None if no request has one of its own."""
         if all(one.request.aux_scale is None for one in sequences):
             return None
-        return torch.tensor([self._scale(one) for one in sequences], device=self.model.device)
+        return torch.tensor([self.scale(one) for one in sequences], device=self.model.device)
 
     def draw(self, terms: list[Term], sequences: Several[Sequence]) -> Drawn:
         """One token for each sequence.
@@ -79,7 +79,8 @@ class Drawer:
         logprobs = self._logprobs(terms, drawn, sequences) if wanted else []
         return Drawn(drawn.tokens.tolist(), drawn.status.tolist(), logprobs)
 
-    def _scale(self, sequence: Sequence) -> float:
+    def scale(self, sequence: Sequence) -> float:
+        """Its mixing weight."""
         request = sequence.request
         if request.aux_scale is not None:
             return request.aux_scale

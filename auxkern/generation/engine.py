@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from auxkern.generation.drawing import Drawer
+from auxkern.generation.graphs import CudaRecorder, DecodeGraphs, Record
 from auxkern.generation.lanes import Lane
 from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
 from auxkern.generation.scheduler import Scheduler
 from auxkern.generation.slots import SlotTable
 from auxkern.generation.stops import TextStream
+from auxkern.model.base import counts_positions
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import TextFormat
@@ -68,10 +70,14 @@ class Engine:
         max_length: most tokens of a text with its prompt.
         max_condition: most tokens of a condition.
         prefill_tokens: most padded tokens of newcomers in one step.
+        graphs: whether steps are recorded as CUDA graphs when the engine is made (see ``DecodeGraphs``);
+            on a GPU they are unless it is False. Steps with log-probabilities or of several auxiliaries
+            at once run without.
         on_text: called with (request id, sample, new text) as soon as the text is certain.
 
     Raises:
-        ValueError: the base has fewer positions than ``max_length``, or a model does not fit.
+        ValueError: the base has fewer positions than ``max_length``, a model does not fit, or graphs are
+            asked for without a GPU.
         RuntimeError: the caches do not fit the GPU's free memory.
     """
 
@@ -84,6 +90,7 @@ class Engine:
         max_length: int = 512,
         max_condition: int = 64,
         prefill_tokens: int = 2048,
+        graphs: bool | None = None,
         on_text: Callable[[str | int, int, str], None] | None = None,
     ) -> None:
         self.scheduler = Scheduler(slots, max_length, prefill_tokens, max_condition=max_condition)
@@ -97,15 +104,25 @@ class Engine:
         self.model, self.text_format, self.on_text = model, text_format, on_text
         self.stats = EngineStats()
         self._texts: dict[tuple[str | int, int], _Text] = {}
-        self._table = SlotTable(slots, max_length, model.device)
+        record = self._recorder(graphs)
+
+        def table(columns: int, recordable: bool) -> SlotTable:
+            return SlotTable(slots, columns, model.device, fixed=recordable and record is not None)
+
+        self._table = table(max_length, True)
         self._lanes = {
-            name: Lane(name, SlotTable(slots, max_length + max_condition, model.device), max_condition)
+            name: Lane(name, table(max_length + max_condition, model.counts_positions(name)), max_condition)
             for name in model.auxiliary_names
         }
         self._condition = torch.zeros(2, slots, max_condition, dtype=torch.int64, device=model.device)
         self._drawer = Drawer(model)
         model.eval()
         self._reserve()
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            with torch.no_grad():
+                lanes = {name: lane for name, lane in self._lanes.items() if lane.table.fixed}
+                self._graphs = DecodeGraphs(model, self._table, lanes, self._condition, record)
 
     # ------------------------------------------------------------------------------------- asking
 
@@ -179,12 +196,29 @@ class Engine:
 
     def _decoded(self, sequences: Several[Sequence]) -> list[Term]:
         """The terms of the next token of running sequences, rows (n,)."""
-        began, n, table = time.perf_counter(), len(sequences), self._table
+        began, n = time.perf_counter(), len(sequences)
+        lanes = [lane for lane in self._lanes.values() if lane.members]
+        parts = [(lane, lane.rows(sequences)) for lane in lanes]
+        together = not parts or (len(parts) == 1 and parts[0][1] is None)
+        name = lanes[0].name if lanes else None
+        recorded = self._graphs is not None and self._graphs.serves(name) and together
+        if self._graphs is not None and recorded and not _wants_logprobs(sequences):
+            tokens = [s.generated[-1] for s in sequences]
+            terms = self._graphs.terms(name, tokens, [self._drawer.scale(s) for s in sequences])
+        else:
+            terms = self._computed(sequences, [AuxiliaryRows(lane.name, rows, None) for lane, rows in parts])
+        for table in (self._table, *(lane.table for lane in lanes)):
+            table.advance()
+        self.stats.seconds["models"] += time.perf_counter() - began
+        return [rows_of(term, torch.arange(n, device=self.model.device)) for term in terms]
+
+    def _computed(self, sequences: Several[Sequence], parts: list[AuxiliaryRows]) -> list[Term]:
+        """The same without graphs; ``parts`` without their caches."""
+        n, table = len(sequences), self._table
         ids = torch.tensor([[s.generated[-1]] for s in sequences], device=self.model.device)
         mask = torch.cat([table.window, torch.ones_like(ids)], 1)
-        lanes = [lane for lane in self._lanes.values() if lane.members]
         width = max(len(s.condition_ids) for s in sequences)
-        parts = [AuxiliaryRows(lane.name, lane.rows(sequences), lane.cache(width)) for lane in lanes]
+        parts = [AuxiliaryRows(p.name, p.rows, self._lanes[p.name].cache(width)) for p in parts]
         terms, cache = self.model.terms(
             PairInputs(ids, mask, *self._condition[:, :n, :width]),
             cache=PairCache(table.cache, parts),
@@ -193,11 +227,10 @@ class Engine:
             aux_scale=self._drawer.scales(sequences),
             separate=_wants_logprobs(sequences),
         )
-        table.advance()
-        for lane, part in zip(lanes, cache.auxiliaries, strict=True):
-            lane.advance(part.cache)
-        self.stats.seconds["models"] += time.perf_counter() - began
-        return [rows_of(term, torch.arange(n, device=ids.device)) for term in terms]
+        for part in cache.auxiliaries:
+            self._lanes[part.name].keep(part.cache)
+        found: list[Term] = terms
+        return found
 
     def _prefilled(self, newcomers: Several[Sequence]) -> list[Term]:
         """Reads prompts and conditions, and takes slots; the terms of the first token, rows (n,)."""
@@ -336,10 +369,10 @@ class Engine:
             _, cache = self.model.terms(
                 PairInputs(token, None, token, None), use_cache=True, keep=1, auxiliary_ids=which
             )
-            caches.append((lane.table, lane.attention_of(cache.auxiliaries[0].cache)))
-            if number == 0:
-                caches.append((self._table, cache.lm))
-        needed = sum(table.needed_bytes(cache) for table, cache in caches)
+            caches.append((lane, cache.auxiliaries[0].cache))
+            lm_cache = cache.lm
+        needed = self._table.needed_bytes(lm_cache)
+        needed += sum(lane.table.needed_bytes(lane.attention_of(cache)) for lane, cache in caches)
         if self.model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.model.device)
             if needed > free:
@@ -348,8 +381,19 @@ class Engine:
                     f"{needed / 1e9:.1f} GB, but the GPU has {free / 1e9:.1f} GB free; lower slots or "
                     "max_length"
                 )
-        for table, cache in caches:
-            table.reserve(cache)
+        self._table.reserve(lm_cache)
+        for lane, cache in caches:
+            lane.reserve(cache)
+
+    def _recorder(self, graphs: bool | None) -> Record | None:
+        refusal = None
+        if self.model.device.type != "cuda":
+            refusal = f"they need a GPU, and the model is on {self.model.device}"
+        elif not counts_positions(self.model.lm):
+            refusal = f"{type(self.model.lm).__name__} tells positions by columns of its cache"
+        if graphs and refusal is not None:
+            raise ValueError(f"graphs cannot be recorded: {refusal}; leave graphs out")
+        return CudaRecorder() if refusal is None and graphs is not False else None
 
     def _spent(self) -> tuple[float, float]:
         return self.stats.seconds["models"], self.stats.seconds["sampling"]

@@ -53,22 +53,37 @@ class Lane:
             return None
         return torch.tensor([member.slot for member in self.members], device=self.table.mask.device)
 
-    def cache(self, K: int) -> AuxiliaryCache:
-        """What the auxiliary is given at the next step, with conditions of K tokens, padded."""
-        n = len(self.members)
+    def cache(self, K: int, rows: int | None = None) -> AuxiliaryCache:
+        """What the auxiliary is given at the next step, with conditions of K tokens, padded.
+
+        With ``rows`` it is for so many slots of a fixed table, whether they are taken or not.
+        """
+        n = len(self.members) if rows is None else rows
+        window = self.table.window if rows is None else self.table.mask[:rows]
         kept = {name: tensor[:n, :K] for name, tensor in self._of_condition.items()}
         attention: Any = self.table.cache
         if "memory" in kept:
             # Keys and values of the condition are made anew at each step: it is short.
             attention = EncoderDecoderCache(attention, DynamicCache())
-        return AuxiliaryCache(attention, self.table.window, *(kept.get(name) for name in _OF_CONDITION))
+        return AuxiliaryCache(attention, window, *(kept.get(name) for name in _OF_CONDITION))
 
-    def advance(self, cache: AuxiliaryCache) -> None:
-        """Takes over what a step changed."""
-        self.table.advance()
+    def keep(self, cache: AuxiliaryCache) -> None:
+        """Takes over what a step changed, but for the table."""
         if cache.seen is not None:
             n, K = cache.seen.shape
             self._of_condition["seen"][:n, :K] = cache.seen
+
+    def reserve(self, cache: AuxiliaryCache) -> None:
+        """Takes the memory for all slots, as an auxiliary's cache of any size shows it to be.
+
+        Raises:
+            ValueError: the cache is of a kind that does not fit.
+        """
+        self.table.reserve(self.attention_of(cache))
+        slots = self.table.mask.shape[0]
+        for name in _OF_CONDITION:
+            if (like := getattr(cache, name)) is not None:
+                self._of_condition[name] = like.new_zeros(slots, self.max_condition, *like.shape[2:])
 
     def join(self, joining: Several[tuple[Sequence, int]], cache: Any) -> None:
         """Newcomers, each with its row of what the auxiliary returned for the rows that were read."""
@@ -80,9 +95,6 @@ class Lane:
             new = getattr(cache, name)
             if new is None:
                 continue
-            if name not in self._of_condition:
-                shape = (self.table.mask.shape[0], self.max_condition, *new.shape[2:])
-                self._of_condition[name] = new.new_zeros(shape)
             self._of_condition[name][start:end] = 0
             self._of_condition[name][start:end, : new.shape[1]] = new
         self.members += [sequence for sequence, _ in joining]

@@ -4,6 +4,10 @@ All sequences of a table stand on the right: the last token of each is in the sa
 writes one column and reads one window of columns, and a mask says where a sequence begins, as in a
 batch that is padded on the left. A newcomer is placed before the next column to be written; one that
 ends makes room by a move. Nothing is allocated while sequences run.
+
+A CUDA graph replays addresses and shapes, so a table for graphs (``fixed``) hands out all columns at
+every step, the mask says which are in use, and the new token stands in one more column behind them,
+beside its own place, which the mask opens at the next step.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class SlotLayer(CacheLayerMixin):
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Room like these (R, heads, T, width) for all slots."""
         # Zeros: what is masked is still multiplied, and NaN times 0 is NaN.
-        slots, columns = self.table.mask.shape
+        slots, columns = self.table.mask.shape[0], self.table.columns
         self.keys = keys.new_zeros(slots, keys.shape[1], columns, keys.shape[3])
         self.values = values.new_zeros(slots, values.shape[1], columns, values.shape[3])
         self.is_initialized = True
@@ -47,14 +51,22 @@ class SlotLayer(CacheLayerMixin):
         table, T = self.table, key_states.shape[2]
         if self.keys is None or self.values is None:
             raise RuntimeError("a slot has no memory yet; a sequence joins before it goes on")
+        if table.fixed:
+            return self._update_fixed(self.keys, key_states), self._update_fixed(self.values, value_states)
         window = slice(table.begin, table.end + T)
         written = slice(table.end, table.end + T)
         self.keys[: table.count, :, written] = key_states
         self.values[: table.count, :, written] = value_states
         return self.keys[: table.count, :, window], self.values[: table.count, :, window]
 
+    def _update_fixed(self, room: Tensor, new: Tensor) -> Tensor:
+        rows = room[: new.shape[0]]
+        rows.index_copy_(2, self.table.column, new)
+        rows[:, :, -1:] = new
+        return rows
+
     def get_seq_length(self, *args: Any) -> int:
-        return self.table.end - self.table.begin
+        return self.table.columns - 1 if self.table.fixed else self.table.end - self.table.begin
 
     def get_mask_sizes(self, query: Any) -> tuple[int, int]:
         # transformers passed positions before it passed their number
@@ -74,19 +86,22 @@ class SlotTable:
         slots: most sequences.
         length: most columns of a sequence.
         device: of the model.
+        fixed: for CUDA graphs.
     """
 
-    def __init__(self, slots: int, length: int, device: torch.device) -> None:
+    def __init__(self, slots: int, length: int, device: torch.device, *, fixed: bool = False) -> None:
         # Columns move to the right as sequences go on; a quarter more than the longest needs makes
-        # moving all of them back rare.
-        self._room = max(length + 64, length * 5 // 4)
-        self.length = length
+        # moving all of them back rare. Attention kernels like a multiple of 16, the last one included.
+        self._room = -(-max(length + 64, length * 5 // 4) // 16) * 16 - 1
+        self.length, self.fixed = length, fixed
+        self.columns = self._room + 1 if fixed else self._room
         self.mask = torch.zeros(slots, self._room, dtype=torch.int64, device=device)
         self.count = 0
         self.end = length
         self._starts: list[int] = []
         self.layers: list[SlotLayer] = []
         self.cache: Cache | None = None
+        self.column = torch.full((1,), length, dtype=torch.int64, device=device)
 
     @property
     def begin(self) -> int:
@@ -95,8 +110,8 @@ class SlotTable:
 
     @property
     def window(self) -> Tensor:
-        """(count, columns so far) int64, 1 where there is a real token."""
-        return self.mask[: self.count, self.begin : self.end]
+        """(count, columns so far) int64, 1 where there is a real token; all columns of a fixed table."""
+        return self.mask[: self.count] if self.fixed else self.mask[: self.count, self.begin : self.end]
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +121,7 @@ class SlotTable:
 
     def needed_bytes(self, cache: Cache) -> int:
         """What ``reserve`` would take."""
-        slots, columns = self.mask.shape
+        slots, columns = self.mask.shape[0], self.columns
         sources = [tensor for layer in cache.layers for tensor in _plain_layer(layer)]
         return sum(slots * columns * t.shape[1] * t.shape[3] * t.element_size() for t in sources)
 
@@ -155,6 +170,7 @@ class SlotTable:
         self.end += 1
         if self.end >= self._room:
             self._shift_back()
+        self.column.fill_(self.end)
 
     def leave(self, moves: Sequence[tuple[int, int]], left: int) -> None:
         """Sequences have ended; others go on in their slots.

@@ -214,7 +214,7 @@ def run_base(
         attention_mask = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
     model = lm if want_logits else lm.base_model
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(lm.base_model.forward).parameters:
+    if counts_positions(lm):
         inputs["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
     # The base keeps its own precision under the training loop's autocast.
     with torch.autocast(input_ids.device.type, enabled=False):
@@ -234,6 +234,11 @@ def run_base(
         states = torch.stack([final, *(every[layer] for layer in layers)], dim=2)
     logits = output.logits if want_logits else None
     return LmOutput(states, logits, output.past_key_values if use_cache else None)
+
+
+def counts_positions(lm: Any) -> bool:
+    """Whether a base takes each token's position as an input, and does not tell it by its column."""
+    return "position_ids" in inspect.signature(lm.base_model.forward).parameters
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

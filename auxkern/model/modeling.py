@@ -238,6 +238,10 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         """The mixing weight that an auxiliary was trained with."""
         return float(self._named(name).config.aux_scale)
 
+    def counts_positions(self, name: str) -> bool:
+        """Whether an auxiliary takes each token's position as an input; the T5 family compares columns."""
+        return isinstance(self._named(name).auxiliary, DecoderAuxiliary)
+
     @property
     def auxiliary_names(self) -> list[str]:
         """Names for ``generate(auxiliary=...)``."""
