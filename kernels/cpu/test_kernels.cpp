@@ -143,6 +143,91 @@ void hard_row(int32_t isa) {
     check(gradient[0] == 0, "gradient of -inf", isa, gradient[0], 0);
 }
 
+// Exactly as much memory as there are entries, so that an address sanitizer sees a read beyond them.
+void products(int32_t isa, int32_t threads, int64_t M, int64_t K, int64_t N) {
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(M * K), bias(N), y(M * N, NAN);
+    std::vector<uint16_t> weight(N * K);
+    for (float &v : x) v = normal(random);
+    for (float &v : bias) v = normal(random);
+    for (uint16_t &v : weight) v = to_bf16(normal(random));
+    const auxkern_linear layer = {M, N, K, x.data(), weight.data(), bias.data(), y.data(), K, K, N, AUXKERN_BF16, 0};
+    const auxkern_execution execution = {threads, isa, nullptr};
+    check(auxkern_linear_forward(&layer, &execution) == AUXKERN_OK, "linear status", isa, 0, 0);
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = 0; n < N; ++n) {
+            double want = bias[n], size = std::fabs(want);
+            for (int64_t k = 0; k < K; ++k) {
+                const double product = double(x[m * K + k]) * from_bf16(weight[n * K + k]);
+                want += product;
+                size += std::fabs(product);
+            }
+            check(std::fabs(y[m * N + n] - want) <= 5e-7 * size, "linear", isa, y[m * N + n], want);
+        }
+}
+
+void attends(int32_t isa, int32_t threads, int64_t T, int64_t P, int64_t D) {
+    constexpr int64_t B = 2, heads = 4, key_heads = 2;
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal;
+    std::vector<float> query(B * heads * T * D), key(B * key_heads * P * D), value(key.size()), out(query.size(), NAN);
+    std::vector<uint8_t> mask(B * T * P);
+    for (auto *values : {&query, &key, &value})
+        for (float &v : *values) v = normal(random);
+    for (uint8_t &seen : mask) seen = random() % 3 != 0;
+    for (int64_t row = 0; row < B * T; ++row) mask[row * P] = 1;
+    const int64_t strides = P * D;
+    const auxkern_attention attention = {B, T, P, D, heads, key_heads, query.data(), heads * T * D, T * D, D,
+                                         key.data(), key_heads * strides, strides, D,
+                                         value.data(), key_heads * strides, strides, D,
+                                         mask.data(), T * P, P, 1, 0.25f, out.data()};
+    const auxkern_execution execution = {threads, isa, nullptr};
+    check(auxkern_attention_forward(&attention, &execution) == AUXKERN_OK, "attention status", isa, 0, 0);
+    for (int64_t b = 0; b < B; ++b)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t t = 0; t < T; ++t) {
+                std::vector<double> z, want(D, 0.0);
+                std::vector<int64_t> columns;
+                const float *q = query.data() + ((b * heads + h) * T + t) * D;
+                const int64_t first = (b * key_heads + h / (heads / key_heads)) * P;
+                for (int64_t p = 0; p < P; ++p) {
+                    if (!mask[(b * T + t) * P + p]) continue;
+                    double sum = 0;
+                    for (int64_t d = 0; d < D; ++d) sum += double(q[d]) * key[(first + p) * D + d];
+                    z.push_back(0.25 * sum);
+                    columns.push_back(p);
+                }
+                const Expected weights = softmax(z, 0);
+                for (size_t i = 0; i < columns.size(); ++i)
+                    for (int64_t d = 0; d < D; ++d) want[d] += weights.p[i] * value[(first + columns[i]) * D + d];
+                for (int64_t d = 0; d < D; ++d) {
+                    const float got = out[((b * T + t) * heads + h) * D + d];
+                    check(near(got, want[d], 2e-6), "attention", isa, got, want[d]);
+                }
+            }
+}
+
+void refused_products() {
+    const float x[32] = {};
+    float y[32];
+    const auxkern_execution execution = {1, AUXKERN_ISA_BEST, nullptr};
+    auxkern_linear layer = {1, 1, 4, x, x, nullptr, y, 4, 4, 1, AUXKERN_F32, 0};
+    check(auxkern_linear_forward(&layer, &execution) == AUXKERN_OK, "accepted", 0, 0, 0);
+    layer.weight_stride = 3;
+    check(auxkern_linear_forward(&layer, &execution) == AUXKERN_BAD_ARGUMENT, "rows that overlap", 0, 0, 1);
+    layer.weight_stride = 4;
+    layer.K = 0;
+    check(auxkern_linear_forward(&layer, &execution) == AUXKERN_BAD_ARGUMENT, "K of 0", 0, 0, 1);
+    auxkern_attention attention = {1, 1, 1, 16, 2, 1, x, 32, 16, 16, x, 16, 16, 16, x, 16, 16, 16, nullptr, 0, 0, 0, 1, y};
+    check(auxkern_attention_forward(&attention, &execution) == AUXKERN_OK, "accepted", 0, 0, 0);
+    attention.D = 8;
+    check(auxkern_attention_forward(&attention, &execution) == AUXKERN_BAD_ARGUMENT, "D of 8", 0, 0, 1);
+    attention.D = 16;
+    attention.key_heads = 3;
+    check(auxkern_attention_forward(&attention, &execution) == AUXKERN_BAD_ARGUMENT, "heads that do not divide", 0, 0, 1);
+}
+
 void refusals() {
     const float x[2] = {0, 0};
     const int64_t y = 0;
@@ -172,8 +257,13 @@ int main() {
         ++tested;
         for (int64_t V : {1, 2, 15, 17, 1023, 1024, 1025, 5003}) random_rows(isa, V > 1000 ? 3 : 1, V);
         hard_row(isa);
+        products(isa, 1, 1, 5, 3);
+        products(isa, 2, 197, 653, 41);
+        attends(isa, 1, 1, 1, 16);
+        attends(isa, 3, 3, 37, 80);
     }
     refusals();
+    refused_products();
     std::printf("%d instruction sets, %d failures\n", tested, failures);
     return failures == 0 ? 0 : 1;
 }
