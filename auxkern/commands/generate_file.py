@@ -6,9 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from auxkern.bench.session import INTERRUPTED
 from auxkern.generation import (
     BadLine,
     CompletionWriter,
@@ -24,16 +26,26 @@ from auxkern.training.progress import Progress, duration, progress_for
 _AHEAD = 4
 
 
-def generate(options: argparse.Namespace, model: Any, text_format: Any, params: SamplingParams) -> int:
+def generate(
+    options: argparse.Namespace,
+    model: Any,
+    text_format: Any,
+    params: SamplingParams,
+    *,
+    retry_errors: bool = False,
+) -> int:
     """Answers every request in ``options.input`` that ``options.output`` does not answer yet.
 
     Args:
         options: of ``auxkern generate``.
         model, text_format: a pair, and what makes its ids.
         params: what lines leave out.
+        retry_errors: whether an answer that is an error is none: its line is taken out of the output
+            before the run goes on. Lines of the input that are no requests are bad again either way.
 
     Returns:
-        0; 1 if lines of the input were no requests or requests failed.
+        0; 1 if lines of the input were no requests or requests failed, in this run or in the one that it
+        goes on with; 130 after Ctrl-C.
 
     Raises:
         OSError, ValueError: a file cannot be read or written, or is of another run; a line is bad and
@@ -54,28 +66,51 @@ def generate(options: argparse.Namespace, model: Any, text_format: Any, params: 
         aux_scale=options.aux_scale,
         samples=options.number,
     )
-    errors = options.output.with_name(options.output.name + ".errors.jsonl")
+    errors = None
+    if not options.stop_on_error:
+        errors = options.output.with_name(options.output.name + ".errors.jsonl")
     run = _identity(options, model, defaults)
-    with CompletionWriter(options.output, None if options.stop_on_error else errors, run=run) as writer:
-        bad: list[int] = []
-
-        def report(line: BadLine) -> None:
-            bad.append(line.line)
-            writer.report(line)
-
-        lines = read_requests(options.input, defaults, None if options.stop_on_error else report)
-        meter = _Meter(engine, _count_lines(options.input), progress_for())
-        failed = 0
-        pending = writer.pending(meter.counted(lines))
+    began = time.monotonic()
+    with CompletionWriter(options.output, errors, run=run, retry_errors=retry_errors) as writer:
+        count = _Count(writer.done, writer.failed)
         try:
-            for completion in _completions(engine, pending):
-                writer.write(completion)
-                failed += completion.finish_reason == "error"
-                meter.show()
-        finally:
-            meter.close()
-    _print_summary(options, engine, meter.seconds, failed, len(bad), errors)
-    return 1 if failed or bad else 0
+            _write(options.input, defaults, engine, writer, count)
+            stopped = False
+        except KeyboardInterrupt:
+            stopped = True
+    if stopped:
+        _say_how_to_go_on(options.output, count)
+        return INTERRUPTED
+    _print_summary(options, engine, time.monotonic() - began, count, errors)
+    return 1 if count.failed or count.bad else 0
+
+
+@dataclass
+class _Count:
+    """Texts in the output, errors among them, and lines of the input that are no requests."""
+
+    done: int
+    failed: int
+    bad: int = 0
+
+
+def _write(path: Path, defaults: Request, engine: Engine, writer: CompletionWriter, count: _Count) -> None:
+    """Writes what is missing in the output, and counts it."""
+
+    def report(line: BadLine) -> None:
+        writer.report(line)
+        count.bad += 1
+
+    lines = read_requests(path, defaults, report if writer.takes_bad_lines else None)
+    meter = _Meter(engine, _count_lines(path), progress_for())
+    try:
+        for completion in _completions(engine, writer.pending(meter.counted(lines))):
+            writer.write(completion)
+            count.done += 1
+            count.failed += completion.finish_reason == "error"
+            meter.show()
+    finally:
+        meter.close()
 
 
 def _completions(engine: Engine, pending: Iterator[tuple[Request, tuple[int, ...]]]) -> Iterator[Any]:
@@ -151,8 +186,16 @@ def _count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b"")) or 1
 
 
+def _say_how_to_go_on(output: Path, count: _Count) -> None:
+    print(
+        f"\nauxkern generate: stopped; {output} has {count.done:,} texts so far. "
+        "Start the same command again, and it goes on",
+        file=sys.stderr,
+    )
+
+
 def _print_summary(
-    options: argparse.Namespace, engine: Engine, seconds: float, failed: int, bad: int, errors: Path
+    options: argparse.Namespace, engine: Engine, seconds: float, count: _Count, errors: Path | None
 ) -> None:
     stats = engine.stats
     speed = stats.new_tokens / max(seconds, 1e-9)
@@ -160,7 +203,7 @@ def _print_summary(
         f"{options.output}: {stats.new_tokens:,} tokens written, {stats.prefill_tokens:,} read, in "
         f"{duration(seconds)} ({speed:,.0f} written per second)"
     )
-    if failed:
-        print(f"{failed:,} texts could not be written; their lines have an error", file=sys.stderr)
-    if bad:
-        print(f"{bad:,} lines of {options.input} are no requests; see {errors}", file=sys.stderr)
+    if count.failed:
+        print(f"{count.failed:,} texts could not be written; their lines have an error", file=sys.stderr)
+    if count.bad:
+        print(f"{count.bad:,} lines of {options.input} are no requests; see {errors}", file=sys.stderr)

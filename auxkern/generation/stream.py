@@ -12,6 +12,7 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +21,8 @@ from auxkern.generation.request import Completion, Request, check_id
 
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends would be read as a whole
 _BLOCK = 2**20
+_LONGEST_NUMBER = 100  # digits; whole numbers of more than 308 are no float, of more than 4300 no text
+_SAMPLES = 1024  # of a request at a time, for a line may ask for any number of them
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -64,7 +67,8 @@ def read_requests(
     Raises:
         OSError: there is no such file.
         ValueError: without on_error: a line is no JSON object, is no valid request, is longer than 64 MiB,
-            or has the id of an earlier one; the message names file and line.
+            has a whole number of more than 100 digits, or the id of an earlier line; the message names file
+            and line.
     """
     ids = _Ids()
     with path.open("rb") as file:
@@ -95,7 +99,8 @@ class CompletionWriter:
     ``OUTPUT.run.json``, which says what run the lines are of. For every million lines that it finds it
     takes about 150 MB of memory.
 
-    Use it in a with statement; one process at a time.
+    A completion with an error counts as there, so what failed is skipped as what is done, but for
+    ``retry_errors``. Use it in a with statement; one process at a time.
 
     Args:
         path: the output; its lines are ``Completion.as_record``.
@@ -104,6 +109,9 @@ class CompletionWriter:
         run: whatever makes another output if it changes: fingerprints of input and model, settings;
             values that JSON has.
         sync_seconds: how often the disk is waited for.
+        retry_errors: whether completions with an error are taken out of the output, so that they are
+            pending again. They go all at once, by a copy beside the output that takes its name; a process
+            killed before that leaves them in, one killed after it leaves them pending.
 
     Raises:
         OSError: the files cannot be opened or written.
@@ -118,6 +126,7 @@ class CompletionWriter:
         *,
         run: Mapping[str, Any],
         sync_seconds: float = 5.0,
+        retry_errors: bool = False,
     ) -> None:
         if errors_path is not None and errors_path.absolute() == path.absolute():
             raise ValueError(f"path and errors_path are both {path}; the errors need a file of their own")
@@ -129,8 +138,13 @@ class CompletionWriter:
                 self._errors = _Appender(errors_path, sync_seconds)
             self._claim(json.loads(json.dumps(dict(run))))
             self._done: set[int | bytes] = set()
+            self._failed: set[int | bytes] = set()
             for number, record in self._out.recover():
                 self._remember(number, record)
+            if retry_errors and self._failed:
+                self._out.drop(_is_failed)
+                self._done -= self._failed
+                self._failed = set()
             self._reported = set()
             if self._errors is not None:
                 self._reported = {
@@ -145,16 +159,29 @@ class CompletionWriter:
         """Completions that were there when it was opened."""
         return len(self._done)
 
+    @property
+    def failed(self) -> int:
+        """Those of them that are errors."""
+        return len(self._failed)
+
+    @property
+    def takes_bad_lines(self) -> bool:
+        """Whether there is an errors_path, so that ``report`` may be called."""
+        return self._errors is not None
+
     def pending(self, requests: Iterable[Request]) -> Iterator[tuple[Request, tuple[int, ...]]]:
         """The requests that were not answered in full when it was opened.
 
         Yields:
-            A request, and the numbers of its samples that are wanted.
+            A request, and the numbers of its samples that are wanted; one with more than 1024 samples
+            comes several times.
         """
         for request in requests:
-            wanted = tuple(i for i in range(request.samples) if _key(request.id, i) not in self._done)
-            if wanted:
-                yield request, wanted
+            for first in range(0, request.samples, _SAMPLES):
+                some = range(first, min(first + _SAMPLES, request.samples))
+                wanted = tuple(i for i in some if _key(request.id, i) not in self._done)
+                if wanted:
+                    yield request, wanted
 
     def write(self, completion: Completion) -> None:
         """Appends a completion.
@@ -201,6 +228,8 @@ class CompletionWriter:
                 "remove one line"
             )
         self._done.add(key)
+        if _is_failed(record):
+            self._failed.add(key)
 
     def _claim(self, run: dict[str, Any]) -> None:
         """Makes sure that the lines that are there are of this run, or that there are none."""
@@ -213,7 +242,8 @@ class CompletionWriter:
                 )
             self._compare(run)
         else:
-            replace_file(self.run_path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+            with _naming(self.run_path):
+                replace_file(self.run_path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
     def _compare(self, run: dict[str, Any]) -> None:
         try:
@@ -229,20 +259,17 @@ class CompletionWriter:
 
 
 class _Appender:
-    """A file of JSON lines that only grows, by whole lines."""
+    """A file of JSON lines that grows by whole lines, and loses some only all at once."""
 
     def __init__(self, path: Path, sync_seconds: float) -> None:
         self.path = path
         self._sync_seconds = sync_seconds
-        import fcntl  # POSIX only; all else here imports anywhere
-
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            # The lock goes with the process, however that ends.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._file)
-            raise ValueError(f"another process writes to {path}; wait for it, or end it") from error
+        # Beside the file itself, not beside a link to it, for it will have its name.
+        target = path.resolve()
+        self._copy = target.with_name(f".{target.name}.retried")
+        self._file: int | None = _locked(path)
+        # Of a process that was killed as it wrote it; nobody else does while the lock is ours.
+        self._copy.unlink(missing_ok=True)
         self._synced = time.monotonic()
 
     @property
@@ -253,19 +280,32 @@ class _Appender:
     def recover(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbers and objects of the lines that are there; cuts off a last one that is not whole."""
         whole = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{self.path}, line {number} is damaged: {error}; remove it") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{self.path}, line {number} is no object; remove it")
-                whole += len(line)
-                yield number, record
+        for number, line, record in self._lines():
+            whole += len(line)
+            yield number, record
         os.ftruncate(self._open(), whole)
+
+    def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Takes out the lines whose objects are unwanted.
+
+        Raises:
+            OSError: there is no room for a copy, or another reason; the file is as it was.
+        """
+        file = self._open()
+        with _naming(self._copy):
+            copy = _locked(self._copy)  # who opens the file under its new name finds it locked
+            try:
+                os.fchmod(copy, os.fstat(file).st_mode & 0o777)
+                with open(copy, "wb", closefd=False) as kept:
+                    kept.writelines(line for _, line, record in self._lines() if not unwanted(record))
+                os.fsync(copy)
+                os.replace(self._copy, self.path.resolve())
+            except BaseException:
+                os.close(copy)
+                self._copy.unlink(missing_ok=True)
+                raise
+        self._file = copy
+        os.close(file)
 
     def field(self, number: int, record: dict[str, Any], name: str) -> Any:
         value = record.get(name)
@@ -304,7 +344,8 @@ class _Appender:
         if self._file is not None:
             file, self._file = self._file, None
             try:
-                os.fsync(file)
+                with _naming(self.path):
+                    os.fsync(file)
             finally:
                 os.close(file)
 
@@ -312,6 +353,56 @@ class _Appender:
         if self._file is None:
             raise ValueError(f"{self.path} is closed; open another CompletionWriter")
         return self._file
+
+    def _lines(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+        """Numbers, bytes and objects of the whole lines."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{self.path}, line {number} is damaged: {error}; remove it") from error
+                if not isinstance(record, dict):
+                    raise ValueError(f"{self.path}, line {number} is no object; remove it")
+                yield number, line, record
+
+
+def _locked(path: Path) -> int:
+    """The file, made if need be, open for appending and locked for this process."""
+    import fcntl  # POSIX only; all else here imports anywhere
+
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        # The lock goes with the process, however that ends.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It is worth nothing if another process has put a new file there since it was opened.
+        ours = os.path.samestat(os.fstat(file), os.stat(path))
+    except BlockingIOError:
+        ours = False
+    except BaseException:
+        os.close(file)
+        raise
+    if not ours:
+        os.close(file)
+        raise ValueError(f"another process writes to {path}; wait for it, or end it")
+    return file
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name into errors of calls that know none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _is_failed(record: dict[str, Any]) -> bool:
+    return record.get("finish_reason") == "error"
 
 
 class _Ids:
@@ -366,7 +457,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("its objects or lists are nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -383,6 +474,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the field {twice!r} is there twice; write it once")
     return record
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a whole number has {len(digits)} digits, at most {_LONGEST_NUMBER} are read")
+    return int(digits)
 
 
 def _line_of(path: Path, id: str | int, before: int, defaults: Request | None) -> int:
