@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import shlex
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from auxkern.bench import session
 from auxkern.bench.generate_peers import (
     FILTERS,
     LONGEST,
     SHORTEST,
+    Way,
     Work,
     continuous,
     continuous_refusal,
     encoded,
-    generate_lm,
-    generate_pair,
-    in_batches,
-    two_model_loop,
+    peers,
 )
-from auxkern.bench.machine import OtherWork, machine_facts, now
-from auxkern.bench.session import device_from, positive
+from auxkern.bench.generate_report import ENGINE, GenerateRun, Throughput, print_run
+from auxkern.bench.machine import OtherWork
 from auxkern.files import replace_file
 
 PROGRAM = "python -m auxkern.bench --op generate"
@@ -42,39 +39,17 @@ _AUXILIARY = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
 }
+# Batches below the first are measured on this many requests for each text at a time.
+_SMALL_BATCH, _FEW_PER_PLACE = 8, 16
 _EPILOG = """\
 SmolLM2-135M and an auxiliary of 4.8M parameters write one text for each request; every text has a length of
 its own, 8 to 128 tokens, the same for all implementations. A batch of the others goes on until its longest
-text is done. First the engine's texts are compared with those of model.generate for single requests.
+text is done. A batch N below 8 would take very long and is measured on the first 16 N requests only; a batch
+larger than the number of requests is all of them at once.
+First the engine's texts are compared with those of model.generate for single requests.
 two-model loop: both models with their caches, the sum of their logits, Hugging Face's warpers, multinomial.
 Exit status: 0; 1 if the engine's texts are wrong; 2 for bad options or missing packages; 130 after Ctrl-C.
 """
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """One implementation at one batch size.
-
-    Attributes:
-        implementation: its name.
-        batch: texts at a time.
-        seconds: for all requests.
-        tokens: that were asked for, all of them written.
-        shares: of the time, by what it went to; empty if not known.
-        busy_cores: cores that other programs kept busy meanwhile.
-    """
-
-    implementation: str
-    batch: int
-    seconds: float
-    tokens: int
-    shares: dict[str, float]
-    busy_cores: float | None
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options = parser.parse_args(arguments)
-    device = device_from(parser, options.device)
+    session.check_common_options(parser, options)
+    device = session.device_from(parser, options.device)
     try:
         work = made_work(options.requests, device)
     except (ModuleNotFoundError, FileNotFoundError) as error:
@@ -100,32 +76,68 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         print(f"{parser.prog}: the engine's texts of requests {wrong} are wrong", file=sys.stderr)
         return 1
-    found: list[Throughput] = []
-    notes: list[str] = []
+    run = _new_run(work, arguments, device)
     try:
-        for name, batch, run in _runs(work, options.batch, notes):
-            print(f"{name}, batch {batch}", file=sys.stderr, flush=True)
-            found.append(_measured(work, name, batch, run))
-    except KeyboardInterrupt:
-        return 130
+        _carry_out(run, work, sorted(set(options.batch)), options.json)
     finally:
-        print(table(found))
-        for note in notes:
-            print(note)
-        if options.json is not None:
-            record = {
-                "kind": "generate",
-                "command": shlex.join([*PROGRAM.split(), *arguments]),
-                "date": now(),
-                "machine": machine_facts(device),
-                "requests": options.requests,
-                "lengths": [SHORTEST, LONGEST],
-                "filters": FILTERS,
-                "results": [asdict(one) for one in found],
-                "notes": notes,
-            }
-            replace_file(options.json, json.dumps(record, indent=1) + "\n")
-    return 0
+        # What was measured before an error is worth as much as what was measured before Ctrl-C.
+        _finish(run, options)
+    return session.INTERRUPTED if run.interrupted else 0
+
+
+def _new_run(work: Work, arguments: list[str], device: torch.device) -> GenerateRun:
+    made = session.new_run(PROGRAM, arguments, device)
+    lm = sum(parameter.numel() for parameter in work.model.lm.parameters())
+    auxiliary = sum(parameter.numel() for parameter in work.model.parameters())  # the LM's are not its own
+    return GenerateRun(
+        made.command,
+        made.date,
+        made.machine,
+        len(work.lengths),
+        [SHORTEST, LONGEST],
+        FILTERS,
+        {"LM": lm, "auxiliary": auxiliary},
+    )
+
+
+def _carry_out(run: GenerateRun, work: Work, batches: list[int], path: Path | None) -> None:
+    """Measures everything, and writes the file after each measurement. Ctrl-C ends it."""
+    runs = _runs(work, batches, run.notes)
+    try:
+        for name, batch, part, way in runs:
+            print(
+                f"{len(run.results) + 1} of {len(runs)}: {name}, batch {batch}", file=sys.stderr, flush=True
+            )
+            run.results.append(_measured(part, name, batch, way))
+            if path is not None:
+                replace_file(path, run.to_json())
+    except KeyboardInterrupt:
+        run.interrupted = True
+        run.notes.append(f"Interrupted: {len(run.results)} of {len(runs)} measurements are finished.")
+
+
+def _finish(run: GenerateRun, options: argparse.Namespace) -> None:
+    """Notes on other work, tables, files."""
+    run.notes += busy_notes(run.results, os.cpu_count() or 1)
+    print_run(run)
+    if options.json is not None:
+        replace_file(options.json, run.to_json())
+        print(f"wrote {options.json}", file=sys.stderr)
+    if options.plot is not None and run.results:
+        from auxkern.bench.generate_plot import plot
+
+        plot(run, options.plot)
+        print(f"wrote {options.plot}", file=sys.stderr)
+
+
+def busy_notes(results: list[Throughput], cores: int) -> list[str]:
+    """What to tell the reader where other programs took a tenth of the machine's cores or more."""
+    busy = [one for one in results if one.busy_cores is not None and one.busy_cores >= cores / 10]
+    if not busy:
+        return []
+    most = max(one.busy_cores or 0.0 for one in busy)
+    names = ", ".join(f"{one.implementation} (batch {one.batch})" for one in busy)
+    return [f"Busy: other programs kept up to {most:.1f} of {cores} cores; times are too long for {names}."]
 
 
 def made_work(count: int, device: torch.device) -> Work:
@@ -203,58 +215,39 @@ def differing(work: Work, count: int = 4) -> list[int]:
     return wrong
 
 
-def table(found: list[Throughput]) -> str:
-    """Tokens per second of each, and how they compare."""
-
-    def best(name: str) -> float:
-        return max((one.speed for one in found if one.implementation == name), default=float("nan"))
-
-    loop, lm = best("two-model loop"), best("generate, LM alone")
-    names = ("implementation", "batch", "seconds", "tokens/s", "vs loop", "vs LM alone")
-    lines = ["{:<26} {:>5} {:>8} {:>9} {:>8} {:>11}".format(*names)]
-    for one in found:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in one.shares.items())
-        lines.append(
-            f"{one.implementation:<26} {one.batch:>5} {one.seconds:>8.1f} {one.speed:>9.1f} "
-            f"{one.speed / loop:>7.2f}x {one.speed / lm:>10.2f}x  {shares}"
-        )
-    return "\n".join(lines)
+def part_for(work: Work, batch: int) -> Work:
+    """What is measured at a batch size: everything, or a part where small batches would take very long."""
+    return work.first(_FEW_PER_PLACE * batch) if batch < _SMALL_BATCH else work
 
 
-def _runs(
-    work: Work, batches: list[int], notes: list[str]
-) -> Iterator[tuple[str, int, Callable[[], dict[str, float]]]]:
-    ways: list[tuple[str, Callable[[int], dict[str, float]]]] = [
-        ("engine", lambda batch: _engine(work, batch)),
-        ("two-model loop", lambda batch: in_batches(work, batch, two_model_loop)),
-        ("generate, LM alone", lambda batch: in_batches(work, batch, generate_lm)),
-        ("generate, pair", lambda batch: in_batches(work, batch, generate_pair)),
-    ]
-    if work.plain_lm is not work.model.lm:
-        ours = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
-        ways += [
-            ("two-model loop, our kernels", lambda batch: in_batches(ours, batch, two_model_loop)),
-            ("generate, LM, our kernels", lambda batch: in_batches(ours, batch, generate_lm)),
-        ]
+def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, int, Work, Way]]:
+    """(implementation, batch, requests, way) of each measurement; adds notes for the reader."""
+    ways = {ENGINE: _engine, **peers(work)}
+    runs = [(name, batch, part_for(work, batch), way) for batch in batches for name, way in ways.items()]
+    count = len(work.lengths)
     for batch in batches:
-        for name, way in ways:
-            yield name, batch, lambda way=way, batch=batch: way(batch)  # type: ignore[misc]
+        fewer = len(part_for(work, batch).lengths)
+        if fewer < count:
+            notes.append(f"Batch {batch} is measured on the first {fewer} of {count} requests.")
+        elif batch > count:
+            notes.append(f"Batch {batch} is all {count} requests at once.")
     reason = continuous_refusal(work)
     if reason is None:
-        yield "continuous, LM alone", max(batches), lambda: continuous(work)
+        runs.append(("continuous, LM alone", max(batches), work, lambda work, _: continuous(work)))
     else:
         notes.append(f"transformers' continuous batching of the LM alone does not run here: {reason}")
+    return runs
 
 
-def _measured(work: Work, name: str, batch: int, run: Callable[[], dict[str, float]]) -> Throughput:
+def _measured(work: Work, name: str, batch: int, way: Way) -> Throughput:
     other, began = OtherWork(), time.perf_counter()
-    shares = run()
+    shares = way(work, batch)
     seconds = time.perf_counter() - began
-    return Throughput(name, batch, seconds, sum(work.lengths), shares, other.cores())
+    return Throughput(name, batch, len(work.lengths), sum(work.lengths), seconds, shares, other.cores())
 
 
 def _engine(work: Work, batch: int) -> dict[str, float]:
-    made = engine(work, batch)
+    made = engine(work, min(batch, len(work.lengths)))
     parts = {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
     with _timed(parts) as spent:
         began = time.perf_counter()
@@ -330,17 +323,24 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--requests", type=positive, default=64, metavar="N", help="texts (default 64)")
+    parser.add_argument(
+        "--requests", type=session.positive, default=64, metavar="N", help="texts (default 64)"
+    )
     parser.add_argument(
         "--batch",
-        type=positive,
+        type=session.positive,
         nargs="+",
-        default=[8, 32, 64],
+        default=[1, 8, 32, 128],
         metavar="N",
-        help="texts at a time (8 32 64)",
+        help="texts at a time (default 1 8 32 128)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE.json", help="write everything measured, after each measurement"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw speed and shares of the time (.png or .svg)"
+    )
     return parser
 
 

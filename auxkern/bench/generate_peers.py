@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from auxkern.bench.generate_report import LM, LOOP
 
 SHORTEST, LONGEST = 8, 128
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
@@ -33,6 +35,11 @@ class Work:
     plain_lm: Any
     plain_auxiliary: Any
 
+    def first(self, count: int) -> Work:
+        """The first ``count`` requests only."""
+        part = {name: getattr(self, name)[:count] for name in ("conditions", "prompts", "lengths")}
+        return replace(self, **part)
+
 
 def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
     """What the models are given for some requests: ids and masks, padded, on the model's device."""
@@ -40,13 +47,37 @@ def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
     return {name: tensor.to(work.model.device) for name, tensor in found.items()}
 
 
-def in_batches(work: Work, batch: int, way: Callable[[Work, list[int]], None]) -> dict[str, float]:
-    """All requests, ``batch`` at a time, each batch until its longest text is done; no shares are known."""
-    # In the order of arrival: how long a text will be is not known before it is written.
-    rows = list(range(len(work.lengths)))
-    for first in range(0, len(rows), batch):
-        way(work, rows[first : first + batch])
-    return {}
+Way = Callable[[Work, int], dict[str, float]]  # (work, batch) -> shares of the time, {} if not known
+
+
+def peers(work: Work) -> dict[str, Way]:
+    """The other ways by their names, on torch's kernels, then on ours where the engine runs on them."""
+    ways = {
+        LOOP: _in_batches(two_model_loop),
+        LM: _in_batches(generate_lm),
+        "generate, pair": _in_batches(generate_pair),
+    }
+    if work.plain_lm is not work.model.lm:
+        ways |= {
+            "loop, our kernels": _in_batches(two_model_loop, our_kernels=True),
+            "LM alone, our kernels": _in_batches(generate_lm, our_kernels=True),
+        }
+    return ways
+
+
+def _in_batches(write: Callable[[Work, list[int]], None], our_kernels: bool = False) -> Way:
+    """All requests, batch after batch, each until its longest text is done."""
+
+    def way(work: Work, batch: int) -> dict[str, float]:
+        if our_kernels:
+            work = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
+        # In the order of arrival: how long a text will be is not known before it is written.
+        rows = list(range(len(work.lengths)))
+        for first in range(0, len(rows), batch):
+            write(work, rows[first : first + batch])
+        return {}
+
+    return way
 
 
 def generate_lm(work: Work, rows: list[int]) -> None:

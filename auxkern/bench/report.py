@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from auxkern.bench.results import Run
 from auxkern.files import replace_file
@@ -41,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", type=Path, help="JSON written by a benchmark's --json")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bars of time and memory")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (.png or .svg)")
     parser.add_argument(
         "--update", type=Path, metavar="FILE.md", help="put the Markdown table between markers there"
     )
@@ -49,26 +52,66 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Rendering(NamedTuple):
+    """How the files of one kind are shown.
+
+    Attributes:
+        read: makes the run of a file's text.
+        print_run: prints its tables on stdout.
+        markdown: its tables and where they come from.
+        plot: draws it into a file.
+    """
+
+    read: Callable[[str], Any]
+    print_run: Callable[[Any], None]
+    markdown: Callable[[Any], str]
+    plot: Callable[[Any, Path], None]
+
+
+def _renderings() -> dict[str | None, Rendering]:
+    """By the kind that a file names; times of operators name none."""
+    from auxkern.bench import generate_plot, generate_report, plot, tables
+
+    operators = Rendering(Run.from_json, print_run, tables.markdown, plot.plot)
+    generation = Rendering(
+        generate_report.GenerateRun.from_json,
+        generate_report.print_run,
+        generate_report.markdown,
+        generate_plot.plot,
+    )
+    return {None: operators, "gpu": operators, generate_report.KIND: generation}
+
+
+def _kind(text: str) -> str | None:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the file is not JSON: {error}; give one that --json wrote") from error
+    return record.get("kind") if isinstance(record, dict) else None
+
+
 def _render(options: argparse.Namespace) -> int:
-    from auxkern.bench import tables
-
-    run = Run.from_json(options.file.read_text(encoding="utf-8"))
+    text, renderings = options.file.read_text(encoding="utf-8"), _renderings()
+    kind = _kind(text)
+    if kind not in renderings:
+        known = ", ".join(repr(name) for name in renderings if name is not None)
+        raise ValueError(f"{options.file} holds a result of kind {kind!r}; drawn are {known} and operators")
+    rendering = renderings[kind]
+    run = rendering.read(text)
     if options.markdown:
-        print(tables.markdown(run), end="")
+        print(rendering.markdown(run), end="")
     if options.update is not None:
-        text = options.update.read_text(encoding="utf-8")
-        replace_file(options.update, between_markers(text, options.name, tables.markdown(run)))
+        page = options.update.read_text(encoding="utf-8")
+        replace_file(options.update, between_markers(page, options.name, rendering.markdown(run)))
     if options.plot is not None:
-        from auxkern.bench.plot import plot
-
-        plot(run, options.plot)
+        rendering.plot(run, options.plot)
     if not (options.markdown or options.update or options.plot):
-        print_run(run)
+        rendering.print_run(run)
     return 0
 
 
 def print_run(run: Run) -> None:
-    """Prints the tables of a run on stdout."""
+    """Prints the tables of a run of operators on stdout."""
     from auxkern.bench import tables
 
     console = tables.console_for_stdout()
