@@ -334,6 +334,7 @@ def test_requests_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
         (b'{"prompt": "' + b"a" * 200 + b'"}', "it is longer than 150 bytes"),
         (b"[" * 100_000, "longer than 150"),
         (b'{"prompt": 3}', "prompt must be a str, got int"),
+        (b'{"top_k": 1' + b"0" * 100 + b"}", "a whole number has 101 digits, at most 100 are read"),
     ],
 )
 def test_bad_lines_are_told_and_left_out(
