@@ -236,16 +236,15 @@ def test_the_command_prints_and_writes_the_figures(folder: Path, capsys: pytest.
     assert shares[1] is None
     # The pointer of this pair is as loud as the base.
     assert 0 <= shares[0] < shares[2] <= 1
+    assert "reference" in found["results"], "see test_evaluation_samples.py"
 
 
 def test_samples_do_not_depend_on_the_batch_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[list[str]] = []
-    monkeypatch.setattr(
-        evaluate, "keyword_accuracy", lambda samples, conditions: kept.append(samples) or len(kept)
-    )
+    monkeypatch.setattr(evaluate, "distinct_n", lambda texts, n: kept.append(texts) or 0.5)
     for size in ("1", "7"):
         run(folder, "--samples", "9", "--batch-size", size, "--max-new-tokens", "6")
-    assert kept[:2] == kept[2:]
+    assert kept[: len(kept) // 2] == kept[len(kept) // 2 :]
     assert len(kept[0]) == 9
 
 
@@ -308,8 +307,8 @@ def test_the_task_scores_and_samples_what_is_held_out(folder: Path, monkeypatch:
 def test_a_task_has_100_samples_or_one_for_each_keyword() -> None:
     options = evaluate._parser().parse_args(["model", "--task", "wordnet-keywords"])
     for keywords, expected in ((300, 100), (30, 30)):
-        requests = evaluate._requests([Example(f"w{i % keywords}", "w") for i in range(600)], options)
-        assert len({request.condition for request in requests}) == len(requests) == expected
+        asked = evaluate._asked([Example(f"w{i % keywords}", "w") for i in range(600)], options)
+        assert len({example.condition for example in asked}) == len(asked) == expected
 
 
 @pytest.mark.parametrize(
@@ -339,8 +338,10 @@ def test_without_rich_the_table_is_plain(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-    evaluate._print_table({"lm": {"nll": 1.5, "perplexity": None, "contains_condition": 0.25}}, samples=100)
+    aux, pair = {"nll": 12.25, "perplexity": 2.0}, {"nll": 0.5, "perplexity": 1234.5}
+    evaluate._print_table({"lm": {"nll": 1.5, "perplexity": None}, "aux": aux, "pair": pair})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["nll", "perplexity", "keyword", "in", "100", "samples"]
-    assert lines[1].split() == ["LM", "alone", "1.5000", "beyond", "1e308", "25.0%"]
-    assert len(lines[0]) == len(lines[1])
+    assert lines[0].split() == ["nll", "perplexity"]
+    assert lines[1].split() == ["LM", "alone", "1.5000", "beyond", "1e308"]
+    assert lines[3].split() == ["pair", "0.5000", "1,234.50"]
+    assert len({len(line) for line in lines}) == 1

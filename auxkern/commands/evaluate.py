@@ -18,11 +18,14 @@ from auxkern.bench.machine import now
 from auxkern.bench.session import INTERRUPTED, positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request
-from auxkern.evaluation.accuracy import keyword_accuracy
+from auxkern.evaluation.bootstrap import bootstrap_mean
+from auxkern.evaluation.diversity import distinct_n, self_bleu
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
+from auxkern.evaluation.slor import UnigramCounts, slor
 from auxkern.files import replace_file
-from auxkern.model.text import Example
+from auxkern.model.text import Example, TextFormat
 from auxkern.seeds import DATA_SEED, drawn, mixed_seed
+from auxkern.tasks.keywords import contains_keyword
 from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.progress import Progress, progress_for
 from auxkern.training.settings import TASKS
@@ -32,12 +35,35 @@ nll is in nats per token of the texts and their ends; perplexity is exp(nll). Th
 softmax(aux_scale * logits_aux).
 --task takes the side of the data that auxkern train holds out: no keyword and no text of it was trained on.
 --samples M writes a text for M of the conditions, each another one, at temperature 1 with fixed seeds, by
-the pair and by the language model alone, and counts those that contain their condition as a word.
+the pair and by the language model alone, and measures them beside the references, which are the texts of
+the data for the same conditions:
+  has condition  share that contains the condition as a word
+  SLOR           (log p_LM - log p_unigram) / tokens of a text, in nats per token (Kann et al. 2018); the LM
+                 is the base, the unigram counts are of --unigram, for a task of its training side
+  distinct-n     different n-grams / tokens, of all texts (Li et al. 2016)
+  self-BLEU-4    mean BLEU-4 of a text with the others as references (Zhu et al. 2018); low is diverse
+Brackets hold 95% bootstrap intervals over the conditions. SLOR and self-BLEU leave empty texts out. A
+reference is whole, a sample ends after --max-new-tokens.
 Exit status: 0; 2 for bad options, missing data or a model that cannot be loaded; 130 after Ctrl-C.
 """
 _TASK_SAMPLES = 100
 _NAMES = {"lm": "LM alone", "aux": "auxiliary alone", "pair": "pair"}
 _SAMPLERS = {"pair": "default", "lm": None}  # which auxiliary writes the samples
+_WRITERS = {"lm": "LM alone", "pair": "pair", "reference": "references"}
+_BLEU = 4
+_MEASURES = (
+    "contains_condition",
+    "contains_condition_interval",
+    "slor",
+    "slor_interval",
+    "distinct_1",
+    "distinct_2",
+    f"self_bleu_{_BLEU}",
+    "empty",
+)
+
+# A figure is a number, or both ends of its interval; None where there is none.
+_Figures = dict[str, float | list[float] | None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,30 +85,38 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
-    examples = _read_examples(options)
-    requests = _requests(examples, options)
+    training, examples = _read_examples(options)
+    asked = _asked(examples, options)
+    unigram = _unigram_source(training, options) if asked else None
     chosen = drawn(examples, options.examples)
     seconds: dict[str, float] = {}
     date = now()
     with _timed(seconds, "loading"):
         model, text_format = pair.load_pair(parser, options, options.max_length)
+        counts = _unigram_counts(model, text_format, unigram)
     progress = progress_for()
+    measured: dict[str, _Figures] = {}
+    interrupted = False
     try:
         with _timed(seconds, "nll"):
             report = _nll(model, encode(chosen, text_format), options, progress)
-        samples: dict[str, list[str]] = {}
-        interrupted = False
-        with _timed(seconds, "samples"):
-            try:
-                for who in _SAMPLERS if requests else ():
-                    samples[who] = _sample(model, text_format, requests, who, options, progress)
-            except KeyboardInterrupt:
-                interrupted = True  # the nll took minutes, and is complete
+        try:
+            for who in (*_SAMPLERS, "reference") if asked else ():
+                with _timed(seconds, "samples"):
+                    texts = _texts(model, text_format, asked, who, options, progress)
+                with _timed(seconds, "measures"):
+                    measured[who] = _measures(
+                        model, text_format, asked, texts, counts, who, options, progress
+                    )
+        except KeyboardInterrupt:
+            interrupted = True  # the nll took minutes, and is complete
     finally:
         progress.close()
-    found = _figures(report, samples, requests)
-    _print_table(found, len(requests))
-    _print_facts(report, seconds, options)
+    found = _figures(report, measured)
+    _print_table(found)
+    if measured:
+        _print_measures(found, len(asked))
+    _print_facts(report, counts, seconds, options)
     if options.json is not None:
         record = {
             "kind": "evaluation",
@@ -92,7 +126,7 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
             "model": _described(model, options),
             "data": {**_source(options), "sequences": report.sequences, "tokens": report.tokens},
             "results": found,
-            "samples": _sampling(options, len(requests)) if requests else None,
+            "samples": _sampling(options, len(asked), counts) if asked else None,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "interrupted": interrupted,
         }
@@ -103,19 +137,20 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
     return INTERRUPTED if interrupted else 0
 
 
-def _read_examples(options: argparse.Namespace) -> list[Example]:
+def _read_examples(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """What a task trains on, nothing for a file; and what is measured."""
     if options.task is not None:
         from auxkern.tasks.keywords import keyword_examples, split_by_keyword
 
-        return split_by_keyword(keyword_examples(), seed=DATA_SEED)[1]
+        return split_by_keyword(keyword_examples(), seed=DATA_SEED)
     examples = read_jsonl(options.file)
     if not examples:
         raise ValueError(f"{options.file} has no examples")
-    return examples
+    return [], examples
 
 
-def _requests(examples: Sequence[Example], options: argparse.Namespace) -> list[Request]:
-    """What samples are written for: one for each of some conditions, drawn from all of the data."""
+def _asked(examples: Sequence[Example], options: argparse.Namespace) -> list[Example]:
+    """What samples are written for: the first example of some conditions, drawn from all of the data."""
     wanted = options.samples
     if wanted is None:
         wanted = _TASK_SAMPLES if options.task is not None else 0
@@ -129,8 +164,35 @@ def _requests(examples: Sequence[Example], options: argparse.Namespace) -> list[
             wanted = len(first_of)
         else:
             raise ValueError(f"--samples {wanted}, but there are {len(first_of)} conditions; lower it")
+    if options.unigram is not None and not wanted:
+        raise ValueError(f"--unigram {options.unigram}, but there are no samples to measure; pass --samples")
     order = sorted(first_of, key=lambda condition: mixed_seed(DATA_SEED, f"sample {condition}"))
-    return [Request(first_of[name].condition, first_of[name].prompt) for name in order[:wanted]]
+    return [first_of[name] for name in order[:wanted]]
+
+
+def _unigram_source(
+    training: Sequence[Example], options: argparse.Namespace
+) -> UnigramCounts | tuple[str, list[str]] | None:
+    """Counts, or texts to count and their name; before a model is loaded, so that a bad file shows early."""
+    path: Path | None = options.unigram
+    if path is not None and path.suffix == ".safetensors":
+        return UnigramCounts.load(path)
+    if path is None and not training:
+        return None
+    name = f"training side of {options.task}" if path is None else str(path)
+    examples = training if path is None else read_jsonl(path)
+    if not examples:
+        raise ValueError(f"{path} has no examples to count")
+    return f"{name}, each text once", list(dict.fromkeys(example.text for example in examples))
+
+
+def _unigram_counts(
+    model: Any, text_format: TextFormat, source: UnigramCounts | tuple[str, list[str]] | None
+) -> UnigramCounts | None:
+    if source is None or isinstance(source, UnigramCounts):
+        return source
+    name, texts = source
+    return UnigramCounts.of_texts(texts, text_format, model.config.vocab_size, source=name)
 
 
 def _nll(model: Any, encoded: Any, options: argparse.Namespace, progress: Progress) -> NllReport:
@@ -145,14 +207,18 @@ def _nll(model: Any, encoded: Any, options: argparse.Namespace, progress: Progre
     )
 
 
-def _sample(
+def _texts(
     model: Any,
-    text_format: Any,
-    requests: list[Request],
+    text_format: TextFormat,
+    asked: list[Example],
     who: str,
     options: argparse.Namespace,
     progress: Progress,
 ) -> list[str]:
+    """A text for each example: its own, or what a model writes for its condition after its prompt."""
+    if who not in _SAMPLERS:
+        return [example.text for example in asked]
+    requests = [Request(example.condition, example.prompt) for example in asked]
     progress.start(0, len(requests), f"samples of the {_NAMES[who]}")
     written: list[str] = []
     for some in pair.texts(
@@ -174,37 +240,124 @@ def _sample(
     return written
 
 
-def _figures(
-    report: NllReport, samples: dict[str, list[str]], requests: list[Request]
-) -> dict[str, dict[str, float | None]]:
-    """nll, perplexity and, of those that wrote samples, the share with their condition, by model."""
-    conditions = [request.condition for request in requests]
-    found: dict[str, dict[str, float | None]] = {}
+def _measures(
+    model: Any,
+    text_format: TextFormat,
+    asked: list[Example],
+    texts: list[str],
+    counts: UnigramCounts | None,
+    who: str,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> _Figures:
+    """Every one of ``_MEASURES`` for one text an example."""
+    conditions = [example.condition.casefold() for example in asked]
+    kept = [float(contains_keyword(text, name)) for text, name in zip(texts, conditions, strict=True)]
+    found: _Figures = dict.fromkeys(_MEASURES)
+    found["contains_condition"] = sum(kept) / len(kept)
+    found["contains_condition_interval"] = _interval(kept, conditions)
+    worded = sum(bool(text.split()) for text in texts)
+    found["empty"] = len(texts) - worded
+    if worded:
+        found.update({f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)})
+    if worded > 1:
+        found[f"self_bleu_{_BLEU}"] = self_bleu(texts, _BLEU)
+    if counts is not None:
+        progress.start(0, len(texts), f"SLOR of the {_WRITERS[who]}")
+        values = _slor_values(model, text_format, asked, texts, counts, options, progress)
+        scored = [(x, name) for x, name in zip(values, conditions, strict=True) if x is not None]
+        if scored:
+            found["slor"] = sum(x for x, _ in scored) / len(scored)
+            found["slor_interval"] = _interval([x for x, _ in scored], [name for _, name in scored])
+    return found
+
+
+def _slor_values(
+    model: Any,
+    text_format: TextFormat,
+    asked: list[Example],
+    texts: list[str],
+    counts: UnigramCounts,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> tuple[float | None, ...]:
+    positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+    return slor(
+        model.lm,
+        # A sample can be more tokens when it is read than when it was written.
+        TextFormat(text_format.tokenizer, max_length=positions),
+        texts,
+        counts,
+        prompts=[example.prompt for example in asked],
+        batch_size=options.batch_size,
+        lm_term=model.config.lm_term,
+        lm_fingerprint=model.config.base_fingerprint,
+        progress=lambda done, _: progress.advance(done),
+    ).values
+
+
+def _interval(values: list[float], conditions: list[str]) -> list[float] | None:
+    """Both ends of a 95% interval; None for one condition, of which there is nothing to resample."""
+    if len(set(conditions)) < 2:
+        return None
+    interval = bootstrap_mean(values, clusters=conditions)
+    return [interval.low, interval.high]
+
+
+def _figures(report: NllReport, measured: dict[str, _Figures]) -> dict[str, _Figures]:
+    """nll, perplexity and measures of what was written, by model, and of the references if they were."""
+    found: dict[str, _Figures] = {}
     for who in _NAMES:
         perplexity = getattr(report, f"{who}_perplexity")
         found[who] = {
             "nll": getattr(report, f"{who}_nll"),
             # JSON has no infinity.
             "perplexity": perplexity if math.isfinite(perplexity) else None,
-            "contains_condition": keyword_accuracy(samples[who], conditions) if who in samples else None,
         }
+    for who in (*_NAMES, "reference"):
+        if who in _NAMES or who in measured:
+            found.setdefault(who, {"nll": None, "perplexity": None})
+            found[who].update(measured.get(who, dict.fromkeys(_MEASURES)))
     return found
 
 
-def _print_table(found: dict[str, dict[str, float | None]], samples: int) -> None:
-    heads = ["", "nll", "perplexity"]
-    if samples:
-        heads.append(f"keyword in {samples} samples")
+def _print_table(found: dict[str, _Figures]) -> None:
     rows = []
-    for who, figures in found.items():
-        perplexity, share = figures["perplexity"], figures["contains_condition"]
-        row = [
-            _NAMES[who],
-            f"{figures['nll']:.4f}",
-            "beyond 1e308" if perplexity is None else f"{perplexity:,.2f}",
-            "" if share is None else f"{share:.1%}",
-        ]
-        rows.append(row[: len(heads)])
+    for who, name in _NAMES.items():
+        perplexity = found[who]["perplexity"]
+        shown = "beyond 1e308" if perplexity is None else f"{perplexity:,.2f}"
+        rows.append([name, f"{found[who]['nll']:.4f}", shown])
+    _print_cells(["", "nll", "perplexity"], rows)
+
+
+def _print_measures(found: dict[str, _Figures], samples: int) -> None:
+    """A column for each writer, since five measures and their intervals are wider than a terminal."""
+    shown = [who for who in _WRITERS if found.get(who, {}).get("contains_condition") is not None]
+    rows = [
+        ["has condition", *(_cell(found[who], "contains_condition", ".1%", ".0%") for who in shown)],
+        ["SLOR", *(_cell(found[who], "slor", ".2f", ".2f") for who in shown)],
+        *([f"distinct-{n}", *(_cell(found[who], f"distinct_{n}", ".3f") for who in shown)] for n in (1, 2)),
+        [f"self-BLEU-{_BLEU}", *(_cell(found[who], f"self_bleu_{_BLEU}", ".3f") for who in shown)],
+        ["empty", *(f"{found[who]['empty']}" for who in shown)],
+    ]
+    if all(found[who]["slor"] is None for who in shown):
+        del rows[1]
+    _print_cells([f"{samples} texts each", *(_WRITERS[who] for who in shown)], rows)
+
+
+def _cell(figures: _Figures, name: str, form: str, ends: str = "") -> str:
+    """A figure and, in brackets, its interval if it has one."""
+    value, interval = figures[name], figures.get(f"{name}_interval")
+    if value is None:
+        return "-"
+    if not isinstance(interval, list):
+        return f"{value:{form}}"
+    low, high = (f"{end:{ends}}".removesuffix("%") for end in interval)
+    return f"{value:{form}} [{low}, {high}]"
+
+
+def _print_cells(heads: list[str], rows: list[list[str]]) -> None:
+    """A table whose first column names its rows."""
     if importlib.util.find_spec("rich") is None:
         widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
         for name, *cells in (heads, *rows):
@@ -223,9 +376,13 @@ def _print_table(found: dict[str, dict[str, float | None]], samples: int) -> Non
     Console().print(table)
 
 
-def _print_facts(report: NllReport, seconds: dict[str, float], options: argparse.Namespace) -> None:
+def _print_facts(
+    report: NllReport, counts: UnigramCounts | None, seconds: dict[str, float], options: argparse.Namespace
+) -> None:
     data = options.task or options.file
     print(f"{data}: {report.sequences:,} sequences, {report.tokens:,} tokens scored")
+    if counts is not None:
+        print(f"SLOR: p_LM of the base, p_unigram of {counts.tokens:,} tokens ({counts.source})")
     print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05))
 
 
@@ -247,20 +404,32 @@ def _source(options: argparse.Namespace) -> dict[str, Any]:
     return {"task": options.task, "file": None if options.file is None else str(options.file), **limits}
 
 
-def _sampling(options: argparse.Namespace, count: int) -> dict[str, Any]:
+def _sampling(options: argparse.Namespace, count: int, counts: UnigramCounts | None) -> dict[str, Any]:
     return {
         "count": count,
         "temperature": 1.0,
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
+        "confidence": 0.95,
+        "unigram": None
+        if counts is None
+        else {
+            "source": counts.source,
+            "tokens": counts.tokens,
+            "vocab_size": counts.vocab_size,
+            "data_fingerprint": counts.data_fingerprint,
+            "tokenizer_fingerprint": counts.tokenizer_fingerprint,
+        },
     }
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -289,6 +458,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         shown = what if default is None else f"{what} (default {default:,})"
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=shown)
+    parser.add_argument(
+        "--unigram",
+        type=Path,
+        metavar="FILE",
+        help="for SLOR: texts to count (.jsonl) or counts (.safetensors); default: what the task trains on",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, command, date and versions")
     return parser
 
