@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import random
 import signal
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import limited_files
 from tiny_pair import save_tiny_pair
 
-from auxkern.commands import generate
+from auxkern.commands import generate, generate_file, pair
+from auxkern.generation import Completion, Engine
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +54,15 @@ def _options(folder: Path, source: Path, output: Path, *more: str) -> list[str]:
 def _sorted(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
     return sorted(lines, key=lambda line: (json.loads(line)["id"], json.loads(line)["sample"]))
+
+
+def _main_that_retries(options: list[str]) -> int:
+    parser = generate._parser()
+    chosen = parser.parse_args(options)
+    generate._check(parser, chosen)
+    model, text_format = pair.load_pair(parser, chosen)
+    params = generate._params(chosen)
+    return generate_file.generate(chosen, model, text_format, params, retry_errors=True)
 
 
 def _start(options: list[str]) -> subprocess.Popen[bytes]:
@@ -86,6 +99,29 @@ def test_killed_and_started_again_it_writes_what_it_would_have(
     whole, torn = _killed_and_resumed(folder, tmp_path, 150, 3, number)
     assert _sorted(torn) == _sorted(whole)
     assert len(_sorted(whole)) == 150 + 30
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = _write(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl"
+    step, left = Engine.step, 12
+
+    def interrupted(engine: Engine) -> list[Completion]:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    assert generate.main(_options(folder, source, output)) == 130
+    count = len(output.read_bytes().splitlines())
+    assert 0 < count < 24
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{output} has {count} texts so far. Start the same command again" in last
+    assert generate.main(_options(folder, source, output)) == 0
+    assert len(output.read_bytes().splitlines()) == 24
 
 
 @pytest.mark.slow
@@ -136,6 +172,135 @@ def test_bad_lines_are_named_and_the_rest_goes_on(
     generate.main(_options(folder, source, output))
     assert output.read_bytes() == before
     assert len((tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()) == 2
+
+
+# The line as it is, and what its error says: in the errors file where it is no request, else in its answer.
+NO_REQUESTS: list[tuple[bytes, str]] = [
+    (b'{"id": "bad", "prompt": "w1"', "it is not JSON"),
+    (b"\x80\xff\xfe", "codec can't decode"),
+    (b"null", "it is a JSON NoneType; write an object"),
+    (b'{"id": ["bad"]}', "id must be a str or an int, got list"),
+    (b'{"id": "g0"}', "its id 'g0' is that of line 1"),
+    (b'{"prompt": null, "promt": "w1"}', "did you mean 'prompt'?"),
+    (b'{"prompt": ["w1"]}', "prompt must be a str, got list"),
+    (b'{"condition": {"w1": 1}}', "condition must be a str, got dict"),
+    (b'{"condition": "w1 \\ud83d"}', "condition has half a surrogate pair"),
+    (b'{"auxiliary": 1}', "auxiliary must be a str, got int"),
+    (b'{"seed": "3"}', "seed must be an int, got str"),
+    (b'{"samples": 0}', "samples is 0; it must be 1 or more"),
+    (b'{"max_new_tokens": -1}', "max_new_tokens is -1; it must be 1 or more"),
+    (b'{"stop": ["w1", ""]}', "stop holds an empty str"),
+    (b'{"temperature": -1}', "temperature is -1"),
+    (b'{"temperature": "hot"}', "temperature must be a number"),
+    (b'{"temperature": NaN}', "temperature is nan"),
+    (b'{"temperature": 0, "top_k": 3}', "temperature is 0"),
+    (b'{"top_k": 2.5}', "top_k must be an int"),
+    (b'{"top_p": 0}', "top_p is 0"),
+    (b'{"min_p": 1.5}', "min_p is 1.5"),
+    (b'{"repetition_penalty": 0}', "repetition_penalty is 0"),
+    (b'{"logit_bias": {"3": Infinity}}', "logit_bias[3] is inf"),
+    (b'{"logit_bias": {"w1": 1}}', "logit_bias has the key 'w1'"),
+    (b'{"aux_scale": Infinity}', "aux_scale is inf; it must be finite"),
+    (b'{"aux_scale": 1' + b"0" * 400 + b"}", "a whole number has 401 digits"),
+    (b'{"max_new_tokens": ' + b"9" * 4300 + b"}", "a whole number has 4300 digits"),
+]
+NO_ROOM = "shorten the prompt, or lower max_new_tokens"
+NOT_SERVED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "w2 " * 60}, NO_ROOM),
+    ({"max_new_tokens": 10**30}, NO_ROOM),
+    ({"prompt": "w2 " * 20, "max_new_tokens": 20}, "the prompt has 21 tokens and max_new_tokens is 20"),
+    ({"condition": "w1 " * 65}, "the condition has 65 tokens, but there is room for 64"),
+    ({"auxiliary": "nobody"}, "there is no auxiliary 'nobody'; choose one of default, or null"),
+    ({"aux_scale": 1e39}, "the logits are NaN or infinite"),
+    ({"logit_bias": {str(token): -math.inf for token in range(97)}}, "the logits are NaN or infinite"),
+    # The first token is drawn, the second one is not.
+    ({"logit_bias": {"5": 3e38}, "frequency_penalty": -3e38, "max_new_tokens": 9}, "the logits are NaN"),
+]
+
+
+def test_bad_input_of_every_kind_leaves_the_rest_as_it_was(folder: Path, tmp_path: Path) -> None:
+    good = _write(tmp_path / "good.jsonl", 45).read_bytes().replace(b'"r', b'"g').splitlines()
+    bad = [line for line, _ in NO_REQUESTS]
+    bad += [json.dumps({"max_new_tokens": 3, **fields}).encode() for fields, _ in NOT_SERVED]
+    lines = [line for pair in zip(good, bad + [b" "] * (len(good) - len(bad)), strict=True) for line in pair]
+    (tmp_path / "good.jsonl").write_bytes(b"\n".join(good))
+    (tmp_path / "all.jsonl").write_bytes(b"\n".join(lines))
+    assert generate.main(_options(folder, tmp_path / "good.jsonl", tmp_path / "good.out")) == 0
+    output = tmp_path / "all.out"
+    assert generate.main(_options(folder, tmp_path / "all.jsonl", output)) == 1
+
+    texts = {(one["id"], one["sample"]): one for one in map(json.loads, output.read_text().splitlines())}
+    alone = [json.loads(line) for line in (tmp_path / "good.out").read_text().splitlines()]
+    assert len(alone) == 45 + 9
+    assert [texts.pop((one["id"], one["sample"])) for one in alone] == alone
+    found = [json.loads(line) for line in (tmp_path / "all.out.errors.jsonl").read_text().splitlines()]
+    assert [one["line"] for one in found] == [2 * (i + 1) for i in range(len(NO_REQUESTS))]
+    for one, (line, message) in zip(found, NO_REQUESTS, strict=True):
+        assert message in one["error"], line
+    # Without an id a request has the number of its line.
+    numbers = [2 * (len(NO_REQUESTS) + i + 1) for i in range(len(NOT_SERVED))]
+    assert sorted(texts) == [(number, 0) for number in numbers]
+    for number, (fields, message) in zip(numbers, NOT_SERVED, strict=True):
+        assert message in texts[number, 0]["error"], fields
+
+    # Started again it skips what failed, and still says so.
+    before = output.read_bytes()
+    assert generate.main(_options(folder, tmp_path / "all.jsonl", output)) == 1
+    assert output.read_bytes() == before
+
+
+def test_an_empty_prompt_is_the_start_token(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"id": 1, "prompt": ""}\n{"id": 2}\n{"id": 3, "condition": "", "auxiliary": null}\n')
+    assert generate.main(_options(folder, source, tmp_path / "out", "--max-new-tokens", "3")) == 0
+    texts = {one["id"]: one for one in map(json.loads, (tmp_path / "out").read_text().splitlines())}
+    assert sorted(texts) == [1, 2, 3]
+    assert all(one["prompt_tokens"] == 1 and one["new_tokens"] >= 1 for one in texts.values())
+
+
+def test_errors_are_asked_again_where_wanted(folder: Path, tmp_path: Path) -> None:
+    """What failed in a shorter run: as if the reason was outside the request, and is gone."""
+    source, output = _write(tmp_path / "in.jsonl", 30), tmp_path / "out.jsonl"
+    source.write_text(source.read_text() + "{broken\n")
+    assert generate.main(_options(folder, source, tmp_path / "whole.jsonl")) == 1
+    whole = _sorted(tmp_path / "whole.jsonl")
+    assert generate.main(_options(folder, source, output)) == 1
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for one in lines[::4]:
+        one |= {"error": "out of memory", "finish_reason": "error", "token_ids": [], "new_tokens": 0}
+    output.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    torn = output.read_bytes()
+
+    assert generate.main(_options(folder, source, output)) == 1
+    assert output.read_bytes() == torn
+    assert _main_that_retries(_options(folder, source, output)) == 1  # the broken line stays one
+    assert _sorted(output) == whole
+    assert json.loads((tmp_path / "out.jsonl.errors.jsonl").read_text())["line"] == 31
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 0.99])
+def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
+    folder: Path, tmp_path: Path, share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = _write(tmp_path / "in.jsonl", 40), tmp_path / "out.jsonl"
+    assert generate.main(_options(folder, source, tmp_path / "whole.jsonl")) == 0
+    whole = _sorted(tmp_path / "whole.jsonl")
+    capsys.readouterr()
+    room = int((tmp_path / "whole.jsonl").stat().st_size * share)
+    with limited_files(room):
+        assert generate.main(_options(folder, source, output)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("auxkern generate")]
+    assert len(said) == 1
+    assert os.strerror(errno.EFBIG) in said[0]
+    # The file that says what the run is comes first, and needs some room too.
+    named = output if room > 1000 else output.with_name("out.jsonl.run.json")
+    assert f"'{named}'" in said[0]
+    there = output.read_bytes()
+    assert there.endswith(b"\n") or not there
+    assert set(there.decode().splitlines()) <= set(whole)
+    assert len(there) > room * 0.7 or room < 1000
+    assert generate.main(_options(folder, source, output)) == 0
+    assert _sorted(output) == whole
 
 
 def test_a_bad_line_ends_the_run_where_asked(
