@@ -43,7 +43,8 @@ the data for the same conditions:
   distinct-n     different n-grams / tokens, of all texts (Li et al. 2016)
   self-BLEU-4    mean BLEU-4 of a text with the others as references (Zhu et al. 2018); low is diverse
 Brackets hold 95% bootstrap intervals over the conditions. SLOR and self-BLEU leave empty texts out. A
-reference is whole, a sample ends after --max-new-tokens.
+reference is whole, a sample ends after --max-new-tokens. References are no ceiling of SLOR: the base finds
+its own samples the most probable, and in short texts the first token, which it cannot guess, weighs more.
 Exit status: 0; 2 for bad options, missing data or a model that cannot be loaded; 130 after Ctrl-C.
 """
 _TASK_SAMPLES = 100

@@ -225,8 +225,11 @@ def slor(
     compares with one that ended. Deviations from the paper: all is over the LM's own tokens, as in the
     paper's variant on word pieces, WPSLOR, not over words; p_unigram is of ``counts``, smoothed, not of
     the LM's training data, which a pre-trained LM does not bring; with a prompt, p_LM is given the prompt
-    too. So values compare only for one LM and one set of counts. Repetition that the LM expects scores
-    high: read it beside diversity.
+    too. So values compare only for one LM and one set of counts.
+
+    Human text is no upper limit: what the LM writes itself is what it finds probable, and so is repetition
+    that it expects; read it beside diversity. The first token, after the start token alone, is often by
+    far the least probable one, and weighs more in a short text: compare texts of like length.
 
     Texts of like length go together; the logits (B, T, V) never exist at once unless
     lm_term="logits". The LM is in evaluation mode meanwhile.
