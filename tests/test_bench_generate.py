@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,16 +115,15 @@ def test_batches_of_the_issue_are_the_default():
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (RuntimeError, None)])
 def test_what_is_finished_is_kept(tiny_work, monkeypatch, tmp_path, capsys, error, status):
     finished = stored_run().results[0]
-    outcomes = iter([finished])
+    path = tmp_path / "x.json"
 
     def measured(*arguments):
-        try:
-            return next(outcomes)
-        except StopIteration:
-            raise error from None
+        if not path.exists():
+            return finished
+        assert GenerateRun.from_json(path.read_text()).results == [finished]
+        raise error
 
     monkeypatch.setattr(generate, "_measured", measured)
-    path = tmp_path / "x.json"
     if status is None:
         with pytest.raises(error):
             command("--batch", 2, "--json", path)
@@ -133,6 +133,38 @@ def test_what_is_finished_is_kept(tiny_work, monkeypatch, tmp_path, capsys, erro
     assert run.results == [finished]
     assert run.interrupted is (status == 130)
     assert ("Interrupted: 1 of 4" in capsys.readouterr().out) is (status == 130)
+
+
+def test_a_product_slower_than_the_draws_takes_all_of_their_time(tiny_work, monkeypatch):
+    monkeypatch.setattr(generate, "_head_seconds", lambda work, rows: 1e9)
+    shares = generate._engine(tiny_work, 2)
+    assert shares["sampling"] == 0
+    assert 0 < shares["heads"] < 1
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+class Batching:
+    """In place of an LM whose library batches continuously: ``missing`` of its texts are too short."""
+
+    def __init__(self, missing):
+        self.missing = missing
+
+    def generate_batch(self, inputs, generation_config):
+        length = generation_config.max_new_tokens
+        whole = [length] * (len(inputs) - self.missing) + [1] * self.missing
+        return {i: SimpleNamespace(generated_tokens=[7] * n) for i, n in enumerate(whole)}
+
+
+def test_continuous_batching_is_counted_by_what_it_writes(work, monkeypatch):
+    monkeypatch.setattr(generate, "continuous_refusal", lambda work: None)
+    notes = []
+    *_, (name, batch, asked, way) = generate._runs(replace(work, plain_lm=Batching(0)), [2, 4], notes)
+    result = generate._measured(asked, name, batch, way)
+    assert (result.implementation, result.batch) == ("continuous, LM alone", 4)
+    assert result.tokens == 128 * len(work.lengths)
+    assert any("writes 128 tokens" in note for note in notes)
+    with pytest.raises(RuntimeError, match="wrote 5 texts of 9 tokens, not 6"):
+        generate_peers.continuous(replace(work, plain_lm=Batching(1)), 4)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +255,15 @@ def test_nothing_to_compare_with_is_no_ratio():
     run = stored_run()
     run.results = run.results[:1]
     assert "| **engine** | 1 | 16 | 80.0 | 5.0 | - | - |" in generate_report.markdown(run)
+
+
+def test_shares_that_are_not_known_are_no_table(capsys):
+    run = stored_run()
+    run.results = [replace(one, shares={}) for one in run.results]
+    generate_report.print_run(run)
+    for text in (generate_report.markdown(run), capsys.readouterr().out):
+        assert "two-model loop" in text
+        assert "the engine's time" not in text
 
 
 def test_printed_tables_fit_100_columns(capsys):

@@ -163,17 +163,31 @@ def continuous_refusal(work: Work) -> str | None:
     return None
 
 
-def continuous(work: Work) -> dict[str, float]:
-    """Transformers' continuous batching of the LM alone."""
+def continuous(work: Work, batch: int) -> dict[str, float]:
+    """Transformers' continuous batching of the LM alone; it chooses its batches itself.
+
+    Args:
+        work: with one length for all, for its call takes no length of each request.
+        batch: not used.
+
+    Raises:
+        RuntimeError: texts are missing or too short; the library only logs what went wrong.
+    """
     from transformers import GenerationConfig
 
+    length = max(work.lengths)
     config = GenerationConfig(
         do_sample=True,
-        max_new_tokens=LONGEST,
+        max_new_tokens=length,
         eos_token_id=-1,
         pad_token_id=work.text_format.pad_id,
         **FILTERS,
     )
     prompts = [encoded(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
-    work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
+    done = work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
+    whole = [one for one in done.values() if len(one.generated_tokens) == length]
+    if len(whole) != len(prompts):
+        raise RuntimeError(
+            f"generate_batch wrote {len(whole)} texts of {length} tokens, not {len(prompts)}: see its log"
+        )
     return {}

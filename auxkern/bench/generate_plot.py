@@ -35,7 +35,7 @@ _PARTS = {
 _ON_DARK = ("LM", "rest")
 _WHO = (
     "engine: both models, a finished text's place is taken at once; two-model loop and generate: a batch "
-    "goes on until its longest text is done"
+    "goes on until its longest text is done{kernels}"
 )
 _GAP = 0.06  # least distance of two labels, as a part of the axis
 _LEGIBLE = 0.04  # share whose bar has room for its number
@@ -64,7 +64,9 @@ def plot(run: GenerateRun, path: Path) -> None:
     FigureCanvasAgg(figure)
     head, body, foot = figure.subfigures(3, 1, height_ratios=(0.9, 4.3, 0.6), squeeze=False)[:, 0]
     head.suptitle("Texts of a frozen LM and its auxiliary: speed, and where the time goes", fontsize=14)
-    head.text(0.5, 0.2, f"{run.work}\n{_WHO}", ha="center", fontsize=9, linespacing=1.5)
+    ours = any(name.endswith("our kernels") for name in {one.implementation for one in run.results})
+    who = _WHO.format(kernels="; our kernels: the same with auxkern's linear layers" if ours else "")
+    head.text(0.5, 0.2, f"{run.work}\n{who}", ha="center", fontsize=9, linespacing=1.5)
     speed_axes, share_axes = body.subplots(1, 2, width_ratios=(6, 5))
     _draw_speed(speed_axes, run.results)
     _draw_shares(share_axes, [one for one in run.results if one.shares])
@@ -145,7 +147,9 @@ def _draw_shares(axes: Axes, results: list[Throughput]) -> None:
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for row, one in enumerate(results):
         axes.text(1.01, row, f"{one.outside:.1%}", va="center", fontsize=8.5)
-    axes.text(1.01, -0.62, "outside\nthe models", va="bottom", fontsize=8, color="#555555")
+    axes.text(
+        1.01, 1.02, "outside\nthe models", va="bottom", fontsize=8, color="#555555", transform=axes.transAxes
+    )
     axes.set_yticks(rows, [f"batch {one.batch}" for one in results])
     axes.tick_params(labelsize=8.5, left=False)
     axes.set_ylim(len(results) - 0.5, -0.5)

@@ -141,7 +141,8 @@ def print_run(run: GenerateRun) -> None:
     tables.print_header(console, Run(run.command, run.date, run.machine))
     if run.results:
         console.print(_rich_table(run.work, _SPEED_COLUMNS, _speeds(run), "bold cyan"))
-        console.print(_rich_table(_SHARES_TITLE, _SHARE_COLUMNS, _shares(run), ""))
+        if shares := _shares(run):
+            console.print(_rich_table(_SHARES_TITLE, _SHARE_COLUMNS, shares, ""))
         console.print(f"[dim]{escape(_CAPTION)}", highlight=False)
     for note in run.notes:
         console.print(f"[yellow]{escape(note)}", highlight=False)
@@ -171,12 +172,11 @@ def markdown(run: GenerateRun) -> str:
     """The run as Markdown: its tables, then where and how it was measured."""
     speeds = [[f"**{row[0]}**" if row[0] == ENGINE else row[0], *row[1:]] for row in _speeds(run)]
     facts = "; ".join(f"{name} {value}" for name, value in run.machine.items())
+    shares = _shares(run)
+    where = ["", f"{_SHARES_TITLE}:", "", *_markdown_table(_SHARE_COLUMNS, shares)] if shares else []
     lines = [
         *_markdown_table(_SPEED_COLUMNS, speeds),
-        "",
-        f"{_SHARES_TITLE}:",
-        "",
-        *_markdown_table(_SHARE_COLUMNS, _shares(run)),
+        *where,
         "",
         f"{run.work}. {_CAPTION}",
         "",
