@@ -211,7 +211,7 @@ NOT_SERVED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "w2 " * 20, "max_new_tokens": 20}, "the prompt has 21 tokens and max_new_tokens is 20"),
     ({"condition": "w1 " * 65}, "the condition has 65 tokens, but there is room for 64"),
     ({"auxiliary": "nobody"}, "there is no auxiliary 'nobody'; choose one of default, or null"),
-    ({"aux_scale": 1e39}, "the logits are NaN or infinite"),
+    ({"aux_scale": 3e38}, "the logits are NaN or infinite"),
     ({"logit_bias": {str(token): -math.inf for token in range(97)}}, "the logits are NaN or infinite"),
     # The first token is drawn, the second one is not.
     ({"logit_bias": {"5": 3e38}, "frequency_penalty": -3e38, "max_new_tokens": 9}, "the logits are NaN"),
