@@ -9,10 +9,10 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from auxkern.bench.machine import now
 from auxkern.bench.session import INTERRUPTED, positive
@@ -28,7 +28,6 @@ from auxkern.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.progress import Progress, progress_for
-from auxkern.training.settings import TASKS
 
 _EPILOG = """\
 nll is in nats per token of the texts and their ends; perplexity is exp(nll). The auxiliary alone is
@@ -52,6 +51,7 @@ _NAMES = {"lm": "LM alone", "aux": "auxiliary alone", "pair": "pair"}
 _SAMPLERS = {"pair": "default", "lm": None}  # which auxiliary writes the samples
 _WRITERS = {"lm": "LM alone", "pair": "pair", "reference": "references"}
 _BLEU = 4
+_TASKS = ("wordnet-keywords",)  # those whose data and rule ``_read_data`` knows
 _MEASURES = (
     "contains_condition",
     "contains_condition_interval",
@@ -65,6 +65,14 @@ _MEASURES = (
 
 # A figure is a number, or both ends of its interval; None where there is none.
 _Figures = dict[str, float | list[float] | None]
+
+
+class _Data(NamedTuple):
+    """What a task trains on, nothing for a file; what is measured; whether a text does what it should."""
+
+    training: list[Example]
+    examples: list[Example]
+    satisfied: Callable[[str, str], bool]  # of condition and text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,10 +94,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
-    training, examples = _read_examples(options)
-    asked = _asked(examples, options)
-    unigram = _unigram_source(training, options) if asked else None
-    chosen = drawn(examples, options.examples)
+    data = _read_data(options)
+    asked = _asked(data.examples, options)
+    unigram = _unigram_source(data.training, options) if asked else None
+    chosen = drawn(data.examples, options.examples)
     seconds: dict[str, float] = {}
     date = now()
     with _timed(seconds, "loading"):
@@ -106,9 +114,12 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
                 with _timed(seconds, "samples"):
                     texts = _texts(model, text_format, asked, who, options, progress)
                 with _timed(seconds, "measures"):
-                    measured[who] = _measures(
-                        model, text_format, asked, texts, counts, who, options, progress
-                    )
+                    measured[who] = _measures(asked, texts, data.satisfied)
+                    if counts is not None:
+                        progress.start(0, len(texts), f"SLOR of the {_WRITERS[who]}")
+                        measured[who].update(
+                            _slor_measures(model, text_format, asked, texts, counts, options, progress)
+                        )
         except KeyboardInterrupt:
             interrupted = True  # the nll took minutes, and is complete
     finally:
@@ -138,16 +149,19 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
     return INTERRUPTED if interrupted else 0
 
 
-def _read_examples(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """What a task trains on, nothing for a file; and what is measured."""
+def _read_data(options: argparse.Namespace) -> _Data:
     if options.task is not None:
         from auxkern.tasks.keywords import keyword_examples, split_by_keyword
 
-        return split_by_keyword(keyword_examples(), seed=DATA_SEED)
+        return _Data(*split_by_keyword(keyword_examples(), seed=DATA_SEED), _contains)
     examples = read_jsonl(options.file)
     if not examples:
         raise ValueError(f"{options.file} has no examples")
-    return [], examples
+    return _Data([], examples, _contains)
+
+
+def _contains(condition: str, text: str) -> bool:
+    return contains_keyword(text, condition)
 
 
 def _asked(examples: Sequence[Example], options: argparse.Namespace) -> list[Example]:
@@ -242,48 +256,34 @@ def _texts(
 
 
 def _measures(
-    model: Any,
-    text_format: TextFormat,
-    asked: list[Example],
-    texts: list[str],
-    counts: UnigramCounts | None,
-    who: str,
-    options: argparse.Namespace,
-    progress: Progress,
+    asked: Sequence[Example], texts: Sequence[str], satisfied: Callable[[str, str], bool]
 ) -> _Figures:
-    """Every one of ``_MEASURES`` for one text an example."""
-    conditions = [example.condition.casefold() for example in asked]
-    kept = [float(contains_keyword(text, name)) for text, name in zip(texts, conditions, strict=True)]
+    """Those of ``_MEASURES`` that need no model, for one text an example; None for the others."""
+    kept = [float(satisfied(example.condition, text)) for example, text in zip(asked, texts, strict=True)]
+    worded = sum(bool(text.split()) for text in texts)
     found: _Figures = dict.fromkeys(_MEASURES)
     found["contains_condition"] = sum(kept) / len(kept)
-    found["contains_condition_interval"] = _interval(kept, conditions)
-    worded = sum(bool(text.split()) for text in texts)
+    found["contains_condition_interval"] = _interval(kept, asked)
     found["empty"] = len(texts) - worded
     if worded:
         found.update({f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)})
     if worded > 1:
         found[f"self_bleu_{_BLEU}"] = self_bleu(texts, _BLEU)
-    if counts is not None:
-        progress.start(0, len(texts), f"SLOR of the {_WRITERS[who]}")
-        values = _slor_values(model, text_format, asked, texts, counts, options, progress)
-        scored = [(x, name) for x, name in zip(values, conditions, strict=True) if x is not None]
-        if scored:
-            found["slor"] = sum(x for x, _ in scored) / len(scored)
-            found["slor_interval"] = _interval([x for x, _ in scored], [name for _, name in scored])
     return found
 
 
-def _slor_values(
+def _slor_measures(
     model: Any,
     text_format: TextFormat,
-    asked: list[Example],
-    texts: list[str],
+    asked: Sequence[Example],
+    texts: Sequence[str],
     counts: UnigramCounts,
     options: argparse.Namespace,
     progress: Progress,
-) -> tuple[float | None, ...]:
+) -> _Figures:
+    """SLOR of the texts that are not empty, by the base; nothing if all are."""
     positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-    return slor(
+    scores = slor(
         model.lm,
         # A sample can be more tokens when it is read than when it was written.
         TextFormat(text_format.tokenizer, max_length=positions),
@@ -294,11 +294,19 @@ def _slor_values(
         lm_term=model.config.lm_term,
         lm_fingerprint=model.config.base_fingerprint,
         progress=lambda done, _: progress.advance(done),
-    ).values
+    )
+    scored = [(x, example) for x, example in zip(scores.values, asked, strict=True) if x is not None]
+    if not scored:
+        return {}
+    return {
+        "slor": scores.mean,
+        "slor_interval": _interval([x for x, _ in scored], [example for _, example in scored]),
+    }
 
 
-def _interval(values: list[float], conditions: list[str]) -> list[float] | None:
+def _interval(values: Sequence[float], asked: Sequence[Example]) -> list[float] | None:
     """Both ends of a 95% interval; None for one condition, of which there is nothing to resample."""
+    conditions = [example.condition.casefold() for example in asked]
     if len(set(conditions)) < 2:
         return None
     interval = bootstrap_mean(values, clusters=conditions)
@@ -442,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--file", type=Path, metavar="FILE.jsonl", help="condition, text and prompt a line")
-    source.add_argument("--task", choices=TASKS, help="held-out side of known data")
+    source.add_argument("--task", choices=_TASKS, help="held-out side of known data")
     for flag, kind, default, what in (
         ("--examples", positive, None, "score so many, drawn at random as auxkern train draws them"),
         ("--max-length", positive, None, "tokens of prompt and text that are kept"),
