@@ -17,7 +17,8 @@ import torch
 
 from auxkern.commands.pair import CommandParser
 from auxkern.model.text import IGNORED, Example, TextFormat
-from auxkern.seeds import DATA_SEED, drawn, mixed_seed
+from auxkern.seeds import drawn, mixed_seed
+from auxkern.tasks.registry import load_task
 from auxkern.training.checkpoint import (
     RunIdentity,
     checkpoint_folder,
@@ -144,9 +145,7 @@ def _read_examples(settings: TrainSettings) -> tuple[list[Example], list[Example
     from auxkern.training.examples import read_jsonl
 
     if settings.task is not None:
-        from auxkern.tasks.keywords import keyword_examples, split_by_keyword
-
-        training, validation = split_by_keyword(keyword_examples(), seed=DATA_SEED)
+        training, validation, _ = load_task(settings.task, settings.task_source).split()
     else:
         training = read_jsonl(Path(str(settings.train_file)))
         validation = read_jsonl(Path(str(settings.validation_file)))
@@ -171,7 +170,7 @@ def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:
     except TypeError as error:
         raise ValueError(f"a value in pair {settings.pair} has the wrong type: {error}") from error
     lm, tokenizer = _base(settings)
-    text_format = TextFormat(tokenizer, settings.condition_template, settings.max_length)
+    text_format = TextFormat(tokenizer, str(settings.condition_template), settings.max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(settings.seed, "weights"))
         return text_format, AuxTunedForCausalLM.from_lm(lm, **fields)

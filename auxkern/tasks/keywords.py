@@ -1,13 +1,17 @@
-"""The keyword task: write a sentence that contains a given word, learned from WordNet's examples."""
+"""The keyword task: write a text that contains a given word."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from auxkern.model.text import Example
+from auxkern.seeds import DATA_SEED, mixed_seed
+from auxkern.tasks.sources import WordNet
+from auxkern.tasks.task import Task, condition_share, sides
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
+from auxkern.tasks.words import is_content_word, split_words
 
 
 def contains_keyword(text: str, keyword: str) -> bool:
@@ -68,7 +72,8 @@ def split_by_keyword(
     """Training and validation examples that share no keyword and no text.
 
     A hash decides for each keyword, in any case of letters, so that a side does not depend on the other
-    examples. What would train on a validation text is dropped.
+    examples. What would train on a validation text is dropped. ``split_by_condition`` refuses empty
+    sides, this does not.
 
     Args:
         examples: in the order that both lists keep.
@@ -80,18 +85,66 @@ def split_by_keyword(
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out is {held_out}; it must be between 0 and 1")
-    sides = [_share(example.condition, seed) < held_out for example in examples]
-    validation = [example for example, held in zip(examples, sides, strict=True) if held]
-    texts = {example.text for example in validation}
-    train = [
-        example
-        for example, held in zip(examples, sides, strict=True)
-        if not held and example.text not in texts
-    ]
-    return train, validation
+    splits = sides(examples, held_out, 0.0, lambda keyword: condition_share(keyword, seed))
+    return splits.training, splits.validation
 
 
-def _share(keyword: str, seed: int) -> float:
-    """A number in [0, 1) that stays with a keyword."""
-    digest = hashlib.sha256(f"{seed} {keyword.casefold()}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+@dataclass(frozen=True, kw_only=True)
+class Keyword(Task):
+    """Write a text that contains a given word: satisfied as ``contains_keyword`` says.
+
+    From WordNet, the words are a synonym set's and the texts its example sentences. From records with a
+    condition, that is the word, and records whose text lacks it are left out. From plain texts,
+    ``chosen_keyword`` picks a word of each; a text without candidates is left out.
+
+    Attributes:
+        min_words: texts with fewer words, split at spaces, are left out.
+    """
+
+    name: str = "keyword"
+    condition_template: str = " {condition}"  # a word within a sentence has a space before it
+    min_words: int = 3
+
+    def examples(self) -> list[Example]:
+        """See ``Task.examples``; of WordNet those of ``keyword_examples``."""
+        if isinstance(self.source, WordNet):
+            return keyword_examples(self.source.folder, self.min_words)
+        found: dict[Example, None] = {}
+        for text, condition, _ in self.source.records():
+            if len(text.split()) < self.min_words:
+                continue
+            keyword = chosen_keyword(text, self.seed) if condition is None else condition
+            if keyword is not None and contains_keyword(text, keyword):
+                found[Example(keyword, text)] = None
+        return list(found)
+
+    def satisfied(self, condition: str, text: str) -> bool:
+        """Whether the text contains the condition, as ``contains_keyword`` says.
+
+        Raises:
+            ValueError: the condition is blank.
+        """
+        return contains_keyword(text, condition)
+
+
+def chosen_keyword(text: str, seed: int = DATA_SEED) -> str | None:
+    """A word of the text, drawn with equal chances among those that could be its keyword.
+
+    They are its different content words (``auxkern.tasks.words``) of three letters or more, lower case.
+    The draw depends on the seed and the text, on nothing else.
+
+    Args:
+        text: any text.
+        seed: another seed draws another word.
+
+    Returns:
+        The word in lower case, or None if there is no candidate.
+    """
+    words = dict.fromkeys(
+        word
+        for word in split_words(text)
+        if is_content_word(word) and sum(map(str.isalpha, word)) >= 3 and contains_keyword(text, word)
+    )
+    if not words:
+        return None
+    return list(words)[mixed_seed(seed, f"keyword of {text}") % len(words)]

@@ -7,12 +7,13 @@ ships them as ``wordnet-base`` in /usr/share/wordnet.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
+PARTS_OF_SPEECH = dict(zip(FILES, ("noun", "verb", "adjective", "adverb"), strict=True))
 
 _EXAMPLE = re.compile(r'"([^"]*\w[^"]*)"')
 _SYNTACTIC_MARKER = re.compile(r"\((?:a|p|ip)\)$")  # adjectives: "galore(ip)"
@@ -59,17 +60,18 @@ def parse_line(line: str) -> Synset | None:
     )
 
 
-def read_synsets(folder: Path = DEBIAN_FOLDER) -> Iterator[Synset]:
+def read_synsets(folder: Path = DEBIAN_FOLDER, names: Sequence[str] = FILES) -> Iterator[Synset]:
     """All synsets, nouns first, in the files' order.
 
     Args:
-        folder: where the four data files lie.
+        folder: where the data files lie.
+        names: those that are read.
 
     Raises:
         FileNotFoundError: one of them is missing; the message says what to install.
         ValueError: a line has another format.
     """
-    paths = [folder / name for name in FILES]
+    paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(

@@ -15,8 +15,9 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from auxkern.tasks.registry import TASKS, load_task
+
 SCHEDULES = ("constant", "linear", "cosine")
-TASKS = ("wordnet-keywords",)
 DTYPES = ("float32", "float16", "bfloat16")
 
 _Settings = TypeVar("_Settings", bound="LoopSettings")
@@ -145,11 +146,19 @@ class TrainSettings(LoopSettings):
     train_file: str | None = _setting("JSONL with condition, text and optionally prompt on each line", None)
     validation_file: str | None = _setting("the same, held out", None)
     task: str | None = _setting("known data in place of files", None, choices=TASKS)
+    task_source: str | None = _setting(
+        "the task's texts: wordnet, text:FILE, jsonl:FILE?text=FIELD&condition=FIELD or datasets:NAME; "
+        "default: wordnet",
+        None,
+    )
     train_examples: int | None = _setting(
         "train on so many, drawn at random (the same for every seed)", None, at_least=1
     )
     validation_examples: int | None = _setting("evaluate on so many, drawn likewise", None, at_least=1)
-    condition_template: str = _setting('how a condition is written, with "{condition}"', "{condition}")
+    condition_template: str | None = _setting(
+        'how a condition is written, with "{condition}"; default: the task\'s, or the condition as it is',
+        None,
+    )
     max_length: int | None = _setting("tokens of prompt and text that are kept", None, at_least=2)
     pair: dict[str, Any] = field(
         default_factory=dict,
@@ -169,12 +178,21 @@ class TrainSettings(LoopSettings):
             raise ValueError(
                 f"task={self.task!r} brings its own data; leave train_file and validation_file out"
             )
+        if self.task is None and self.task_source is not None:
+            raise ValueError(
+                f"task_source is {self.task_source!r} but there is no task; pass one of {', '.join(TASKS)}"
+            )
         if self.task is None and self.validation_file is None:
             raise ValueError("there is no validation data: pass validation_file beside train_file")
         for name in ("condition_template", "base_model_name_or_path", "base_revision", "base_gguf_file"):
             if name in self.pair:
                 remedy = "base" if name == "base_model_name_or_path" else name
                 raise ValueError(f"pair holds {name!r}, which is a setting of its own; use {remedy}")
+        template = (
+            "{condition}" if self.task is None else load_task(self.task, self.task_source).condition_template
+        )
+        if self.condition_template is None:
+            object.__setattr__(self, "condition_template", template)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
