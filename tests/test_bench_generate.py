@@ -1,6 +1,7 @@
 """``python -m auxkern.bench --op generate`` on a tiny pair."""
 
 import json
+import time
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from pairs import tiny_lm_for, tiny_pair
 from tiny import byte_tokenizer
 
+import auxkern
 from auxkern.bench import __main__ as bench
 from auxkern.bench import generate, generate_peers, generate_plot, generate_report, report
 from auxkern.bench.generate_report import GenerateRun, Throughput
@@ -135,12 +137,26 @@ def test_what_is_finished_is_kept(tiny_work, monkeypatch, tmp_path, capsys, erro
     assert ("Interrupted: 1 of 4" in capsys.readouterr().out) is (status == 130)
 
 
-def test_a_product_slower_than_the_draws_takes_all_of_their_time(tiny_work, monkeypatch):
-    monkeypatch.setattr(generate, "_head_seconds", lambda work, rows: 1e9)
+def test_time_of_draws_is_the_products_beyond_what_sampling_takes(tiny_work, monkeypatch):
+    monkeypatch.setattr(generate, "_sampling_seconds", lambda work, rows: 1e9)
     shares = generate._engine(tiny_work, 2)
-    assert shares["sampling"] == 0
-    assert 0 < shares["heads"] < 1
+    assert shares["heads"] == 0
+    assert 0 < shares["sampling"] < 1
     assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_sampling_is_timed_for_every_row_that_was_drawn(tiny_work, monkeypatch):
+    real, drawn = auxkern.sample, []
+
+    def slow(terms, *arguments, **options):
+        drawn.append(terms[0].shape[0])
+        time.sleep(0.005 * terms[0].shape[0])
+        return real(terms, *arguments, **options)
+
+    monkeypatch.setattr(auxkern, "sample", slow)
+    seconds = generate._sampling_seconds(tiny_work, [1, 4, 0, 4, 1, 4])
+    assert set(drawn) == {1, 4}
+    assert 0.07 <= seconds < 0.7  # 5 ms for each of 14 rows, at least
 
 
 class Batching:
