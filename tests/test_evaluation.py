@@ -286,7 +286,7 @@ def test_examples_are_drawn_the_same_every_time_and_spread() -> None:
 
 def test_the_task_scores_and_samples_what_is_held_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = [Example(f"w{i % 90}", f"w{i % 90} w{i}") for i in range(400)]
-    monkeypatch.setattr("auxkern.tasks.keywords.keyword_examples", lambda: every)
+    monkeypatch.setattr("auxkern.tasks.keywords.keyword_examples", lambda *_: every)
     asked: list[str] = []
     real = evaluate.pair.texts
 

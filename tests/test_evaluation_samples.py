@@ -142,7 +142,7 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_task_counts_its_training_side(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = [Example(f"w{i % 90}", f"w{i % 90} w{i % 7}") for i in range(200)]
-    monkeypatch.setattr("auxkern.tasks.keywords.keyword_examples", lambda: every)
+    monkeypatch.setattr("auxkern.tasks.keywords.keyword_examples", lambda *_: every)
     status, record = run(folder, "--task", "wordnet-keywords", "--samples", "4", "--max-new-tokens", "2")
     assert status == 0
     training, _ = split_by_keyword(every)

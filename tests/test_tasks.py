@@ -31,7 +31,7 @@ needs_wordnet = pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="WordNet i
 @pytest.fixture
 def wordnet(tmp_path):
     lines = {
-        "data.noun": '1 03 n 03 lamp 0 Light 0 oil_lamp 0 000 | a device that gives light; "a lamp on it"  \n',
+        "data.noun": '1 03 n 03 lamp 0 Light 0 oil_lamp 0 000 | a device that gives light; "a lamp on it" \n',
         "data.verb": '1 29 v 01 light 0 000 | make bright with lamps or fires; "light the room"  \n',
         "data.adj": '1 00 a 01 bright 0 000 | giving much light; "a bright room in a house"  \n',
         "data.adv": "1 02 r 01 of_late 0 000 | recently  \n",

@@ -26,17 +26,19 @@ from auxkern.files import replace_file
 from auxkern.model.text import Example, TextFormat
 from auxkern.seeds import DATA_SEED, drawn, mixed_seed
 from auxkern.tasks.keywords import contains_keyword
+from auxkern.tasks.registry import TASKS, load_task
 from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.progress import Progress, progress_for
 
 _EPILOG = """\
 nll is in nats per token of the texts and their ends; perplexity is exp(nll). The auxiliary alone is
 softmax(aux_scale * logits_aux).
---task takes the side of the data that auxkern train holds out: no keyword and no text of it was trained on.
+--task takes the data that auxkern train holds out to validate: no condition and no text was trained on.
 --samples M writes a text for M of the conditions, each another one, at temperature 1 with fixed seeds, by
 the pair and by the language model alone, and measures them beside the references, which are the texts of
 the data for the same conditions:
-  has condition  share that contains the condition as a word
+  has condition  share that satisfies its condition: for a file and keywords, contains it as a word; for
+                 definition, shares a third of its content with a gloss; for length, has as many words
   SLOR           (log p_LM - log p_unigram) / tokens of a text, in nats per token (Kann et al. 2018); the LM
                  is the base, the unigram counts are of --unigram, for a task of its training side
   distinct-n     different n-grams / tokens, of all texts (Li et al. 2016)
@@ -51,7 +53,6 @@ _NAMES = {"lm": "LM alone", "aux": "auxiliary alone", "pair": "pair"}
 _SAMPLERS = {"pair": "default", "lm": None}  # which auxiliary writes the samples
 _WRITERS = {"lm": "LM alone", "pair": "pair", "reference": "references"}
 _BLEU = 4
-_TASKS = ("wordnet-keywords",)  # those whose data and rule ``_read_data`` knows
 _MEASURES = (
     "contains_condition",
     "contains_condition_interval",
@@ -151,9 +152,11 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
 
 def _read_data(options: argparse.Namespace) -> _Data:
     if options.task is not None:
-        from auxkern.tasks.keywords import keyword_examples, split_by_keyword
-
-        return _Data(*split_by_keyword(keyword_examples(), seed=DATA_SEED), _contains)
+        task = load_task(options.task, options.task_source)
+        training, validation, _ = task.split()
+        return _Data(training, validation, task.satisfied)
+    if options.task_source is not None:
+        raise ValueError(f"--task-source {options.task_source}, but there is no task; pass --task")
     examples = read_jsonl(options.file)
     if not examples:
         raise ValueError(f"{options.file} has no examples")
@@ -410,7 +413,8 @@ def _described(model: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def _source(options: argparse.Namespace) -> dict[str, Any]:
     limits = {"examples": options.examples, "max_length": options.max_length}
-    return {"task": options.task, "file": None if options.file is None else str(options.file), **limits}
+    file = None if options.file is None else str(options.file)
+    return {"task": options.task, "task_source": options.task_source, "file": file, **limits}
 
 
 def _sampling(options: argparse.Namespace, count: int, counts: UnigramCounts | None) -> dict[str, Any]:
@@ -450,7 +454,8 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--file", type=Path, metavar="FILE.jsonl", help="condition, text and prompt a line")
-    source.add_argument("--task", choices=_TASKS, help="held-out side of known data")
+    source.add_argument("--task", choices=TASKS, help="held-out side of known data")
+    parser.add_argument("--task-source", metavar="TEXT", help="as of auxkern train (default wordnet)")
     for flag, kind, default, what in (
         ("--examples", positive, None, "score so many, drawn at random as auxkern train draws them"),
         ("--max-length", positive, None, "tokens of prompt and text that are kept"),
