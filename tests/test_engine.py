@@ -357,3 +357,17 @@ def test_a_table_keeps_each_sequence_through_moves(fixed):
             cache.update(keys, -keys, 0)
             table.join(cache, mask)
             plain += [list(keys[row, :, width - n :].unbind(1)) for row, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_condition_is_for_those_who_can_read_it(kind):
+    model = tiny_pair(kind, _lm())
+    empty, other = Request(0, max_new_tokens=12), Request(1, "abcdefgh", max_new_tokens=12)
+    engine = Engine(model, TEXT, slots=4, max_length=48, max_condition=8)
+    (alone,), among = engine.generate([empty]), engine.generate([empty, other])
+    assert alone == among[0]
+    assert among[1].finish_reason != "error"
+    if kind == "encoder-decoder":
+        assert "the condition has no tokens, but the encoder of auxiliary 'default'" in alone.error
+    else:
+        assert list(alone.token_ids) == _alone(model, empty, alone.seed)

@@ -19,7 +19,7 @@ import pytest
 from limits import limited_files
 from tiny_pair import save_tiny_pair
 
-from auxkern.commands import generate, generate_file, pair
+from auxkern.commands import generate
 from auxkern.generation import Completion, Engine
 
 ROOT = Path(__file__).parent.parent
@@ -54,15 +54,6 @@ def _options(folder: Path, source: Path, output: Path, *more: str) -> list[str]:
 def _sorted(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
     return sorted(lines, key=lambda line: (json.loads(line)["id"], json.loads(line)["sample"]))
-
-
-def _main_that_retries(options: list[str]) -> int:
-    parser = generate._parser()
-    chosen = parser.parse_args(options)
-    generate._check(parser, chosen)
-    model, text_format = pair.load_pair(parser, chosen)
-    params = generate._params(chosen)
-    return generate_file.generate(chosen, model, text_format, params, retry_errors=True)
 
 
 def _start(options: list[str]) -> subprocess.Popen[bytes]:
@@ -211,6 +202,16 @@ NOT_SERVED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "w2 " * 20, "max_new_tokens": 20}, "the prompt has 21 tokens and max_new_tokens is 20"),
     ({"condition": "w1 " * 65}, "the condition has 65 tokens, but there is room for 64"),
     ({"auxiliary": "nobody"}, "there is no auxiliary 'nobody'; choose one of default, or null"),
+    ({"logit_bias": {"97": 1}}, "logit_bias has the id 97, but there are 97 tokens"),
+    ({"logit_bias": {str(10**20): 1}}, "logit_bias has the id 1000"),
+    ({"logit_bias": {"3": -1e39}}, "logit_bias[3] is -1e+39, which float32 does not have"),
+    ({"temperature": 1e308}, "temperature is 1e+308, which float32 does not have"),
+    ({"temperature": 1e-60}, "temperature is 1e-60, which float32 does not have"),
+    ({"repetition_penalty": 1e60}, "repetition_penalty is 1e+60"),
+    ({"presence_penalty": -1e60}, "presence_penalty is -1e+60"),
+    ({"top_p": 1e-60}, "top_p is 1e-60"),
+    ({"top_k": 10**30}, "it must be below 2**63"),
+    ({"aux_scale": 1e39}, "aux_scale is 1e+39"),
     ({"aux_scale": 3e38}, "the logits are NaN or infinite"),
     ({"logit_bias": {str(token): -math.inf for token in range(97)}}, "the logits are NaN or infinite"),
     # The first token is drawn, the second one is not.
@@ -273,7 +274,7 @@ def test_errors_are_asked_again_where_wanted(folder: Path, tmp_path: Path) -> No
 
     assert generate.main(_options(folder, source, output)) == 1
     assert output.read_bytes() == torn
-    assert _main_that_retries(_options(folder, source, output)) == 1  # the broken line stays one
+    assert generate.main(_options(folder, source, output, "--retry-errors")) == 1  # the broken line stays one
     assert _sorted(output) == whole
     assert json.loads((tmp_path / "out.jsonl.errors.jsonl").read_text())["line"] == 31
 
@@ -336,6 +337,7 @@ def test_an_output_of_another_run_is_left_alone(
         (["--input", "setup.py", "--output", "x", "--num-beams", "2"], "--num-beams goes with --condition"),
         (["--input", "setup.py", "--output", "x", "--json", "y"], "--json goes with --condition"),
         (["--input", "setup.py", "--output", "x", "--prompt", "y"], "--prompt goes with --condition"),
+        (["--condition", "w1", "--retry-errors"], "--retry-errors goes with --input"),
     ],
 )
 def test_options_that_do_not_fit(

@@ -21,9 +21,12 @@ of its own, made from --seed and its number, so the same command writes the same
 size. Beam search and --greedy draw nothing.
 A line of --input is a JSON object with condition and, if you like, id, prompt, seed, max_new_tokens, stop,
 samples, aux_scale, auxiliary, logprobs, ignore_eos and the fields of SamplingParams; other options say what
-a line leaves out. Lines of any number go through an engine that keeps --batch-size texts going. A line of
+a line leaves out. A prompt may be empty, for every text begins with the start token. Lines of any number
+go through an engine that keeps --batch-size texts going. A line of
 --output is an object with id, sample, text, finish_reason, token_ids and more. Stopped at any moment and
-started again with the same command it goes on; bad lines go to OUTPUT.errors.jsonl.
+started again with the same command it goes on, and skips what failed as what is done; with --retry-errors
+it first takes lines with an error out of --output, all at once, and asks for them again. Bad lines go to
+OUTPUT.errors.jsonl and stay there.
 A line of --json is an object with condition, prompt, text (without the prompt), finished (false where
 --max-new-tokens cut it off) and seed.
 Exit status: 0; 1 if lines of --input were bad or could not be answered; 2 for bad options or a model that
@@ -53,7 +56,9 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
     if options.input is not None:
         from auxkern.commands import generate_file
 
-        return generate_file.generate(options, model, text_format, _params(options))
+        return generate_file.generate(
+            options, model, text_format, _params(options), retry_errors=options.retry_errors
+        )
     requests = [Request(condition, options.prompt) for condition in options.condition]
     records: list[dict[str, Any]] = []
     total = len(requests) * options.number
@@ -133,7 +138,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for_input = ("output", "max_length", "max_condition", "stop_on_error")
+    for_input = ("output", "max_length", "max_condition", "stop_on_error", "retry_errors")
     if options.input is None:
         for name in for_input:
             if getattr(options, name):
@@ -194,6 +199,11 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=positive, metavar="N", help=what)
     parser.add_argument(
         "--stop-on-error", action="store_true", help="with --input: end at the first bad line"
+    )
+    parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="with --input: take texts that are errors out of --output, and ask for them again",
     )
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl", help="write the texts there too")

@@ -204,6 +204,10 @@ def _print_summary(
         f"{duration(seconds)} ({speed:,.0f} written per second)"
     )
     if count.failed:
-        print(f"{count.failed:,} texts could not be written; their lines have an error", file=sys.stderr)
+        print(
+            f"{count.failed:,} texts could not be written; their lines in {options.output} have an error; "
+            "--retry-errors asks for them again",
+            file=sys.stderr,
+        )
     if count.bad:
         print(f"{count.bad:,} lines of {options.input} are no requests; see {errors}", file=sys.stderr)

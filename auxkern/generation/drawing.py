@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.generation.request import Sequence
+from auxkern.generation.request import Request, Sequence
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
@@ -17,6 +18,8 @@ from auxkern.terms import Sparse, Term
 
 _NUMBERS = tuple(one.name for one in fields(SamplingParams) if one.name != "logit_bias")
 _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+_FLOAT32 = torch.finfo(torch.float32)
 
 Logprob = tuple[float, float, float, float | None]
 
@@ -108,6 +111,35 @@ class Drawer:
         auxiliary: list[float | None] = [*alone(terms[1:])] if len(terms) > 1 else [None] * len(lm)
         own = [None if s.request.auxiliary is None else x for s, x in zip(sequences, auxiliary, strict=True)]
         return list(zip(drawn.logprob.tolist(), drawn.processed_logprob.tolist(), lm, own, strict=True))
+
+
+def check_drawable(request: Request, V: int) -> None:
+    """Refuses what is right alone but cannot stand in a batch: its rows share float32 and int64 tensors.
+
+    Args:
+        V: tokens that can be drawn.
+
+    Raises:
+        ValueError: a number is none of float32's, top_k is beyond int64, or logit_bias has an id that is
+            no token.
+    """
+    params = request.params
+    numbers = [(name, getattr(params, name)) for name in _NUMBERS if name != "top_k"]
+    numbers.append(("aux_scale", request.aux_scale or 0.0))
+    for token, bias in dict(params.logit_bias or {}).items():  # type: ignore[arg-type]
+        if token >= V:
+            raise ValueError(f"logit_bias has the id {token}, but there are {V} tokens; leave it out")
+        if bias != -math.inf:
+            numbers.append((f"logit_bias[{token}]", bias))
+    for name, value in numbers:
+        # Alone the number would be exact and in a batch it would be 0 or infinity: another text.
+        if value and not _FLOAT32.smallest_normal <= abs(value) <= _FLOAT32.max:
+            raise ValueError(
+                f"{name} is {value:.3g}, which float32 does not have; choose 0, or a size between "
+                f"{_FLOAT32.smallest_normal:.3g} and {_FLOAT32.max:.3g}"
+            )
+    if params.top_k >= 2**63:
+        raise ValueError(f"top_k is {params.top_k}; it must be below 2**63, and 0 keeps all tokens")
 
 
 def _other(one: Sequence, other: Sequence) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from auxkern.generation.drawing import Drawer
+from auxkern.generation.drawing import Drawer, check_drawable
 from auxkern.generation.graphs import CudaRecorder, DecodeGraphs, Record
 from auxkern.generation.lanes import Lane
 from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
@@ -343,8 +343,14 @@ class Engine:
                 f"there is no auxiliary {request.auxiliary!r}; choose one of {', '.join(self._lanes)}, or "
                 "null for the base alone"
             )
+        check_drawable(request, self.model.config.vocab_size)
         inputs = self.text_format.prompts([request.condition], [request.prompt])
         condition = inputs["condition_ids"][0].tolist() if request.auxiliary is not None else []
+        if request.auxiliary is not None and not condition and self.model.needs_condition(request.auxiliary):
+            raise ValueError(
+                f"the condition has no tokens, but the encoder of auxiliary {request.auxiliary!r} needs one; "
+                "give a condition"
+            )
         return request.sequences(inputs["input_ids"][0].tolist(), condition, samples)
 
     def _padded(self, sequences: Several[Sequence]) -> PairInputs:

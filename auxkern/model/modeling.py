@@ -15,6 +15,7 @@ from auxkern.model import base
 from auxkern.model.auxiliary import (
     AuxiliaryOutput,
     DecoderAuxiliary,
+    EncoderDecoderAuxiliary,
     ZeroLinear,
     build_auxiliary,
 )
@@ -241,6 +242,10 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
     def counts_positions(self, name: str) -> bool:
         """Whether an auxiliary takes each token's position as an input; the T5 family compares columns."""
         return isinstance(self._named(name).auxiliary, DecoderAuxiliary)
+
+    def needs_condition(self, name: str) -> bool:
+        """Whether an auxiliary cannot do without a condition: an encoder has nothing to read."""
+        return isinstance(self._named(name).auxiliary, EncoderDecoderAuxiliary)
 
     @property
     def auxiliary_names(self) -> list[str]:
