@@ -18,12 +18,12 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 def count_words(text: str) -> int:
     """How many words a text has.
 
-    The text is put in Unicode's form NFKC and loses what shows no mark (category Cf, such as soft
-    hyphens). It is then split at white space, at em dashes and at two or more hyphens, and each piece
-    with a letter or digit is a word: "well-known" and "o'clock" are one, "&" and "..." none.
+    The text is put in Unicode's form NFKC and split at white space, at em dashes and at two or more
+    hyphens; each piece with a letter or digit is a word: "well-known" and "o'clock" are one, "&" and
+    "..." none.
     """
-    shown = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
-    return sum(any(map(str.isalnum, piece)) for piece in _BETWEEN.split(shown))
+    pieces = _BETWEEN.split(unicodedata.normalize("NFKC", text))
+    return sum(any(map(str.isalnum, piece)) for piece in pieces)
 
 
 @dataclass(frozen=True, kw_only=True)

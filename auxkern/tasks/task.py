@@ -142,7 +142,7 @@ def sides(
     for example in examples:
         number = share(example.condition)
         held = splits.validation if number < validation else splits.training
-        (splits.test if test and number >= 1 - test else held).append(example)
+        (splits.test if number >= 1 - test else held).append(example)
     held_out = {example.text for example in splits.test}
     kept = [example for example in splits.validation if example.text not in held_out]
     held_out.update(example.text for example in kept)
