@@ -304,17 +304,23 @@ def test_the_task_scores_and_samples_what_is_held_out(folder: Path, monkeypatch:
     assert not set(asked) & {example.condition for example in training}
 
 
-def test_a_task_has_100_samples_or_one_for_each_keyword() -> None:
+@pytest.mark.parametrize(("keywords", "examples", "samples"), [(300, 600, 100), (30, 600, 100), (30, 40, 40)])
+def test_a_task_has_100_samples_of_as_many_conditions_as_there_are(
+    keywords: int, examples: int, samples: int
+) -> None:
     options = evaluate._parser().parse_args(["model", "--task", "wordnet-keywords"])
-    for keywords, expected in ((300, 100), (30, 30)):
-        asked = evaluate._asked([Example(f"w{i % keywords}", "w") for i in range(600)], options)
-        assert len({example.condition for example in asked}) == len(asked) == expected
+    every = [Example(f"w{i % keywords}", f"text {i}") for i in range(examples)]
+    asked = evaluate._asked(every, options)
+    assert len({(example.condition, example.text) for example in asked}) == len(asked) == samples
+    for turn in range(0, samples, keywords):
+        some = [example.condition for example in asked[turn : turn + keywords]]
+        assert len(set(some)) == len(some)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--samples", "21"], "--samples 21, but there are 20 conditions"),
+        (["--samples", "21"], "--samples 21, but there are 20 examples"),
         (["--max-length", "2"], "leaves no room for text"),
         (["--base", "/no/such/base"], "the base /no/such/base is no folder"),
     ],

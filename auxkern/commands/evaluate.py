@@ -34,8 +34,8 @@ _EPILOG = """\
 nll is in nats per token of the texts and their ends; perplexity is exp(nll). The auxiliary alone is
 softmax(aux_scale * logits_aux).
 --task takes the data that auxkern train holds out to validate: no condition and no text was trained on.
---samples M writes a text for M of the conditions, each another one, at temperature 1 with fixed seeds, by
-the pair and by the language model alone, and measures them beside the references, which are the texts of
+--samples M writes a text for M of the examples, of as many conditions as there are, at temperature 1 with
+fixed seeds, by the pair and by the language model alone, and measures them beside the references, which are the texts of
 the data for the same conditions:
   has condition  share that satisfies its condition: for a file and keywords, contains it as a word; for
                  definition, shares a third of its content with a gloss; for length, has as many words
@@ -168,24 +168,33 @@ def _contains(condition: str, text: str) -> bool:
 
 
 def _asked(examples: Sequence[Example], options: argparse.Namespace) -> list[Example]:
-    """What samples are written for: the first example of some conditions, drawn from all of the data."""
+    """What samples are written for: an example of each condition in an order drawn from all of the data.
+
+    Where there are fewer conditions than samples it goes round again, with each condition's next example.
+    """
     wanted = options.samples
     if wanted is None:
         wanted = _TASK_SAMPLES if options.task is not None else 0
-    first_of: dict[str, Example] = {}
+    of: dict[str, list[Example]] = {}
     for example in examples if wanted else ():
         if not example.condition.strip():
             raise ValueError("a condition is empty, and no sample can contain it; pass --samples 0")
-        first_of.setdefault(example.condition.casefold(), example)
-    if wanted > len(first_of):
+        of.setdefault(example.condition.casefold(), []).append(example)
+    order = sorted(of, key=lambda condition: mixed_seed(DATA_SEED, f"sample {condition}"))
+    listed = [
+        of[name][turn]
+        for turn in range(max(map(len, of.values()), default=0))
+        for name in order
+        if turn < len(of[name])
+    ]
+    if wanted > len(listed):
         if options.samples is None:
-            wanted = len(first_of)
+            wanted = len(listed)
         else:
-            raise ValueError(f"--samples {wanted}, but there are {len(first_of)} conditions; lower it")
+            raise ValueError(f"--samples {wanted}, but there are {len(listed)} examples; lower it")
     if options.unigram is not None and not wanted:
         raise ValueError(f"--unigram {options.unigram}, but there are no samples to measure; pass --samples")
-    order = sorted(first_of, key=lambda condition: mixed_seed(DATA_SEED, f"sample {condition}"))
-    return [first_of[name] for name in order[:wanted]]
+    return listed[:wanted]
 
 
 def _unigram_source(
