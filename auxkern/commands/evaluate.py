@@ -35,8 +35,8 @@ nll is in nats per token of the texts and their ends; perplexity is exp(nll). Th
 softmax(aux_scale * logits_aux).
 --task takes the data that auxkern train holds out to validate: no condition and no text was trained on.
 --samples M writes a text for M of the examples, of as many conditions as there are, at temperature 1 with
-fixed seeds, by the pair and by the language model alone, and measures them beside the references, which are the texts of
-the data for the same conditions:
+fixed seeds, by the pair and by the language model alone, and measures them beside the references, which are
+the texts of the data for the same conditions:
   has condition  share that satisfies its condition: for a file and keywords, contains it as a word; for
                  definition, shares a third of its content with a gloss; for length, has as many words
   SLOR           (log p_LM - log p_unigram) / tokens of a text, in nats per token (Kann et al. 2018); the LM
