@@ -24,7 +24,7 @@ class Work:
         text_format: makes its ids.
         conditions, prompts: one of each for every request.
         lengths: tokens that are wanted of each text.
-        plain_lm, plain_auxiliary: the same two models with torch's own linear layers, for the others.
+        plain_lm, plain_auxiliary: the same two models with torch's own layers, for the others.
     """
 
     model: Any

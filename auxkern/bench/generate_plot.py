@@ -65,7 +65,9 @@ def plot(run: GenerateRun, path: Path) -> None:
     head, body, foot = figure.subfigures(3, 1, height_ratios=(0.9, 4.3, 0.6), squeeze=False)[:, 0]
     head.suptitle("Texts of a frozen LM and its auxiliary: speed, and where the time goes", fontsize=14)
     ours = any(name.endswith("our kernels") for name in {one.implementation for one in run.results})
-    who = _WHO.format(kernels="; our kernels: the same with auxkern's linear layers" if ours else "")
+    who = _WHO.format(
+        kernels="; our kernels: the same with auxkern's linear layers and attention" if ours else ""
+    )
     head.text(0.5, 0.2, f"{run.work}\n{who}", ha="center", fontsize=9, linespacing=1.5)
     speed_axes, share_axes = body.subplots(1, 2, width_ratios=(6, 5))
     _draw_speed(speed_axes, run.results)

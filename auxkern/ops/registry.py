@@ -330,6 +330,28 @@ class BackendWithLinear(Backend, Protocol):
         ...
 
 
+class BackendWithAttention(Backend, Protocol):
+    """A backend with attention of its own over a cache that is not trained."""
+
+    def attention_refusal(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+        """Why it leaves these to torch; None if it takes them."""
+        ...
+
+    def attention(
+        self,
+        query: Tensor,  # (B, H, T, D) float32
+        key: Tensor,  # (B, G, P, D) float32
+        value: Tensor,  # (B, G, P, D) float32
+        mask: Tensor | None,  # (B or 1, 1, T or 1, P or 1) bool; None: position t sees P - T + t + 1 columns
+        scale: float,
+        out: Tensor,  # (B, T, H, D) float32, contiguous, written
+    ) -> None:
+        """As ``auxkern.ops.attention.attention``. A row does not depend on the others, nor on what it
+        does not see.
+        """
+        ...
+
+
 _MODULES = {
     "triton": "auxkern.backends.triton",
     "cpu": "auxkern.backends.cpu",
