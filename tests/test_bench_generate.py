@@ -47,7 +47,7 @@ def stored_run():
 def work():
     tokenizer = byte_tokenizer()
     lm = tiny_lm_for(tokenizer)
-    model = tiny_pair("shared head, features, pointer", lm, lm_layers=[])
+    model = tiny_pair("shared head, features, pointer", lm, lm_layers=[], pointer_reads_lm=False)
     conditions, prompts = [*"abcdef"], ["", "x", "", "yy", "", "z"]
     lengths = [3, 9, 1, 5, 7, 2]
     return generate_peers.Work(

@@ -109,6 +109,48 @@ def test_accumulated_batches_of_unequal_counts_equal_one_big_batch(tmp_path: Pat
     torch.testing.assert_close(weights[2], weights[0], rtol=0, atol=1e-4)
 
 
+def test_batches_of_like_length_make_the_same_step_with_less_padding(tmp_path: Path) -> None:
+    weights, cells = {}, {}
+    for sort in (False, True):
+        seen: list[torch.Tensor] = []
+        model = StandIn(dropout=0.0)
+        model.register_forward_pre_hook(
+            lambda module, _, batch, seen=seen: (
+                seen.append(batch["attention_mask"]) if module.training else None
+            ),
+            with_kwargs=True,
+        )
+        options = {"steps": 3, "batch_size": 2, "gradient_accumulation": 4}
+        run(tmp_path / str(sort), model, sort_by_length=sort, **options)
+        weights[sort] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        cells[sort] = [(mask.numel(), mask.sum().item()) for mask in seen]
+    torch.testing.assert_close(weights[True], weights[False], rtol=0, atol=1e-4)
+    padded, real = ({sort: sum(cell[i] for cell in cells[sort]) for sort in cells} for i in (0, 1))
+    assert real[True] == real[False]
+    assert padded[True] < padded[False]
+
+
+def test_what_is_measured_stands_in_the_evaluations_of_the_log(tmp_path: Path) -> None:
+    modes = []
+
+    def measure(step: int) -> dict[str, Any]:
+        modes.append(model.training)
+        return {"square": step**2}
+
+    model = StandIn()
+    train(
+        model,
+        examples(9),
+        LoopSettings(output=str(tmp_path), **SETTINGS),
+        collate=AuxCollator(0),
+        validation=examples(4),
+        measure=measure,
+    )
+    measured = {line["step"]: line["measured"] for line in log(tmp_path) if line.get("evaluation")}
+    assert measured == {4: {"square": 16}, 8: {"square": 64}, 11: {"square": 121}}
+    assert modes == [False] * 3
+
+
 def test_clipping_scales_the_gradient_to_the_limit(tmp_path: Path) -> None:
     # Plain gradient descent would show it directly; AdamW does in its second moment after one step.
     options = {"steps": 1, "warmup_steps": 0, "batch_size": 10, "betas": (0.9, 0.5)}

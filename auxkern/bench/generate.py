@@ -163,6 +163,7 @@ def made_work(count: int, device: torch.device) -> Work:
             head="shared",
             input_embedding="shared",
             pointer=True,
+            pointer_reads_lm=False,  # the peers' LM gives logits of the last position only
         )
         # An untrained head is zero, and would leave the auxiliary's logits out of the comparison.
         torch.nn.init.normal_(model.head.weight, std=0.02)

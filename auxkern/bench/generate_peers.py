@@ -142,12 +142,13 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
         )
         pair = PairInputs(new, mask, inputs["condition_ids"], inputs["condition_mask"])
         nothing = embedding.new_zeros(*new.shape, 0, embedding.shape[1])
-        aux = work.plain_auxiliary(pair.for_auxiliary(nothing, embedding, aux_cache, True))
+        aux = work.plain_auxiliary(pair.for_auxiliary(nothing, embedding, None, aux_cache, True))
         lm_cache, aux_cache = lm.past_key_values, aux.cache
         aux_logits = project(model.head(aux.hidden[:, -1]))
         aux_logits = aux_logits.scatter_add(
             1, inputs["condition_ids"], aux.pointer[:, -1] * inputs["condition_mask"]
         )
+        aux_logits[:, model.config.eos_token_id] += aux.end[:, -1]
         scores = warpers(ids, lm.logits[:, -1] + aux_logits)
         new = torch.multinomial(scores.softmax(-1), 1)
         ids = torch.cat([ids, new], 1)

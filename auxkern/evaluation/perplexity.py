@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.model.auxiliary import AuxiliaryOutput
 from auxkern.model.base import output_head, run_base
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import IGNORED
@@ -205,8 +204,8 @@ def _terms(
         head = output_head(model.lm)
         lm = Head(states[b, t, :1].to(head.weight.dtype), *head)
     embedding = model.lm.get_input_embeddings().weight
-    found = model.auxiliary(inputs.for_auxiliary(states[:, :, 1:], embedding, None, False))
-    pointer = None if found.pointer is None else found.pointer[b, t][:, None]
+    scores = model.lm_scores(states[:, :, 0], logits, inputs.condition_ids)
+    found = model.auxiliary(inputs.for_auxiliary(states[:, :, 1:], embedding, scores, None, False))
     # Each row as a sequence of one position, with the condition of its own sequence.
-    rows = AuxiliaryOutput(found.hidden[b, t][:, None], pointer)
+    rows = found.positions(lambda values: values[b, t][:, None])
     return lm, model.auxiliary_terms(rows, inputs.rows(b), scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from transformers import AutoModel, DynamicCache, EncoderDecoderCache
 
 from auxkern.model.base import positions_of
 from auxkern.model.config import AuxTunedConfig
+from auxkern.model.layers import ZeroLinear
+from auxkern.model.pointer import Coverage, Pointer
 
 
 @dataclass
@@ -24,6 +26,8 @@ class AuxiliaryInputs:
         condition_ids, condition_mask: (B, K) int64; K may be 0.
         lm_states: (B, T, L, D_lm) the base's hidden states at the new tokens, for ``config.lm_layers``.
         lm_embedding: (V, D_lm) the base's frozen input embedding.
+        lm_scores: (B, T, K) the base's own logits of the condition's tokens, for a pointer that reads
+            them; else None.
         cache: what the module returned for the past tokens; None at the first call.
         use_cache: whether it must return a cache.
     """
@@ -34,6 +38,7 @@ class AuxiliaryInputs:
     condition_mask: Tensor
     lm_states: Tensor
     lm_embedding: Tensor
+    lm_scores: Tensor | None = None
     cache: Any = None
     use_cache: bool = False
 
@@ -45,13 +50,20 @@ class AuxiliaryOutput:
     Attributes:
         hidden: (B, T, D) final hidden states; the pair's head makes logits of them.
         pointer: (B, T, K) what to add to the logits of the condition's tokens, or None.
+        end: (B, T) what to add to the logit of the end token, where there is a condition, or None.
         cache: for the next call; it has ``reorder_cache(rows)``, which takes (B',) int64 indices and
             keeps these sequences. None without ``use_cache``.
     """
 
     hidden: Tensor
     pointer: Tensor | None = None
+    end: Tensor | None = None
     cache: Any = None
+
+    def positions(self, chosen: Callable[[Tensor], Tensor]) -> AuxiliaryOutput:
+        """The same choice of positions of each part, without the cache."""
+        pointer = None if self.pointer is None else chosen(self.pointer)
+        return AuxiliaryOutput(chosen(self.hidden), pointer, None if self.end is None else chosen(self.end))
 
 
 class AuxiliaryModule(Protocol):
@@ -64,18 +76,6 @@ class AuxiliaryModule(Protocol):
     hidden_size: int
 
     def __call__(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput: ...
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer whose weight and bias start at exactly zero."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-_PRODUCTS = 1 << 22  # most that a pointer holds at a time
 
 
 class InputVectors(nn.Module):
@@ -108,75 +108,18 @@ class InputVectors(nn.Module):
         vectors = nn.functional.embedding(ids, inputs.lm_embedding).to(self.condition_type.dtype)
         return vectors if self.projection is None else self.projection(vectors)
 
-    def text(self, inputs: AuxiliaryInputs) -> Tensor:
-        """(B, T, D)"""
+    def text(self, inputs: AuxiliaryInputs, marks: Tensor | None) -> Tensor:
+        """(B, T, D), with marks (B, T, D) added."""
         vectors = self._vectors(inputs.input_ids, inputs)
         if self.features is not None:
             states = inputs.lm_states.to(self.condition_type.dtype)
             normed = [norm(states[:, :, i]) for i, norm in enumerate(self.norms)]
             vectors = vectors + self.features(torch.cat(normed, -1))
-        return self.dropout(vectors)
+        return self.dropout(vectors if marks is None else vectors + marks)
 
     def condition(self, inputs: AuxiliaryInputs) -> Tensor:
         """(B, K, D)"""
         return self.dropout(self._vectors(inputs.condition_ids, inputs) + self.condition_type)
-
-
-class Pointer(nn.Module):
-    """Scores of the condition's tokens (Vinyals et al. 2015), with coverage (See et al. 2017); zero at first.
-
-        h'[t]       = h[t] + v * share of c's tokens that occur in x[..t]
-        score[t, j] = q(h'[t]) . k(m[j]) / sqrt(d)  +  g(h'[t]) [x[t] = c[j - 1]]
-
-    The last part lets a word of several tokens be written to its end: it is on where the text's
-    last token is the one that stands before token j of the condition. Coverage says what is still
-    to be written, to the pointer and to the head.
-    """
-
-    def __init__(self, D: int, size: int) -> None:
-        super().__init__()
-        self.covered = nn.Parameter(torch.zeros(D))
-        self.query = ZeroLinear(D, size)
-        self.key = nn.Linear(D, size)
-        self.follow = ZeroLinear(D, 1)
-
-    def keys(self, memory: Tensor) -> Tensor:
-        """(B, K, D) -> (B, K, d)"""
-        return self.key(memory)
-
-    def forward(
-        self, hidden: Tensor, keys: Tensor, inputs: AuxiliaryInputs, seen: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (B, T, D), scores (B, T, K), and which tokens have occurred by the end, (B, K) bool.
-
-        Args:
-            hidden: (B, T, D).
-            keys: (B, K, d).
-            inputs: of this call.
-            seen: (B, K) bool, which tokens occur in the past; None if there is none.
-        """
-        ids, condition = inputs.input_ids[:, :, None], inputs.condition_ids[:, None, :]
-        real = (inputs.condition_mask != 0)[:, None, :]
-        here = (ids == condition) & real & (inputs.attention_mask[:, -ids.shape[1] :, None] != 0)
-        occurred = here.cumsum(1) > 0
-        if seen is not None:
-            occurred = occurred | seen[:, None, :]
-        share = occurred.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp_min(1)
-        hidden = hidden + share * self.covered
-        before = nn.functional.pad(inputs.condition_ids[:, :-1], (1, 0), value=-1)[:, None, :]
-        scores = _products(self.query(hidden), keys) / math.sqrt(keys.shape[-1])
-        return hidden, scores + self.follow(hidden) * (ids == before), occurred[:, -1]
-
-
-def _products(query: Tensor, keys: Tensor) -> Tensor:
-    """(B, T, d) and (B, K, d) to (B, T, K)."""
-    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
-        return query @ keys.transpose(1, 2)
-    # A library's product of small matrices adds in an order that changes with their number.
-    B, T, d = query.shape
-    step = max(1, _PRODUCTS // max(1, B * keys.shape[1] * d))
-    parts = [(query[:, t : t + step, None] * keys[:, None]).sum(-1) for t in range(0, T, step)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @dataclass
@@ -214,12 +157,13 @@ class DecoderAuxiliary(nn.Module):
         self.hidden_size: int = body.hidden_size
         self.body = _without_embedding(body)
         self.inputs = InputVectors(config, self.hidden_size)
-        self.pointer = Pointer(self.hidden_size, config.pointer_size) if config.pointer else None
+        self.pointer = _pointer(config, self.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
-        text, T = self.inputs.text(inputs), inputs.input_ids.shape[1]
-        first = inputs.cache is None
+        first, T = inputs.cache is None, inputs.input_ids.shape[1]
+        coverage, marks = _coverage(self.pointer, inputs)
+        text = self.inputs.text(inputs, marks)
         vectors = torch.cat([self.inputs.condition(inputs), text], 1) if first else text
         past = inputs.condition_mask if first else inputs.cache.mask
         mask = torch.cat([past, inputs.attention_mask[:, -T:]], 1)
@@ -235,14 +179,10 @@ class DecoderAuxiliary(nn.Module):
         hidden = self.dropout(output.last_hidden_state)
         # At the first call the condition's states stand before the text's.
         condition, hidden = hidden.split([hidden.shape[1] - T, T], 1)
-        keys, scores, seen = None, None, None
+        keys = None
         if self.pointer is not None:
-            keys, seen = (
-                (self.pointer.keys(condition), None) if first else (inputs.cache.keys, inputs.cache.seen)
-            )
-            hidden, scores, seen = self.pointer(hidden, keys, inputs, seen)
-        cache = AuxiliaryCache(attention, mask, None, keys, seen) if inputs.use_cache else None
-        return AuxiliaryOutput(hidden, scores, cache)
+            keys = self.pointer.keys(condition) if first else inputs.cache.keys
+        return _output(self.pointer, hidden, inputs, coverage, attention, mask, None, keys)
 
 
 class EncoderDecoderAuxiliary(nn.Module):
@@ -254,7 +194,7 @@ class EncoderDecoderAuxiliary(nn.Module):
         self.hidden_size: int = body.d_model
         self.body = _without_embedding(body)
         self.inputs = InputVectors(config, self.hidden_size)
-        self.pointer = Pointer(self.hidden_size, config.pointer_size) if config.pointer else None
+        self.pointer = _pointer(config, self.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
@@ -267,11 +207,11 @@ class EncoderDecoderAuxiliary(nn.Module):
             attention = self._new_cache() if inputs.use_cache else None
         else:
             memory, keys, attention = inputs.cache.memory, inputs.cache.keys, inputs.cache.attention
-        seen = None if first else inputs.cache.seen
+        coverage, marks = _coverage(self.pointer, inputs)
         mask = inputs.attention_mask[:, -inputs.input_ids.shape[1] :]
         mask = mask if first else torch.cat([inputs.cache.mask, mask], 1)
         output = self.body.decoder(
-            inputs_embeds=self.inputs.text(inputs),
+            inputs_embeds=self.inputs.text(inputs, marks),
             attention_mask=mask,
             encoder_hidden_states=memory,
             encoder_attention_mask=inputs.condition_mask,
@@ -279,15 +219,45 @@ class EncoderDecoderAuxiliary(nn.Module):
             use_cache=inputs.use_cache,
         )
         hidden = self.dropout(output.last_hidden_state)
-        scores = None
-        if self.pointer is not None:
-            hidden, scores, seen = self.pointer(hidden, keys, inputs, seen)
-        cache = AuxiliaryCache(attention, mask, memory, keys, seen) if inputs.use_cache else None
-        return AuxiliaryOutput(hidden, scores, cache)
+        return _output(self.pointer, hidden, inputs, coverage, attention, mask, memory, keys)
 
     def _new_cache(self) -> EncoderDecoderCache:
         config = self.body.config
         return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+
+
+def _pointer(config: AuxTunedConfig, D: int) -> Pointer | None:
+    if not config.pointer:
+        return None
+    reads, exact = config.pointer_reads_lm, bool(config.from_lm_layers)
+    return Pointer(D, config.pointer_size, reads_lm=reads, exact=exact)
+
+
+def _coverage(pointer: Pointer | None, inputs: AuxiliaryInputs) -> tuple[Coverage | None, Tensor | None]:
+    """What of the condition stands in the text, and how the text's input vectors are told."""
+    if pointer is None:
+        return None, None
+    coverage = pointer.coverage(inputs, None if inputs.cache is None else inputs.cache.seen)
+    return coverage, pointer.marks(coverage)
+
+
+def _output(
+    pointer: Pointer | None,
+    hidden: Tensor,
+    inputs: AuxiliaryInputs,
+    coverage: Coverage | None,
+    attention: Any,
+    mask: Tensor,
+    memory: Tensor | None,
+    keys: Tensor | None,
+) -> AuxiliaryOutput:
+    """With the pointer's part; the last four are the cache's."""
+    scores, end, seen = None, None, None
+    if pointer is not None and coverage is not None and keys is not None:
+        hidden, scores, end = pointer(hidden, keys, inputs, coverage)
+        seen = coverage.seen
+    cache = AuxiliaryCache(attention, mask, memory, keys, seen) if inputs.use_cache else None
+    return AuxiliaryOutput(hidden, scores, end, cache)
 
 
 def _without_embedding(config: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.ops.linear import HALF_DTYPES
 
@@ -141,6 +142,26 @@ def output_head(lm: Any) -> OutputHead:
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     bias = getattr(head, "bias", None)
     return OutputHead(weight, bias, scale, None if softcap is None else float(softcap))
+
+
+def logits_of_ids(lm: Any, hidden: Tensor, logits: Tensor | None, ids: Tensor) -> Tensor:
+    """(B, T, K) float32 logits that a causal LM gives a few ids of each sequence.
+
+    Args:
+        lm: the LM.
+        hidden: (B, T, D) its final hidden states.
+        logits: (B, T, V) its own logits, where they are known; else ``output_head`` makes them.
+        ids: (B, K) int64.
+    """
+    if logits is not None:
+        return logits.gather(-1, ids[:, None, :].expand(*logits.shape[:2], -1)).float()
+    head = output_head(lm)
+    z = row_products(hidden.float(), head.weight[ids].float())
+    if head.bias is not None:
+        z = z + head.bias[ids].float()[:, None, :]
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z * head.scale
 
 
 @torch.no_grad()

@@ -61,9 +61,10 @@ class AuxTunedConfig(PreTrainedConfig):
         input_embedding: "own", or "shared": the base's frozen embedding, projected.
         head: "own": a (V, D) output embedding, or "shared": the base's, behind a projection. Both
             start at exactly zero, so an untrained pair is the base.
-        pointer: whether each position also scores the condition's tokens, from zero; added to the
-            logits of just these ids.
+        pointer: whether each position also scores the condition's tokens and the end, from zero; added
+            to the logits of just these ids.
         pointer_size: width of the pointer's queries and keys.
+        pointer_reads_lm: whether the pointer knows the base's own logits of the condition's tokens.
         dropout: of the auxiliary's input vectors and of its final hidden states.
         aux_scale: what the auxiliary's logits are multiplied by.
         vocab_size: V, ids that both models share; the base's when None.
@@ -91,6 +92,7 @@ class AuxTunedConfig(PreTrainedConfig):
     head: str = "own"
     pointer: bool = False
     pointer_size: int = 64
+    pointer_reads_lm: bool = True
     dropout: float = 0.0
     aux_scale: float = 1.0
     vocab_size: int | None = None
@@ -125,7 +127,7 @@ class AuxTunedConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for name in ("pointer", "tie_word_embeddings"):
+        for name in ("pointer", "pointer_reads_lm", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if not 0 <= self.dropout < 1:
@@ -148,6 +150,11 @@ class AuxTunedConfig(PreTrainedConfig):
             raise ValueError(
                 'head="shared" uses the base\'s output embedding, which lm_term="logits" does not'
             )
+
+    def end_ids(self) -> list[int]:
+        """Ids of the end token: none, one or several."""
+        ids = self.eos_token_id
+        return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
     def body_config(self) -> Any:
         """The transformers config of the auxiliary's own transformer.

@@ -49,11 +49,21 @@ class PairInputs:
         return PairInputs(*(tensor[rows] for tensor in vars(self).values()))
 
     def for_auxiliary(
-        self, lm_states: Tensor, lm_embedding: Tensor, cache: Any, use_cache: bool
+        self,
+        lm_states: Tensor,
+        lm_embedding: Tensor,
+        lm_scores: Tensor | None,
+        cache: Any,
+        use_cache: bool,
     ) -> AuxiliaryInputs:
         """With what comes from the base and from the auxiliary's own cache."""
         return AuxiliaryInputs(
-            **vars(self), lm_states=lm_states, lm_embedding=lm_embedding, cache=cache, use_cache=use_cache
+            **vars(self),
+            lm_states=lm_states,
+            lm_embedding=lm_embedding,
+            lm_scores=lm_scores,
+            cache=cache,
+            use_cache=use_cache,
         )
 
 

@@ -16,7 +16,6 @@ from auxkern.model.auxiliary import (
     AuxiliaryOutput,
     DecoderAuxiliary,
     EncoderDecoderAuxiliary,
-    ZeroLinear,
     build_auxiliary,
 )
 from auxkern.model.caches import AuxiliaryRows, PairCache
@@ -24,6 +23,7 @@ from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
+from auxkern.model.layers import ZeroLinear
 from auxkern.model.native import use_native_kernels
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
@@ -374,12 +374,22 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             here = batch if part.rows is None else batch.rows(part.rows)
             chosen = states if part.rows is None else states[part.rows]
             chosen = chosen[:, :, [1 + layers.index(layer) for layer in model.config.lm_layers]]
-            output = model.auxiliary(here.for_auxiliary(chosen, self._embedding(), part.cache, use_cache))
+            output = model.auxiliary(
+                here.for_auxiliary(
+                    chosen,
+                    self._embedding(),
+                    model.lm_scores(
+                        states[:, :, 0] if part.rows is None else states[part.rows, :, 0],
+                        logits if logits is None or part.rows is None else logits[part.rows],
+                        here.condition_ids,
+                    ),
+                    part.cache,
+                    use_cache,
+                )
+            )
             found.append(AuxiliaryRows(part.name, part.rows, output.cache))
             scale = _row_scale(model.config.aux_scale if aux_scale is None else aux_scale, part.rows)
-            output = AuxiliaryOutput(
-                output.hidden[:, -keep:], None if output.pointer is None else output.pointer[:, -keep:]
-            )
+            output = output.positions(lambda values: values[:, -keep:])
             added.append((part, model.auxiliary_terms(output, here, scale)))
         pair_cache = PairCache(lm, found) if use_cache else None
         if len(added) == 1 and added[0][0].rows is None:
@@ -400,8 +410,27 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             factor = scale[:, None, None] if isinstance(scale, Tensor) else scale
             mask = batch.condition_mask[:, None, :] != 0
             values = torch.where(mask, output.pointer * factor, 0.0)
-            terms.append(Sparse((batch.condition_ids[:, None, :] * mask).expand(values.shape), values))
+            ids = batch.condition_ids[:, None, :] * mask
+            ends = self.config.end_ids()
+            if output.end is not None and ends:
+                added = output.end[:, :, None] * factor
+                values = torch.cat([values, *[added] * len(ends)], -1)
+                # Filled on the device: a recorded CUDA graph takes nothing from the host.
+                ids = torch.cat([ids, *(ids.new_full((len(ids), 1, 1), end) for end in ends)], -1)
+            terms.append(Sparse(ids.expand(values.shape), values))
         return terms
+
+    def lm_scores(self, hidden: Tensor, logits: Tensor | None, condition_ids: Tensor) -> Tensor | None:
+        """(B, T, K) float32 logits that the base gives the condition's tokens; None if nothing reads them.
+
+        Args:
+            hidden: (B, T, D_lm) the base's final hidden states.
+            logits: (B, T, V) its own logits, with ``lm_term="logits"``.
+            condition_ids: (B, K).
+        """
+        if not (self.config.pointer and self.config.pointer_reads_lm):
+            return None
+        return base.logits_of_ids(self.lm, hidden, logits, condition_ids)
 
     def _named(self, name: str) -> AuxTunedForCausalLM:
         return self if name == DEFAULT else self._others[name]

@@ -46,6 +46,7 @@ LOG = "log.jsonl"
 _IDENTIFYING = ("input_ids", "labels", "condition_ids")
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
+Measure = Callable[[int], Mapping[str, Any]]
 
 
 class Examples(Protocol):
@@ -106,6 +107,7 @@ def train(
     collate: Collate,
     validation: ExampleSet | Examples | None = None,
     progress: Progress | None = None,
+    measure: Measure | None = None,
 ) -> TrainResult:
     """Trains the auxiliary of a pair, evaluates it, saves it, and goes on where it was stopped.
 
@@ -124,6 +126,8 @@ def train(
             is saved there.
         collate: list of examples -> batch of tensors with labels (B, T), such as ``AuxCollator``.
         progress: is told of every step.
+        measure: called after each evaluation with the number of steps done, the model in evaluation
+            mode; what it returns, JSON's types, becomes "measured" in the evaluation's line of the log.
 
     Returns:
         A ``TrainResult``.
@@ -135,7 +139,7 @@ def train(
         TrainingInterrupted: a signal came; what to resume from is saved.
     """
     held_out = None if validation is None else _as_set(validation)
-    run = _Run(model, _as_set(training), settings, collate, held_out, progress)
+    run = _Run(model, _as_set(training), settings, collate, held_out, progress, measure)
     with _own_random_state(run.device), _StopSignals() as stop, run:
         while True:
             if run.is_evaluation_due():
@@ -220,12 +224,13 @@ class _Run:
         collate: Collate,
         validation: ExampleSet | None,
         progress: Progress | None,
+        measure: Measure | None,
     ) -> None:
         for name, examples in (("training", training), ("validation", validation)):
             if examples is not None and not len(examples.examples):
                 raise ValueError(f"{name} has no examples; pass at least one")
         self.model, self.training, self.validation = model, training, validation
-        self.settings, self.collate = settings, collate
+        self.settings, self.collate, self.measure = settings, collate, measure
         self.progress = Progress() if progress is None else progress
         self.output = Path(settings.output)
         self.optimizer = _optimizer(model, settings)
@@ -278,8 +283,7 @@ class _Run:
         """One step of the optimizer, over an accumulation group."""
         state, settings = self.state, self.settings
         torch.manual_seed(mixed_seed(settings.seed, "step", state.step))
-        groups = self.order.of_step(state.step)
-        batches = [self._batch(self.training, indices) for indices in groups]
+        groups, batches = self._batches()
         tokens = sum(_label_count(batch) for batch in batches)
         rate = learning_rate_at(settings, state.step)
         for group in self.optimizer.param_groups:
@@ -312,19 +316,27 @@ class _Run:
             if state.lm_nll is None and self._knows_lm(self.validation):
                 state.lm_nll = self._validation_mean(self._lm_alone, stop)
             nll = self._validation_mean(self._pair, stop)
+            if nll is None:
+                return
+            if not math.isfinite(nll):
+                raise FloatingPointError(self._what_to_try(nll, None))
+            measured = {} if self.measure is None else {"measured": dict(self.measure(state.step))}
         finally:
             self.model.train()
-        if nll is None:
-            return
-        if not math.isfinite(nll):
-            raise FloatingPointError(self._what_to_try(nll, None))
         state.nll, state.evaluated_step = nll, state.step
         if state.best_nll is None or nll < state.best_nll:
             state.best_nll, state.best_step = nll, state.step
         state.seconds = self._seconds_before + time.monotonic() - self._began
         best = state.best_step == state.step
         self._record(
-            {"step": state.step, "evaluation": True, "nll": nll, "lm_nll": state.lm_nll, "best": best}
+            {
+                "step": state.step,
+                "evaluation": True,
+                "nll": nll,
+                "lm_nll": state.lm_nll,
+                "best": best,
+                **measured,
+            }
         )
         self._mark = (state.tokens, time.monotonic())
 
@@ -334,9 +346,22 @@ class _Run:
         prune_checkpoints(self.output, self.settings.keep_checkpoints, self.state.best_step)
         self._saved = (self.state.step, self.state.evaluated_step)
 
+    def _batches(self) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+        """The next step's batches, and which examples are in them."""
+        groups = self.order.of_step(self.state.step)
+        examples = {i: self.training.examples[i] for group in groups for i in group}
+        if self.settings.sort_by_length:
+            size = self.settings.batch_size
+            order = [i for group in groups for i in group]
+            order.sort(key=lambda i: len(examples[i]["input_ids"]))
+            groups = [order[start : start + size] for start in range(0, len(order), size)]
+        return groups, [self._collated([examples[i] for i in group]) for group in groups]
+
     def _batch(self, chosen: ExampleSet, indices: Sequence[int]) -> dict[str, Tensor]:
-        batch = self.collate([chosen.examples[index] for index in indices])
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return self._collated([chosen.examples[index] for index in indices])
+
+    def _collated(self, examples: list[Any]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in self.collate(examples).items()}
 
     def _clip(self) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -58,6 +58,10 @@ class LoopSettings:
     )
     seed: int = _setting("of the initial weights, the order of the data and dropout", 0, at_least=0)
     shuffle: bool = _setting("whether each epoch has its own order", True)
+    sort_by_length: bool = _setting(
+        "whether a step cuts its batches from its examples in order of length: less padding, the same step",
+        False,
+    )
     log_every: int = _setting("steps between two lines of the log", 10, resumable=True, at_least=1)
     eval_every: int = _setting("steps between two evaluations", 100, resumable=True, at_least=1)
     save_every: int = _setting("steps between two checkpoints", 100, resumable=True, at_least=1)
@@ -109,7 +113,7 @@ class LoopSettings:
             for one in fields(self)
             if not one.metadata["resumable"]
             and not (one.name == "steps" and self.schedule == "constant")
-            and saved.get(one.name) != current[one.name]
+            and saved.get(one.name, one.default) != current[one.name]
         ]
 
     def as_json(self) -> dict[str, Any]:
