@@ -38,7 +38,9 @@ def uniform_lm(lm: Any) -> LlamaForCausalLM:
         pad_token_id=text.pad_token_id,
     )
     uniform = LlamaForCausalLM(config)
-    nn.init.zeros_(uniform.lm_head.weight)
+    # All of them, so that it has one fingerprint, and a run can be resumed on it.
+    for parameter in uniform.parameters():
+        nn.init.zeros_(parameter)
     return uniform.to(lm.device).eval()
 
 

@@ -1,0 +1,203 @@
+"""The keyword study on a tiny base: what it trains, how it counts, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pair import AUXILIARY, WORDS, save_tokenizer, tiny_lm
+from torch.utils.flop_counter import FlopCounterMode
+
+from auxkern.model import AuxTunedForCausalLM
+from auxkern.training.collator import AuxCollator
+from auxkern.training.loop import TrainingInterrupted
+from auxkern.training.progress import Progress
+from benchmarks.keyword.flops import token_cost
+from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable, uniform_lm
+from benchmarks.keyword.presets import BY_NAME, METHODS, PRESETS, Preset
+from benchmarks.keyword.runs import FACTS, Workplace, run_folder, train_method
+
+TRAINED = [method for method in METHODS if method.trained]
+PAIRS = [method for method in TRAINED if method.kind in ("pair", "from scratch")]
+
+
+@pytest.fixture(scope="session")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    """Sentences of four words, one of them the keyword, for a base of three layers."""
+    folder = tmp_path_factory.mktemp("study")
+    tiny_lm().save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    draw = random.Random(0)
+    records = []
+    for keyword in WORDS:
+        for _ in range(4):
+            words = [*draw.sample(WORDS, 3), keyword]
+            draw.shuffle(words)
+            records.append({"condition": keyword, "text": " ".join(words)})
+    (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pair = {**PRESETS["cpu"].pair, "auxiliary_config": AUXILIARY, "lm_layers": [1, 3]}
+    return dataclasses.replace(
+        PRESETS["cpu"],
+        base=str(folder / "base"),
+        task_source=f"jsonl:{folder / 'texts.jsonl'}?condition=condition",
+        steps=4,
+        sentences=8,
+        micro_batch=4,
+        training=40,
+        validation=10,
+        samples=5,
+        measures=2,
+        scores=4,
+        max_new_tokens=6,
+        pair=pair,
+        lora_rank=2,
+    )
+
+
+@pytest.fixture
+def place(preset: Preset, tmp_path: Path) -> Workplace:
+    return Workplace.open(preset, tmp_path / "study")
+
+
+def model_of(preset: Preset, name: str) -> Any:
+    method = BY_NAME[name]
+    lm = tiny_lm()
+    return new_pair(preset, method, lm, 0) if method in PAIRS else new_fine_tuned(preset, method, lm, 0)
+
+
+def test_presets_say_what_can_be_run() -> None:
+    for preset in PRESETS.values():
+        assert set(preset.rates) == {method.tuned_as for method in TRAINED}
+    with pytest.raises(ValueError, match="micro_batch is 7"):
+        dataclasses.replace(PRESETS["cpu"], micro_batch=7)
+    with pytest.raises(ValueError, match="scores is 7"):
+        dataclasses.replace(PRESETS["cpu"], scores=7)
+
+
+def test_a_base_that_knows_nothing_leaves_the_auxiliary_alone() -> None:
+    lm = uniform_lm(tiny_lm())
+    logits = lm(input_ids=torch.tensor([[0, 5, 9]])).logits
+    assert not logits.any()
+    assert logits.shape[-1] == tiny_lm().config.vocab_size
+
+
+def test_a_fine_tuned_lm_has_the_loss_of_transformers(preset: Preset) -> None:
+    for name in ("full", "lora"):
+        model = model_of(preset, name)
+        ids = torch.tensor([[0, 5, 9, 7, 1], [0, 6, 1, 2, 2]])
+        mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, 1] = -100
+        count = torch.tensor(int((labels[:, 1:] != -100).sum()))
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=count).loss
+        expected = model.causal_lm(input_ids=ids, attention_mask=mask, labels=labels).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_lora_trains_its_matrices_and_nothing_else(preset: Preset) -> None:
+    model = model_of(preset, "lora")
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names
+    assert all("lora_" in name for name in names)
+    assert trainable(model_of(preset, "full")) == sum(p.numel() for p in tiny_lm().parameters())
+
+
+@pytest.mark.parametrize("name", [method.name for method in TRAINED])
+def test_flops_are_those_that_torch_counts(preset: Preset, name: str) -> None:
+    model = model_of(preset, name)
+    cost = token_cost(model, BY_NAME[name])
+    T, K, V = 12, 2, 97
+    ids = torch.randint(4, V, (1, T))
+    one, condition = torch.ones_like(ids), ids[:, :K]
+    if isinstance(model, FineTunedLM):
+        with FlopCounterMode(display=False) as counter:
+            lm = model.causal_lm
+            hidden = lm.base_model(input_ids=ids, attention_mask=one).last_hidden_state
+            lm.get_output_embeddings()(hidden).sum().backward()
+        expected = cost.of(T, 0, T)
+    else:
+        with FlopCounterMode(display=False) as counter:
+            z = _plain_logits(model, ids, condition)
+            z.sum().backward()
+        expected = cost.of(T + K, T, T)
+    # Attention's products of queries and keys are left out: here at 14 tokens and widths of 16 to 32.
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.25)
+
+
+def _plain_logits(model: AuxTunedForCausalLM, ids: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    from auxkern.model.base import run_base
+    from auxkern.model.inputs import PairInputs
+
+    with torch.no_grad():
+        states = run_base(model.lm, ids, layers=model.config.lm_layers).states
+    batch = PairInputs(ids, None, condition, None)
+    scores = model.lm_scores(states[:, :, 0], None, condition)
+    output = model.auxiliary(
+        batch.for_auxiliary(states[:, :, 1:], model.lm.get_input_embeddings().weight, scores, None, False)
+    )
+    weight = model.lm.get_output_embeddings().weight
+    if model.config.head == "shared":
+        return (states[:, :, 0] + model.head(output.hidden)) @ weight.T
+    return states[:, :, 0] @ weight.T + output.hidden @ model.head.weight.T
+
+
+@pytest.mark.parametrize("name", ["auxiliary", "scratch", "lora"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(place: Workplace, tmp_path: Path, name: str) -> None:
+    method = BY_NAME[name]
+
+    class Stop(Progress):
+        def advance(self, done: int) -> None:
+            if done == 2:
+                import os
+                import signal
+
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = train_method(place, method, 1, 1e-3, tmp_path / "whole", Progress())
+    with pytest.raises(TrainingInterrupted):
+        train_method(place, method, 1, 1e-3, tmp_path / "parts", Stop())
+    parts = train_method(place, method, 1, 1e-3, tmp_path / "parts", Progress())
+    for facts in (whole, parts):
+        facts.pop("seconds")
+    assert parts == whole
+    measured = [one for one in whole["evaluations"] if "texts" in one]
+    assert [one["step"] for one in measured] == [2, 4]
+    assert all(len(one["contains"]) == 5 for one in measured)
+
+
+def test_all_methods_take_the_same_sentences_in_the_same_order(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.keyword import runs
+
+    seen: dict[str, list[list[str]]] = {}
+
+    def recorded(name: str) -> Callable[..., Any]:
+        collate = AuxCollator(2)
+
+        def call(items: list[Any]) -> Any:
+            # The text's words and the end; a fine-tuned LM has the keyword before them.
+            seen.setdefault(name, []).extend([str([x for x in item["labels"] if x >= 0]) for item in items])
+            return collate(items)
+
+        return call
+
+    for name in ("auxiliary", "scratch", "full"):
+        monkeypatch.setattr(runs, "AuxCollator", lambda pad, name=name: recorded(name))
+        train_method(place, BY_NAME[name], 0, 1e-3, tmp_path / name, Progress(), trial=True)
+        monkeypatch.undo()
+    # One step; what is collated after it is the validation side.
+    sentences = {name: found[:8] for name, found in seen.items()}
+    assert sentences["auxiliary"] == sentences["scratch"] == sentences["full"]
+    assert len(set(sentences["full"])) == 8
+
+
+def test_a_run_is_complete_when_its_facts_are_there(place: Workplace) -> None:
+    folder = run_folder(place.output, BY_NAME["auxiliary"], 0)
+    assert not (folder / FACTS).exists()
