@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +23,16 @@ from auxkern.model import AuxTunedForCausalLM
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import Progress
+from benchmarks.keyword.__main__ import main as study_main
 from benchmarks.keyword.flops import token_cost
+from benchmarks.keyword.jobs import REFERENCES, STATES, do_job, facts_of, study_jobs, tuning_jobs
 from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable, uniform_lm
+from benchmarks.keyword.page import main
 from benchmarks.keyword.presets import BY_NAME, METHODS, PRESETS, Preset
-from benchmarks.keyword.runs import FACTS, Workplace, run_folder, train_method
+from benchmarks.keyword.record import comparisons, study_record
+from benchmarks.keyword.runs import Workplace, train_method
+from benchmarks.keyword.scheduling import run_all
+from benchmarks.keyword.tuning import chosen
 
 TRAINED = [method for method in METHODS if method.trained]
 PAIRS = [method for method in TRAINED if method.kind in ("pair", "from scratch")]
@@ -54,6 +65,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
         samples=5,
         measures=2,
         scores=4,
+        lm_steps=4,
         max_new_tokens=6,
         pair=pair,
         lora_rank=2,
@@ -78,6 +90,8 @@ def test_presets_say_what_can_be_run() -> None:
         dataclasses.replace(PRESETS["cpu"], micro_batch=7)
     with pytest.raises(ValueError, match="scores is 7"):
         dataclasses.replace(PRESETS["cpu"], scores=7)
+    with pytest.raises(ValueError, match="lm_steps is 50"):
+        dataclasses.replace(PRESETS["cpu"], lm_steps=50)
 
 
 def test_a_base_that_knows_nothing_leaves_the_auxiliary_alone() -> None:
@@ -154,9 +168,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(place: Workplace, tmp_p
     class Stop(Progress):
         def advance(self, done: int) -> None:
             if done == 2:
-                import os
-                import signal
-
                 os.kill(os.getpid(), signal.SIGINT)
 
     whole = train_method(place, method, 1, 1e-3, tmp_path / "whole", Progress())
@@ -198,6 +209,132 @@ def test_all_methods_take_the_same_sentences_in_the_same_order(
     assert len(set(sentences["full"])) == 8
 
 
-def test_a_run_is_complete_when_its_facts_are_there(place: Workplace) -> None:
-    folder = run_folder(place.output, BY_NAME["auxiliary"], 0)
-    assert not (folder / FACTS).exists()
+@pytest.fixture(scope="module")
+def finished(preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A whole study, as its command writes it."""
+    place = Workplace.open(preset, tmp_path_factory.mktemp("finished"))
+    tuning = place.output / "tuning.json"
+    for job in tuning_jobs(preset):
+        do_job(place, job, tuning, Progress())
+    tuning.write_text(json.dumps(chosen(preset, place.output)))
+    for job in (STATES, *study_jobs()):
+        do_job(place, job, tuning, Progress())
+    return {
+        "kind": "keyword study",
+        "command": "python -m benchmarks.keyword",
+        "date": "2026-01-01",
+        "machine": {"device": "a machine"},
+        "seconds of this command": 100,
+        **study_record(preset, place.output, json.loads(tuning.read_text())),
+    }
+
+
+def test_a_study_says_of_each_method_what_its_runs_found(finished: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in finished["methods"]}
+    assert list(rows) == [*(method.name for method in METHODS), "references"]
+    for method in METHODS:
+        row = rows[method.name]
+        steps = [point["step"] for point in row["points"]]
+        assert steps == ([2, 4] if method.trained else [0])
+        assert len(row["points"][-1]["accuracy_of_seeds"]) == method.seeds
+        low, high = row["points"][-1]["accuracy_interval"]
+        assert 0 <= low <= row["points"][-1]["accuracy"] <= high <= 1
+    assert rows["references"]["points"][0]["accuracy"] == 1
+    assert set(rows["auxiliary"]["nll"]) == {"1", "2", "3", "4"}
+    assert set(rows["full"]["nll"]) == {"2", "4"}
+    assert [one["aux_scale"] for one in rows["auxiliary"]["scales"]] == [0.75, 1, 1.25, 1.5, 2]
+    reads = {name: row["flops"]["lm_forward"] > 0 for name, row in rows.items() if row.get("flops")}
+    assert reads == {method.name: method.kind == "pair" for method in TRAINED}
+
+
+def test_the_page_shows_the_records_numbers_and_no_others(finished: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(finished))
+    assert main([str(file), "--page", str(tmp_path / "docs" / "study.md")]) == 0
+    text = (tmp_path / "docs" / "study.md").read_text()
+    for row in finished["methods"]:
+        assert row["label"] in text
+        assert f"{row['points'][-1]['slor']:.2f} [" in text
+    for name in ("steps", "flops", "scales"):
+        assert f"(../study_{name}.png)" in text
+        assert (tmp_path / f"study_{name}.png").stat().st_size > 10_000
+    assert all(len(set(map(len, table))) == 1 for table in _tables(text))
+
+
+def _tables(text: str) -> list[list[list[str]]]:
+    """Cells of every table; a bar in a text is escaped."""
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    return [
+        [line.replace("\\|", "").split("|") for line in block] for block in blocks if block[0].startswith("|")
+    ]
+
+
+def test_when_from_scratchs_nll_is_reached(finished: dict[str, Any]) -> None:
+    def run(nll: list[float], flops: dict[str, int]) -> dict[str, Any]:
+        points = [{"step": 10 * (i + 1), "nll": value} for i, value in enumerate(nll)]
+        for point in points[1::2]:
+            point |= {"texts": ["a", "b"], "contains": [1, 0], "slor": [1.0, 2.0]}
+        return {"evaluations": points, "flops": flops}
+
+    ours = run([6.0, 5.0, 4.0, 3.0], {"trained": 400, "lm_forward": 800, "lm_states": 500})
+    theirs = run([9.0, 8.0, 7.0, 5.5], {"trained": 1000, "lm_forward": 0, "lm_states": 0})
+    found = comparisons({"auxiliary": [ours, ours], "scratch": [theirs]}, ["x", "y"])
+    reached = found["reached"]
+    assert (reached["nll"], reached["step"], reached["steps"]) == (5.5, 20, 40)
+    assert list(reached["flops"].values()) == [200 + 400, 200 + 500, 200]
+    assert list(reached["ratios"].values()) == [0.6, 0.7, 0.2]
+    assert found["accuracy_difference"] == 0
+    never = run([9.0, 8.0, 7.0, 6.0], ours["flops"])
+    assert comparisons({"auxiliary": [never], "scratch": [theirs]}, ["x", "y"])["reached"]["step"] is None
+
+
+def test_a_job_that_is_done_is_not_done_again(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    do_job(place, REFERENCES, Path("nowhere"), Progress())
+    before = facts_of(place.output, REFERENCES).stat().st_mtime_ns
+    do_job(place, REFERENCES, Path("nowhere"), Progress())
+    assert facts_of(place.output, REFERENCES).stat().st_mtime_ns == before
+
+
+def test_failing_jobs_do_not_keep_the_others_from_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command_of(name: str) -> list[str]:
+        return [sys.executable, "-c", f"print({name!r}); raise SystemExit({int(name == 'b')})"]
+
+    assert not run_all(["a", "b", "c:0"], command_of, jobs=2, logs=tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.log": "a\n",
+        "b.log": "b\n",
+        "c-0.log": "c:0\n",
+    }
+    assert "b: status 1" in capsys.readouterr().out
+    assert run_all(["a"], command_of, jobs=2, logs=tmp_path)
+
+
+def test_ctrl_c_lets_every_job_save(tmp_path: Path) -> None:
+    script = (
+        "import signal, time, pathlib\n"
+        "def save(*_):\n    time.sleep(0.3); pathlib.Path(r'{0}.saved').touch(); raise SystemExit(130)\n"
+        "signal.signal(signal.SIGTERM, save)\npathlib.Path(r'{0}.ready').touch()\ntime.sleep(60)\n"
+    )
+
+    def command_of(name: str) -> list[str]:
+        return [sys.executable, "-c", script.format(tmp_path / name)]
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("*.ready"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(["a", "b", "c"], command_of, jobs=2, logs=tmp_path / "logs")
+    assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["a.saved", "b.saved"]
+
+
+def test_a_study_without_its_tuning_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "tuning.json")
+    assert study_main(["--output", str(tmp_path), "--tuning", missing]) == 2
+    assert f"{missing} is missing; --tune writes it" in capsys.readouterr().err

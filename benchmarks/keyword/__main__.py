@@ -6,12 +6,11 @@ import argparse
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,19 +20,12 @@ from auxkern.commands.pair import versions
 from auxkern.files import replace_file
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import duration, progress_for
-from benchmarks.keyword.presets import BY_NAME, METHODS, PRESETS, Preset
+from benchmarks.keyword.jobs import STATES, do_job, facts_of, study_jobs, tuning_jobs
+from benchmarks.keyword.presets import PRESETS, Preset
 from benchmarks.keyword.record import study_record
-from benchmarks.keyword.runs import (
-    FACTS,
-    Workplace,
-    cache_states,
-    measure_references,
-    measure_untrained,
-    run_folder,
-    train_method,
-    write_facts,
-)
-from benchmarks.keyword.tuning import chosen, trial_folder, trials, try_prompts, try_rate
+from benchmarks.keyword.runs import Workplace
+from benchmarks.keyword.scheduling import run_all
+from benchmarks.keyword.tuning import chosen
 
 RESULTS = Path("benchmarks") / "results"
 _EPILOG = """\
@@ -43,11 +35,10 @@ the same command goes on where it was. --tune tries learning rates and prompts i
 study reads. `python -m benchmarks.keyword.page FILE.json` makes the page and the pictures.
 Exit status: 0; 1 if a run failed (its log says why); 2 for bad options or missing data; 130 after Ctrl-C.
 """
-_STATES, _REFERENCES = "states", "references"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the study, or one run of it.
+    """Runs the study, its tuning, or one job of them.
 
     Args:
         argv: arguments after the program's name; those of the process when None.
@@ -60,19 +51,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     preset = PRESETS[options.preset]
     tuning = options.tuning or RESULTS / f"keyword_{preset.name}_tuning.json"
+    command = shlex.join([*parser.prog.split(), *arguments])
     try:
         if options.run is not None:
             return _one(preset, options.output, tuning, options.run)
         if options.tune:
-            return _tune(preset, options, tuning, _command(parser, arguments))
-        if not tuning.is_file():
-            raise FileNotFoundError(f"{tuning} is missing; --tune writes it")
-        return _study(preset, options, tuning, _command(parser, arguments))
+            return _tune(preset, options, tuning, command)
+        return _study(preset, options, tuning, command)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        print(f"{parser.prog}: {stop or 'stopped'}; the same command goes on from there", file=sys.stderr)
+    except TrainingInterrupted as stop:
+        print(f"{parser.prog}: {stop}", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -86,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
     parser.add_argument("--output", type=Path, default=Path("out/keyword"), metavar="FOLDER")
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help="where the results go")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE.json", help="results (default: keyword.json in the output folder)"
+    )
     parser.add_argument("--jobs", type=positive, help="runs at a time (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--tune", action="store_true", help="try learning rates and prompts")
     parser.add_argument(
@@ -95,31 +90,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.json",
         help="what --tune writes and the study reads (default: the preset's committed one)",
     )
-    parser.add_argument("--run", metavar="NAME", help="one run, as the study starts it")
+    parser.add_argument("--run", metavar="NAME", help="one job, as the study starts it, such as auxiliary:0")
     return parser
 
 
-def _command(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
-    return shlex.join([*parser.prog.split(), *arguments])
-
-
 def _study(preset: Preset, options: argparse.Namespace, tuning: Path, command: str) -> int:
+    if not tuning.is_file():
+        raise FileNotFoundError(f"{tuning} is missing; --tune writes it")
     began = time.monotonic()
-    names = [f"{method.name}:{seed}" for method in METHODS for seed in range(method.seeds)]
-    if not _run_all(preset, options, tuning, [_STATES], 1):
-        return 1
-    # The longest first: at the end no core waits for one of them.
-    order = sorted(names, key=lambda name: BY_NAME[name.split(":")[0]].kind not in ("fine-tuning", "LoRA"))
-    if not _run_all(preset, options, tuning, [*order, _REFERENCES], _jobs(options)):
+    if not _all_done(options, tuning, study_jobs()):
         return 1
     record = {
-        "kind": "keyword study",
-        "command": command,
-        "date": now(),
-        "machine": versions(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        **_head("keyword study", command),
+        "seconds of this command": round(time.monotonic() - began),
         **study_record(preset, options.output, json.loads(tuning.read_text(encoding="utf-8"))),
     }
-    record["seconds of this command"] = round(time.monotonic() - began)
     path = options.json or options.output / "keyword.json"
     replace_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {path} after {duration(time.monotonic() - began)}")
@@ -127,131 +112,41 @@ def _study(preset: Preset, options: argparse.Namespace, tuning: Path, command: s
 
 
 def _tune(preset: Preset, options: argparse.Namespace, tuning: Path, command: str) -> int:
-    names = [f"try:{name}:{rate:g}" for name, rate in trials(preset)]
-    if not _run_all(preset, options, tuning, [_STATES], 1):
+    if not _all_done(options, tuning, tuning_jobs(preset)):
         return 1
-    if not _run_all(preset, options, tuning, [*reversed(names), "try:prompts:0"], _jobs(options)):
-        return 1
-    shares = json.loads((trial_folder(options.output, "prompts", 0) / FACTS).read_text())["shares"]
-    record = {
-        "kind": "keyword study, tuning",
-        "command": command,
-        "date": now(),
-        "machine": versions(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        **chosen(preset, options.output, shares),
-    }
+    record = {**_head("keyword study, tuning", command), **chosen(preset, options.output)}
     replace_file(tuning, json.dumps(record, indent=1) + "\n")
     print(f"wrote {tuning}")
     return 0
 
 
-def _jobs(options: argparse.Namespace) -> int:
-    return options.jobs or (1 if torch.cuda.is_available() else 2)
+def _head(kind: str, command: str) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"kind": kind, "command": command, "date": now(), "machine": versions(device)}
 
 
-def _one(preset: Preset, output: Path, tuning: Path, name: str) -> int:
-    """One run in this process."""
+def _one(preset: Preset, output: Path, tuning: Path, job: str) -> int:
+    """One job in this process."""
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    place = Workplace.open(preset, output)
-    try:
-        _work(place, tuning, name)
-    except TrainingInterrupted as stop:
-        print(stop, file=sys.stderr)
-        return INTERRUPTED
+    do_job(Workplace.open(preset, output), job, tuning, progress_for())
     return 0
 
 
-def _work(place: Workplace, tuning: Path, name: str) -> None:
-    if name == _STATES:
-        seconds = cache_states(place, progress_for())
-        path = place.output / "states" / FACTS
-        if not path.is_file():
-            write_facts(path.parent, {"seconds": seconds})
-    elif name == _REFERENCES:
-        write_facts(place.output / "runs" / _REFERENCES, measure_references(place))
-    elif name == "try:prompts:0":
-        write_facts(trial_folder(place.output, "prompts", 0), {"shares": try_prompts(place)})
-    elif name.startswith("try:"):
-        _, method_name, rate = name.split(":")
-        try_rate(place, method_name, float(rate), progress_for())
-    else:
-        method, seed = BY_NAME[name.split(":")[0]], int(name.split(":")[1])
-        found = json.loads(tuning.read_text(encoding="utf-8"))
-        folder = run_folder(place.output, method, seed)
-        if method.trained:
-            rate = found["learning_rates"][method.tuned_as]
-            facts = train_method(place, method, seed, rate, folder, progress_for())
-        else:
-            facts = measure_untrained(place, method, found["prompt"])
-        write_facts(folder, facts)
+def _all_done(options: argparse.Namespace, tuning: Path, jobs: Sequence[str]) -> bool:
+    """Does the jobs that are not done yet, the base's states before them; whether all are."""
 
+    def command_of(job: str) -> list[str]:
+        command = [sys.executable, "-m", "benchmarks.keyword", "--preset", options.preset, "--run", job]
+        return [*command, "--output", str(options.output), "--tuning", str(tuning)]
 
-def _facts_of(output: Path, name: str) -> Path:
-    if name in (_STATES, _REFERENCES):
-        return (output if name == _STATES else output / "runs") / name / FACTS
-    if name.startswith("try:"):
-        _, method, rate = name.split(":")
-        return trial_folder(output, method, float(rate)) / FACTS
-    method, seed = name.split(":")
-    return run_folder(output, BY_NAME[method], int(seed)) / FACTS
-
-
-def _run_all(
-    preset: Preset, options: argparse.Namespace, tuning: Path, names: Sequence[str], jobs: int
-) -> bool:
-    """Runs what is not done yet, so many at a time, each with its share of the cores.
-
-    Returns:
-        Whether all are done.
-    """
-    output: Path = options.output
-    waiting = [name for name in names if not _facts_of(output, name).is_file()]
-    logs = output / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
-        # A run that waits must not keep a core from the other.
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-    failed: list[str] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                command = [sys.executable, "-m", "benchmarks.keyword", "--preset", preset.name]
-                command += ["--output", str(output), "--tuning", str(tuning), "--run", name]
-                with (logs / f"{name.replace(':', '-')}.log").open("ab") as log:
-                    child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-                running[name] = (child, time.monotonic())
-                print(f"{name}: started", flush=True)
-            time.sleep(0.2)
-            for name, (child, began) in list(running.items()):
-                if child.poll() is None:
-                    continue
-                del running[name]
-                if child.returncode == 0:
-                    print(f"{name}: done after {duration(time.monotonic() - began)}", flush=True)
-                else:
-                    failed.append(name)
-                    log_file = logs / f"{name.replace(':', '-')}.log"
-                    print(f"{name}: failed with status {child.returncode}, see {log_file}", flush=True)
-    except KeyboardInterrupt:
-        _stop([child for child, _ in running.values()])
-        raise
-    return not failed
-
-
-def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Lets each finish its step and save it."""
-    for child in children:
-        # A terminal's Ctrl-C has reached them already; a second signal would stop them at once.
-        if os.getpgid(child.pid) != os.getpgid(0) or not sys.stdin.isatty():
-            child.send_signal(signal.SIGINT)
-    for child in children:
-        child.wait()
+    at_a_time = options.jobs or (1 if torch.cuda.is_available() else 2)
+    logs = options.output / "logs"
+    for some, number in (([STATES], 1), (jobs, at_a_time)):
+        waiting = [job for job in some if not facts_of(options.output, job).is_file()]
+        if not run_all(waiting, command_of, jobs=number, logs=logs):
+            return False
+    return True
 
 
 if __name__ == "__main__":

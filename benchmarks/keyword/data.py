@@ -86,9 +86,13 @@ def prompt_ids(text_format: TextFormat, method: Method, keyword: str, prompt: in
         prompt: index into ``PROMPTS``.
     """
     tokenizer = text_format.tokenizer
-    if method.kind == PROMPT:
-        message = {"role": "user", "content": PROMPTS[prompt].format(keyword=keyword)}
-        ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
-        return list(ids)
     prefix = keyword_prefix(keyword) if method.trained else ""
+    if method.kind == PROMPT:
+        asked = PROMPTS[prompt].format(keyword=keyword)
+        if tokenizer.chat_template is not None:
+            message = {"role": "user", "content": asked}
+            return list(
+                tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+            )
+        prefix = f"{asked}\n"
     return [text_format.start_id, *tokenizer(prefix, add_special_tokens=False)["input_ids"]]

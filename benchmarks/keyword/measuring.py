@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,9 +135,3 @@ def texts_of_lm(
             pad_token_id=text_format.pad_id,
         )
     return [text_format.decode(row[ids.shape[1] :]) for row in written.cpu()]
-
-
-def mean_of(measured: Mapping[str, Any], name: str) -> float | None:
-    """The mean of a list that ``Judge.measure`` made; None if it has no number."""
-    values = [value for value in measured[name] if value is not None]
-    return sum(values) / len(values) if values else None

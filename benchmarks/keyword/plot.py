@@ -55,7 +55,7 @@ def plot_flops(record: dict[str, Any], path: Path) -> None:
 
     def flops(method: dict[str, Any], step: int) -> float:
         counted = method["flops"]
-        return (counted["trained"] + counted["lm_forward"]) * step / record["preset"]["steps"]
+        return (counted["trained"] + counted["lm_forward"]) * step / method["steps"]
 
     _curves(
         record,

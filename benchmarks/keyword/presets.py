@@ -87,15 +87,17 @@ class Preset:
         training, validation: sentences to train on, and for the validation nll.
         samples: held-out keywords that a text is written for.
         measures: how many times texts are written, evenly over the steps.
-        scores: how many times the validation nll is computed, a multiple of ``measures``; the LM's own
-            fine-tuning, whose checkpoints are large, has one with each measure.
+        scores: how many times the validation nll is computed, a multiple of ``measures``; where the LM
+            itself is trained, whose checkpoints are large, once with each measure.
         max_new_tokens: of a text.
         pair: fields of ``AuxTunedConfig``, the same for all pairs but for what a method changes.
         lora_rank: of LoRA's matrices, in every linear layer of the LM.
         warmup: share of the steps in which the learning rate rises.
         betas: AdamW's.
         rates: learning rates that are tried, by the method they are for.
-        tuning_share: share of the steps that a trial takes.
+        lm_steps: steps for the methods that train the LM itself, a whole schedule of their own; a step
+            costs several times that of a pair.
+        tuning_share: share of a method's steps that a trial takes.
     """
 
     name: str
@@ -115,7 +117,12 @@ class Preset:
     warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     rates: dict[str, tuple[float, ...]]
-    tuning_share: float = 0.25
+    lm_steps: int
+    tuning_share: float = 0.2
+
+    def steps_of(self, method: Method) -> int:
+        """Optimizer steps of a method's runs."""
+        return self.lm_steps if method.kind in (FULL, LORA) else self.steps
 
     def __post_init__(self) -> None:
         if self.scores % self.measures or self.steps % self.scores:
@@ -126,6 +133,11 @@ class Preset:
         if self.sentences % self.micro_batch:
             raise ValueError(
                 f"micro_batch is {self.micro_batch}; it must divide sentences ({self.sentences})"
+            )
+        if not 0 < self.lm_steps <= self.steps or self.lm_steps * self.measures % self.steps:
+            raise ValueError(
+                f"lm_steps is {self.lm_steps}; it must be a multiple of steps / measures "
+                f"({self.steps} / {self.measures}), and steps at most"
             )
 
 
@@ -165,6 +177,7 @@ PRESETS = MappingProxyType(
             training=12_800,
             validation=300,
             samples=200,
+            lm_steps=80,
             pair=_pair(256, 4, 4),
             rates=_RATES,
         ),
@@ -176,6 +189,7 @@ PRESETS = MappingProxyType(
             training=24_000,
             validation=1_000,
             samples=1_000,
+            lm_steps=2_000,
             pair=_pair(384, 6, 6),
             rates=_RATES,
         ),

@@ -44,7 +44,10 @@ def study_record(preset: Preset, output: Path, tuning: dict[str, Any]) -> dict[s
         "keywords": keywords,
         "states": _read(output / "states" / FACTS),
         "methods": [
-            *(_method(method, runs[method.name], keywords) for method in METHODS),
+            *(
+                {"steps": preset.steps_of(method), **_method(method, runs[method.name], keywords)}
+                for method in METHODS
+            ),
             {
                 "name": "references",
                 "label": "reference sentences",

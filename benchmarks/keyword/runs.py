@@ -118,7 +118,8 @@ def loop_settings(
     preset: Preset, method: Method, seed: int, rate: float, output: Path, *, trial: bool = False
 ) -> LoopSettings:
     """The loop of a run, or of a trial of a learning rate, which is shorter and is scored at its end."""
-    steps = round(preset.steps * preset.tuning_share) if trial else preset.steps
+    steps = preset.steps_of(method)
+    steps = round(steps * preset.tuning_share) if trial else steps
     scores = preset.scores if method.kind in (PAIR, SCRATCH) else preset.measures
     return LoopSettings(
         output=str(output),

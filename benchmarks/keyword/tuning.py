@@ -11,9 +11,10 @@ from auxkern.tasks.keywords import contains_keyword
 from auxkern.training.progress import Progress
 from benchmarks.keyword.data import PROMPTS
 from benchmarks.keyword.presets import BY_NAME, METHODS, PROMPT, Preset
-from benchmarks.keyword.runs import FACTS, Workplace, measure_untrained, train_method, write_facts
+from benchmarks.keyword.runs import FACTS, Workplace, measure_untrained, train_method
 
 PROMPT_KEYWORDS = 100
+PROMPTS_FOLDER = Path("tuning") / "prompts"
 
 
 def trial_folder(output: Path, name: str, rate: float) -> Path:
@@ -26,11 +27,9 @@ def trials(preset: Preset) -> list[tuple[str, float]]:
     return [(name, rate) for name, rates in preset.rates.items() for rate in rates]
 
 
-def try_rate(place: Workplace, name: str, rate: float, progress: Progress) -> None:
-    """A short run from seed 0, and its validation nll."""
-    folder = trial_folder(place.output, name, rate)
-    if not (folder / FACTS).is_file():
-        write_facts(folder, train_method(place, BY_NAME[name], 0, rate, folder, progress, trial=True))
+def try_rate(place: Workplace, name: str, rate: float, folder: Path, progress: Progress) -> dict[str, Any]:
+    """A short run from seed 0, and its validation nll; arguments as in ``train_method``."""
+    return train_method(place, BY_NAME[name], 0, rate, folder, progress, trial=True)
 
 
 def try_prompts(place: Workplace) -> list[float]:
@@ -45,26 +44,29 @@ def try_prompts(place: Workplace) -> list[float]:
     return shares
 
 
-def chosen(preset: Preset, output: Path, prompt_shares: list[float]) -> dict[str, Any]:
+def chosen(preset: Preset, output: Path) -> dict[str, Any]:
     """The outcome of the trials: validation nll by learning rate, and the best one of each method."""
     nll = {
         name: {
-            f"{rate:g}": json.loads((trial_folder(output, name, rate) / FACTS).read_text())["evaluations"][
-                -1
-            ]["nll"]
-            for rate in rates
+            f"{rate:g}": _read(trial_folder(output, name, rate))["evaluations"][-1]["nll"] for rate in rates
         }
         for name, rates in preset.rates.items()
     }
+    shares = _read(output / PROMPTS_FOLDER)["shares"]
     return {
         "learning_rates": {name: float(min(found, key=found.__getitem__)) for name, found in nll.items()},
-        "prompt": max(range(len(prompt_shares)), key=prompt_shares.__getitem__),
+        "prompt": max(range(len(shares)), key=shares.__getitem__),
         "trials": {
-            "steps": round(preset.steps * preset.tuning_share),
+            "share of a method's steps": preset.tuning_share,
             "validation nll": nll,
             "prompts": [
                 {"prompt": text, "accuracy on training keywords": share}
-                for text, share in zip(PROMPTS, prompt_shares, strict=True)
+                for text, share in zip(PROMPTS, shares, strict=True)
             ],
         },
     }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return found
