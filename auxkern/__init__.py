@@ -11,6 +11,7 @@ from auxkern.ops.memory import GradientMemory
 from auxkern.ops.registry import Explanation, explain
 from auxkern.ops.sample import Sample, sample
 from auxkern.ops.sampling_params import SamplingParams
+from auxkern.ops.vocabulary import VocabularyShard
 from auxkern.terms import Head, Logits, Sparse
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Sample",
     "SamplingParams",
     "Sparse",
+    "VocabularyShard",
     "__version__",
     "cross_entropy",
     "explain",

@@ -11,10 +11,27 @@ from torch import Tensor
 
 from auxkern.ops import registry
 from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
+from auxkern.ops.library import check_target_range
 from auxkern.ops.linear_cross_entropy import linear_rows
 from auxkern.ops.memory import GradientMemory
+from auxkern.ops.parallel_cross_entropy import (
+    GlobalRows,
+    LocalRows,
+    combined,
+    logit_sums,
+    logits_of_ids,
+    lse_of_terms,
+)
 from auxkern.ops.parts import LOGITS, flat_inputs
 from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
+from auxkern.ops.vocabulary import (
+    VocabularyShard,
+    is_cut,
+    local_ids,
+    shard_of,
+    with_local_ids,
+    with_summed_gradients,
+)
 from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -68,6 +85,7 @@ def cross_entropy(
     return_stats: bool = False,
     chunk_rows: int | None = None,
     gradient_memory: GradientMemory | None = None,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Any:
     """Cross-entropy of a sum of logit terms, without materialising the sum.
@@ -105,6 +123,13 @@ def cross_entropy(
         gradient_memory: a ``GradientMemory`` that a training loop passes to every call, so that the
             gradients of logits on a CPU use the same memory again.
         return_stats: also return a ``CrossEntropyStats``, from the same pass.
+        process_group: where logits, weights and biases are cut over the vocabulary: the
+            ``ProcessGroup``, ``DeviceMesh`` of one dimension or ``VocabularyShard`` of the ranks that have
+            the parts, in the order of the ranks. DTensors with a shard of the vocabulary tell it
+            themselves. Everything else is the same on all ranks, targets and sparse ids from 0 to V; so is
+            what comes back. Gradients of what is cut are cut alike, those of hidden states and sparse
+            values whole on every rank. A call exchanges a few numbers a row, and backward the gradients
+            of hidden states; making the ``VocabularyShard`` once saves another exchange.
         backend: "triton", "cpu", "reference", or None to choose (see ``auxkern.explain``).
 
     Returns:
@@ -116,7 +141,7 @@ def cross_entropy(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or vocabularies disagree, an option is out of range, or (CPU
             tensors only; elsewhere the check would stop the device, and the row's loss and
-            gradient are NaN) a target lies outside [0, V).
+            gradient are NaN) a target lies outside [0, V); or a DTensor is placed in another way.
         RuntimeError: the backend asked for cannot run on these inputs.
     """
     _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)
@@ -124,11 +149,20 @@ def cross_entropy(
         raise TypeError(
             f"gradient_memory must be an auxkern.GradientMemory, got {type(gradient_memory).__name__}"
         )
+    options = (ignore_index, label_smoothing, z_loss, return_stats)
+    terms = as_terms(terms)
+    shard = None
+    if process_group is not None or is_cut(terms):
+        shard, terms = shard_of(process_group, terms)
+        V, vocab_size = shard.vocabulary(vocab_size)
     problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
     weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-    expected = _expected_gradient(problem, weight, denominator, reduction)
-    options = (ignore_index, label_smoothing, z_loss, return_stats)
-    row, nll, lse, argmax, term_nll = _rows(problem, expected, options, chunk_rows, gradient_memory)
+    if shard is None:
+        expected = _expected_gradient(problem, weight, denominator, reduction)
+        row, nll, lse, argmax, term_nll = _rows(problem, expected, options, chunk_rows, gradient_memory)
+    else:
+        found = _rows_over_ranks(problem, shard, V, options, chunk_rows, gradient_memory)
+        row, nll, lse, argmax, term_nll = found
     loss = row if weight is None else row * weight
     if reduction == "none":
         loss = loss.view(problem.shape)
@@ -350,6 +384,42 @@ def _rows(
     )
     lse = row_max + log_sum
     return row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
+
+
+_IGNORED = -100
+
+
+def _rows_over_ranks(
+    problem: _Problem,
+    shard: VocabularyShard,
+    V: int,
+    options: tuple[int, float, float, bool],
+    chunk_rows: int | None,
+    memory: GradientMemory | None,
+) -> GlobalRows:
+    """``_rows`` where every rank has a part of the V ids; the problem's vocabulary is this rank's."""
+    ignore_index, label_smoothing, z_loss, want_stats = options
+    target = problem.target
+    counts = target != ignore_index
+    if target.device.type == "cpu":
+        check_target_range(target, V, ignore_index)
+    here, ids = local_ids(target, shard)
+    terms = with_local_ids(with_summed_gradients(problem.terms, shard), shard)
+    # A row whose target another rank has is scored against this rank's first id, which falls out again.
+    local = problem._replace(terms=terms, target=torch.where(counts, ids, _IGNORED))
+    row, _, lse, argmax, term_nll = _rows(local, None, (_IGNORED, 0.0, 0.0, want_stats), chunk_rows, memory)
+    z = logits_of_ids(terms, ids, row.dtype)
+    best, z_of_best = torch.zeros_like(target), torch.zeros_like(row)
+    if want_stats:
+        best = argmax.clamp_min(0)
+        with torch.no_grad():
+            z_of_best = logits_of_ids(terms, best, row.dtype).sum(0)
+    z_sum = None
+    if label_smoothing:
+        z_sum = logit_sums(terms, problem.vocab_size or shard.size, len(target), row.dtype)
+    term_lse = lse_of_terms(terms, term_nll, z.detach(), problem.vocab_size) if want_stats else term_nll
+    rows = LocalRows(row, z.sum(0), lse, best, term_lse, z.detach(), z_of_best)
+    return combined(rows, shard, counts, here & counts, z_sum, label_smoothing, z_loss, V)
 
 
 class _CrossEntropyRows(torch.autograd.Function):
