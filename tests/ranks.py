@@ -120,6 +120,49 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def draw_case(name: str) -> tuple[list[Any], dict[str, Any]]:
+    """Terms, and what ``sample`` takes beside them."""
+    B, T = 6, 8
+    a, b = (_leaf(B, T, V, seed=i, dtype=torch.float64, scale=3.0, grad=False) for i in (1, 2))
+    head = Head(
+        _leaf(B, T, 8, seed=3, dtype=torch.float64, grad=False),
+        _leaf(V, 8, seed=4, dtype=torch.float64, grad=False),
+    )
+    pointer = Sparse(_target(5, (B, T, 3)), _leaf(B, T, 3, seed=6, dtype=torch.float64, grad=False))
+    seeds = {"seed": torch.arange(B * T).view(B, T) * 7919, "position": 11}
+    if name == "plain":
+        return [Logits(a, softcap=5.0), Logits(b)], {**seeds, "return_logprobs": True}
+    if name == "temperatures":
+        temperature = torch.linspace(0, 2, B * T, dtype=torch.float64)
+        params = auxkern.SamplingParams(temperature=temperature)
+        return [Logits(a), head, pointer], {**seeds, "params": params, "return_logprobs": True}
+    if name == "filters":
+        params = auxkern.SamplingParams(top_k=20, top_p=0.8, min_p=0.01, repetition_penalty=1.3)
+        history = _target(8, (B, T, 5))
+        return [Logits(a), head, pointer], {
+            **seeds,
+            "params": params,
+            "history": history,
+            "return_logprobs": True,
+            "top_logprobs": 4,
+        }
+    if name == "fewer ids":
+        return [Logits(a), head], {**seeds, "vocab_size": 97, "params": auxkern.SamplingParams(top_k=5)}
+    a = a.clone()
+    a[0, 0, 3], a[0, 1, 100], a[0, 2] = torch.nan, torch.inf, -torch.inf
+    a[0, 3] = -torch.inf
+    a[0, 3, [5, 30, 60, 100]] = 0.0
+    return [Logits(a)], {**seeds, "return_logprobs": True}
+
+
+DRAWS = ("plain", "temperatures", "filters", "fewer ids", "rows without a token")
+
+
+def drawn(terms: list[Any], options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What ``sample`` returns, by name."""
+    return vars(auxkern.sample(terms, **options, **more))
+
+
 def sizes(world: int) -> list[int]:
     """Ids of each rank: V is no multiple of 2 or 4."""
     each = -(-V // world)
@@ -168,9 +211,12 @@ def main(folder: Path, rank: int, world: int) -> None:
         # Asked anew by the one, known beforehand by the other.
         group = dist.group.WORLD if name.endswith("float64") else shard
         found[name] = result([cut(term, ids) for term in terms], target, options, process_group=group)
-    torch.save(
-        {"shard": (shard.first_id, shard.size, shard.vocab_size), "cases": found}, folder / f"{rank}.pt"
-    )
+    draws = {}
+    for name in DRAWS:
+        drawing, settings = draw_case(name)
+        draws[name] = drawn([cut(term, ids) for term in drawing], settings, process_group=shard)
+    known = (shard.first_id, shard.size, shard.vocab_size)
+    torch.save({"shard": known, "cases": found, "draws": draws}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

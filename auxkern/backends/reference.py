@@ -121,7 +121,7 @@ class Reference:
         kept = _kept(z, d, draws)
         noise = gumbel(random_bits(draws.seed, draws.position, vocab_size)).to(z.dtype)
         score = torch.where(kept, d + noise, -torch.inf)
-        token = torch.where(draws.temperature == 0, _first_largest(z), _first_largest(score))
+        token = torch.where(draws.temperature == 0, first_largest(z), first_largest(score))
         token = torch.where(status == ROW_OK, token, -1)
         if not want_logprob:
             return token, status, z.new_empty(0)
@@ -131,7 +131,7 @@ class Reference:
         return token, status, torch.where(status == ROW_OK, logprob, torch.nan)
 
 
-def _first_largest(x: Tensor) -> Tensor:
+def first_largest(x: Tensor) -> Tensor:
     """(N,) lowest id of the largest entry of each row."""
     V = x.shape[1]
     ids = torch.arange(V, device=x.device)
@@ -202,13 +202,15 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def random_bits(seed: Tensor, position: Tensor, V: int) -> Tensor:
-    """(N, V) int64 below 2**32: word id % 4 of counter (id // 4, 0, position), key seed."""
-    block = torch.arange(-(-V // 4), device=seed.device)[None]
+def random_bits(seed: Tensor, position: Tensor, V: int, first: int = 0) -> Tensor:
+    """(N, V) int64 below 2**32 for the ids from ``first``: word id % 4 of counter (id // 4, 0, position)."""
+    begin = first // 4
+    block = torch.arange(begin, -(-(first + V) // 4), device=seed.device)[None]
     seed, position = seed[:, None], position[:, None]
     counter = [block, torch.zeros_like(block), position & _LOW, (position >> 32) & _LOW]
     words = philox(counter, [seed & _LOW, (seed >> 32) & _LOW])
-    return torch.stack(torch.broadcast_tensors(*words), -1).reshape(seed.shape[0], -1)[:, :V]
+    bits = torch.stack(torch.broadcast_tensors(*words), -1).reshape(seed.shape[0], -1)
+    return bits[:, first - 4 * begin :][:, :V]
 
 
 def gumbel(bits: Tensor) -> Tensor:

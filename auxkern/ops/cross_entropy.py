@@ -129,7 +129,8 @@ def cross_entropy(
             themselves. Everything else is the same on all ranks, targets and sparse ids from 0 to V; so is
             what comes back. Gradients of what is cut are cut alike, those of hidden states and sparse
             values whole on every rank. A call exchanges a few numbers a row, and backward the gradients
-            of hidden states; making the ``VocabularyShard`` once saves another exchange.
+            of hidden states; making the ``VocabularyShard`` once saves another exchange. A row needs a
+            finite logit on every rank, as it needs one on one device.
         backend: "triton", "cpu", "reference", or None to choose (see ``auxkern.explain``).
 
     Returns:

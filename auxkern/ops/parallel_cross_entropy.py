@@ -175,7 +175,7 @@ def combined(
     mean = None
     if z_sum is not None:
         mean = rest.pop(0).sum(0) / vocab_size
-    values = (counts, owned, lse_of[_rank(shard)], whole, target, mean, label_smoothing, z_loss, vocab_size)
+    values = (counts, owned, lse_of[shard.rank], whole, target, mean, label_smoothing, z_loss, vocab_size)
     inputs = [local.row, local.z] + ([] if z_sum is None else [z_sum])
     row = _CombinedRows.apply(values, *inputs)
     dtype = local.row.dtype
@@ -188,10 +188,6 @@ def combined(
         term_nll = torch.logsumexp(parts[:terms], 1) - parts[terms:].sum(1)
         term_nll = torch.where(counts, term_nll, 0.0).to(dtype)
     return GlobalRows(row, nll.to(dtype), kept.to(dtype), torch.where(counts, argmax, -1), term_nll)
-
-
-def _rank(shard: VocabularyShard) -> int:
-    return torch.distributed.get_rank(shard.group)
 
 
 class _CombinedRows(torch.autograd.Function):

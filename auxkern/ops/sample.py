@@ -14,9 +14,11 @@ from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device,
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.library import as_rows
+from auxkern.ops.parallel_sample import drawn_over_ranks
 from auxkern.ops.registry import Draws, HeadRows
 from auxkern.ops.rows import row_dtype
 from auxkern.ops.sampling_params import SamplingParams
+from auxkern.ops.vocabulary import VocabularyShard, is_cut, shard_of, with_local_ids
 from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_terms
 
 _NO_TOKEN = -1
@@ -57,6 +59,7 @@ def sample(
     vocab_size: int | None = None,
     return_logprobs: bool = False,
     top_logprobs: int = 0,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Sample:
     """Draws one token for each row from softmax(z / temperature), z the sum of the terms, filtered.
@@ -85,6 +88,10 @@ def sample(
         return_logprobs: whether ``logprob``, ``processed_logprob`` and ``term_logprobs`` are wanted,
             at the price of another pass over the terms.
         top_logprobs: how many of the largest log-probabilities are wanted.
+        process_group: as in ``cross_entropy``; ids, here and in what comes back, count from 0 to V. Every
+            rank draws the token that one device would draw, with the same seeds. Plain sampling exchanges
+            a few numbers a row; filters, penalties, ``top_logprobs`` and a backend by name gather the
+            logits (N, V) on every rank first.
         backend: name of a backend, or None to choose.
 
     Returns:
@@ -96,6 +103,9 @@ def sample(
         RuntimeError: the backend asked for cannot run.
     """
     terms = as_terms(terms)
+    shard = None
+    if process_group is not None or is_cut(terms):
+        shard, terms = shard_of(process_group, terms)
     _, device = one_device(terms)
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
@@ -107,16 +117,27 @@ def sample(
                 f"terms[{index}] has rows {tuple(term.leading)} but terms[0] has {tuple(leading)}; "
                 "give all terms the same rows"
             )
-    V = checked_vocabulary(terms, vocab_size)
+    V, here = (checked_vocabulary(terms, vocab_size), None) if shard is None else shard.vocabulary(vocab_size)
     V = V or next(t.vocabulary for t in terms if not isinstance(t, Sparse))
     if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= V:
         raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to V = {V}")
-    draws = _draws(terms, params, seed, position, history, prompt, V, leading, device)
-    kernel = _backend(backend, terms)
-    token, status, processed = _chunked(kernel, terms, draws, V, return_logprobs)
+    given = terms
+    if shard is not None:
+        # This rank's logits; whole, where what acts on them needs all ids.
+        z = dense_logits(with_local_ids(terms, shard), vocab_size=here).view(leading.numel(), -1)
+        terms = [Logits(z.view(*leading, -1))]
+    rows = (params, seed, position, history, prompt, V, leading, device)
+    if shard is not None and _is_unfiltered(params) and not top_logprobs and backend is None:
+        token, status, processed = drawn_over_ranks(z, _draws(terms, *rows), shard, return_logprobs)
+    else:
+        if shard is not None:
+            terms = [Logits(shard.whole(z)[:, :V].reshape(*leading, V))]
+        token, status, processed = _chunked(
+            _backend(backend, terms), terms, _draws(terms, *rows), V, return_logprobs
+        )
     found = Sample(token.view(leading), status.view(leading))
     if return_logprobs:
-        found = _with_logprobs(found, terms, V, processed.view(leading))
+        found = _with_logprobs(found, given, V, processed.view(leading), shard)
     if top_logprobs:
         found = _with_top(found, terms, V, top_logprobs)
     return found
@@ -328,7 +349,16 @@ def _chunk(
     return values, scales, softcaps, row_scales
 
 
-def _with_logprobs(found: Sample, terms: Sequence[Term], V: int, processed: Tensor) -> Sample:
+def _is_unfiltered(params: SamplingParams) -> bool:
+    """Whether it is known, without a look at a tensor, that temperature is all that acts on a row."""
+    acts = ((params.repetition_penalty, 1.0), (params.presence_penalty, 0.0), (params.frequency_penalty, 0.0))
+    penalised = any(isinstance(value, Tensor) or value != off for value, off in acts)
+    return params.is_plain and not penalised and not params.logit_bias
+
+
+def _with_logprobs(
+    found: Sample, terms: Sequence[Term], V: int, processed: Tensor, shard: VocabularyShard | None = None
+) -> Sample:
     _, stats = cross_entropy(
         [_scaled(t) for t in terms],
         found.tokens,
@@ -336,6 +366,7 @@ def _with_logprobs(found: Sample, terms: Sequence[Term], V: int, processed: Tens
         reduction="none",
         vocab_size=V,
         return_stats=True,
+        process_group=shard,
     )
     missing = found.tokens == _NO_TOKEN
     logprob, each = (torch.where(missing, torch.nan, -nll) for nll in (stats.nll, stats.term_nll))

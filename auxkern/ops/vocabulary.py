@@ -22,14 +22,28 @@ class VocabularyShard:
 
     Attributes:
         group: the process group.
-        first_id, size: this rank's ids; one at least.
-        vocab_size: V, of all ranks together.
+        rank: this process's place in it.
+        sizes: ids of each rank; one at least.
     """
 
     group: Any
-    first_id: int
-    size: int
-    vocab_size: int
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def first_id(self) -> int:
+        """This rank's first id."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def size(self) -> int:
+        """How many ids this rank has."""
+        return self.sizes[self.rank]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of all ranks together."""
+        return sum(self.sizes)
 
     @classmethod
     def of(cls, group: Any, size: int) -> VocabularyShard:
@@ -50,8 +64,7 @@ class VocabularyShard:
             raise ValueError(
                 f"the ranks have {sizes} ids of the vocabulary; each needs one at least, so use fewer ranks"
             )
-        rank = dist.get_rank(process_group)
-        return cls(process_group, sum(sizes[:rank]), size, sum(sizes))
+        return cls(process_group, dist.get_rank(process_group), tuple(sizes))
 
     def vocabulary(self, vocab_size: int | None) -> tuple[int, int | None]:
         """V that is used over all ranks, and how many of this rank's ids; None for all of them.
@@ -71,9 +84,15 @@ class VocabularyShard:
 
     def gathered(self, values: Tensor) -> Tensor:
         """(R, ...) what each of the R ranks has, in their order: the same bits on all of them."""
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
+        parts = [torch.empty_like(values) for _ in self.sizes]
         dist.all_gather(parts, values.contiguous(), group=self.group)
         return torch.stack(parts)
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """(N, V) logits of all ids, from each rank's (N, size); the last rank may leave out its last ids."""
+        padded = torch.nn.functional.pad(logits, (0, max(self.sizes) - logits.shape[1]))
+        parts = self.gathered(padded).unbind(0)
+        return torch.cat([part[:, :size] for part, size in zip(parts, self.sizes, strict=True)], -1)
 
 
 def _process_group(group: Any) -> Any:
