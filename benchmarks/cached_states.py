@@ -86,7 +86,8 @@ def measure(settings: TrainSettings, batches: int, folder: Path) -> dict[str, di
         folder: for states and checkpoints; about 100 MB for 10 batches.
     """
     tokenizer = load_tokenizer(settings.base)
-    text_format = TextFormat(tokenizer, settings.condition_template)
+    prefix = settings.pair.get("text_prefix", "")
+    text_format = TextFormat(tokenizer, settings.condition_template, text_prefix=prefix)
     training, _ = split_by_keyword(keyword_examples())
     # Evenly spaced: the files are in the order of parts of speech.
     count = batches * settings.batch_size

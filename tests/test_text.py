@@ -26,8 +26,20 @@ def test_the_text_and_its_end_are_learned_and_the_prompt_is_not():
     }
 
 
+def test_the_prefix_is_part_of_every_text_and_of_nothing_else():
+    tokenizer = byte_tokenizer()
+    text_format = TextFormat(tokenizer, text_prefix=" ")
+    assert text_format.example("key", "sat", "the cat") == TextFormat(tokenizer).example(
+        "key", " sat", "the cat"
+    )
+    plain, prefixed = (one.prompts(["key"], ["the cat"]) for one in (TextFormat(tokenizer), text_format))
+    assert all(torch.equal(plain[name], prefixed[name]) for name in plain)
+    with pytest.raises(TypeError, match="text_prefix must be a str, got NoneType"):
+        TextFormat(tokenizer, text_prefix=None)
+
+
 def test_many_examples_are_the_single_ones():
-    text_format = TextFormat(byte_tokenizer(), "<{condition}>", max_length=9)
+    text_format = TextFormat(byte_tokenizer(), "<{condition}>", max_length=9, text_prefix="-")
     examples = [Example("a", "one"), Example("", "a longer text", "it"), Example("bcd", "")]
     singles = [text_format.example(e.condition, e.text, e.prompt) for e in examples]
     assert text_format.examples(examples) == singles

@@ -219,7 +219,8 @@ def _unigram_counts(
     if source is None or isinstance(source, UnigramCounts):
         return source
     name, texts = source
-    return UnigramCounts.of_texts(texts, text_format, model.config.vocab_size, source=name)
+    plain = TextFormat(text_format.tokenizer)
+    return UnigramCounts.of_texts(texts, plain, model.config.vocab_size, source=name)
 
 
 def _nll(model: Any, encoded: Any, options: argparse.Namespace, progress: Progress) -> NllReport:
@@ -262,7 +263,8 @@ def _texts(
         top_k=0,
         top_p=1.0,
     ):
-        written += [one.text for one in some]
+        # Measured as the references are, which have none.
+        written += [one.text.removeprefix(text_format.text_prefix) for one in some]
         progress.advance(len(written))
     return written
 

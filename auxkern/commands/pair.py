@@ -132,7 +132,7 @@ def load_pair(
         raise ValueError(f"the weights of {options.model} or of its base are damaged: {error}") from error
     if device.type == "cpu" and native_refusal() is None:
         model.use_native_kernels()
-    return model.eval(), TextFormat(tokenizer, config.condition_template, max_length)
+    return model.eval(), TextFormat(tokenizer, config.condition_template, max_length, config.text_prefix)
 
 
 def texts(

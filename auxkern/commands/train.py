@@ -170,7 +170,8 @@ def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:
     except TypeError as error:
         raise ValueError(f"a value in pair {settings.pair} has the wrong type: {error}") from error
     lm, tokenizer = _base(settings)
-    text_format = TextFormat(tokenizer, str(settings.condition_template), settings.max_length)
+    prefix = settings.pair.get("text_prefix", "")
+    text_format = TextFormat(tokenizer, str(settings.condition_template), settings.max_length, prefix)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(settings.seed, "weights"))
         return text_format, AuxTunedForCausalLM.from_lm(lm, **fields)

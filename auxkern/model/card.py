@@ -27,7 +27,9 @@ language model `{base}`, `softmax(logits_LM + {scale:g} * logits_aux)`, to steer
 from auxkern.model import AuxTunedForCausalLM, TextFormat, load_tokenizer
 
 model = AuxTunedForCausalLM.from_pretrained("{folder}")  # loads the base, and checks that it is the same one
-text = TextFormat(load_tokenizer("{base}"), model.config.condition_template)
+text = TextFormat(
+    load_tokenizer("{base}"), model.config.condition_template, text_prefix=model.config.text_prefix
+)
 ids = model.generate(**text.prompts(["a condition"]), do_sample=True, max_new_tokens=32)
 ```
 

@@ -72,6 +72,7 @@ class AuxTunedConfig(PreTrainedConfig):
         lm_term: "head": the base's final hidden states and output embedding are enough, or "logits":
             the base computes its own logits (N, V), for one whose head is of another kind.
         condition_template: how a condition is written before it is tokenised.
+        text_prefix: what is written before every text that is learnt, see ``TextFormat``.
         initializer_range: standard deviation of new weights.
 
     Raises:
@@ -100,6 +101,7 @@ class AuxTunedConfig(PreTrainedConfig):
     lm_embedding_size: int | None = None
     lm_term: str = "head"
     condition_template: str = "{condition}"
+    text_prefix: str = ""
     initializer_range: float = 0.02
     # Part of what transformers' generate asks of every config.
     bos_token_id: int | None = None
@@ -130,6 +132,8 @@ class AuxTunedConfig(PreTrainedConfig):
         for name in ("pointer", "pointer_reads_lm", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if not isinstance(self.text_prefix, str):
+            raise ValueError(f"text_prefix is {self.text_prefix!r}; it must be text, such as ' '")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.lm_layers):

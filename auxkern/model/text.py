@@ -76,6 +76,8 @@ class TextFormat:
         condition_template: how a condition is written before it is tokenised, with "{condition}".
         max_length: most tokens of a sequence, start and end included; a longer text loses its end, and
             the end token. None: any length. It does not bind ``prompts``.
+        text_prefix: written before every text that is learnt. With a space there a word has the same ids
+            at the beginning of a text as within it, in a tokenizer that marks the beginning of words.
 
     Raises:
         TypeError: the template is not a str.
@@ -84,7 +86,11 @@ class TextFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, condition_template: str = "{condition}", max_length: int | None = None
+        self,
+        tokenizer: Any,
+        condition_template: str = "{condition}",
+        max_length: int | None = None,
+        text_prefix: str = "",
     ) -> None:
         if getattr(tokenizer, "eos_token_id", None) is None:
             raise ValueError(
@@ -96,7 +102,12 @@ class TextFormat:
             raise ValueError(f"max_length is {max_length}; the start token and one of the text need 2")
         self.tokenizer = tokenizer
         self.condition_template = condition_template
+        if not isinstance(text_prefix, str):
+            raise TypeError(
+                f"text_prefix must be a str, got {type(text_prefix).__name__}: {text_prefix!r:.60}"
+            )
         self.max_length = max_length
+        self.text_prefix = text_prefix
 
     @property
     def start_id(self) -> int:
@@ -119,8 +130,8 @@ class TextFormat:
         """One training example as ids; arguments as in ``Example``.
 
         Returns:
-            input_ids (T), [start] prompt text [end]; labels (T), the same ids over text and end and
-            -100 before; condition_ids (K), without start and end.
+            input_ids (T), [start] prompt text [end], with the prefix as part of the text; labels (T), the
+            same ids over text and end and -100 before; condition_ids (K), without start and end.
 
         Raises:
             TypeError: an argument is not a str.
@@ -132,7 +143,7 @@ class TextFormat:
         """Many of ``example``, which tokenizers do several times faster at once."""
         conditions = self._condition_ids([example.condition for example in examples])
         prompts = self._ids([example.prompt for example in examples])
-        texts = self._ids([example.text for example in examples])
+        texts = self._ids([self.text_prefix + example.text for example in examples])
         return [
             {**self._sequence(prompt, text, example.prompt), "condition_ids": condition}
             for example, condition, prompt, text in zip(examples, conditions, prompts, texts, strict=True)

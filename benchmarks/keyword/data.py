@@ -56,19 +56,18 @@ def study_data(preset: Preset) -> StudyData:
 
 def pair_format(preset: Preset, tokenizer: Any) -> TextFormat:
     """Of pairs: the keyword goes to the auxiliary only."""
-    return TextFormat(tokenizer, preset.pair["condition_template"])
+    pair = preset.pair
+    return TextFormat(tokenizer, pair["condition_template"], text_prefix=pair["text_prefix"])
 
 
-def encoded_for_pair(examples: list[Example], text_format: TextFormat) -> EncodedExamples:
-    """Sentences after a space, so that a keyword has the same ids wherever it stands."""
-    return encode([Example(one.condition, f" {one.text}") for one in examples], text_format)
+def lm_format(preset: Preset, tokenizer: Any) -> TextFormat:
+    """Of a language model by itself: the keyword, if it is told, is its prompt."""
+    return TextFormat(tokenizer, text_prefix=preset.pair["text_prefix"])
 
 
 def encoded_for_lm(examples: list[Example], text_format: TextFormat) -> EncodedExamples:
     """The same sentences with the keyword before them, from which nothing is learnt."""
-    return encode(
-        [Example("", f" {one.text}", keyword_prefix(one.condition)) for one in examples], text_format
-    )
+    return encode([Example("", one.text, keyword_prefix(one.condition)) for one in examples], text_format)
 
 
 def keyword_prefix(keyword: str) -> str:

@@ -156,8 +156,9 @@ def _pair(hidden: int, layers: int, heads: int) -> dict[str, Any]:
         "head": "shared",
         "pointer": True,
         "dropout": 0.1,
-        # A word within a sentence has a space before it; texts are given one too.
+        # A word within a sentence has a space before it; with one before the text it has it everywhere.
         "condition_template": " {condition}",
+        "text_prefix": " ",
     }
 
 

@@ -16,7 +16,7 @@ from auxkern.model import AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.base import fingerprint
 from auxkern.model.text import IGNORED, TextFormat
 from auxkern.training.collator import AuxCollator
-from auxkern.training.examples import EncodedExamples, data_fingerprint
+from auxkern.training.examples import EncodedExamples, data_fingerprint, encode
 from auxkern.training.lm_states import LMStates, cache_lm_states, states_folder
 from auxkern.training.loop import LOG, ExampleSet, train
 from auxkern.training.progress import Progress
@@ -24,7 +24,7 @@ from auxkern.training.settings import LoopSettings
 from benchmarks.keyword.data import (
     StudyData,
     encoded_for_lm,
-    encoded_for_pair,
+    lm_format,
     pair_format,
     prompt_ids,
     study_data,
@@ -108,7 +108,7 @@ def cache_states(place: Workplace, progress: Progress) -> float:
     text_format = pair_format(place.preset, place.tokenizer)
     began = time.monotonic()
     for name, examples in (("training", place.data.training), ("validation", place.data.validation)):
-        encoded = encoded_for_pair(examples, text_format)
+        encoded = encode(examples, text_format)
         progress.start(0, sum(len(encoded[i]["input_ids"]) for i in range(len(encoded))), f"{name} states")
         place.states(encoded, progress)
     return time.monotonic() - began
@@ -205,7 +205,7 @@ def _pair_run(place: Workplace, method: Method, seed: int) -> tuple[Any, TextFor
     model = new_pair(place.preset, method, place.lm, seed)
     sets = []
     for examples in (place.data.training, place.data.validation):
-        encoded = encoded_for_pair(examples, text_format)
+        encoded = encode(examples, text_format)
         if method.kind == SCRATCH:
             sets.append(ExampleSet(encoded))
         else:
@@ -215,7 +215,7 @@ def _pair_run(place: Workplace, method: Method, seed: int) -> tuple[Any, TextFor
 
 
 def _lm_run(place: Workplace, method: Method, seed: int) -> tuple[Any, TextFormat, ExampleSet, ExampleSet]:
-    text_format = TextFormat(place.tokenizer)
+    text_format = lm_format(place.preset, place.tokenizer)
     # The base's own copy: it is changed.
     lm = load_base(place.preset.base, dtype=torch.float32, device=place.device, native=False)
     model = new_fine_tuned(place.preset, method, lm, seed)
@@ -300,7 +300,7 @@ def measure_untrained(
         prompt: index of the prompt.
         keywords: other ones than the held-out ones; then only texts come back.
     """
-    text_format = TextFormat(place.tokenizer)
+    text_format = lm_format(place.preset, place.tokenizer)
     asked = keywords or [example.condition for example in place.data.asked]
     prompts = [prompt_ids(text_format, method, keyword, prompt) for keyword in asked]
     most = place.preset.max_new_tokens
