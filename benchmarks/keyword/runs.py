@@ -32,7 +32,7 @@ from benchmarks.keyword.data import (
 from benchmarks.keyword.flops import TokenCost, token_cost
 from benchmarks.keyword.measuring import Judge, texts_of_lm, texts_of_pair
 from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable
-from benchmarks.keyword.presets import PAIR, SCRATCH, Method, Preset
+from benchmarks.keyword.presets import HEADLINE, PAIR, SCRATCH, Method, Preset
 
 FACTS = "facts.json"  # of a run, written when it is complete
 SCALES = (0.75, 1.0, 1.25, 1.5, 2.0)  # mixing weights that the headline's last model is sampled with
@@ -257,8 +257,8 @@ def _scales(
     seed: int,
     judge: Judge,
 ) -> list[dict[str, Any]]:
-    """The last model at other mixing weights; for seed 0 of the pairs, since it is no row of the table."""
-    if method.kind != PAIR or seed:
+    """The last model of the headline's seed 0 at other mixing weights."""
+    if method.name != HEADLINE or seed:
         return []
     keywords = [example.condition for example in place.data.asked]
     most = place.preset.max_new_tokens
