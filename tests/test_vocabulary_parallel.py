@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import auxkern
 from auxkern import Head, VocabularyShard
 
 WORLDS = (2, 4)
+# A machine without a network may not know its own name.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -26,8 +29,11 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank found."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(Path(ranks.__file__))]
+    environment = {**os.environ, **LOOPBACK}
     processes = [
-        subprocess.Popen([*command, str(folder), str(rank), str(world)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(folder), str(rank), str(world)], stderr=subprocess.PIPE, text=True, env=environment
+        )
         for rank in range(world)
     ]
     errors = [process.communicate(timeout=240)[1] for process in processes]
@@ -116,9 +122,12 @@ def test_every_rank_draws_the_token_of_one_process(found: list[dict[str, Any]], 
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A group of one process: this one."""
     meeting = tmp_path_factory.mktemp("alone") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LOOPBACK.items():
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+        yield dist.group.WORLD
+        dist.destroy_process_group()
 
 
 def _head() -> Head:
