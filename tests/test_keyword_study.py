@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ from benchmarks.keyword.__main__ import main as study_main
 from benchmarks.keyword.flops import token_cost
 from benchmarks.keyword.jobs import REFERENCES, STATES, do_job, facts_of, study_jobs, tuning_jobs
 from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable, uniform_lm
-from benchmarks.keyword.page import main
+from benchmarks.keyword.page import main, page
 from benchmarks.keyword.presets import BY_NAME, METHODS, PRESETS, Preset
 from benchmarks.keyword.record import comparisons, study_record
 from benchmarks.keyword.runs import Workplace, train_method
@@ -210,9 +211,15 @@ def test_all_methods_take_the_same_sentences_in_the_same_order(
 
 
 @pytest.fixture(scope="module")
-def finished(preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the whole study that ``finished`` makes."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture(scope="module")
+def finished(preset: Preset, folder: Path) -> dict[str, Any]:
     """A whole study, as its command writes it."""
-    place = Workplace.open(preset, tmp_path_factory.mktemp("finished"))
+    place = Workplace.open(preset, folder)
     tuning = place.output / "tuning.json"
     for job in tuning_jobs(preset):
         do_job(place, job, tuning, Progress())
@@ -259,6 +266,23 @@ def test_the_page_shows_the_records_numbers_and_no_others(finished: dict[str, An
         assert f"(../study_{name}.png)" in text
         assert (tmp_path / f"study_{name}.png").stat().st_size > 10_000
     assert all(len(set(map(len, table))) == 1 for table in _tables(text))
+
+
+def test_runs_that_are_missing_are_left_out_and_named(
+    finished: dict[str, Any], preset: Preset, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "part")
+    for name in ("full-0", "scratch-1", "auxiliary-2"):
+        shutil.rmtree(tmp_path / "part" / "runs" / name)
+    with pytest.raises(FileNotFoundError, match="auxiliary-2"):
+        study_record(preset, tmp_path / "part", finished["tuning"])
+    part = {**finished, **study_record(preset, tmp_path / "part", finished["tuning"], partial=True)}
+    rows = {row["name"]: row for row in part["methods"]}
+    assert "full" not in rows
+    assert (rows["auxiliary"]["seeds"], rows["scratch"]["seeds"]) == ([0, 1], [0, 2])
+    text = page(part, {"steps": "a", "flops": "b", "scales": "c"}, "command")
+    named = "auxiliary tuning (seed 2), same architecture from scratch (seed 1), fine-tuning the LM (seed 0)"
+    assert f"left out: {named}." in text
 
 
 def _tables(text: str) -> list[list[list[str]]]:

@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             return _one(preset, options.output, tuning, options.run)
         if options.tune:
             return _tune(preset, options, tuning, command)
+        if options.partial:
+            return _write(preset, options, tuning, command, None)
         return _study(preset, options, tuning, command)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -90,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.json",
         help="what --tune writes and the study reads (default: the preset's committed one)",
     )
+    parser.add_argument(
+        "--partial", action="store_true", help="write the results of the runs that are done, and start none"
+    )
     parser.add_argument("--run", metavar="NAME", help="one job, as the study starts it, such as auxiliary:0")
     return parser
 
@@ -100,14 +105,22 @@ def _study(preset: Preset, options: argparse.Namespace, tuning: Path, command: s
     began = time.monotonic()
     if not _all_done(options, tuning, study_jobs()):
         return 1
+    return _write(preset, options, tuning, command, time.monotonic() - began)
+
+
+def _write(
+    preset: Preset, options: argparse.Namespace, tuning: Path, command: str, seconds: float | None
+) -> int:
+    """Writes the record; without ``seconds`` of the runs that are done."""
+    found = json.loads(tuning.read_text(encoding="utf-8"))
     record = {
         **_head("keyword study", command),
-        "seconds of this command": round(time.monotonic() - began),
-        **study_record(preset, options.output, json.loads(tuning.read_text(encoding="utf-8"))),
+        "seconds of this command": None if seconds is None else round(seconds),
+        **study_record(preset, options.output, found, partial=seconds is None),
     }
     path = options.json or options.output / "keyword.json"
     replace_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    print(f"wrote {path} after {duration(time.monotonic() - began)}")
+    print(f"wrote {path}" + ("" if seconds is None else f" after {duration(seconds)}"))
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from auxkern.files import replace_file
 from auxkern.training.progress import duration
 from benchmarks.keyword.plot import plot_flops, plot_scales, plot_steps
-from benchmarks.keyword.presets import BASELINE, HEADLINE
+from benchmarks.keyword.presets import BASELINE, HEADLINE, METHODS
 
 _ACCURACY, _MARGIN, _SHARE, _NEAR_0 = 0.80, 0.03, 1 / 3, 0.05  # what the study set out to show
 
@@ -203,6 +203,7 @@ def _reached(record: dict[str, Any]) -> str:
 
 def _texts(record: dict[str, Any]) -> Iterable[str]:
     shown = [HEADLINE, BASELINE, "full", "lora", "prompt", "lm"]
+    known = {method["name"] for method in record["methods"]}
     keywords = list(_named(record, HEADLINE)["points"][0]["texts"])
     yield (
         "The first text that was drawn for each of the first held-out keywords, seed 0, after the first and "
@@ -210,8 +211,7 @@ def _texts(record: dict[str, Any]) -> Iterable[str]:
     )
     for keyword in keywords:
         rows = []
-        for name in shown:
-            method = _named(record, name)
+        for method in (_named(record, name) for name in shown if name in known):
             for point in method["points"] if len(method["points"]) == 1 else _ends(method["points"]):
                 step = point["step"] or ""
                 rows.append((method["label"], str(step), _cell(point["texts"][keyword])))
@@ -233,7 +233,7 @@ def _cell(text: str) -> str:
 def _fairness(record: dict[str, Any]) -> str:
     preset, tuning = record["preset"], record["tuning"]
     nll = tuning["trials"]["validation nll"]
-    labels = {method["name"]: method["label"] for method in record["methods"]}
+    labels = {method.name: method.label for method in METHODS}
     rows = [
         (
             labels[name],
@@ -301,12 +301,19 @@ def _commands(record: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     seconds = record["seconds of this command"]
     spent = sum(sum(method.get("seconds", [])) for method in record["methods"])
+    missing = [
+        f"{method.label} (seed {seed})"
+        for method in METHODS
+        for seed in range(method.seeds)
+        if seed not in next((m["seeds"] for m in record["methods"] if m["name"] == method.name), [])
+    ]
+    took = "" if seconds is None else f"The study took {duration(seconds)} without the base's states. "
+    left = f"\n\nNot finished, and left out: {', '.join(missing)}." if missing else ""
     return (
         f"    python -m benchmarks.keyword --preset {record['preset']['name']} --tune\n"
         f"    {record['command']}\n\n"
-        f"The second took {duration(seconds)}, {duration(record['states']['seconds'])} of them for the "
-        f"base's states; its runs, some at a time, trained for {duration(spent)} in all. "
-        f"{record['date']}; {machine}."
+        f"{took}The states took {duration(record['states']['seconds'])}, training and measuring in the runs "
+        f"{duration(spent)} in all, some at a time. {record['date']}; {machine}.{left}"
     )
 
 

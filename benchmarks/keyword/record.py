@@ -17,13 +17,17 @@ SHOWN = 6  # keywords whose texts stand in the record
 _SINGLE = ("distinct_1", "distinct_2", "self_bleu_4")
 
 
-def study_record(preset: Preset, output: Path, tuning: dict[str, Any]) -> dict[str, Any]:
+def study_record(
+    preset: Preset, output: Path, tuning: dict[str, Any], *, partial: bool = False
+) -> dict[str, Any]:
     """The study's results from what its runs wrote.
 
     Args:
         preset: of the study.
-        output: its folder; every run in it is complete.
+        output: its folder.
         tuning: what ``--tune`` wrote.
+        partial: whether runs that are not complete are left out, instead of an error. States, references
+            and one run of auxiliary tuning, of training from scratch and of the LM alone there must be.
 
     Returns:
         preset, tuning, data, states, methods (one for each, in ``METHODS``' order, then the references)
@@ -33,10 +37,15 @@ def study_record(preset: Preset, output: Path, tuning: dict[str, Any]) -> dict[s
         FileNotFoundError: a run is missing.
     """
     keywords = [example.condition for example in study_data(preset).asked]
-    runs = {
-        method.name: [_read(run_folder(output, method, seed) / FACTS) for seed in range(method.seeds)]
+    found = {
+        method.name: [
+            _read(run_folder(output, method, seed) / FACTS)
+            for seed in range(method.seeds)
+            if not partial or (run_folder(output, method, seed) / FACTS).is_file()
+        ]
         for method in METHODS
     }
+    runs = {name: some for name, some in found.items() if some}
     references = _read(output / "runs" / "references" / FACTS)
     return {
         "preset": asdict(preset),
@@ -47,6 +56,7 @@ def study_record(preset: Preset, output: Path, tuning: dict[str, Any]) -> dict[s
             *(
                 {"steps": preset.steps_of(method), **_method(method, runs[method.name], keywords)}
                 for method in METHODS
+                if method.name in runs
             ),
             {
                 "name": "references",
@@ -73,7 +83,7 @@ def _method(method: Method, runs: Sequence[dict[str, Any]], keywords: Sequence[s
         "name": method.name,
         "label": method.label,
         "kind": method.kind,
-        "seeds": method.seeds,
+        "seeds": [run["seed"] for run in runs],
         "trainable": first["trainable"],
         "learning_rate": first.get("learning_rate"),
         "flops": first.get("flops"),
