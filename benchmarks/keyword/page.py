@@ -300,7 +300,6 @@ def _counting(record: dict[str, Any]) -> str:
 def _commands(record: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     seconds = record["seconds of this command"]
-    spent = sum(sum(method.get("seconds", [])) for method in record["methods"])
     missing = [
         f"{method.label} (seed {seed})"
         for method in METHODS
@@ -312,8 +311,7 @@ def _commands(record: dict[str, Any]) -> str:
     return (
         f"    python -m benchmarks.keyword --preset {record['preset']['name']} --tune\n"
         f"    {record['command']}\n\n"
-        f"{took}The states took {duration(record['states']['seconds'])}, training and measuring in the runs "
-        f"{duration(spent)} in all, some at a time. {record['date']}; {machine}.{left}"
+        f"{took}The states took {duration(record['states']['seconds'])}. {record['date']}; {machine}.{left}"
     )
 
 
