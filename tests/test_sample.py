@@ -13,8 +13,8 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sample, SamplingParams, Sparse
-from auxkern.backends import reference
 from auxkern.ops import registry
+from auxkern.ops.noise import gumbel, philox, random_bits
 
 backends = pytest.mark.parametrize(
     "backend", [p for p in available_backends() if hasattr(registry.load(p.values[0]), "sample")]
@@ -76,12 +76,12 @@ def kept_by_drawing(row: Tensor, params: SamplingParams, backend: str, draws: in
     ],
 )
 def test_philox_gives_the_published_words(counter, key, words):
-    made = reference.philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
+    made = philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
     assert [int(word) for word in made] == words
 
 
 def test_the_ends_of_the_uniform_numbers_are_finite():
-    noise = reference.gumbel(torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]))
+    noise = gumbel(torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]))
     assert noise.isfinite().all()
     assert noise[0] == pytest.approx(33 * math.log(2), rel=1e-9)
     assert noise[-1] == pytest.approx(-math.log(33 * math.log(2)), rel=1e-9)
@@ -93,7 +93,7 @@ def test_every_backend_draws_the_token_of_the_formula(backend, V):
     z, seed = logits(50, V), seeds(50)
     seed[3], seed[4] = -1, 2**62 + 12345
     position = torch.arange(50) * (2**31 + 7)
-    noise = reference.gumbel(reference.random_bits(seed, position, V))
+    noise = gumbel(random_bits(seed, position, V))
     wanted = (z.double() + noise).argmax(-1)
     # Rounding may decide where the two largest are within float32's rounding of them: not with these.
     assert torch.equal(tokens(z, seed=seed, position=position, backend=backend), wanted)
@@ -310,7 +310,7 @@ def test_penalties(backend):
     history = torch.randint(-1, V, (N, 12), generator=generator(1))
     prompt = torch.randint(-1, V, (N, 9), generator=generator(2))
     params = SamplingParams(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3)
-    noise = reference.gumbel(reference.random_bits(seeds(N), torch.zeros(N, dtype=torch.int64), V))
+    noise = gumbel(random_bits(seeds(N), torch.zeros(N, dtype=torch.int64), V))
     for before, wanted in (
         (prompt, penalized(z, prompt, history, 1.4, 0.5, 0.3)),
         (None, penalized(z, prompt[:, :0], history, 1.4, 0.5, 0.3)),

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import auxkern
-from auxkern.backends import reference
 from auxkern.bench.cases import DTYPES, FILTERS, TEMPERATURE, Case, Filters
 from auxkern.bench.operators import Errors, Floor, Implementation, reading
 from auxkern.bench.peers import compiled_peers, is_installed
+from auxkern.ops.noise import gumbel, random_bits
 
 _CHUNK_ELEMENTS = 2**21  # of a term, taken to float64 or to the reference at a time
 _CHECKED_TOKENS, _MOST_DRAWS = 1024, 16  # of a peer, whose draws differ from call to call
@@ -214,7 +214,7 @@ def tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
     for row in ((tokens != exact.tokens) & (tokens >= 0) & (tokens < V)).nonzero()[:, 0].tolist():
         here = slice(row, row + 1)
         position = torch.full_like(inputs.seed[here], _POSITION)
-        noise = reference.gumbel(reference.random_bits(inputs.seed[here], position, V))
+        noise = gumbel(random_bits(inputs.seed[here], position, V))
         scaled = _scaled([t[here] for t in inputs.terms])
         mine, theirs = ((scaled + noise)[0, t[row]] for t in (tokens, exact.tokens))
         size = scaled[0, tokens[row]].abs() + mine.abs() + theirs.abs()

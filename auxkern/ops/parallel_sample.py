@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auxkern.backends.reference import first_largest, gumbel, random_bits
+from auxkern.ops.noise import first_largest, gumbel, random_bits
 from auxkern.ops.registry import ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws
 from auxkern.ops.vocabulary import VocabularyShard
 
