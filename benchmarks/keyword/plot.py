@@ -55,13 +55,13 @@ def plot_flops(record: dict[str, Any], path: Path) -> None:
 
     def flops(method: dict[str, Any], step: int) -> float:
         counted = method["flops"]
-        return (counted["trained"] + counted["lm_forward"]) * step / method["steps"]
+        return (counted["trained"] + counted["lm_forward"]) * step / method["steps"] / 1e12
 
     _curves(
         record,
         path,
         flops,
-        "training FLOPs, the frozen LM's forward passes among them",
+        "training TFLOP, the frozen LM's forward passes among them",
         "Keyword task: what the arithmetic brings",
         logarithmic=True,
     )
@@ -89,6 +89,8 @@ def _curves(
     *,
     logarithmic: bool,
 ) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure, axes = _figure(title)
     for panel, (name, label) in zip(axes, _PANELS, strict=True):
         for method in record["methods"]:
@@ -101,6 +103,9 @@ def _curves(
                 panel.axhline(points[0][name], color=colour, ls=dashes, lw=1.4, label=method["label"])
         if logarithmic:
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel(x_label)
         _finish(panel, name, label)
     handles, labels = axes[0].get_legend_handles_labels()
