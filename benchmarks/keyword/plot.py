@@ -70,7 +70,7 @@ def plot_flops(record: dict[str, Any], path: Path) -> None:
 def plot_scales(record: dict[str, Any], path: Path) -> None:
     """Accuracy and SLOR of the last model over the mixing weight; as ``plot_steps``."""
     headline = next(method for method in record["methods"] if method["name"] == HEADLINE)
-    figure, axes = _figure("Auxiliary tuning: the mixing weight trades fluency for the keyword")
+    figure, axes = _figure("Auxiliary tuning: what the mixing weight does")
     for panel, (name, label) in zip(axes, _PANELS, strict=True):
         points = headline["scales"]
         _line(panel, [one["aux_scale"] for one in points], points, name, _STYLES[HEADLINE], "seed 0")
