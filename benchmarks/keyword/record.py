@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from auxkern.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
 from benchmarks.keyword.data import study_data
 from benchmarks.keyword.presets import BASELINE, HEADLINE, METHODS, Method, Preset
-from benchmarks.keyword.runs import FACTS, run_folder
+from benchmarks.keyword.runs import FACTS, read_facts, run_folder
 
 SHOWN = 6  # keywords whose texts stand in the record
 _SINGLE = ("distinct_1", "distinct_2", "self_bleu_4")
@@ -39,19 +38,19 @@ def study_record(
     keywords = [example.condition for example in study_data(preset).asked]
     found = {
         method.name: [
-            _read(run_folder(output, method, seed) / FACTS)
+            read_facts(run_folder(output, method, seed))
             for seed in range(method.seeds)
             if not partial or (run_folder(output, method, seed) / FACTS).is_file()
         ]
         for method in METHODS
     }
     runs = {name: some for name, some in found.items() if some}
-    references = _read(output / "runs" / "references" / FACTS)
+    references = read_facts(output / "runs" / "references")
     return {
         "preset": asdict(preset),
         "tuning": tuning,
         "keywords": keywords,
-        "states": _read(output / "states" / FACTS),
+        "states": read_facts(output / "states"),
         "methods": [
             *(
                 {"steps": preset.steps_of(method), **_method(method, runs[method.name], keywords)}
@@ -66,11 +65,6 @@ def study_record(
         ],
         "comparisons": comparisons(runs, keywords),
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _method(method: Method, runs: Sequence[dict[str, Any]], keywords: Sequence[str]) -> dict[str, Any]:
@@ -149,13 +143,12 @@ def comparisons(runs: dict[str, list[dict[str, Any]]], keywords: Sequence[str]) 
     pooled = [_per_keyword(some, "contains", keywords) for some in ends]
     difference = bootstrap_difference(*pooled, clusters=list(keywords))
     fifths = [_measured(run)[0] for run in ours]
-    early, early_clusters = _pooled(fifths, "slor", keywords)
-    late, late_clusters = _pooled(ends[1], "slor", keywords)
+    early, late = (_pooled(some, "slor", keywords)[0] for some in (fifths, ends[1]))
     return {
         "accuracy_difference": difference.mean,
         "accuracy_difference_interval": [difference.low, difference.high],
-        "slor_at_a_fifth": bootstrap_mean(early, clusters=early_clusters).mean,
-        "slor_from_scratch_at_the_end": bootstrap_mean(late, clusters=late_clusters).mean,
+        "slor_at_a_fifth": _mean(early),
+        "slor_from_scratch_at_the_end": _mean(late),
         "fifth": fifths[0]["step"],
         "reached": _reached(ours, theirs),
     }

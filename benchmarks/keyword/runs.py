@@ -317,6 +317,12 @@ def measure_references(place: Workplace) -> dict[str, Any]:
     return {"method": "references", "seed": 0, "evaluations": [{"step": 0, "nll": None, **measured}]}
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What ``write_facts`` wrote."""
+    found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return found
+
+
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Whole or not at all, so that what is there is complete."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from auxkern.tasks.keywords import contains_keyword
 from auxkern.training.progress import Progress
 from benchmarks.keyword.data import PROMPTS
 from benchmarks.keyword.presets import BY_NAME, METHODS, PROMPT, Preset
-from benchmarks.keyword.runs import FACTS, Workplace, measure_untrained, train_method
+from benchmarks.keyword.runs import Workplace, measure_untrained, read_facts, train_method
 
 PROMPT_KEYWORDS = 100
 PROMPTS_FOLDER = Path("tuning") / "prompts"
@@ -48,11 +47,12 @@ def chosen(preset: Preset, output: Path) -> dict[str, Any]:
     """The outcome of the trials: validation nll by learning rate, and the best one of each method."""
     nll = {
         name: {
-            f"{rate:g}": _read(trial_folder(output, name, rate))["evaluations"][-1]["nll"] for rate in rates
+            f"{rate:g}": read_facts(trial_folder(output, name, rate))["evaluations"][-1]["nll"]
+            for rate in rates
         }
         for name, rates in preset.rates.items()
     }
-    shares = _read(output / PROMPTS_FOLDER)["shares"]
+    shares = read_facts(output / PROMPTS_FOLDER)["shares"]
     return {
         "learning_rates": {name: float(min(found, key=found.__getitem__)) for name, found in nll.items()},
         "prompt": max(range(len(shares)), key=shares.__getitem__),
@@ -65,8 +65,3 @@ def chosen(preset: Preset, output: Path) -> dict[str, Any]:
             ],
         },
     }
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return found
