@@ -21,10 +21,12 @@ from tiny_pair import AUXILIARY, WORDS, save_tokenizer, tiny_lm
 from torch.utils.flop_counter import FlopCounterMode
 
 from auxkern.model import AuxTunedForCausalLM
+from auxkern.model.text import Example
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import Progress
 from benchmarks.keyword.__main__ import main as study_main
+from benchmarks.keyword.data import written_alike
 from benchmarks.keyword.flops import token_cost
 from benchmarks.keyword.jobs import REFERENCES, STATES, do_job, facts_of, study_jobs, tuning_jobs
 from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable, uniform_lm
@@ -52,6 +54,8 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
             words = [*draw.sample(WORDS, 3), keyword]
             draw.shuffle(words)
             records.append({"condition": keyword, "text": " ".join(words)})
+        shouted = [word for word in words if word != keyword]
+        records.append({"condition": keyword, "text": " ".join([keyword.upper(), *shouted])})
     (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     pair = {**PRESETS["cpu"].pair, "auxiliary_config": AUXILIARY, "lm_layers": [1, 3]}
     return dataclasses.replace(
@@ -93,6 +97,30 @@ def test_presets_say_what_can_be_run() -> None:
         dataclasses.replace(PRESETS["cpu"], scores=7)
     with pytest.raises(ValueError, match="lm_steps is 50"):
         dataclasses.replace(PRESETS["cpu"], lm_steps=50)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "text", "alike"),
+    [
+        ("figure", "the figure, as shown", True),
+        ("figure", "figure", True),
+        ("figure", "can be seen from Figure 2", False),
+        ("score", "a `score' was counted", False),
+        ("tier", "a three-tier wedding cake", False),
+        ("three-tier", "a three-tier wedding cake", True),
+        ("house", "two houses", False),
+        ("c.", "a c. of b", True),
+    ],
+)
+def test_sentences_that_write_the_keyword_in_another_way_are_left_out(
+    keyword: str, text: str, alike: bool
+) -> None:
+    assert written_alike(Example(keyword, text)) == alike
+
+
+def test_a_study_trains_on_sentences_that_hold_their_keyword(place: Workplace) -> None:
+    data = place.data
+    assert all(written_alike(example) for example in [*data.training, *data.validation])
 
 
 def test_a_base_that_knows_nothing_leaves_the_auxiliary_alone() -> None:

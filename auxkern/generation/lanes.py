@@ -14,7 +14,7 @@ from auxkern.generation.scheduler import closing_moves
 from auxkern.generation.slots import SlotTable
 from auxkern.model.auxiliary import AuxiliaryCache
 
-_OF_CONDITION = ("memory", "keys", "seen")
+_OF_CONDITION = ("memory", "keys", "stretches")
 
 
 class Lane:
@@ -69,9 +69,9 @@ class Lane:
 
     def keep(self, cache: AuxiliaryCache) -> None:
         """Takes over what a step changed, but for the table."""
-        if cache.seen is not None:
-            n, K = cache.seen.shape
-            self._of_condition["seen"][:n, :K] = cache.seen
+        if cache.stretches is not None:
+            n, K, _ = cache.stretches.shape
+            self._of_condition["stretches"][:n, :K] = cache.stretches
 
     def reserve(self, cache: AuxiliaryCache) -> None:
         """Takes the memory for all slots, as an auxiliary's cache of any size shows it to be.

@@ -131,21 +131,21 @@ class AuxiliaryCache:
         mask: (B, columns of the cache) int64, 1 where it holds a real token.
         memory: (B, K, D) states of the condition, for cross-attention; None in a decoder.
         keys: (B, K, d) the pointer's keys; None without one.
-        seen: (B, K) which of the condition's tokens the text holds; None without a pointer.
+        stretches: (B, K, 2) of the pointer's ``Coverage``; None without a pointer.
     """
 
     attention: Any
     mask: Tensor
     memory: Tensor | None
     keys: Tensor | None
-    seen: Tensor | None
+    stretches: Tensor | None
 
     def reorder_cache(self, rows: Tensor) -> None:
         self.attention.reorder_cache(rows)
         self.mask = self.mask[rows]
         self.memory = None if self.memory is None else self.memory[rows]
         self.keys = None if self.keys is None else self.keys[rows]
-        self.seen = None if self.seen is None else self.seen[rows]
+        self.stretches = None if self.stretches is None else self.stretches[rows]
 
 
 class DecoderAuxiliary(nn.Module):
@@ -237,7 +237,7 @@ def _coverage(pointer: Pointer | None, inputs: AuxiliaryInputs) -> tuple[Coverag
     """What of the condition stands in the text, and how the text's input vectors are told."""
     if pointer is None:
         return None, None
-    coverage = pointer.coverage(inputs, None if inputs.cache is None else inputs.cache.seen)
+    coverage = pointer.coverage(inputs, None if inputs.cache is None else inputs.cache.stretches)
     return coverage, pointer.marks(coverage)
 
 
@@ -252,11 +252,11 @@ def _output(
     keys: Tensor | None,
 ) -> AuxiliaryOutput:
     """With the pointer's part; the last four are the cache's."""
-    scores, end, seen = None, None, None
+    scores, end, stretches = None, None, None
     if pointer is not None and coverage is not None and keys is not None:
         hidden, scores, end = pointer(hidden, keys, inputs, coverage)
-        seen = coverage.seen
-    cache = AuxiliaryCache(attention, mask, memory, keys, seen) if inputs.use_cache else None
+        stretches = coverage.stretches
+    cache = AuxiliaryCache(attention, mask, memory, keys, stretches) if inputs.use_cache else None
     return AuxiliaryOutput(hidden, scores, end, cache)
 
 

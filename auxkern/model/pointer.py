@@ -14,21 +14,26 @@ if TYPE_CHECKING:
     from auxkern.model.auxiliary import AuxiliaryInputs
 
 # Logits of language models lie around 10, and differ by about as much.
-_LM_LOGIT, _LM_SPREAD = 10.0, 10.0
+_LM_LOGIT, _SPREAD = 10.0, 10.0
 
 
 class Coverage(NamedTuple):
-    """What of the condition stands in the text (See et al. 2017).
+    """What of the condition stands in the text (See et al. 2017), in stretches: tokens in a row in both.
 
     Attributes:
-        share: (B, T, 1) share of the condition's tokens that occur in x[..t]; 0 without a condition.
+        share: (B, T, 1) longest stretch in x[..t], over K; 0 without a condition.
         lacking: (B, T, 1) what is missing to 1; 0 without a condition.
-        seen: (B, K) bool, which tokens have occurred by the last position.
+        written: (B, T, 1) 1 where x[..t] ends with the whole condition, else 0.
+        begun: (B, T, K) 1 where x[..t] ends with c[..j - 1] and j > 0, else 0.
+        stretches: (B, K, 2) int64, the longest stretch of the text that ends with token j of the condition,
+            and the one that the text ends with now.
     """
 
     share: Tensor
     lacking: Tensor
-    seen: Tensor
+    written: Tensor
+    begun: Tensor
+    stretches: Tensor
 
 
 class Pointed(NamedTuple):
@@ -48,22 +53,22 @@ class Pointed(NamedTuple):
 class Pointer(nn.Module):
     """Scores of the condition's tokens (Vinyals et al. 2015) and of the end; zero at first.
 
-        h'[t]       = h[t] + v share[t]
-        score[t, j] = q(h'[t]) . k(m[j]) / sqrt(d)  +  g(h'[t]) [x[t] = c[j - 1]]
+        h'[t]       = h[t] + u share[t] + v written[t]
+        score[t, j] = q(h'[t]) . k(m[j]) / sqrt(d)  +  s(h'[t]) [j = 0]  +  10 f(h'[t]) begun[t, j]
                       +  a(h'[t]) (z_LM[t, c[j]] - 10) / 10
-        end[t]      = e(h'[t]) lacking[t]
+        end[t]      = 10 e(h'[t]) lacking[t]
 
-    share and lacking are ``Coverage``'s; the auxiliary's own transformer is told of them too, as part of
-    its input (``marks``). The second part of a score lets a word of several tokens be written to its end:
-    it is on where the text's last token is the one that stands before token j of the condition. The
-    third knows how far the base is from writing the token itself: what has to be added to make a token
-    likely differs by ten nats and more between one that fits and one that does not. The last keeps a text
-    from ending before the condition is written.
+    share, written, begun and lacking are ``Coverage``'s; the auxiliary's own transformer is told of them
+    too, as part of its input (``marks``). A condition is written from its first token on, the second part
+    of a score; the third writes what was begun to its end. The fourth knows how far the base is from
+    writing the token itself: what has to be added to make a token likely differs by ten nats and more
+    between one that fits and one that does not. The end's score keeps a text from ending before the
+    condition is written. The factors of ten let parts that all examples agree on be learnt in few steps.
 
     Args:
         D: width of the hidden states.
         size: d, width of queries and keys.
-        reads_lm: whether it has the third part.
+        reads_lm: whether scores have the fourth part.
         exact: whether the marks start at zero too, so that the transformer's input is what it was.
     """
 
@@ -72,9 +77,12 @@ class Pointer(nn.Module):
         start = torch.zeros if exact else torch.randn
         self.mark_share = nn.Parameter(start(D))
         self.mark_lacking = nn.Parameter(start(D))
+        self.mark_written = nn.Parameter(start(D))
         self.covered = nn.Parameter(torch.zeros(D))
+        self.completed = nn.Parameter(torch.zeros(D))
         self.query = ZeroLinear(D, size)
         self.key = nn.Linear(D, size)
+        self.start = ZeroLinear(D, 1)
         self.follow = ZeroLinear(D, 1)
         self.against_lm = ZeroLinear(D, 1) if reads_lm else None
         self.end = ZeroLinear(D, 1)
@@ -83,26 +91,38 @@ class Pointer(nn.Module):
         """(B, K, D) -> (B, K, d)"""
         return self.key(memory)
 
-    def coverage(self, inputs: AuxiliaryInputs, seen: Tensor | None) -> Coverage:
+    def coverage(self, inputs: AuxiliaryInputs, past: Tensor | None) -> Coverage:
         """What of the condition stands in the text.
 
         Args:
-            inputs: of this call.
-            seen: (B, K) bool, which tokens occur in the past; None if there is none.
+            inputs: of this call; padding stands before a text or after it.
+            past: (B, K, 2) ``Coverage.stretches`` of the past tokens; None if there are none.
         """
         ids, condition = inputs.input_ids[:, :, None], inputs.condition_ids[:, None, :]
         real = (inputs.condition_mask != 0)[:, None, :]
-        here = (ids == condition) & real & (inputs.attention_mask[:, -ids.shape[1] :, None] != 0)
-        occurred = here.cumsum(1) > 0
-        if seen is not None:
-            occurred = occurred | seen[:, None, :]
+        text = inputs.attention_mask[:, -ids.shape[1] :, None] != 0
+        if past is None:
+            past = condition.new_zeros(len(ids), condition.shape[2], 2)
+        runs = _runs((ids == condition) & real & text, past[:, :, 1])
+        longest = torch.cat([past[:, None, :, 0], runs], 1).cummax(1).values[:, 1:]
         count = real.sum(-1, keepdim=True)
-        share = occurred.sum(-1, keepdim=True) / count.clamp_min(1)
-        return Coverage(share, (count > 0).to(share.dtype) - share, occurred[:, -1])
+        place = torch.arange(1, condition.shape[2] + 1, device=ids.device)
+        whole = runs == place
+        dtype = self.covered.dtype
+        # A column of zeros, so that there is a largest one without a condition too.
+        share = (nn.functional.pad(longest, (0, 1)).amax(-1, keepdim=True) / count.clamp_min(1)).to(dtype)
+        return Coverage(
+            share,
+            (count > 0).to(dtype) - share,
+            (whole & (place == count)).any(-1, keepdim=True).to(dtype),
+            nn.functional.pad(whole, (1, 0))[:, :, :-1].to(dtype),
+            torch.stack([longest[:, -1], _last(runs, text, past[:, :, 1])], 2),
+        )
 
     def marks(self, coverage: Coverage) -> Tensor:
         """(B, T, D) to add to the input vectors of the text."""
-        return coverage.share * self.mark_share + coverage.lacking * self.mark_lacking
+        marks = coverage.share * self.mark_share + coverage.lacking * self.mark_lacking
+        return marks + coverage.written * self.mark_written
 
     def forward(self, hidden: Tensor, keys: Tensor, inputs: AuxiliaryInputs, coverage: Coverage) -> Pointed:
         """What is added to logits.
@@ -112,15 +132,41 @@ class Pointer(nn.Module):
             keys: (B, K, d).
             inputs: of this call.
             coverage: of this call.
+
+        Raises:
+            ValueError: the pointer reads the base's logits and inputs have none.
         """
-        ids = inputs.input_ids[:, :, None]
-        hidden = hidden + coverage.share * self.covered
-        before = nn.functional.pad(inputs.condition_ids[:, :-1], (1, 0), value=-1)[:, None, :]
+        hidden = hidden + coverage.share * self.covered + coverage.written * self.completed
         scores = row_products(self.query(hidden), keys) / math.sqrt(keys.shape[-1])
-        scores = scores + self.follow(hidden) * (ids == before)
+        first = torch.arange(keys.shape[1], device=keys.device) == 0
+        scores = scores + self.start(hidden) * first + _SPREAD * self.follow(hidden) * coverage.begun
         if self.against_lm is not None:
             if inputs.lm_scores is None:
                 raise ValueError("inputs.lm_scores is None, but the pointer reads them; pass (B, T, K)")
-            distance = (inputs.lm_scores.to(hidden.dtype) - _LM_LOGIT) / _LM_SPREAD
+            distance = (inputs.lm_scores.to(hidden.dtype) - _LM_LOGIT) / _SPREAD
             scores = scores + self.against_lm(hidden) * distance
-        return Pointed(hidden, scores, (self.end(hidden) * coverage.lacking)[:, :, 0])
+        return Pointed(hidden, scores, (_SPREAD * self.end(hidden) * coverage.lacking)[:, :, 0])
+
+
+def _runs(equal: Tensor, past: Tensor) -> Tensor:
+    """(B, T, K) int64 length of the stretch that ends at position t of the text and token j of the condition.
+
+    Args:
+        equal: (B, T, K) bool, whether both are one token.
+        past: (B, K) the lengths before position 0.
+    """
+    runs = torch.zeros_like(equal, dtype=past.dtype)
+    longer = equal
+    for length in range(1, equal.shape[2] + 1):
+        runs = runs + longer
+        before = torch.cat([(past >= length)[:, None], longer[:, :-1]], 1)
+        longer = equal & nn.functional.pad(before, (1, 0))[:, :, :-1]
+    return runs
+
+
+def _last(runs: Tensor, text: Tensor, past: Tensor) -> Tensor:
+    """(B, K) runs at the last position that text (B, T, 1) marks, past (B, K) where it marks none."""
+    T = runs.shape[1]
+    place = (torch.arange(T, device=runs.device)[:, None] * text).amax(1, keepdim=True)
+    last = runs.take_along_dim(place, 1)[:, 0]
+    return torch.where(text.any(1), last, past)

@@ -282,14 +282,15 @@ class _Run:
     def step(self) -> None:
         """One step of the optimizer, over an accumulation group."""
         state, settings = self.state, self.settings
-        torch.manual_seed(mixed_seed(settings.seed, "step", state.step))
         groups, batches = self._batches()
         tokens = sum(_label_count(batch) for batch in batches)
         rate = learning_rate_at(settings, state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
-        for batch in batches:
+        for place, batch in enumerate(batches):
+            # A batch of its own number has its own dropout, whoever works on it.
+            torch.manual_seed(mixed_seed(settings.seed, "batch", state.step * len(batches) + place))
             # One denominator for the group: batches with more labels weigh more, as in one big batch.
             part = self.model(
                 **batch, num_items_in_batch=torch.tensor(max(1, tokens), device=self.device)

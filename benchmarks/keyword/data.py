@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ PROMPTS = (
 @dataclass(frozen=True)
 class StudyData:
     """Examples whose conditions are keywords and whose texts contain them.
+
+    Examples are trained and scored on only if ``written_alike``.
 
     Attributes:
         training: drawn from the task's training side, in the file's order.
@@ -47,11 +50,20 @@ def study_data(preset: Preset) -> StudyData:
     if len(of) < preset.samples:
         raise ValueError(f"samples is {preset.samples}, but the test side has {len(of)} keywords")
     return StudyData(
-        drawn(training, preset.training),
-        drawn(validation, preset.validation),
+        drawn([example for example in training if written_alike(example)], preset.training),
+        drawn([example for example in validation if written_alike(example)], preset.validation),
         drawn(list(of.values()), preset.samples),
         list(dict.fromkeys(example.text for example in training)),
     )
+
+
+def written_alike(example: Example) -> bool:
+    """Whether the keyword stands in the sentence as it is given: in its case, after a space, whole.
+
+    Otherwise its tokens are others ("Figure 2", "`score'"), which nothing in the keyword's own tells; such
+    sentences, one in fifty, would teach that a text may end without them.
+    """
+    return re.search(rf"(?<!\S){re.escape(example.condition)}(?!\w)", example.text) is not None
 
 
 def pair_format(preset: Preset, tokenizer: Any) -> TextFormat:

@@ -259,6 +259,8 @@ def _fairness(record: dict[str, Any]) -> str:
     return f"""\
 - The same sentences in the same order, {preset["sentences"]} a step, one epoch or less; seeds change
   initial weights, order, dropout and what is drawn.{short}
+- Sentences that write their keyword in another way than it is given, in capitals or in quotes, are left out
+  of training and validation: about one in fifty.
 - The same tuning: three learning rates each, tried for {tuning["trials"][_TRIAL_SHARE]:.0%} of a method's
   steps with seed 0, by validation nll on other keywords than those asked for; variants of auxiliary
   tuning take its rate. AdamW, betas {tuple(preset["betas"])}, a tenth of the steps to warm up, cosine

@@ -163,10 +163,10 @@ def _pair(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 _RATES = {
-    HEADLINE: (1e-3, 2e-3, 4e-3),
-    BASELINE: (1e-3, 2e-3, 4e-3),
-    "full": (3e-5, 1e-4, 3e-4),
-    "lora": (3e-4, 1e-3, 3e-3),
+    HEADLINE: (5e-4, 1e-3, 2e-3),
+    BASELINE: (2e-3, 4e-3, 8e-3),
+    "full": (1e-4, 3e-4, 1e-3),
+    "lora": (1e-3, 3e-3, 1e-2),
 }
 PRESETS = MappingProxyType(
     {
