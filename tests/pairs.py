@@ -146,3 +146,18 @@ def one_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         "condition_ids": batch["condition_ids"][row, condition][None],
         "condition_mask": batch["condition_mask"][row, condition][None],
     }
+
+
+def texts(count: int = 24, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Training examples, texts and conditions of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(3, V, (length,), generator=generator).tolist()
+
+    examples = []
+    for _ in range(count):
+        text = [BOS, *ids(2, 12), EOS]
+        examples.append({"input_ids": text, "labels": [-100, *text[1:]], "condition_ids": ids(1, 6)})
+    return examples

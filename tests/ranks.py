@@ -18,6 +18,8 @@ import auxkern
 from auxkern import Head, Logits, Sparse, VocabularyShard
 
 V, N = 101, 24
+# A machine without a network may not know its own name.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 Case = tuple[list[Any], Tensor, dict[str, Any]]
 

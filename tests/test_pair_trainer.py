@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from pairs import BOS, EOS, PAD, V, tiny_lm, tiny_pair
+from pairs import PAD, texts, tiny_lm, tiny_pair
 from transformers import Trainer, TrainingArguments
 
 from auxkern.training.collator import AuxCollator
@@ -14,21 +14,6 @@ from auxkern.training.settings import LoopSettings
 
 STEPS = 12
 KIND = "shared head, features, pointer"
-
-
-def _examples(count=24, seed=0):
-    """Texts and conditions of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(3, V, (length,), generator=generator).tolist()
-
-    examples = []
-    for _ in range(count):
-        text = [BOS, *ids(2, 12), EOS]
-        examples.append({"input_ids": text, "labels": [-100, *text[1:]], "condition_ids": ids(1, 6)})
-    return examples
 
 
 def _arguments(folder, **options):
@@ -57,8 +42,8 @@ def _trainer(folder, model, **options):
     return Trainer(
         model=model,
         args=_arguments(folder, **options),
-        train_dataset=_examples(),
-        eval_dataset=_examples(6, seed=1),
+        train_dataset=texts(),
+        eval_dataset=texts(6, seed=1),
         data_collator=AuxCollator(PAD),
     )
 
@@ -90,7 +75,7 @@ def test_trainer_and_plain_loop_give_the_same_loss_curve(tmp_path):
         save_every=STEPS,
     )
     model = tiny_pair(KIND, lm, trained=False)
-    train(model, _examples(), settings, collate=AuxCollator(PAD))
+    train(model, texts(), settings, collate=AuxCollator(PAD))
     log = [json.loads(line) for line in (tmp_path / "loop" / "log.jsonl").read_text().splitlines()]
     plain = [entry["loss"] for entry in log if "loss" in entry]
     assert len(plain) == STEPS
@@ -117,7 +102,7 @@ def test_the_trainer_saves_the_auxiliary_alone_and_resumes(tmp_path):
 def test_the_trainer_evaluates_and_predicts(tmp_path):
     trainer = _trainer(tmp_path, tiny_pair(KIND))
     figures = trainer.evaluate()
-    batch = AuxCollator(PAD)(_examples(6, seed=1))
+    batch = AuxCollator(PAD)(texts(6, seed=1))
     expected = trainer.model(**batch).loss.item()
     assert figures["eval_loss"] == pytest.approx(expected, rel=1e-5)
 

@@ -20,8 +20,6 @@ import auxkern
 from auxkern import Head, VocabularyShard
 
 WORLDS = (2, 4)
-# A machine without a network may not know its own name.
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -29,7 +27,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank found."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(Path(ranks.__file__))]
-    environment = {**os.environ, **LOOPBACK}
+    environment = {**os.environ, **ranks.LOOPBACK}
     processes = [
         subprocess.Popen(
             [*command, str(folder), str(rank), str(world)], stderr=subprocess.PIPE, text=True, env=environment
@@ -123,7 +121,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A group of one process: this one."""
     meeting = tmp_path_factory.mktemp("alone") / "meeting"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in LOOPBACK.items():
+        for name, value in ranks.LOOPBACK.items():
             patch.setenv(name, value)
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
         yield dist.group.WORLD

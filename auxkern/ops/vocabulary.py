@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from auxkern.ops.groups import process_group_of
 from auxkern.terms import Head, Logits, Sparse, Term
 
 
@@ -57,7 +58,7 @@ class VocabularyShard:
             TypeError: group is something else.
             ValueError: a rank has no ids.
         """
-        process_group = _process_group(group)
+        process_group = process_group_of(group)
         sizes: list[Any] = [None] * dist.get_world_size(process_group)
         dist.all_gather_object(sizes, size, group=process_group)
         if min(sizes) < 1:
@@ -95,22 +96,6 @@ class VocabularyShard:
         return torch.cat([part[:, :size] for part, size in zip(parts, self.sizes, strict=True)], -1)
 
 
-def _process_group(group: Any) -> Any:
-    if isinstance(group, dist.ProcessGroup):
-        return group
-    if hasattr(group, "get_group") and hasattr(group, "ndim"):
-        if group.ndim != 1:
-            raise ValueError(
-                f"process_group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; pass the "
-                "one that the vocabulary is cut over, such as mesh['tp']"
-            )
-        return group.get_group()
-    raise TypeError(
-        "process_group must be a torch.distributed.ProcessGroup, a DeviceMesh of one dimension or an "
-        f"auxkern.VocabularyShard, got {type(group).__name__}"
-    )
-
-
 def shard_of(process_group: Any, terms: Sequence[Term]) -> tuple[VocabularyShard, list[Term]]:
     """This rank's shard, and the terms with local tensors: DTensors become their parts.
 
@@ -127,7 +112,7 @@ def shard_of(process_group: Any, terms: Sequence[Term]) -> tuple[VocabularyShard
     if isinstance(process_group, VocabularyShard):
         groups.append(process_group.group)
     elif process_group is not None:
-        groups.append(_process_group(process_group))
+        groups.append(process_group_of(process_group))
     if any(group != groups[0] for group in groups[1:]):
         raise ValueError(
             "terms are cut over different process groups; cut all of them over the one that is process_group"

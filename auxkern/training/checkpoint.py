@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, load_model, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from auxkern.training.settings import LoopSettings
 
@@ -47,6 +48,18 @@ class TrainState:
     lm_nll: float | None = None
     best_step: int | None = None
     best_nll: float | None = None
+
+
+class Weights(NamedTuple):
+    """What a checkpoint keeps of a model and its optimizer, whole wherever it was sharded.
+
+    Attributes:
+        model: its state dict; None where nothing is sharded, and ``save_pretrained`` finds it by itself.
+        optimizer: tensors by "parameter:entry".
+    """
+
+    model: dict[str, torch.Tensor] | None
+    optimizer: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,11 +135,17 @@ def checkpoint_steps(output: Path) -> list[int]:
 
 
 def save_checkpoint(
-    output: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState, identity: RunIdentity
+    output: Path, model: Any, weights: Weights | None, state: TrainState, identity: RunIdentity
 ) -> Path:
-    """Writes the checkpoint of ``state.step``; if there is one, only its trainer.json, atomically.
+    """Writes the checkpoint of ``state.step``.
 
-    The weights after a step never change, but what is known of them does: that they were evaluated.
+    Args:
+        output: folder of the run.
+        model: has ``save_pretrained``.
+        weights: ``whole_weights`` of it; None if the checkpoint is there. The weights after a step never
+            change, but what is known of them does: that they were evaluated. Then its trainer.json is
+            replaced, atomically.
+        state, identity: of the run.
 
     Raises:
         OSError: the disk is full, say; nothing half-written has the name of a checkpoint.
@@ -141,20 +160,36 @@ def save_checkpoint(
         "model": identity.model,
     }
     text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
-    if folder.is_dir():
+    if weights is None:
         with replacing(folder / TRAINER) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
         return folder
     unfinished = output / f"{_UNFINISHED}{folder.name}"
     remove_unfinished(output)
     unfinished.mkdir(parents=True)
-    model.save_pretrained(unfinished)
-    save_file(_optimizer_tensors(model, optimizer), unfinished / OPTIMIZER)
+    if weights.model is None:
+        model.save_pretrained(unfinished)
+    else:
+        model.save_pretrained(unfinished, state_dict=weights.model)
+    save_file(weights.optimizer, unfinished / OPTIMIZER)
     (unfinished / TRAINER).write_text(text, encoding="utf-8")
     for path in unfinished.iterdir():
         _flush(path)
     unfinished.rename(folder)
     return folder
+
+
+def whole_weights(model: Any, optimizer: torch.optim.Optimizer) -> Weights:
+    """The weights of a model and its optimizer's state; every rank that has a part must call it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {
+        f"{names[parameter]}:{entry}": _whole(tensor)
+        for parameter, entries in optimizer.state.items()
+        for entry, tensor in entries.items()
+    }
+    if not any(isinstance(parameter, DTensor) for parameter in names):
+        return Weights(None, state)
+    return Weights({name: _whole(tensor) for name, tensor in model.state_dict().items()}, state)
 
 
 def load_state(folder: Path, identity: RunIdentity) -> TrainState:
@@ -176,14 +211,19 @@ def load_weights(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> 
         ValueError: the optimizer's state is of other parameters.
     """
     device = next(model.parameters()).device
-    load_model(model, folder / WEIGHTS, device=str(device))
     known = dict(model.named_parameters())
+    if any(isinstance(parameter, DTensor) for parameter in known.values()):
+        own = model.state_dict()
+        whole = load_file(folder / WEIGHTS, device=str(device))
+        model.load_state_dict({name: _like(tensor, own[name]) for name, tensor in whole.items()})
+    else:
+        load_model(model, folder / WEIGHTS, device=str(device))
     state: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         name, _, entry = key.rpartition(":")
         if name not in known:
             raise ValueError(f"{folder / OPTIMIZER} has the state of {name!r}, which the model has not")
-        state.setdefault(name, {})[entry] = tensor
+        state.setdefault(name, {})[entry] = _like(tensor, known[name])
     # torch numbers parameters in the order of the groups.
     names = {id(parameter): name for name, parameter in known.items()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -243,13 +283,17 @@ def truncate_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}:{entry}": tensor.detach().contiguous()
-        for parameter, entries in optimizer.state.items()
-        for entry, tensor in entries.items()
-    }
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous()
+
+
+def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, sharded as a parameter is."""
+    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+        return whole
+    # Every rank has read the file: nothing needs to be sent.
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _flush(path: Path) -> None:

@@ -6,6 +6,7 @@ CPU with the same number of threads).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -17,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from auxkern.model.text import IGNORED
 from auxkern.seeds import mixed_seed
@@ -37,9 +39,11 @@ from auxkern.training.checkpoint import (
     remove_unfinished,
     save_checkpoint,
     truncate_log,
+    whole_weights,
 )
 from auxkern.training.lm_alone import lm_alone_nll
 from auxkern.training.progress import Progress
+from auxkern.training.ranks import Ranks
 from auxkern.training.settings import LoopSettings, learning_rate_at
 
 LOG = "log.jsonl"
@@ -108,6 +112,7 @@ def train(
     validation: ExampleSet | Examples | None = None,
     progress: Progress | None = None,
     measure: Measure | None = None,
+    process_group: Any = None,
 ) -> TrainResult:
     """Trains the auxiliary of a pair, evaluates it, saves it, and goes on where it was stopped.
 
@@ -116,6 +121,10 @@ def train(
     thread; elsewhere signals are left alone), a second one stops at once. torch's random state is
     the caller's again afterwards. The model holds the last step's weights at the end, ``output`` the
     best ones.
+
+    With a process group its ranks share the batches of a step, of an evaluation too: the run is the
+    same on any number of them but for rounding, and may be resumed on another. Gradients are summed once
+    a step. Every rank calls ``train`` with the same arguments; the first one writes.
 
     Args:
         model: an ``AuxTunedForCausalLM``, or any module whose ``model(**batch,
@@ -128,6 +137,10 @@ def train(
         progress: is told of every step.
         measure: called after each evaluation with the number of steps done, the model in evaluation
             mode; what it returns, JSON's types, becomes "measured" in the evaluation's line of the log.
+            Of a group's ranks each calls it, and the first one's is taken.
+        process_group: a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension, with a copy of the auxiliary
+            on each rank, or with FSDP2's shards (``fully_shard``) whose gradients are summed, as
+            ``auxkern.model.shard_auxiliary`` sets it.
 
     Returns:
         A ``TrainResult``.
@@ -139,19 +152,22 @@ def train(
         TrainingInterrupted: a signal came; what to resume from is saved.
     """
     held_out = None if validation is None else _as_set(validation)
-    run = _Run(model, _as_set(training), settings, collate, held_out, progress, measure)
+    run = _Run(model, _as_set(training), settings, collate, held_out, progress, measure, process_group)
     with _own_random_state(run.device), _StopSignals() as stop, run:
         while True:
             if run.is_evaluation_due():
                 run.evaluate(stop)
-            if run.is_save_due() or stop.requested:
+            stopping = run.ranks.any(stop.requested)
+            if run.is_save_due() or stopping:
                 run.save()
             if run.state.step == settings.steps and not run.is_evaluation_due():
                 break
-            if stop.requested:
+            if stopping:
                 raise TrainingInterrupted(run.state.step, checkpoint_folder(run.output, run.state.step))
             run.step()
-    publish(run.output, run.state.best_step if run.state.best_step is not None else run.state.step)
+    if run.ranks.is_first:
+        publish(run.output, run.state.best_step if run.state.best_step is not None else run.state.step)
+    run.ranks.wait()
     return TrainResult(run.state, run.output)
 
 
@@ -213,6 +229,14 @@ class DataOrder:
         return self._order[place]
 
 
+class _Batch(NamedTuple):
+    """Tensors for the model, their place among the batches of all ranks, and which examples they are."""
+
+    tensors: dict[str, Tensor]
+    place: int
+    indices: Sequence[int]
+
+
 class _Run:
     """A run under way: what ``train`` works on, step by step."""
 
@@ -225,16 +249,19 @@ class _Run:
         validation: ExampleSet | None,
         progress: Progress | None,
         measure: Measure | None,
+        process_group: Any,
     ) -> None:
         for name, examples in (("training", training), ("validation", validation)):
             if examples is not None and not len(examples.examples):
                 raise ValueError(f"{name} has no examples; pass at least one")
         self.model, self.training, self.validation = model, training, validation
         self.settings, self.collate, self.measure = settings, collate, measure
-        self.progress = Progress() if progress is None else progress
         self.output = Path(settings.output)
         self.optimizer = _optimizer(model, settings)
-        self.device = self.optimizer.param_groups[0]["params"][0].device
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.device = self.parameters[0].device
+        self.ranks = Ranks(process_group, self.device)
+        self.progress = Progress() if progress is None or not self.ranks.is_first else progress
         self.order = DataOrder(len(training.examples), settings)
         self.identity = RunIdentity(
             settings,
@@ -251,13 +278,16 @@ class _Run:
             load_weights(folder, model, self.optimizer)
         if self.state.step > settings.steps:
             raise ValueError(f"{self.output} is at step {self.state.step}, past steps={settings.steps}")
-        self._saved = (self.state.step, self.state.evaluated_step)
+        self._saved = (self.state.step if steps else None, self.state.evaluated_step)
+        self.ranks.same_weights(model.parameters())
 
     def __enter__(self) -> _Run:
-        self.output.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.output)
-        truncate_log(self.output / LOG, self._is_of_the_past)
-        self._log = (self.output / LOG).open("a", encoding="utf-8")
+        self._log: TextIO | None = None
+        if self.ranks.is_first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.output)
+            truncate_log(self.output / LOG, self._is_of_the_past)
+            self._log = (self.output / LOG).open("a", encoding="utf-8")
         self._first_step, self._began = self.state.step, time.monotonic()
         self._seconds_before = self.state.seconds
         self._mark = (self.state.tokens, self._began)
@@ -266,7 +296,8 @@ class _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         self.progress.close()
 
     def is_evaluation_due(self) -> bool:
@@ -282,22 +313,23 @@ class _Run:
     def step(self) -> None:
         """One step of the optimizer, over an accumulation group."""
         state, settings = self.state, self.settings
-        groups, batches = self._batches()
-        tokens = sum(_label_count(batch) for batch in batches)
+        own, batches = self._batches()
+        tokens = int(self.ranks.total(sum(_label_count(batch) for batch, _, _ in own))[0])
         rate = learning_rate_at(settings, state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
-        for place, batch in enumerate(batches):
-            # A batch of its own number has its own dropout, whoever works on it.
-            torch.manual_seed(mixed_seed(settings.seed, "batch", state.step * len(batches) + place))
+        for batch, place, _ in own:
+            # A batch has a dropout of its own, whoever works on it.
+            torch.manual_seed(mixed_seed(settings.seed, "batch", state.step * batches + place))
             # One denominator for the group: batches with more labels weigh more, as in one big batch.
             part = self.model(
                 **batch, num_items_in_batch=torch.tensor(max(1, tokens), device=self.device)
             ).loss
             part.backward()
             loss += part.item()
-        norm = self._clip()
+        self.ranks.add_gradients(self.parameters)
+        loss, norm = self.ranks.total(loss)[0], self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._what_to_try(loss, norm))
         self.optimizer.step()
@@ -307,7 +339,7 @@ class _Run:
         state.seconds = self._seconds_before + time.monotonic() - self._began
         self.progress.advance(state.step)
         if state.step % settings.log_every == 0 or state.step == settings.steps:
-            self._log_step(loss, norm, rate, batches, groups, tokens)
+            self._log_step(loss, norm, rate, own, tokens)
 
     def evaluate(self, stop: _StopSignals) -> None:
         """Validation nll of the pair, and once of the LM alone; abandoned if a signal comes."""
@@ -343,31 +375,39 @@ class _Run:
 
     def save(self) -> None:
         """A checkpoint of this step; older ones make room."""
-        save_checkpoint(self.output, self.model, self.optimizer, self.state, self.identity)
-        prune_checkpoints(self.output, self.settings.keep_checkpoints, self.state.best_step)
+        there = self._saved[0] == self.state.step
+        weights = None if there else whole_weights(self.model, self.optimizer)
+        if self.ranks.is_first:
+            save_checkpoint(self.output, self.model, weights, self.state, self.identity)
+            prune_checkpoints(self.output, self.settings.keep_checkpoints, self.state.best_step)
+        self.ranks.wait()
         self._saved = (self.state.step, self.state.evaluated_step)
 
-    def _batches(self) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
-        """The next step's batches, and which examples are in them."""
+    def _batches(self) -> tuple[list[_Batch], int]:
+        """This rank's batches of the next step, and how many all ranks have together."""
+        example = functools.cache(self.training.examples.__getitem__)
         groups = self.order.of_step(self.state.step)
-        examples = {i: self.training.examples[i] for group in groups for i in group}
         if self.settings.sort_by_length:
             size = self.settings.batch_size
-            order = [i for group in groups for i in group]
-            order.sort(key=lambda i: len(examples[i]["input_ids"]))
+            order = sorted((i for group in groups for i in group), key=lambda i: len(example(i)["input_ids"]))
             groups = [order[start : start + size] for start in range(0, len(order), size)]
-        return groups, [self._collated([examples[i] for i in group]) for group in groups]
+        return self._own(groups, example), len(groups)
 
-    def _batch(self, chosen: ExampleSet, indices: Sequence[int]) -> dict[str, Tensor]:
-        return self._collated([chosen.examples[index] for index in indices])
-
-    def _collated(self, examples: list[Any]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device) for name, tensor in self.collate(examples).items()}
+    def _own(self, groups: Sequence[Sequence[int]], example: Callable[[int], Any]) -> list[_Batch]:
+        """The batches among ``groups`` that are this rank's; one that does not count has no labels."""
+        found = []
+        for place, group, counts in self.ranks.mine(groups):
+            made = self.collate([example(i) for i in group])
+            batch = {name: tensor.to(self.device) for name, tensor in made.items()}
+            if not counts:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+            found.append(_Batch(batch, place, group))
+        return found
 
     def _clip(self) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.settings.max_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     @torch.no_grad()
     def _validation_mean(
@@ -378,13 +418,17 @@ class _Run:
         if chosen is None:
             return None
         total, labels = 0.0, 0
-        for start in range(0, len(chosen.examples), self.settings.batch_size):
-            if stop.requested:
+        size, count = self.settings.batch_size, len(chosen.examples)
+        groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        for place in range(0, len(groups), self.ranks.count):
+            if self.ranks.any(stop.requested):
                 return None
-            indices = range(start, min(start + self.settings.batch_size, len(chosen.examples)))
-            batch = self._batch(chosen, indices)
+            ((batch, _, indices),) = self._own(
+                groups[place : place + self.ranks.count], chosen.examples.__getitem__
+            )
             total += summed_nll(chosen, indices, batch)
             labels += _label_count(batch)
+        total, labels = self.ranks.total(total, labels)
         return total / max(1, labels)
 
     def _pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
@@ -409,17 +453,14 @@ class _Run:
         loss: float,
         norm: float,
         rate: float,
-        batches: list[dict[str, Tensor]],
-        groups: list[list[int]],
+        own: list[_Batch],
         tokens: int,
     ) -> None:
         state = self.state
         lm_loss = None
         if self._knows_lm(self.training):
-            pairs = zip(groups, batches, strict=True)
-            lm_loss = sum(self._lm_alone(self.training, indices, batch) for indices, batch in pairs) / max(
-                1, tokens
-            )
+            nll = sum(self._lm_alone(self.training, indices, batch) for batch, _, indices in own)
+            lm_loss = self.ranks.total(nll)[0] / max(1, tokens)
         now = time.monotonic()
         done = state.step - self._first_step
         left = (now - self._began) / done * (self.settings.steps - state.step)
@@ -440,8 +481,9 @@ class _Run:
         )
 
     def _record(self, record: dict[str, Any]) -> None:
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
+        if self._log is not None:
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
         self.progress.record(record)
 
     def _is_of_the_past(self, record: dict[str, Any]) -> bool:

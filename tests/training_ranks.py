@@ -1,0 +1,141 @@
+"""Training runs that several processes share, and the process that is one of their ranks.
+
+``python tests/training_ranks.py FOLDER RANK WORLD`` makes every run of ``RUNS`` in FOLDER/NAME, and writes
+what else the rank found to FOLDER/RANK.pt.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pairs import PAD, ragged_batch, texts, tiny_pair
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from auxkern.model.sharding import shard_auxiliary, shard_base
+from auxkern.training.collator import AuxCollator
+from auxkern.training.loop import TrainingInterrupted, TrainResult, train
+from auxkern.training.settings import LoopSettings
+
+KIND = "shared head, features, pointer"
+SETTINGS: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 2,
+    "gradient_accumulation": 3,  # of two or four ranks some have one batch less than others
+    "learning_rate": 5e-3,
+    "schedule": "constant",
+    "warmup_steps": 2,
+    "log_every": 1,
+    "eval_every": 3,
+    "save_every": 3,
+    "sort_by_length": True,
+}
+# Of each run: what it changes of SETTINGS.
+RUNS: dict[str, dict[str, Any]] = {
+    "uneven": {},
+    "fifty": {"steps": 50, "gradient_accumulation": 2, "sort_by_length": False},
+    "unlabelled": {"shuffle": False, "sort_by_length": False},
+    "sharded": {},
+    "begun by ranks": {"steps": 6},
+    "ended by ranks": {},
+    "stopped": {},
+}
+
+
+def new_pair(name: str) -> Any:
+    """The same model on every rank; dropout shows which random numbers were drawn."""
+    model = tiny_pair(KIND, trained=False, dropout=0.0 if name == "fifty" else 0.2)
+    return model.train()
+
+
+def examples(name: str) -> list[dict[str, list[int]]]:
+    """Of "unlabelled" nothing is to be learnt from the examples of every other batch."""
+    made = texts()
+    if name == "unlabelled":
+        for i, example in enumerate(made):
+            if i // 2 % 2:
+                example["labels"] = [-100] * len(example["labels"])
+    return made
+
+
+def run(
+    output: Path, name: str, model: Any = None, *, process_group: Any = None, measure: Any = None, **more: Any
+) -> TrainResult:
+    """One of RUNS, or the rank's part of it."""
+    return train(
+        new_pair(name) if model is None else model,
+        examples(name),
+        LoopSettings(output=str(output), **{**SETTINGS, **RUNS[name], **more}),
+        collate=AuxCollator(PAD),
+        validation=texts(5, seed=1),
+        measure=measure,
+        process_group=process_group,
+    )
+
+
+def _stopped(output: Path, rank: int) -> tuple[int, str]:
+    """The last rank is told to stop while all evaluate; where the run was then."""
+
+    def stop(step: int) -> dict[str, int]:
+        if rank == dist.get_world_size() - 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"rank": rank}
+
+    try:
+        run(output, "stopped", process_group=dist.group.WORLD, measure=stop)
+    except TrainingInterrupted as interrupted:
+        found = interrupted.step, interrupted.checkpoint.name
+    run(output, "stopped", process_group=dist.group.WORLD, measure=lambda _: {"rank": rank}, resume=True)
+    return found
+
+
+def _wrapped() -> dict[str, Any]:
+    """Gradients and parameters of a pair in torch's own data parallelism, one row of a batch a rank."""
+    model = new_pair("fifty")
+    wrapped = DistributedDataParallel(model)
+    batch = ragged_batch()
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    own = {name: tensor[dist.get_rank() :: dist.get_world_size()] for name, tensor in batch.items()}
+    # Its gradients are means over the ranks.
+    wrapped(**own, num_items_in_batch=labels / dist.get_world_size()).loss.backward()
+    return {
+        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "synchronised": [name for name, _ in wrapped.named_parameters()],
+        "of the base": [
+            name for name, parameter in model.lm.named_parameters() if parameter.grad is not None
+        ],
+    }
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    found: dict[str, Any] = {"stopped": _stopped(folder / "stopped", rank), "wrapped": _wrapped()}
+    for name in ("uneven", "fifty", "unlabelled", "begun by ranks"):
+        run(folder / name, name, process_group=dist.group.WORLD)
+    run(folder / "ended by ranks", "ended by ranks", process_group=mesh, resume=True)
+    model = new_pair("sharded")
+    whole = copy.deepcopy(model.lm)
+    shard_base(model.lm, mesh)
+    shard_auxiliary(model, mesh)
+    run(folder / "sharded", "sharded", model, process_group=mesh, steps=6)
+    again = new_pair("sharded")
+    shard_base(again.lm, mesh)
+    shard_auxiliary(again, mesh)
+    run(folder / "sharded", "sharded", again, process_group=mesh, resume=True)
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in again.lm.parameters())
+    found["base"] = held, sum(parameter.numel() for parameter in whole.parameters())
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
