@@ -164,7 +164,7 @@ def _pair(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 
 _RATES = {
     HEADLINE: (5e-4, 1e-3, 2e-3),
-    BASELINE: (2e-3, 4e-3, 8e-3),
+    BASELINE: (1e-3, 2e-3, 4e-3),
     "full": (1e-4, 3e-4, 1e-3),
     "lora": (1e-3, 3e-3, 1e-2),
 }
