@@ -132,7 +132,7 @@ def test_a_base_that_knows_nothing_leaves_the_auxiliary_alone() -> None:
 
 def test_a_fine_tuned_lm_has_the_loss_of_transformers(preset: Preset) -> None:
     for name in ("full", "lora"):
-        model = model_of(preset, name)
+        model = model_of(preset, name).eval()  # training rounds to bfloat16
         ids = torch.tensor([[0, 5, 9, 7, 1], [0, 6, 1, 2, 2]])
         mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
         labels = ids.masked_fill(mask == 0, -100)
@@ -277,7 +277,7 @@ def test_a_study_says_of_each_method_what_its_runs_found(finished: dict[str, Any
     assert rows["references"]["points"][0]["accuracy"] == 1
     assert set(rows["auxiliary"]["nll"]) == {"1", "2", "3", "4"}
     assert set(rows["full"]["nll"]) == {"2", "4"}
-    assert [one["aux_scale"] for one in rows["auxiliary"]["scales"]] == [0.75, 1, 1.25, 1.5, 2]
+    assert [one["aux_scale"] for one in rows["auxiliary"]["scales"]] == [0.75, 1, 1.25, 1.5]
     reads = {name: row["flops"]["lm_forward"] > 0 for name, row in rows.items() if row.get("flops")}
     assert reads == {method.name: method.kind == "pair" for method in TRAINED}
 

@@ -55,6 +55,8 @@ def new_pair(preset: Preset, method: Method, lm: Any, seed: int) -> AuxTunedForC
 class FineTunedLM(nn.Module):
     """A language model that is trained itself, whole or through LoRA, in the place of a pair.
 
+    Its layers train in bfloat16 mixed precision, with weights, head and loss in float32.
+
     Args:
         lm: a causal LM with all its own layers (``load_base(native=False)``); it is changed.
         rank: of LoRA's matrices in every linear layer but the output head; 0 trains all weights.
@@ -87,9 +89,10 @@ class FineTunedLM(nn.Module):
     ) -> CausalLMOutput:
         """The summed nll of the labels (B, T), over ``num_items_in_batch``; the condition is in the ids."""
         lm = self.causal_lm
-        hidden = lm.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions_of(attention_mask)
-        ).last_hidden_state
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.training):
+            hidden = lm.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions_of(attention_mask)
+            ).last_hidden_state.float()
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         rows = (target != IGNORED).flatten().nonzero()[:, 0]
         head = rows_of(Head(hidden, lm.get_output_embeddings().weight), rows)

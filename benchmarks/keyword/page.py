@@ -267,8 +267,8 @@ def _fairness(record: dict[str, Any]) -> str:
   decay, gradients clipped to 1.
 - From scratch: the auxiliary's transformer and its pointer with embeddings and an output head of its own,
   and no language model; the part of the pointer that reads the LM's logits has nothing to read.
-- LoRA: rank {preset["lora_rank"]} in every linear layer but the head (PEFT). Fine-tuned models read the
-  keyword and a colon before the text.
+- LoRA: rank {preset["lora_rank"]} in every linear layer but the head (PEFT). Fine-tuned models train their
+  layers in bfloat16 mixed precision, and read the keyword and a colon before the text.
 
 {trials}
 

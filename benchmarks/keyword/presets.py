@@ -110,7 +110,7 @@ class Preset:
     validation: int
     samples: int
     measures: int = 5
-    scores: int = 40
+    scores: int = 20
     max_new_tokens: int = 64
     pair: dict[str, Any]
     lora_rank: int = 16

@@ -35,7 +35,7 @@ from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, tra
 from benchmarks.keyword.presets import HEADLINE, PAIR, SCRATCH, Method, Preset
 
 FACTS = "facts.json"  # of a run, written when it is complete
-SCALES = (0.75, 1.0, 1.25, 1.5, 2.0)  # mixing weights that the headline's last model is sampled with
+SCALES = (0.75, 1.25, 1.5)  # mixing weights that the headline's last model is sampled with, beside its own
 
 
 @dataclass
@@ -196,7 +196,9 @@ def train_method(
         ],
     }
     if not trial and isinstance(model, AuxTunedForCausalLM):
-        facts["scales"] = _scales(place, method, model, text_format, seed, judge)
+        own = {"aux_scale": model.config.aux_scale, **facts["evaluations"][-1]}
+        others = _scales(place, method, model, text_format, seed, judge)
+        facts["scales"] = sorted([own, *others], key=lambda one: one["aux_scale"]) if others else []
     return facts
 
 
