@@ -1,4 +1,4 @@
-"""The console command ``auxkern``: the same names as ``python -m auxkern.NAME``."""
+"""The console command ``auxkern``, which is ``python -m auxkern`` too."""
 
 from __future__ import annotations
 

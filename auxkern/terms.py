@@ -167,6 +167,11 @@ class Sparse:
 Term: TypeAlias = Logits | Head | Sparse
 
 
+def softcapped(z: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(z / softcap), or z where there is no soft cap (Gemma 2)."""
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
 def rows_of(term: Term, rows: Tensor) -> Term:
     """The same term for some rows.
 

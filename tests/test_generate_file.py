@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from limits import limited_files
+from request_files import ordered, request_options, write_requests
 from tiny_pair import save_tiny_pair
 
 from auxkern.commands import generate
@@ -30,32 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pair(tmp_path_factory.mktemp("pair"), pointer=True)
 
 
-def _write(path: Path, count: int) -> Path:
-    chosen = random.Random(0)
-    lines = []
-    for number in range(count):
-        record: dict[str, Any] = {
-            "id": f"r{number}",
-            "condition": f"w{chosen.randint(0, 92)}",
-            "max_new_tokens": chosen.randint(1, 24),
-        }
-        if number % 5 == 0:
-            record |= {"prompt": "w1 w2", "top_k": 7, "samples": 2}
-        lines.append(json.dumps(record) + "\n")
-    path.write_text("".join(lines))
-    return path
-
-
-def _options(folder: Path, source: Path, output: Path, *more: str) -> list[str]:
-    shape = ["--max-length", "40", "--batch-size", "4"]
-    return [str(folder), "--input", str(source), "--output", str(output), "--seed", "3", *shape, *more]
-
-
-def _sorted(path: Path) -> list[str]:
-    lines = path.read_text().splitlines()
-    return sorted(lines, key=lambda line: (json.loads(line)["id"], json.loads(line)["sample"]))
-
-
 def _start(options: list[str]) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "auxkern.commands.generate", *options]
@@ -66,12 +41,12 @@ def _killed_and_resumed(
     folder: Path, tmp_path: Path, count: int, kills: int, number: signal.Signals
 ) -> tuple[Path, Path]:
     """Outputs of a run that was left alone, and of one that was killed so many times."""
-    source = _write(tmp_path / "in.jsonl", count)
+    source = write_requests(tmp_path / "in.jsonl", count)
     whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
-    assert generate.main(_options(folder, source, whole)) == 0
+    assert generate.main(request_options(folder, source, whole)) == 0
     chosen, total = random.Random(1), whole.stat().st_size
     for kill in range(kills):
-        process = _start(_options(folder, source, torn))
+        process = _start(request_options(folder, source, torn))
         # Somewhere in this share of the output.
         wanted = total * (kill + chosen.random()) / (kills + 1)
         while process.poll() is None and not (torn.exists() and torn.stat().st_size >= wanted):
@@ -79,7 +54,7 @@ def _killed_and_resumed(
         process.send_signal(number)
         process.wait()
     assert torn.stat().st_size < total, "it was never killed in the middle"
-    assert generate.main(_options(folder, source, torn)) == 0
+    assert generate.main(request_options(folder, source, torn)) == 0
     return whole, torn
 
 
@@ -88,14 +63,14 @@ def test_killed_and_started_again_it_writes_what_it_would_have(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     whole, torn = _killed_and_resumed(folder, tmp_path, 150, 3, number)
-    assert _sorted(torn) == _sorted(whole)
-    assert len(_sorted(whole)) == 150 + 30
+    assert ordered(torn) == ordered(whole)
+    assert len(ordered(whole)) == 150 + 30
 
 
 def test_an_interrupted_run_says_how_to_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, output = _write(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl"
+    source, output = write_requests(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl"
     step, left = Engine.step, 12
 
     def interrupted(engine: Engine) -> list[Completion]:
@@ -106,30 +81,30 @@ def test_an_interrupted_run_says_how_to_go_on(
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", interrupted)
-    assert generate.main(_options(folder, source, output)) == 130
+    assert generate.main(request_options(folder, source, output)) == 130
     count = len(output.read_bytes().splitlines())
     assert 0 < count < 24
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"{output} has {count} texts so far. Start the same command again" in last
-    assert generate.main(_options(folder, source, output)) == 0
+    assert generate.main(request_options(folder, source, output)) == 0
     assert len(output.read_bytes().splitlines()) == 24
 
 
 @pytest.mark.slow
 def test_two_thousand_requests_killed_ten_times(folder: Path, tmp_path: Path) -> None:
     whole, torn = _killed_and_resumed(folder, tmp_path, 2000, 10, signal.SIGKILL)
-    assert _sorted(torn) == _sorted(whole)
-    assert len(_sorted(whole)) == 2000 + 400
+    assert ordered(torn) == ordered(whole)
+    assert len(ordered(whole)) == 2000 + 400
 
 
 def test_texts_are_those_of_the_seed_and_the_id_alone(folder: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "in.jsonl", 20)
+    source = write_requests(tmp_path / "in.jsonl", 20)
     lines = source.read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(lines[::-1][:15]))
     outputs = []
     for name, more in (("in", []), ("other", ["--batch-size", "7"])):
         output = tmp_path / f"{name}.out"
-        assert generate.main(_options(folder, tmp_path / f"{name}.jsonl", output, *more)) == 0
+        assert generate.main(request_options(folder, tmp_path / f"{name}.jsonl", output, *more)) == 0
         outputs.append({(r["id"], r["sample"]): r for r in map(json.loads, output.read_text().splitlines())})
     assert len(outputs[1]) >= 15
     assert all(outputs[0][key] == record for key, record in outputs[1].items())
@@ -147,7 +122,7 @@ def test_bad_lines_are_named_and_the_rest_goes_on(
         '{"condition": "w1", "auxiliary": "nobody"}\n'
         '{"condition": "", "prompt": "", "max_new_tokens": 3}\n'
     )
-    assert generate.main(_options(folder, source, output)) == 1
+    assert generate.main(request_options(folder, source, output)) == 1
     records = {r["id"]: r for r in map(json.loads, output.read_text().splitlines())}
     assert sorted(records) == [1, 4, 5, 6]
     assert records[1]["new_tokens"] >= 1
@@ -160,7 +135,7 @@ def test_bad_lines_are_named_and_the_rest_goes_on(
     assert "2 lines of" in capsys.readouterr().err
     # Started again it has nothing to do, and says the same of the lines.
     before = output.read_bytes()
-    generate.main(_options(folder, source, output))
+    generate.main(request_options(folder, source, output))
     assert output.read_bytes() == before
     assert len((tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()) == 2
 
@@ -220,15 +195,15 @@ NOT_SERVED: list[tuple[dict[str, Any], str]] = [
 
 
 def test_bad_input_of_every_kind_leaves_the_rest_as_it_was(folder: Path, tmp_path: Path) -> None:
-    good = _write(tmp_path / "good.jsonl", 45).read_bytes().replace(b'"r', b'"g').splitlines()
+    good = write_requests(tmp_path / "good.jsonl", 45).read_bytes().replace(b'"r', b'"g').splitlines()
     bad = [line for line, _ in NO_REQUESTS]
     bad += [json.dumps({"max_new_tokens": 3, **fields}).encode() for fields, _ in NOT_SERVED]
     lines = [line for pair in zip(good, bad + [b" "] * (len(good) - len(bad)), strict=True) for line in pair]
     (tmp_path / "good.jsonl").write_bytes(b"\n".join(good))
     (tmp_path / "all.jsonl").write_bytes(b"\n".join(lines))
-    assert generate.main(_options(folder, tmp_path / "good.jsonl", tmp_path / "good.out")) == 0
+    assert generate.main(request_options(folder, tmp_path / "good.jsonl", tmp_path / "good.out")) == 0
     output = tmp_path / "all.out"
-    assert generate.main(_options(folder, tmp_path / "all.jsonl", output)) == 1
+    assert generate.main(request_options(folder, tmp_path / "all.jsonl", output)) == 1
 
     texts = {(one["id"], one["sample"]): one for one in map(json.loads, output.read_text().splitlines())}
     alone = [json.loads(line) for line in (tmp_path / "good.out").read_text().splitlines()]
@@ -246,14 +221,14 @@ def test_bad_input_of_every_kind_leaves_the_rest_as_it_was(folder: Path, tmp_pat
 
     # Started again it skips what failed, and still says so.
     before = output.read_bytes()
-    assert generate.main(_options(folder, tmp_path / "all.jsonl", output)) == 1
+    assert generate.main(request_options(folder, tmp_path / "all.jsonl", output)) == 1
     assert output.read_bytes() == before
 
 
 def test_an_empty_prompt_is_the_start_token(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"id": 1, "prompt": ""}\n{"id": 2}\n{"id": 3, "condition": "", "auxiliary": null}\n')
-    assert generate.main(_options(folder, source, tmp_path / "out", "--max-new-tokens", "3")) == 0
+    assert generate.main(request_options(folder, source, tmp_path / "out", "--max-new-tokens", "3")) == 0
     texts = {one["id"]: one for one in map(json.loads, (tmp_path / "out").read_text().splitlines())}
     assert sorted(texts) == [1, 2, 3]
     assert all(one["prompt_tokens"] == 1 and one["new_tokens"] >= 1 for one in texts.values())
@@ -261,21 +236,23 @@ def test_an_empty_prompt_is_the_start_token(folder: Path, tmp_path: Path) -> Non
 
 def test_errors_are_asked_again_where_wanted(folder: Path, tmp_path: Path) -> None:
     """What failed in a shorter run: as if the reason was outside the request, and is gone."""
-    source, output = _write(tmp_path / "in.jsonl", 30), tmp_path / "out.jsonl"
+    source, output = write_requests(tmp_path / "in.jsonl", 30), tmp_path / "out.jsonl"
     source.write_text(source.read_text() + "{broken\n")
-    assert generate.main(_options(folder, source, tmp_path / "whole.jsonl")) == 1
-    whole = _sorted(tmp_path / "whole.jsonl")
-    assert generate.main(_options(folder, source, output)) == 1
+    assert generate.main(request_options(folder, source, tmp_path / "whole.jsonl")) == 1
+    whole = ordered(tmp_path / "whole.jsonl")
+    assert generate.main(request_options(folder, source, output)) == 1
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     for one in lines[::4]:
         one |= {"error": "out of memory", "finish_reason": "error", "token_ids": [], "new_tokens": 0}
     output.write_text("".join(json.dumps(one) + "\n" for one in lines))
     torn = output.read_bytes()
 
-    assert generate.main(_options(folder, source, output)) == 1
+    assert generate.main(request_options(folder, source, output)) == 1
     assert output.read_bytes() == torn
-    assert generate.main(_options(folder, source, output, "--retry-errors")) == 1  # the broken line stays one
-    assert _sorted(output) == whole
+    assert (
+        generate.main(request_options(folder, source, output, "--retry-errors")) == 1
+    )  # the broken line stays one
+    assert ordered(output) == whole
     assert json.loads((tmp_path / "out.jsonl.errors.jsonl").read_text())["line"] == 31
 
 
@@ -283,13 +260,13 @@ def test_errors_are_asked_again_where_wanted(folder: Path, tmp_path: Path) -> No
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     folder: Path, tmp_path: Path, share: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, output = _write(tmp_path / "in.jsonl", 40), tmp_path / "out.jsonl"
-    assert generate.main(_options(folder, source, tmp_path / "whole.jsonl")) == 0
-    whole = _sorted(tmp_path / "whole.jsonl")
+    source, output = write_requests(tmp_path / "in.jsonl", 40), tmp_path / "out.jsonl"
+    assert generate.main(request_options(folder, source, tmp_path / "whole.jsonl")) == 0
+    whole = ordered(tmp_path / "whole.jsonl")
     capsys.readouterr()
     room = int((tmp_path / "whole.jsonl").stat().st_size * share)
     with limited_files(room):
-        assert generate.main(_options(folder, source, output)) == 2
+        assert generate.main(request_options(folder, source, output)) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("auxkern generate")]
     assert len(said) == 1
     assert os.strerror(errno.EFBIG) in said[0]
@@ -300,8 +277,8 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     assert there.endswith(b"\n") or not there
     assert set(there.decode().splitlines()) <= set(whole)
     assert len(there) > room * 0.7 or room < 1000
-    assert generate.main(_options(folder, source, output)) == 0
-    assert _sorted(output) == whole
+    assert generate.main(request_options(folder, source, output)) == 0
+    assert ordered(output) == whole
 
 
 def test_a_bad_line_ends_the_run_where_asked(
@@ -309,19 +286,19 @@ def test_a_bad_line_ends_the_run_where_asked(
 ) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"condition": "w1", "max_new_tokens": 2}\n{broken\n')
-    assert generate.main(_options(folder, source, tmp_path / "out.jsonl", "--stop-on-error")) == 2
+    assert generate.main(request_options(folder, source, tmp_path / "out.jsonl", "--stop-on-error")) == 2
     assert f"{source}, line 2" in capsys.readouterr().err
 
 
 def test_an_output_of_another_run_is_left_alone(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, output = _write(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
-    assert generate.main(_options(folder, source, output)) == 0
+    source, output = write_requests(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    assert generate.main(request_options(folder, source, output)) == 0
     before = output.read_bytes()
     changes: list[Callable[[], list[str]]] = [
-        lambda: [*_options(folder, source, output), "--temperature", "0.5"],
-        lambda: _options(folder, _write(tmp_path / "in.jsonl", 4), output),
+        lambda: [*request_options(folder, source, output), "--temperature", "0.5"],
+        lambda: request_options(folder, write_requests(tmp_path / "in.jsonl", 4), output),
     ]
     for change in changes:
         assert generate.main(change()) == 2

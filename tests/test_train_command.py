@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from launching import launch, outputs
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
@@ -400,3 +401,26 @@ def test_a_limit_draws_examples_that_no_seed_changes(
     assert runs[0]["training"] == runs[1]["training"]
     assert runs[0]["validation"] == runs[1]["validation"]
     assert runs[0]["nll"] != runs[1]["nll"]
+
+
+@pytest.mark.parametrize("more", ["--cache-states", "--shard-base"])
+def test_processes_that_share_a_run_make_the_run_of_one(config: Path, tmp_path: Path, more: str) -> None:
+    batches = ["--batch-size", "2", "--gradient-accumulation", "3"]
+    command = ["train", "--config", str(config), *batches, "--device", "cpu"]
+    process = launch(2, ["-m", "auxkern", *command, "--output", str(tmp_path / "two"), more])
+    alone = [more, "--states-folder", str(tmp_path / "other")] if more == "--cache-states" else []
+    assert cli.main([*command, "--output", str(tmp_path / "one"), *alone]) == 0
+    out, _ = outputs(process)
+    assert out.count("validation nll") >= 2
+    assert len(set(out.splitlines())) == len(out.splitlines()), "only the first process prints"
+    one, two = (load_file(tmp_path / name / "checkpoint-8" / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        # Sums in another order; AdamW divides by roots of tiny squares.
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=5e-4)
+    nlls = [[line["nll"] for line in log(tmp_path / name) if "nll" in line] for name in ("one", "two")]
+    assert nlls[1] == pytest.approx(nlls[0], rel=1e-3)
+
+
+def test_a_base_is_sharded_over_processes_only(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(config), "--shard-base"]) == 2
+    assert "shard_base is for several processes" in capsys.readouterr().err

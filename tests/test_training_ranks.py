@@ -17,7 +17,8 @@ from ranks import LOOPBACK
 from safetensors.torch import load_file
 from training_ranks import new_pair, run
 
-from auxkern.model import AuxTunedForCausalLM
+from auxkern.model import AuxTunedForCausalLM, shard_auxiliary, shard_base, use_native_kernels
+from auxkern.model.native import native_refusal
 from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.ranks import Ranks
 
@@ -48,7 +49,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which one process made the same runs."""
     folder = tmp_path_factory.mktemp("alone")
-    for name in ("uneven", "unlabelled"):
+    for name in ("uneven", "unlabelled", "counts"):
         run(folder / name, name)
     # Twice the batch, once.
     run(folder / "fifty", "fifty", batch_size=4, gradient_accumulation=1)
@@ -87,6 +88,12 @@ def test_fifty_steps_are_those_of_one_process_with_all_of_the_batch(shared: Path
     check_same_run(alone / "fifty", shared / "fifty")
 
 
+def test_a_rank_with_five_times_the_labels_weighs_five_times_as_much(shared: Path, alone: Path) -> None:
+    check_same_run(alone / "counts", shared / "counts")
+    tokens = [line["tokens"] for line in log(shared / "counts") if "tokens" in line]
+    assert tokens == [64 + 320, 2 * (64 + 320), 3 * (64 + 320), 4 * (64 + 320)]
+
+
 def test_a_rank_without_labels_adds_nothing(shared: Path, alone: Path) -> None:
     check_same_run(alone / "unlabelled", shared / "unlabelled")
 
@@ -100,6 +107,7 @@ def test_sharded_base_and_auxiliary_make_the_same_run_and_the_same_checkpoints(
     outside = sum(p.numel() for p in whole.get_input_embeddings().parameters())
     outside += sum(p.numel() for p in whole.get_output_embeddings().parameters())
     for rank in found(shared):
+        assert len(rank["fingerprints"]) == 1
         held, total = rank["base"]
         # Each tensor is padded to a multiple of the ranks at most.
         assert held <= outside + (total - outside) / world * 1.2
@@ -152,3 +160,18 @@ def test_a_process_alone_needs_no_group() -> None:
 def test_something_else_than_a_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"process_group must be .* got int"):
         run(tmp_path, "uneven", process_group=2)
+
+
+def test_what_cannot_be_sharded_is_refused() -> None:
+    class Mesh:
+        ndim, mesh_dim_names = 2, ("dp", "tp")
+
+    mesh: Any = Mesh()
+    with pytest.raises(ValueError, match=r"mesh has 2 dimensions .*mesh\['dp'\]"):
+        shard_base(tiny_lm(), mesh)
+    with pytest.raises(ValueError, match="mesh has 2 dimensions"):
+        shard_auxiliary(new_pair("sharded"), mesh)
+    mesh.ndim = 1
+    if native_refusal() is None:
+        with pytest.raises(ValueError, match="load it with native=False"):
+            shard_base(use_native_kernels(tiny_lm()), mesh)

@@ -168,7 +168,7 @@ def test_what_does_not_fit_a_group_is_refused(alone: Any) -> None:
     with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup"):
         auxkern.cross_entropy([head], target, process_group="tp")
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
-    with pytest.raises(ValueError, match=r"DeviceMesh of 2 dimensions .* pass the one"):
+    with pytest.raises(ValueError, match=r"DeviceMesh of 2 dimensions .* pass one of them"):
         auxkern.cross_entropy([head], target, process_group=mesh)
     with pytest.raises(ValueError, match=r"VocabularyShard of 5 ids, but this rank's terms have 7"):
         auxkern.cross_entropy([head], target, process_group=VocabularyShard(alone, 0, (5,)))

@@ -19,6 +19,7 @@ from pairs import PAD, ragged_batch, texts, tiny_pair
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from auxkern.model import fingerprint
 from auxkern.model.sharding import shard_auxiliary, shard_base
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import TrainingInterrupted, TrainResult, train
@@ -42,6 +43,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "uneven": {},
     "fifty": {"steps": 50, "gradient_accumulation": 2, "sort_by_length": False},
     "unlabelled": {"shuffle": False, "sort_by_length": False},
+    "counts": {
+        "batch_size": 8,
+        "gradient_accumulation": 2,
+        "steps": 4,
+        "shuffle": False,
+        "sort_by_length": False,
+    },
     "sharded": {},
     "begun by ranks": {"steps": 6},
     "ended by ranks": {},
@@ -56,8 +64,16 @@ def new_pair(name: str) -> Any:
 
 
 def examples(name: str) -> list[dict[str, list[int]]]:
-    """Of "unlabelled" nothing is to be learnt from the examples of every other batch."""
+    """Of "unlabelled" nothing is to be learnt from the examples of every other batch.
+
+    Of "counts" the two batches of a step have 64 and 320 labels.
+    """
     made = texts()
+    if name == "counts":
+        for i, example in enumerate(made := texts(16)):
+            length = 1 + (8 if i < 8 else 40)
+            ids = (example["input_ids"] * length)[:length]
+            example |= {"input_ids": ids, "labels": [-100, *ids[1:]]}
     if name == "unlabelled":
         for i, example in enumerate(made):
             if i // 2 % 2:
@@ -119,7 +135,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     found: dict[str, Any] = {"stopped": _stopped(folder / "stopped", rank), "wrapped": _wrapped()}
-    for name in ("uneven", "fifty", "unlabelled", "begun by ranks"):
+    for name in ("uneven", "fifty", "unlabelled", "counts", "begun by ranks"):
         run(folder / name, name, process_group=dist.group.WORLD)
     run(folder / "ended by ranks", "ended by ranks", process_group=mesh, resume=True)
     model = new_pair("sharded")
@@ -132,6 +148,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     shard_auxiliary(again, mesh)
     run(folder / "sharded", "sharded", again, process_group=mesh, resume=True)
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in again.lm.parameters())
+    found["fingerprints"] = {fingerprint(again.lm), fingerprint(whole)}
     found["base"] = held, sum(parameter.numel() for parameter in whole.parameters())
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ from typing import Any
 from auxkern.bench.session import positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request, Text
+from auxkern.commands.ranks import Launched
 from auxkern.files import replace_file
 from auxkern.ops.sampling_params import SamplingParams
 
@@ -27,6 +28,8 @@ go through an engine that keeps --batch-size texts going. A line of
 started again with the same command it goes on, and skips what failed as what is done; with --retry-errors
 it first takes lines with an error out of --output, all at once, and asks for them again. Bad lines go to
 OUTPUT.errors.jsonl and stay there.
+Under torchrun (torchrun --nproc-per-node 4 -m auxkern generate ...) processes share the lines of --input;
+the output is the same, and any number of processes may go on with it.
 A line of --json is an object with condition, prompt, text (without the prompt), finished (false where
 --max-new-tokens cut it off) and seed.
 Exit status: 0; 1 if lines of --input were bad or could not be answered; 2 for bad options or a model that
@@ -52,13 +55,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    model, text_format = pair.load_pair(parser, options)
+    launched = Launched.from_environment()
     if options.input is not None:
-        from auxkern.commands import generate_file
-
-        return generate_file.generate(
-            options, model, text_format, _params(options), retry_errors=options.retry_errors
+        return _generate_file(parser, options, launched)
+    if launched.count > 1:
+        raise ValueError(
+            f"{launched.count} processes were started, which share the lines of --input; start one for "
+            "--condition"
         )
+    model, text_format = pair.load_pair(parser, options)
     requests = [Request(condition, options.prompt) for condition in options.condition]
     records: list[dict[str, Any]] = []
     total = len(requests) * options.number
@@ -73,6 +78,24 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             replace_file(options.json, "".join(lines))
             print(f"wrote {options.json}", file=sys.stderr)
     return 0
+
+
+def _generate_file(parser: argparse.ArgumentParser, options: argparse.Namespace, launched: Launched) -> int:
+    from auxkern.commands import generate_file
+
+    options.device = launched.device(options.device)
+    model, text_format = pair.load_pair(parser, options)
+    # They only wait for each other, which no GPU is needed for.
+    with launched.group("gloo") as group, launched.first_speaks():
+        return generate_file.generate(
+            options,
+            model,
+            text_format,
+            _params(options),
+            retry_errors=options.retry_errors,
+            launched=launched,
+            group=group,
+        )
 
 
 def _records(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from auxkern.bench.session import INTERRUPTED
+from auxkern.commands.ranks import Launched, wait
 from auxkern.generation import (
     BadLine,
     CompletionWriter,
@@ -24,6 +27,7 @@ from auxkern.training.progress import Progress, duration, progress_for
 
 # Requests that are encoded ahead of their turn: newcomers of like length are looked for among them.
 _AHEAD = 4
+_ALONE = Launched()
 
 
 def generate(
@@ -33,8 +37,14 @@ def generate(
     params: SamplingParams,
     *,
     retry_errors: bool = False,
+    launched: Launched = _ALONE,
+    group: Any = None,
 ) -> int:
     """Answers every request in ``options.input`` that ``options.output`` does not answer yet.
+
+    Of several processes (``launched``) each takes its share of them. The first one writes ``options.output``
+    itself, and at the end takes over what the others wrote beside it; should one be lost, the next run, of
+    any number of processes, does that first.
 
     Args:
         options: of ``auxkern generate``.
@@ -42,6 +52,7 @@ def generate(
         params: what lines leave out.
         retry_errors: whether an answer that is an error is none: its line is taken out of the output
             before the run goes on. Lines of the input that are no requests are bad again either way.
+        launched, group: this process among those that share the input, and their process group.
 
     Returns:
         0; 1 if lines of the input were no requests or requests failed, in this run or in the one that it
@@ -70,19 +81,68 @@ def generate(
     if not options.stop_on_error:
         errors = options.output.with_name(options.output.name + ".errors.jsonl")
     run = _identity(options, model, defaults)
+    if launched.rank > 0:
+        return _help(options, defaults, engine, run, launched, group)
     began = time.monotonic()
     with CompletionWriter(options.output, errors, run=run, retry_errors=retry_errors) as writer:
         count = _Count(writer.done, writer.failed)
+        _gather(options.output, writer, count, errors=not retry_errors)
+        wait(group)
         try:
-            _write(options.input, defaults, engine, writer, count)
+            _write(options.input, defaults, engine, writer, count, launched)
+            wait(group)
             stopped = False
         except KeyboardInterrupt:
             stopped = True
+        if not stopped:
+            _check_parts(options.output, launched)
+            _gather(options.output, writer, count)
     if stopped:
         _say_how_to_go_on(options.output, count)
         return INTERRUPTED
-    _print_summary(options, engine, time.monotonic() - began, count, errors)
+    _print_summary(options, engine, time.monotonic() - began, count, errors, launched)
     return 1 if count.failed or count.bad else 0
+
+
+def _help(
+    options: argparse.Namespace,
+    defaults: Request,
+    engine: Engine,
+    run: dict[str, Any],
+    launched: Launched,
+    group: Any,
+) -> int:
+    """What all processes but the first do; returns its exit status."""
+    wait(group)  # until the output has what earlier runs found
+    with CompletionWriter(_part(options.output, launched.rank), run=run, besides=options.output) as writer:
+        try:
+            _write(options.input, defaults, engine, writer, _Count(0, 0), launched, options.stop_on_error)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    wait(group)
+    return 0
+
+
+def _part(output: Path, rank: int) -> Path:
+    return output.with_name(f"{output.name}.part-{rank}")
+
+
+def _check_parts(output: Path, launched: Launched) -> None:
+    missing = [rank for rank in range(1, launched.count) if not _part(output, rank).is_file()]
+    if missing:
+        raise ValueError(
+            f"processes {missing} have written no {_part(output, missing[0]).name} beside {output}; all need "
+            "one folder that they share. What they wrote is where they are, and will be taken over from here"
+        )
+
+
+def _gather(output: Path, writer: CompletionWriter, count: _Count, *, errors: bool = True) -> None:
+    """Takes over what other processes wrote beside the output."""
+    for path in sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*")):
+        if path.name.removeprefix(f"{output.name}.part-").isdecimal():
+            done, failed = writer.absorb(path, errors=errors)
+            count.done += done
+            count.failed += failed
 
 
 @dataclass
@@ -94,17 +154,30 @@ class _Count:
     bad: int = 0
 
 
-def _write(path: Path, defaults: Request, engine: Engine, writer: CompletionWriter, count: _Count) -> None:
-    """Writes what is missing in the output, and counts it."""
+def _write(
+    path: Path,
+    defaults: Request,
+    engine: Engine,
+    writer: CompletionWriter,
+    count: _Count,
+    launched: Launched,
+    stop_on_error: bool = False,
+) -> None:
+    """Writes what is missing in the output of this process's share, and counts it."""
 
     def report(line: BadLine) -> None:
-        writer.report(line)
+        if writer.takes_bad_lines:
+            writer.report(line)
         count.bad += 1
 
-    lines = read_requests(path, defaults, report if writer.takes_bad_lines else None)
-    meter = _Meter(engine, _count_lines(path), progress_for())
+    # All read every line, and one of them reports the bad ones.
+    raises = stop_on_error if launched.rank > 0 else not writer.takes_bad_lines
+    lines = read_requests(path, defaults, None if raises else report)
+    mine = itertools.islice(lines, launched.rank, None, launched.count)
+    progress = progress_for() if launched.rank == 0 else Progress()
+    meter = _Meter(engine, -(-_count_lines(path) // launched.count), progress)
     try:
-        for completion in _completions(engine, writer.pending(meter.counted(lines))):
+        for completion in _completions(engine, writer.pending(meter.counted(mine))):
             writer.write(completion)
             count.done += 1
             count.failed += completion.finish_reason == "error"
@@ -195,13 +268,19 @@ def _say_how_to_go_on(output: Path, count: _Count) -> None:
 
 
 def _print_summary(
-    options: argparse.Namespace, engine: Engine, seconds: float, count: _Count, errors: Path | None
+    options: argparse.Namespace,
+    engine: Engine,
+    seconds: float,
+    count: _Count,
+    errors: Path | None,
+    launched: Launched,
 ) -> None:
     stats = engine.stats
     speed = stats.new_tokens / max(seconds, 1e-9)
+    of = f", by the first of {launched.count} processes" if launched.count > 1 else ""
     print(
         f"{options.output}: {stats.new_tokens:,} tokens written, {stats.prefill_tokens:,} read, in "
-        f"{duration(seconds)} ({speed:,.0f} written per second)"
+        f"{duration(seconds)} ({speed:,.0f} written per second{of})"
     )
     if count.failed:
         print(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import safetensors
 import torch
 
 from auxkern.bench.session import INTERRUPTED, device_from
@@ -108,8 +107,7 @@ def load_pair(
     Raises:
         OSError, ValueError: there is no such model or base, it is damaged, or the base is another one.
     """
-    from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, TextFormat, load_tokenizer
-    from auxkern.model.native import native_refusal
+    from auxkern.model import AuxTunedConfig, open_pair
 
     device = device_from(parser, options.device)
     _check_model(options.model)
@@ -119,20 +117,14 @@ def load_pair(
         raise ValueError(f"{options.model} does not name its base; pass --base NAME")
     if not (Path(base).is_dir() or base.startswith("pip:") or _HUB_NAME.fullmatch(base) or "/" not in base):
         raise ValueError(f"the base {base} is no folder here; if it has moved, pass --base NAME")
-    tokenizer = load_tokenizer(base, revision=config.base_revision, gguf_file=config.base_gguf_file)
-    try:
-        model = AuxTunedForCausalLM.from_pretrained(
-            options.model,
-            config=config,
-            lm=base,
-            base_options={"device": device, "dtype": options.dtype},
-            allow_other_base=options.allow_other_base,
-        )
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"the weights of {options.model} or of its base are damaged: {error}") from error
-    if device.type == "cpu" and native_refusal() is None:
-        model.use_native_kernels()
-    return model.eval(), TextFormat(tokenizer, config.condition_template, max_length, config.text_prefix)
+    return open_pair(
+        options.model,
+        base=base,
+        device=device,
+        dtype=options.dtype,
+        allow_other_base=options.allow_other_base,
+        max_length=max_length,
+    )
 
 
 def texts(

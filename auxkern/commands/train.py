@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
+from auxkern.bench.session import INTERRUPTED
 from auxkern.commands.pair import CommandParser
+from auxkern.commands.ranks import Launched, wait
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.seeds import drawn, mixed_seed
 from auxkern.tasks.registry import load_task
@@ -43,6 +46,8 @@ A YAML file has a line NAME: VALUE for each setting, named like the flag with _ 
 file. --show prints such a file. `pair` holds fields of AuxTunedConfig, as in --pair pointer=true
 --pair lm_layers=[10].
 Ctrl-C finishes the step and saves; --resume goes on from there, as if nothing had happened.
+Under torchrun (torchrun --nproc-per-node 4 -m auxkern train ...) processes share the batches of a step, of
+which --gradient-accumulation says how many there are; the run is the same, in any number of processes.
 Exit status: 0; 1 if the loss was not finite or the disk is full; 2 for bad options or missing data;
 130 after Ctrl-C.
 """
@@ -59,6 +64,7 @@ class _Job:
     validation: Examples
     identity: RunIdentity
     condition: str  # one of the validation set's
+    group: Any  # of the processes that share the run; None for one alone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,18 +86,22 @@ def main(argv: list[str] | None = None) -> int:
             return 0
     except (ValueError, TypeError, OSError) as error:
         return _refuse(error, 2)
-    try:
-        with _no_bars_of_transformers():
-            return _run(settings)
-    except KeyboardInterrupt as stop:
-        return _say_how_to_resume(stop, arguments)
+    launched = Launched.from_environment()
+    device = launched.device(settings.device)
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    with _no_bars_of_transformers(), launched.first_speaks():
+        try:
+            with launched.group("nccl" if on_gpu else "gloo") as group:
+                return _run(settings, device, group)
+        except KeyboardInterrupt as stop:
+            return _say_how_to_resume(stop, arguments) if launched.rank == 0 else INTERRUPTED
 
 
-def _run(settings: TrainSettings) -> int:
+def _run(settings: TrainSettings, device: str | None, group: Any) -> int:
     try:
-        job = _prepare(settings)
+        job = _prepare(settings, device, group)
         _print_job(job)
-        training, validation = _with_states(job) if settings.cache_states else _without_states(job)
+        training, validation = _data(job)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _refuse(error, 2)
     try:
@@ -124,11 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(settings: TrainSettings) -> _Job:
+def _prepare(settings: TrainSettings, device: str | None, group: Any) -> _Job:
     """Reads data and base, cheapest first, so that a mistake shows soon."""
+    if settings.shard_base and group is None:
+        raise ValueError("shard_base is for several processes; start them with torchrun, or leave it out")
     check_output(Path(settings.output), settings.resume)
     training, validation = _read_examples(settings)
-    text_format, model = _pair(settings)
+    text_format, model = _pair(settings, device)
     from auxkern.training.examples import encode
 
     train_ids, validation_ids = encode(training, text_format), encode(validation, text_format)
@@ -138,7 +150,9 @@ def _prepare(settings: TrainSettings) -> _Job:
     steps = checkpoint_steps(Path(settings.output))
     if steps:
         load_state(checkpoint_folder(Path(settings.output), steps[-1]), identity)
-    return _Job(settings, model, text_format, train_ids, validation_ids, identity, validation[0].condition)
+    return _Job(
+        settings, model, text_format, train_ids, validation_ids, identity, validation[0].condition, group
+    )
 
 
 def _read_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
@@ -155,7 +169,7 @@ def _read_examples(settings: TrainSettings) -> tuple[list[Example], list[Example
     return drawn(training, settings.train_examples), drawn(validation, settings.validation_examples)
 
 
-def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:
+def _pair(settings: TrainSettings, device: str | None) -> tuple[TextFormat, Any]:
     from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM
 
     fields = {
@@ -169,7 +183,7 @@ def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:
         AuxTunedConfig(**fields)  # refuses unknown names before the base is loaded
     except TypeError as error:
         raise ValueError(f"a value in pair {settings.pair} has the wrong type: {error}") from error
-    lm, tokenizer = _base(settings)
+    lm, tokenizer = _base(settings, device)
     prefix = settings.pair.get("text_prefix", "")
     text_format = TextFormat(tokenizer, str(settings.condition_template), settings.max_length, prefix)
     with torch.random.fork_rng(devices=[]):
@@ -177,16 +191,29 @@ def _pair(settings: TrainSettings) -> tuple[TextFormat, Any]:
         return text_format, AuxTunedForCausalLM.from_lm(lm, **fields)
 
 
-def _base(settings: TrainSettings) -> tuple[Any, Any]:
+def _base(settings: TrainSettings, device: str | None) -> tuple[Any, Any]:
     from auxkern.model.base import load_base, load_tokenizer
 
     source: dict[str, Any] = {"revision": settings.base_revision, "gguf_file": settings.base_gguf_file}
-    device = settings.device or ("cuda" if torch.cuda.is_available() else None)
+    device = device or ("cuda" if torch.cuda.is_available() else None)
+    native = False if settings.shard_base else None
     try:
         tokenizer = load_tokenizer(settings.base, **source)
-        return load_base(settings.base, dtype=settings.dtype, device=device, **source), tokenizer
+        lm = load_base(settings.base, dtype=settings.dtype, device=device, native=native, **source)
+        return lm, tokenizer
     except (OSError, ValueError) as error:  # transformers' message may not name it
         raise ValueError(f"the base {settings.base!r} cannot be loaded: {error}") from error
+
+
+def _data(job: _Job) -> tuple[ExampleSet, ExampleSet]:
+    """Both data sets; of several processes the first computes the base's states, and the others find them."""
+    if not job.settings.cache_states:
+        return _without_states(job)
+    is_first = job.group is None or job.group.rank() == 0
+    if is_first:
+        sets = _with_states(job)
+    wait(job.group)
+    return sets if is_first else _with_states(job)
 
 
 def _without_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
@@ -257,8 +284,11 @@ def _token_progress(what: str) -> tuple[Callable[[int, int], None], Callable[[],
 
 
 def _train(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResult:
+    from auxkern.model import shard_base
     from auxkern.training.collator import AuxCollator
 
+    if job.settings.shard_base:
+        shard_base(job.model.lm, DeviceMesh.from_group(job.group, job.model.device.type))
     return train(
         job.model,
         training,
@@ -266,6 +296,7 @@ def _train(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResu
         collate=AuxCollator(job.text_format.pad_id),
         validation=validation,
         progress=progress_for(),
+        process_group=job.group,
     )
 
 

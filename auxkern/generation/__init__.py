@@ -1,5 +1,6 @@
 """Batch generation: requests in, texts out, two models behind them."""
 
+from auxkern.generation.batch_mapper import BatchMapper
 from auxkern.generation.engine import Engine, EngineStats
 from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
 from auxkern.generation.scheduler import Move, Plan, Scheduler
@@ -8,6 +9,7 @@ from auxkern.generation.stream import BadLine, CompletionWriter, file_fingerprin
 
 __all__ = [
     "BadLine",
+    "BatchMapper",
     "Completion",
     "CompletionWriter",
     "Engine",

@@ -167,6 +167,10 @@ class Request:
             raise ValueError(f"aux_scale is {scale} but auxiliary is None; leave one of them out")
 
 
+# What ``Request.from_record`` reads, beside a "text" that it passes over.
+REQUEST_FIELDS = (*(one.name for one in fields(Request) if one.name != "params"), *_SAMPLING)
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Natural log-probabilities of a text's tokens, one float for each of its token_ids.
@@ -416,11 +420,10 @@ def _check_stop(stop: Any) -> None:
 
 
 def _check_names(record: Mapping[str, Any]) -> None:
-    known = [*(one.name for one in fields(Request) if one.name != "params"), *_SAMPLING]
     for name in record:
-        if name not in known and name != "text":
-            close = difflib.get_close_matches(str(name), known, n=1)
-            remedy = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+        if name not in REQUEST_FIELDS and name != "text":
+            close = difflib.get_close_matches(str(name), REQUEST_FIELDS, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(REQUEST_FIELDS)}"
             raise ValueError(f"a request has no field {name!r}; {remedy}")
 
 

@@ -112,6 +112,8 @@ class CompletionWriter:
         retry_errors: whether completions with an error are taken out of the output, so that they are
             pending again. They go all at once, by a copy beside the output that takes its name; a process
             killed before that leaves them in, one killed after it leaves them pending.
+        besides: an output of the same run that another process writes; what it holds now is not pending
+            here either.
 
     Raises:
         OSError: the files cannot be opened or written.
@@ -127,6 +129,7 @@ class CompletionWriter:
         run: Mapping[str, Any],
         sync_seconds: float = 5.0,
         retry_errors: bool = False,
+        besides: Path | None = None,
     ) -> None:
         if errors_path is not None and errors_path.absolute() == path.absolute():
             raise ValueError(f"path and errors_path are both {path}; the errors need a file of their own")
@@ -136,7 +139,8 @@ class CompletionWriter:
         try:
             if errors_path is not None:
                 self._errors = _Appender(errors_path, sync_seconds)
-            self._claim(json.loads(json.dumps(dict(run))))
+            self._run = json.loads(json.dumps(dict(run)))
+            self._claim(self._run)
             self._done: set[int | bytes] = set()
             self._failed: set[int | bytes] = set()
             for number, record in self._out.recover():
@@ -145,10 +149,12 @@ class CompletionWriter:
                 self._out.drop(_is_failed)
                 self._done -= self._failed
                 self._failed = set()
+            if besides is not None:
+                self._done |= {_record_key(besides, n, record) for n, _, record in _whole_lines(besides)}
             self._reported = set()
             if self._errors is not None:
                 self._reported = {
-                    self._errors.field(n, record, "line") for n, record in self._errors.recover()
+                    _named(errors_path, n, record, "line") for n, record in self._errors.recover()
                 }
         except BaseException:
             self.close()
@@ -205,6 +211,38 @@ class CompletionWriter:
         if bad.line not in self._reported:
             self._errors.append(bad._asdict())
 
+    def absorb(self, path: Path, *, errors: bool = True) -> tuple[int, int]:
+        """Takes over the completions that another writer of the same run wrote to ``path``.
+
+        They are on the disk here before its files are removed, and those that are here already are left
+        out: it may be killed at any moment and done again.
+
+        Args:
+            path: of the other writer; there is none any more.
+            errors: whether completions with an error are taken over too; else they are pending again.
+
+        Returns:
+            How many it took over, and how many of them are errors.
+
+        Raises:
+            OSError: they cannot be read, written or removed.
+            ValueError: they are of another run, or damaged, or another process writes to ``path``.
+        """
+        taken = failed = 0
+        with CompletionWriter(path, run=self._run) as other:
+            for number, _, record in _whole_lines(path):
+                key = _record_key(path, number, record)
+                if key not in self._done and (errors or not _is_failed(record)):
+                    self._out.append(record)
+                    self._done.add(key)
+                    taken += 1
+                    failed += _is_failed(record)
+            self._out.sync()
+            with _naming(path):
+                path.unlink()
+                other.run_path.unlink()
+        return taken, failed
+
     def close(self) -> None:
         """Waits for the disk and closes the files."""
         try:
@@ -220,12 +258,11 @@ class CompletionWriter:
         self.close()
 
     def _remember(self, number: int, record: dict[str, Any]) -> None:
-        id, sample = (self._out.field(number, record, name) for name in ("id", "sample"))
-        key = _key(id, sample)
+        key = _record_key(self._out.path, number, record)
         if key in self._done:
             raise ValueError(
-                f"{self._out.path}, line {number}: sample {sample} of request {id!r} is there twice; "
-                "remove one line"
+                f"{self._out.path}, line {number}: sample {record['sample']} of request {record['id']!r} is "
+                "there twice; remove one line"
             )
         self._done.add(key)
         if _is_failed(record):
@@ -280,7 +317,7 @@ class _Appender:
     def recover(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbers and objects of the lines that are there; cuts off a last one that is not whole."""
         whole = 0
-        for number, line, record in self._lines():
+        for number, line, record in _whole_lines(self.path):
             whole += len(line)
             yield number, record
         os.ftruncate(self._open(), whole)
@@ -297,7 +334,9 @@ class _Appender:
             try:
                 os.fchmod(copy, os.fstat(file).st_mode & 0o777)
                 with open(copy, "wb", closefd=False) as kept:
-                    kept.writelines(line for _, line, record in self._lines() if not unwanted(record))
+                    kept.writelines(
+                        line for _, line, record in _whole_lines(self.path) if not unwanted(record)
+                    )
                 os.fsync(copy)
                 os.replace(self._copy, self.path.resolve())
             except BaseException:
@@ -307,16 +346,6 @@ class _Appender:
         self._file = copy
         os.close(file)
 
-    def field(self, number: int, record: dict[str, Any], name: str) -> Any:
-        value = record.get(name)
-        try:
-            check_id(value)  # whole numbers, too, may be ids
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.path}, line {number}, field {name!r}: {error}; remove the line"
-            ) from error
-        return value
-
     def append(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
         file, size = self._open(), self.size
@@ -325,8 +354,7 @@ class _Appender:
             while written < len(line):  # a full disk may take a part
                 written += os.write(file, line[written:])
             if time.monotonic() - self._synced >= self._sync_seconds:
-                os.fsync(file)
-                self._synced = time.monotonic()
+                self.sync()
         except OSError as error:
             self._file = None
             # Should this fail too, the next run cuts the line off.
@@ -339,6 +367,11 @@ class _Appender:
                 f"{error.strerror}; all lines before are whole: make room and start the same run again",
                 str(self.path),
             ) from error
+
+    def sync(self) -> None:
+        """Waits for the disk."""
+        os.fsync(self._open())
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         if self._file is not None:
@@ -354,19 +387,34 @@ class _Appender:
             raise ValueError(f"{self.path} is closed; open another CompletionWriter")
         return self._file
 
-    def _lines(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-        """Numbers, bytes and objects of the whole lines."""
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{self.path}, line {number} is damaged: {error}; remove it") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{self.path}, line {number} is no object; remove it")
-                yield number, line, record
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """Numbers, bytes and objects of the lines that are whole; a last one without its end is none."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is damaged: {error}; remove it") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} is no object; remove it")
+            yield number, line, record
+
+
+def _named(path: Path | None, number: int, record: dict[str, Any], name: str) -> Any:
+    value = record.get(name)
+    try:
+        check_id(value)  # whole numbers, too, may be ids
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}, line {number}, field {name!r}: {error}; remove the line") from error
+    return value
+
+
+def _record_key(path: Path, number: int, record: dict[str, Any]) -> int | bytes:
+    """What stands for the sample that a line holds."""
+    return _key(_named(path, number, record, "id"), _named(path, number, record, "sample"))
 
 
 def _locked(path: Path) -> int:

@@ -10,6 +10,8 @@ from auxkern.model.base import fingerprint, load_base, load_tokenizer
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.modeling import AuxTunedForCausalLM
 from auxkern.model.native import use_native_kernels
+from auxkern.model.opening import open_pair
+from auxkern.model.sharding import shard_auxiliary, shard_base
 from auxkern.model.text import Example, TextFormat
 
 AutoConfig.register(AuxTunedConfig.model_type, AuxTunedConfig)
@@ -26,5 +28,8 @@ __all__ = [
     "fingerprint",
     "load_base",
     "load_tokenizer",
+    "open_pair",
+    "shard_auxiliary",
+    "shard_base",
     "use_native_kernels",
 ]

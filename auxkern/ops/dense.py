@@ -11,7 +11,7 @@ from auxkern.ops import logit_chunks
 from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
 from auxkern.ops.linear import kernel_for
 from auxkern.ops.rows import row_dtype
-from auxkern.terms import Head, Logits, Sparse, as_terms
+from auxkern.terms import Head, Logits, Sparse, as_terms, softcapped
 
 
 def dense_logits(terms: Any, *, vocab_size: int | None = None) -> Tensor:
@@ -43,8 +43,7 @@ def dense_logits(terms: Any, *, vocab_size: int | None = None) -> Tensor:
 
 def _scaled(term: Logits | Head, V: int, dtype: torch.dtype) -> Tensor:
     z = term.values[..., :V].to(dtype) if isinstance(term, Logits) else _products(term, V, dtype)
-    if term.softcap:
-        z = term.softcap * torch.tanh(z / term.softcap)
+    z = softcapped(z, term.softcap)
     if isinstance(term.scale, Tensor):
         return z * term.scale[..., None].to(dtype)
     return z if term.scale == 1.0 else z * term.scale

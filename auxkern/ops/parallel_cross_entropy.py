@@ -16,7 +16,7 @@ from torch import Tensor
 
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.vocabulary import VocabularyShard
-from auxkern.terms import Head, Logits, Sparse, Term, rows_of
+from auxkern.terms import Head, Logits, Sparse, Term, rows_of, softcapped
 
 
 class LocalRows(NamedTuple):
@@ -78,9 +78,7 @@ def _logit(term: Term, ids: Tensor, dtype: torch.dtype) -> Tensor:
         z = (hidden * torch.nn.functional.embedding(ids, term.weight).to(dtype)).sum(-1)
         if term.bias is not None:
             z = z + term.bias[ids].to(dtype)
-    if term.softcap:
-        z = term.softcap * torch.tanh(z / term.softcap)
-    return z * term.scale
+    return softcapped(z, term.softcap) * term.scale
 
 
 @torch.no_grad()
@@ -113,8 +111,7 @@ def logit_sums(terms: Sequence[Term], V: int, rows: int, dtype: torch.dtype) -> 
         if isinstance(term, Sparse):
             part = term.values.reshape(rows, -1).to(dtype).sum(-1)
         elif isinstance(term, Logits):
-            z = term.values[..., :V].to(dtype)
-            z = term.softcap * torch.tanh(z / term.softcap) if term.softcap else z
+            z = softcapped(term.values[..., :V].to(dtype), term.softcap)
             part = z.sum(-1).reshape(-1) * term.scale
         else:
             part = _head_sum(index, term, V, rows, dtype)

@@ -417,7 +417,7 @@ class _Run:
         chosen = self.validation
         if chosen is None:
             return None
-        total, labels = 0.0, 0
+        total, labels = 0.0, 0.0
         size, count = self.settings.batch_size, len(chosen.examples)
         groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
         for place in range(0, len(groups), self.ranks.count):

@@ -172,6 +172,11 @@ class TrainSettings(LoopSettings):
     states_folder: str | None = _setting(
         "where; default: auxkern's folder in the user's cache", None, resumable=True
     )
+    shard_base: bool = _setting(
+        "of several processes each keeps a share of the base's layers (FSDP2), not a copy",
+        False,
+        resumable=True,
+    )
     states_dtype: str = _setting("precision in which they are kept", "float16", choices=DTYPES)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,102 @@
+"""What an auxiliary takes over from its base: sizes, ids, the first layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from auxkern.model import base
+from auxkern.model.config import AuxTunedConfig
+
+
+def base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str, Any] | None = None) -> Any:
+    """The base that a config names, or one of another name, loaded.
+
+    Args:
+        config: of the pair.
+        name: name or path instead of the config's.
+        options: more for ``load_base``.
+
+    Raises:
+        ValueError: no base is named.
+    """
+    name = name or config.base_model_name_or_path
+    if name is None:
+        raise ValueError("the config names no base; pass it as lm=")
+    settings = {"revision": config.base_revision, "gguf_file": config.base_gguf_file, **(options or {})}
+    return base.load_base(name, **settings)
+
+
+def fit(config: AuxTunedConfig, lm: Any, found: str, allow_other_base: bool) -> None:
+    """Fills in what the config leaves to the base.
+
+    Args:
+        config: of the pair; changed.
+        lm: the base.
+        found: its fingerprint.
+        allow_other_base: whether another fingerprint than the config's is taken.
+
+    Raises:
+        ValueError: the base does not fit the config.
+    """
+    if config.base_fingerprint is None:
+        config.base_fingerprint = found
+    elif config.base_fingerprint != found and not allow_other_base:
+        raise ValueError(
+            f"the auxiliary was made for a base with fingerprint {config.base_fingerprint[:16]}... "
+            f"({config.base_model_name_or_path}), but the one given has {found[:16]}...; pass that base, or "
+            "allow_other_base=True"
+        )
+    text = lm.config.get_text_config()
+    V, layers = base.vocabulary(lm), text.num_hidden_layers
+    config.vocab_size = config.vocab_size or V
+    for name, size, most in (
+        ("vocab_size", config.vocab_size, V),
+        ("lm_layers", max(config.lm_layers, default=0), layers),
+        ("from_lm_layers", config.from_lm_layers, layers),
+    ):
+        if size > most:
+            raise ValueError(f"{name} asks for {size}, but the base has {most}; give at most that")
+    for name, size in (
+        ("lm_hidden_size", text.hidden_size),
+        ("lm_embedding_size", lm.get_input_embeddings().weight.shape[1]),
+    ):
+        if getattr(config, name) not in (None, size):
+            raise ValueError(f"{name} is {getattr(config, name)}, but the base's is {size}")
+        setattr(config, name, size)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(lm.generation_config, name, None) or getattr(text, name, None))
+
+
+def first_layers(lm: Any, count: int) -> dict[str, Any]:
+    """The base's own config, with so many layers, as a dict."""
+    config = copy.deepcopy(lm.config.get_text_config())
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = count
+    settings = config.to_diff_dict()
+    settings = {
+        name: value[:count] if isinstance(value, list) and len(value) == layers else value
+        for name, value in settings.items()
+    }
+    known = type(config)().to_dict()
+    settings = {name: value for name, value in settings.items() if name in known and name != "dtype"}
+    return {"model_type": config.model_type, **settings}
+
+
+def copy_layers(body: Any, lm: Any) -> None:
+    """Copies the base's weights of the layers that a body has.
+
+    Raises:
+        ValueError: a weight of the body is not the base's, in name or shape.
+    """
+    source = lm.base_model.state_dict()
+    wanted = body.state_dict()
+    for name, parameter in wanted.items():
+        if name not in source or source[name].shape != parameter.shape:
+            raise ValueError(
+                f"from_lm_layers cannot copy {name}: the base has "
+                f"{tuple(source[name].shape) if name in source else 'no such weight'}, the auxiliary "
+                f"{tuple(parameter.shape)}; a quantised base cannot be copied"
+            )
+    body.load_state_dict({name: source[name].to(wanted[name].dtype) for name in wanted})

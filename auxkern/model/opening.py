@@ -1,0 +1,60 @@
+"""A trained pair and what makes its ids, ready to write texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import safetensors
+import torch
+
+from auxkern.model.base import load_tokenizer
+from auxkern.model.config import AuxTunedConfig
+from auxkern.model.modeling import AuxTunedForCausalLM
+from auxkern.model.native import native_refusal
+from auxkern.model.text import TextFormat
+
+
+def open_pair(
+    name_or_path: str,
+    *,
+    base: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    allow_other_base: bool = False,
+    max_length: int | None = None,
+) -> tuple[AuxTunedForCausalLM, TextFormat]:
+    """A pair in evaluation mode, on a CPU with auxkern's kernels where there are some, and its text format.
+
+    Args:
+        name_or_path: folder that was saved, or a Hub name.
+        base: name or path of the base, if it has moved.
+        device: where it runs; a GPU if None and there is one.
+        dtype: of the base, as ``load_base`` takes it.
+        allow_other_base: whether a base with another fingerprint is taken.
+        max_length: of the text format.
+
+    Raises:
+        OSError, ValueError: there is no such pair or base, it is damaged, or the base is another one.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    config: Any = AuxTunedConfig.from_pretrained(name_or_path)
+    name = base or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{name_or_path} does not name its base; pass base")
+    tokenizer = load_tokenizer(name, revision=config.base_revision, gguf_file=config.base_gguf_file)
+    try:
+        model = AuxTunedForCausalLM.from_pretrained(
+            name_or_path,
+            config=config,
+            lm=name,
+            base_options={"device": place, "dtype": dtype},
+            allow_other_base=allow_other_base,
+        )
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {name_or_path} or of its base are damaged: {error}") from error
+    if place.type == "cpu" and native_refusal() is None:
+        model.use_native_kernels()
+    text_format = TextFormat(tokenizer, config.condition_template, max_length, config.text_prefix)
+    return model.eval(), text_format

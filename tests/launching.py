@@ -1,0 +1,36 @@
+"""Processes that torchrun or accelerate start together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ranks import LOOPBACK
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(world: int, arguments: list[str], *, accelerate: bool = False) -> subprocess.Popen[str]:
+    """``torchrun --nproc-per-node WORLD ARGUMENTS``, or ``accelerate launch`` of the same."""
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    if accelerate:
+        # Its other launchers start one process on a machine without GPUs; the script asks for the CPU.
+        command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(world)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outputs(process: subprocess.Popen[str], seconds: float = 240) -> tuple[str, str]:
+    """What both streams got, once all processes ended well."""
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == 0, err
+    return out, err
