@@ -127,7 +127,8 @@ def test_a_local_ray_writes_what_the_engine_writes(folder: str, monkeypatch: pyt
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     rows = records(500)
     here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent)]), "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": here})
+    # Two more than the mappers hold: what cuts the table up needs some too.
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": here})
     try:
         written = (
             ray.data.from_items(rows)
