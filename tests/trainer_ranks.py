@@ -61,6 +61,9 @@ def main(folder: Path, modes: list[str]) -> None:
             "base has gradients": any(p.grad is not None for p in trainer.model.lm.parameters()),
         }
         torch.save(found, folder / "found.pt")
+    # Threads of a group that is left open may end the process with an error.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
