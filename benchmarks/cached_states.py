@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import shlex
 import sys
 import tempfile
 import time
@@ -15,21 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from auxkern.bench.machine import now
 from auxkern.bench.session import positive
-from auxkern.commands.pair import versions
-from auxkern.files import replace_file
-from auxkern.model import AuxTunedForCausalLM, TextFormat, load_base, load_tokenizer
-from auxkern.tasks.keywords import keyword_examples, split_by_keyword
+from auxkern.model import load_base, load_tokenizer
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, encode
 from auxkern.training.lm_states import LMStates, cache_lm_states
 from auxkern.training.loop import ExampleSet, train
-from auxkern.training.settings import LoopSettings, TrainSettings, read_yaml
+from auxkern.training.settings import LoopSettings, TrainSettings
+from benchmarks.recipe import RECIPE, NoLMLosses, recipe, recipe_examples, recipe_format, recipe_pair
+from benchmarks.shared import benchmark_parser, record_head, write_json
 
-RECIPE = Path(__file__).parent.parent / "auxkern" / "recipes" / "wordnet_keywords.yaml"
 _EPILOG = """\
 The recipe's pair is trained for one epoch in which the base runs at every step, and for two from its states
 on disk; forward passes of the base are counted. The epochs take the same examples in the same order.
@@ -47,33 +40,28 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 if an epoch from cached states ran the base. Bad options exit with 2.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cached_states",
-        description="Times of an epoch of the keyword recipe with and without cached states.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = benchmark_parser(
+        "python -m benchmarks.cached_states",
+        "Times of an epoch of the keyword recipe with and without cached states.",
+        _EPILOG,
     )
     parser.add_argument("--batches", type=positive, default=10, help="of an epoch (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     try:
-        settings = TrainSettings.from_mapping(read_yaml(RECIPE))
+        settings = recipe()
         with tempfile.TemporaryDirectory() as folder:
             results = measure(settings, options.batches, Path(folder))
     except (FileNotFoundError, ModuleNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     record = {
-        "kind": "cached states",
-        "command": shlex.join([*parser.prog.split(), *arguments]),
-        "date": now(),
-        "machine": versions(torch.device("cpu")),
+        **record_head("cached states", parser.prog, arguments, torch.device("cpu")),
         "settings": {"recipe": RECIPE.name, "batches": options.batches, "batch_size": settings.batch_size},
         "results": results,
     }
     _print(results)
     if options.json is not None:
-        replace_file(options.json, json.dumps(record, indent=1) + "\n")
+        write_json(options.json, record)
     return 1 if results["second epoch"]["forward passes of the base"] else 0
 
 
@@ -85,13 +73,8 @@ def measure(settings: TrainSettings, batches: int, folder: Path) -> dict[str, di
         batches: of an epoch.
         folder: for states and checkpoints; about 100 MB for 10 batches.
     """
-    tokenizer = load_tokenizer(settings.base)
-    prefix = settings.pair.get("text_prefix", "")
-    text_format = TextFormat(tokenizer, settings.condition_template, text_prefix=prefix)
-    training, _ = split_by_keyword(keyword_examples())
-    # Evenly spaced: the files are in the order of parts of speech.
     count = batches * settings.batch_size
-    encoded = encode([training[i * len(training) // count] for i in range(count)], text_format)
+    encoded = encode(recipe_examples(count), recipe_format(settings, load_tokenizer(settings.base)))
     tokens = sum(len(encoded[i]["input_ids"]) for i in range(count))
     lm = load_base(settings.base)
     loop = LoopSettings(
@@ -124,17 +107,8 @@ def _epoch(
     states: LMStates | None = None,
 ) -> dict[str, float]:
     """Seconds of the steps of an epoch, and forward passes of the base in them."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AuxTunedForCausalLM.from_lm(
-            lm, condition_template=settings.condition_template, **settings.pair
-        )
-
-    def nothing(index: int) -> Tensor:
-        # The log's one line would run the base to say how it does alone.
-        return torch.zeros(len(encoded[index]["input_ids"]))
-
-    examples = ExampleSet(encoded if states is None else states.dataset(encoded), lm_nll=nothing)
+    model = recipe_pair(settings, lm)
+    examples = ExampleSet(encoded if states is None else states.dataset(encoded), lm_nll=NoLMLosses(encoded))
     pad = model.config.pad_token_id
     with _counted(lm) as calls:
         return _row(train(model, examples, loop, collate=AuxCollator(pad)).state.seconds, calls)

@@ -16,6 +16,7 @@ from auxkern.bench.linear import OPERATOR, made_inputs, needed_bytes
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
 from auxkern.files import replace_file
+from benchmarks.shared import benchmark_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,12 +101,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth",
-        description="Time and peak memory of the two-head loss over rows, vocabulary and width.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = benchmark_parser(
+        "python -m benchmarks.growth",
+        "Time and peak memory of the two-head loss over rows, vocabulary and width.",
+        _EPILOG,
     )
     parser.add_argument("--json", type=Path, metavar="FILE.json", required=True, help="results, old and new")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the growth (.png or .svg)")

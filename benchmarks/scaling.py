@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -19,20 +18,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from auxkern.bench.machine import now
 from auxkern.bench.report import between_markers
 from auxkern.bench.session import positive
-from auxkern.commands.pair import versions
 from auxkern.files import replace_file
 from auxkern.generation import Engine, Request
-from auxkern.model import AuxTunedForCausalLM, TextFormat, load_base, load_tokenizer
-from auxkern.tasks.keywords import keyword_examples, split_by_keyword
+from auxkern.model import TextFormat, load_base, load_tokenizer
+from auxkern.model.text import Example
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import encode
 from auxkern.training.loop import ExampleSet, train
-from auxkern.training.settings import LoopSettings, TrainSettings, read_yaml
+from auxkern.training.settings import LoopSettings, TrainSettings
+from benchmarks.recipe import NoLMLosses, recipe, recipe_examples, recipe_format, recipe_pair
+from benchmarks.shared import benchmark_parser, record_head, write_json
 
-RECIPE = Path(__file__).parent.parent / "auxkern" / "recipes" / "wordnet_keywords.yaml"
 RANKS = (1, 2, 4, 8, 16, 32)
 _EPILOG = """\
 Every process has one thread, so that two of them share a machine of two cores fairly. Measured are a batch,
@@ -100,10 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     except (FileNotFoundError, ModuleNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     record = {
-        "kind": "scaling",
-        "command": shlex.join([*parser.prog.split(), *arguments]),
-        "date": now(),
-        "machine": versions(torch.device("cpu")),
+        **record_head("scaling", parser.prog, arguments, torch.device("cpu")),
         "measured": measured,
         "computed": [
             {"link": link.name, "ranks": ranks, "step_seconds": step_seconds(measured, 64, ranks, link)}
@@ -114,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     text = page_part(record)
     print(text)
     if options.json is not None:
-        replace_file(options.json, json.dumps(record, indent=1) + "\n")
+        write_json(options.json, record)
     if options.update is not None:
         page = options.update.read_text(encoding="utf-8")
         replace_file(options.update, between_markers(page, "scaling", text))
@@ -134,15 +129,15 @@ def measure(batches: int, steps: int) -> dict[str, Any]:
         number of processes.
     """
     torch.set_num_threads(1)
-    settings = TrainSettings.from_mapping(read_yaml(RECIPE))
-    model, text_format, encoded, conditions = _work(settings, 8 * settings.batch_size)
+    settings = recipe()
+    model, text_format, examples = _work(settings, 8 * settings.batch_size)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found: dict[str, Any] = {
         "batch_size": settings.batch_size,
-        **_training_seconds(model, text_format, encoded, settings),
+        **_training_seconds(model, text_format, encode(examples, text_format), settings),
         "gradient_bytes": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
         "base_bytes": sum(p.numel() * p.element_size() for p in model.lm.parameters()),
-        "new_tokens_per_second": _texts_per_second(model, text_format, conditions),
+        "new_tokens_per_second": _texts_per_second(model, text_format, [one.condition for one in examples]),
     }
     found["step_batches"] = batches
     found["step_seconds"] = {str(world): _in_processes(world, batches, steps) for world in (1, 2)}
@@ -186,21 +181,10 @@ def page_part(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _work(settings: TrainSettings, count: int) -> tuple[Any, TextFormat, Any, list[str]]:
-    """A pair of the recipe, its text format, so many examples, and their conditions."""
-    tokenizer = load_tokenizer(settings.base)
-    text_format = TextFormat(
-        tokenizer, settings.condition_template, text_prefix=settings.pair.get("text_prefix", "")
-    )
-    training, _ = split_by_keyword(keyword_examples())
-    # Evenly spaced: the files are in the order of parts of speech.
-    chosen = [training[i * len(training) // count] for i in range(count)]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AuxTunedForCausalLM.from_lm(
-            load_base(settings.base), condition_template=settings.condition_template, **settings.pair
-        )
-    return model, text_format, encode(chosen, text_format), [example.condition for example in chosen]
+def _work(settings: TrainSettings, count: int) -> tuple[Any, TextFormat, list[Example]]:
+    """A pair of the recipe, its text format, and so many examples."""
+    model = recipe_pair(settings, load_base(settings.base))
+    return model, recipe_format(settings, load_tokenizer(settings.base)), recipe_examples(count)
 
 
 def _training_seconds(
@@ -257,8 +241,9 @@ def _in_processes(world: int, batches: int, steps: int) -> float:
 def _rank(folder: Path, batches: int, steps: int) -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    settings = TrainSettings.from_mapping(read_yaml(RECIPE))
-    model, text_format, encoded, _ = _work(settings, batches * settings.batch_size)
+    settings = recipe()
+    model, text_format, examples = _work(settings, batches * settings.batch_size)
+    encoded = encode(examples, text_format)
     loop = LoopSettings(
         output=str(folder / "run"),
         steps=steps + 1,
@@ -268,24 +253,17 @@ def _rank(folder: Path, batches: int, steps: int) -> int:
         log_every=1,
         save_every=10**6,
     )
-
-    def nothing(index: int) -> torch.Tensor:
-        # The log's lines would run the base once more to say how it does alone.
-        return torch.zeros(len(encoded[index]["input_ids"]))
-
-    examples = ExampleSet(encoded, None, nothing)
-    train(model, examples, loop, collate=AuxCollator(text_format.pad_id), process_group=dist.group.WORLD)
+    data = ExampleSet(encoded, None, NoLMLosses(encoded))
+    train(model, data, loop, collate=AuxCollator(text_format.pad_id), process_group=dist.group.WORLD)
     dist.destroy_process_group()
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description="Training and texts in one process, and computed from them in more.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = benchmark_parser(
+        "python -m benchmarks.scaling",
+        "Training and texts in one process, and computed from them in more.",
+        _EPILOG,
     )
     parser.add_argument("--batches", type=positive, default=8, help="of a measured step (default 8)")
     parser.add_argument("--steps", type=positive, default=5, help="that are timed (default 5)")

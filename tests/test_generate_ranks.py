@@ -15,7 +15,7 @@ from launching import launch, outputs
 from request_files import ordered, request_options, write_requests
 from tiny_pair import save_tiny_pair
 
-from auxkern.commands import generate
+from auxkern.commands import evaluate, generate
 from auxkern.generation import Completion, CompletionWriter
 
 
@@ -95,7 +95,9 @@ def test_several_processes_are_for_files(
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert generate.main([str(folder), "--condition", "w1"]) == 2
-    assert "2 processes were started, which share the lines of --input" in capsys.readouterr().err
+    assert "2 processes were started, but --condition, unlike --input, is for one" in capsys.readouterr().err
+    assert evaluate.main([str(folder), "--task", "wordnet-keywords"]) == 2
+    assert "2 processes were started, but auxkern evaluate is for one" in capsys.readouterr().err
 
 
 def _completion(id: str, error: str | None = None) -> Completion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -294,6 +295,31 @@ def test_the_page_shows_the_records_numbers_and_no_others(finished: dict[str, An
         assert f"(../study_{name}.png)" in text
         assert (tmp_path / f"study_{name}.png").stat().st_size > 10_000
     assert all(len(set(map(len, table))) == 1 for table in _tables(text))
+
+
+def test_the_page_says_what_does_not_speak_for_auxiliary_tuning(finished: dict[str, Any]) -> None:
+    def text_of(scratch: float, full_nll: float, ratio: float) -> str:
+        record = copy.deepcopy(finished)
+        rows = {row["name"]: row for row in record["methods"]}
+        rows["auxiliary"]["points"][0]["accuracy"] = 0.5
+        rows["scratch"]["points"][0]["accuracy"] = scratch
+        for name, nll in (("auxiliary", 4.0), ("full", full_nll), ("lora", 9.0)):
+            rows[name]["nll"] = dict.fromkeys(rows[name]["nll"], nll)
+        record["comparisons"]["reached"] |= {
+            "step": 1,
+            "flops": {"states are made": 1e12},
+            "ratios": {"states are made": ratio},
+            "flops_from_scratch": 1e12,
+        }
+        return page(record, {"steps": "a", "flops": "b", "scales": "c"}, "command")
+
+    said = (
+        "From scratch has the keyword in its texts as early: accuracy 0.600",
+        "has a lower nll than auxiliary tuning",
+        "Where states are made, from scratch's nll costs 0.40 times",
+    )
+    for index, text in enumerate((text_of(0.6, 5.0, 0.2), text_of(0.4, 3.5, 0.2), text_of(0.4, 5.0, 0.4))):
+        assert [part in text for part in said] == [index == i for i in range(3)]
 
 
 def test_runs_that_are_missing_are_left_out_and_named(

@@ -414,3 +414,10 @@ def test_dense_logits_are_the_sum_of_the_terms():
     terms, _ = model.terms(PairInputs(**batch))
     with torch.no_grad():
         assert torch.allclose(dense_logits(terms), model(**batch).logits, atol=1e-5)
+
+
+def test_a_pair_keeps_the_ids_of_its_base():
+    model = tiny_pair("own head", trained=False)
+    assert model.get_input_embeddings() is None
+    with pytest.raises(NotImplementedError, match=r"the 97 ids of its base.*resize the base"):
+        model.resize_token_embeddings(128)

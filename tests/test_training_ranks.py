@@ -137,18 +137,29 @@ def test_what_ranks_saved_loads_on_one_device(shared: Path) -> None:
     assert one.item() == pytest.approx(other.item(), rel=1e-4)
 
 
-def test_in_torchs_data_parallelism_the_base_has_no_bucket(shared: Path) -> None:
+@pytest.mark.parametrize("how", ["wrapped", "accelerate"])
+def test_in_wrappers_that_average_gradients_are_those_of_the_batch(shared: Path, how: str) -> None:
     model = new_pair("fifty")
     model(**ragged_batch()).loss.backward()
     for rank in found(shared):
-        assert rank["wrapped"]["of the base"] == []
-        assert rank["wrapped"]["synchronised"] == [f"module.{name}" for name, _ in model.named_parameters()]
+        assert rank[how]["of the base"] == []
         for name, parameter in model.named_parameters():
-            gradient = rank["wrapped"]["gradients"][name]
+            gradient = rank[how]["gradients"][name]
             if parameter.grad is None:
                 assert gradient is None or not gradient.any()
             else:
                 torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_wrappers_leave_the_base_alone(shared: Path) -> None:
+    names = [name for name, _ in new_pair("fifty").named_parameters()]
+    for rank in found(shared):
+        assert rank["wrapped"]["synchronised"] == [f"module.{name}" for name in names]
+        assert rank["accelerate"]["sharded"] == names
+        assert rank["accelerate"]["sharded base"] == []
+    saved = AuxTunedForCausalLM.from_pretrained(shared / "accelerate", lm=tiny_lm())
+    for name, parameter in new_pair("fifty").named_parameters():
+        torch.testing.assert_close(saved.get_parameter(name), parameter, rtol=0, atol=0)
 
 
 def test_a_process_alone_needs_no_group() -> None:

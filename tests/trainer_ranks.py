@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer in one of several processes: ``trainer_ranks.py FOLDER [fsdp] [shard-base]``."""
+"""The Hugging Face Trainer in one of several processes: ``trainer_ranks.py FOLDER [shard-base]``."""
 
 from __future__ import annotations
 
@@ -48,10 +48,7 @@ def losses(trainer: Any) -> list[float]:
 
 
 def main(folder: Path, modes: list[str]) -> None:
-    options: dict[str, Any] = {"ddp_backend": "gloo"}
-    if "fsdp" in modes:
-        options |= {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}
-    trainer = trained(folder, accumulation=3, shard="shard-base" in modes, **options)
+    trainer = trained(folder, accumulation=3, shard="shard-base" in modes, ddp_backend="gloo")
     trainer.save_model(str(folder / "saved"))
     if trainer.is_world_process_zero():
         found = {

@@ -11,12 +11,17 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from pairs import PAD, ragged_batch, texts, tiny_pair
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from auxkern.model import fingerprint
@@ -113,9 +118,15 @@ def _stopped(output: Path, rank: int) -> tuple[int, str]:
 
 
 def _wrapped() -> dict[str, Any]:
-    """Gradients and parameters of a pair in torch's own data parallelism, one row of a batch a rank."""
+    """A pair in torch's own data parallelism."""
     model = new_pair("fifty")
     wrapped = DistributedDataParallel(model)
+    names = [name for name, _ in wrapped.named_parameters()]
+    return {**_gradients_of_a_part(wrapped, model), "synchronised": names}
+
+
+def _gradients_of_a_part(wrapped: Any, model: Any) -> dict[str, Any]:
+    """Gradients of a model that is wrapped to average them, of one row in so many of a batch."""
     batch = ragged_batch()
     labels = int((batch["labels"][:, 1:] != -100).sum())
     own = {name: tensor[dist.get_rank() :: dist.get_world_size()] for name, tensor in batch.items()}
@@ -123,18 +134,44 @@ def _wrapped() -> dict[str, Any]:
     wrapped(**own, num_items_in_batch=labels / dist.get_world_size()).loss.backward()
     return {
         "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
-        "synchronised": [name for name, _ in wrapped.named_parameters()],
         "of the base": [
             name for name, parameter in model.lm.named_parameters() if parameter.grad is not None
         ],
     }
 
 
+def _sharded_by_accelerate(folder: Path, mesh: Any) -> dict[str, Any]:
+    """What accelerate, and so the Trainer, does with ``fsdp`` on GPUs; on CPUs it makes copies."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    # All that it asks an Accelerator for, which would be none of FSDP here.
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh={("dp",): mesh},
+        parallelism_config=SimpleNamespace(fsdp_dim_names=("dp",)),
+        mixed_precision="no",
+        device=torch.device("cpu"),
+        is_main_process=dist.get_rank() == 0,
+    )
+    model = fsdp2_prepare_model(accelerator, new_pair("fifty"))
+    found = _gradients_of_a_part(model, model)
+    saved = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=saved)
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    of_base = [name for name, parameter in model.lm.named_parameters() if isinstance(parameter, DTensor)]
+    gradients = {name: gradient.full_tensor() for name, gradient in found["gradients"].items()}
+    return {**found, "gradients": gradients, "sharded": sharded, "sharded base": of_base}
+
+
 def main(folder: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
-    found: dict[str, Any] = {"stopped": _stopped(folder / "stopped", rank), "wrapped": _wrapped()}
+    found: dict[str, Any] = {
+        "stopped": _stopped(folder / "stopped", rank),
+        "wrapped": _wrapped(),
+        "accelerate": _sharded_by_accelerate(folder / "accelerate", mesh),
+    }
     for name in ("uneven", "fifty", "unlabelled", "counts", "begun by ranks"):
         run(folder / name, name, process_group=dist.group.WORLD)
     run(folder / "ended by ranks", "ended by ranks", process_group=mesh, resume=True)

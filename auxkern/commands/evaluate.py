@@ -18,6 +18,7 @@ from auxkern.bench.machine import now
 from auxkern.bench.session import INTERRUPTED, positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request
+from auxkern.commands.ranks import Launched
 from auxkern.evaluation.bootstrap import bootstrap_mean
 from auxkern.evaluation.diversity import distinct_n, self_bleu
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
+    Launched.from_environment().check_alone("auxkern evaluate")
     data = _read_data(options)
     asked = _asked(data.examples, options)
     unigram = _unigram_source(data.training, options) if asked else None

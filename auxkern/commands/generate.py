@@ -58,11 +58,7 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
     launched = Launched.from_environment()
     if options.input is not None:
         return _generate_file(parser, options, launched)
-    if launched.count > 1:
-        raise ValueError(
-            f"{launched.count} processes were started, which share the lines of --input; start one for "
-            "--condition"
-        )
+    launched.check_alone("--condition, unlike --input,")
     model, text_format = pair.load_pair(parser, options)
     requests = [Request(condition, options.prompt) for condition in options.condition]
     records: list[dict[str, Any]] = []
@@ -86,15 +82,14 @@ def _generate_file(parser: argparse.ArgumentParser, options: argparse.Namespace,
     options.device = launched.device(options.device)
     model, text_format = pair.load_pair(parser, options)
     # They only wait for each other, which no GPU is needed for.
-    with launched.group("gloo") as group, launched.first_speaks():
+    with launched.joined("gloo") as joined, launched.first_speaks():
         return generate_file.generate(
             options,
             model,
             text_format,
             _params(options),
             retry_errors=options.retry_errors,
-            launched=launched,
-            group=group,
+            launched=joined,
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from auxkern.bench.session import INTERRUPTED
-from auxkern.commands.ranks import Launched, wait
+from auxkern.commands.ranks import Launched
 from auxkern.generation import (
     BadLine,
     CompletionWriter,
@@ -38,7 +38,6 @@ def generate(
     *,
     retry_errors: bool = False,
     launched: Launched = _ALONE,
-    group: Any = None,
 ) -> int:
     """Answers every request in ``options.input`` that ``options.output`` does not answer yet.
 
@@ -52,7 +51,7 @@ def generate(
         params: what lines leave out.
         retry_errors: whether an answer that is an error is none: its line is taken out of the output
             before the run goes on. Lines of the input that are no requests are bad again either way.
-        launched, group: this process among those that share the input, and their process group.
+        launched: this process among those that share the input, joined.
 
     Returns:
         0; 1 if lines of the input were no requests or requests failed, in this run or in the one that it
@@ -82,15 +81,15 @@ def generate(
         errors = options.output.with_name(options.output.name + ".errors.jsonl")
     run = _identity(options, model, defaults)
     if launched.rank > 0:
-        return _help(options, defaults, engine, run, launched, group)
+        return _help(options, defaults, engine, run, launched)
     began = time.monotonic()
     with CompletionWriter(options.output, errors, run=run, retry_errors=retry_errors) as writer:
         count = _Count(writer.done, writer.failed)
         _gather(options.output, writer, count, errors=not retry_errors)
-        wait(group)
+        launched.wait()
         try:
             _write(options.input, defaults, engine, writer, count, launched)
-            wait(group)
+            launched.wait()
             stopped = False
         except KeyboardInterrupt:
             stopped = True
@@ -110,16 +109,15 @@ def _help(
     engine: Engine,
     run: dict[str, Any],
     launched: Launched,
-    group: Any,
 ) -> int:
     """What all processes but the first do; returns its exit status."""
-    wait(group)  # until the output has what earlier runs found
+    launched.wait()  # until the output has what earlier runs found
     with CompletionWriter(_part(options.output, launched.rank), run=run, besides=options.output) as writer:
         try:
             _write(options.input, defaults, engine, writer, _Count(0, 0), launched, options.stop_on_error)
         except KeyboardInterrupt:
             return INTERRUPTED
-    wait(group)
+    launched.wait()
     return 0
 
 

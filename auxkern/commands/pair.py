@@ -113,18 +113,22 @@ def load_pair(
     _check_model(options.model)
     config = AuxTunedConfig.from_pretrained(options.model)
     base = options.base or config.base_model_name_or_path
-    if base is None:
-        raise ValueError(f"{options.model} does not name its base; pass --base NAME")
-    if not (Path(base).is_dir() or base.startswith("pip:") or _HUB_NAME.fullmatch(base) or "/" not in base):
+    if base is not None and not _may_be_a_base(base):
         raise ValueError(f"the base {base} is no folder here; if it has moved, pass --base NAME")
     return open_pair(
         options.model,
+        config=config,
         base=base,
         device=device,
         dtype=options.dtype,
         allow_other_base=options.allow_other_base,
         max_length=max_length,
     )
+
+
+def _may_be_a_base(name: str) -> bool:
+    known = Path(name).is_dir() or name.startswith("pip:") or _HUB_NAME.fullmatch(name)
+    return bool(known) or "/" not in name
 
 
 def texts(

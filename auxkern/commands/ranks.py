@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,11 +23,13 @@ class Launched:
     Attributes:
         rank, count: its number, and how many there are.
         local_rank: its number on this machine.
+        group: process group of all of them while they are ``joined``; None for a process alone.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    group: Any = None
 
     @classmethod
     def from_environment(cls) -> Launched:
@@ -43,21 +44,35 @@ class Launched:
         wants_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
         return f"cuda:{self.local_rank}" if self.count > 1 and wants_gpu else device
 
+    def check_alone(self, work: str) -> None:
+        """For work that processes do not share.
+
+        Raises:
+            ValueError: several were started.
+        """
+        if self.count > 1:
+            raise ValueError(f"{self.count} processes were started, but {work} is for one; start one")
+
     @contextmanager
-    def group(self, backend: str) -> Iterator[Any]:
-        """A process group of all of them; None for a process alone.
+    def joined(self, backend: str) -> Iterator[Launched]:
+        """The same with a process group, which is closed at the end; a process alone as it is.
 
         Args:
             backend: "gloo" or "nccl".
         """
         if self.count == 1:
-            yield None
+            yield self
             return
         dist.init_process_group(backend, timeout=_PATIENCE)
         try:
-            yield dist.group.WORLD
+            yield replace(self, group=dist.group.WORLD)
         finally:
             dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Until all of them are here."""
+        if self.group is not None:
+            dist.barrier(self.group)
 
     @contextmanager
     def first_speaks(self) -> Iterator[None]:
@@ -67,10 +82,3 @@ class Launched:
             return
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield
-
-
-def wait(group: Any) -> None:
-    """Until all processes of the group are here."""
-    if group is not None:
-        sys.stdout.flush()
-        dist.barrier(group)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from auxkern.bench.session import INTERRUPTED
 from auxkern.commands.pair import CommandParser
-from auxkern.commands.ranks import Launched, wait
+from auxkern.commands.ranks import Launched
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.seeds import drawn, mixed_seed
 from auxkern.tasks.registry import load_task
@@ -64,7 +64,7 @@ class _Job:
     validation: Examples
     identity: RunIdentity
     condition: str  # one of the validation set's
-    group: Any  # of the processes that share the run; None for one alone
+    launched: Launched  # this process among those that share the run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,15 +91,15 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = device is not None and torch.device(device).type == "cuda"
     with _no_bars_of_transformers(), launched.first_speaks():
         try:
-            with launched.group("nccl" if on_gpu else "gloo") as group:
-                return _run(settings, device, group)
+            with launched.joined("nccl" if on_gpu else "gloo") as joined:
+                return _run(settings, device, joined)
         except KeyboardInterrupt as stop:
             return _say_how_to_resume(stop, arguments) if launched.rank == 0 else INTERRUPTED
 
 
-def _run(settings: TrainSettings, device: str | None, group: Any) -> int:
+def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int:
     try:
-        job = _prepare(settings, device, group)
+        job = _prepare(settings, device, launched)
         _print_job(job)
         training, validation = _data(job)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -134,9 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(settings: TrainSettings, device: str | None, group: Any) -> _Job:
+def _prepare(settings: TrainSettings, device: str | None, launched: Launched) -> _Job:
     """Reads data and base, cheapest first, so that a mistake shows soon."""
-    if settings.shard_base and group is None:
+    if settings.shard_base and launched.count == 1:
         raise ValueError("shard_base is for several processes; start them with torchrun, or leave it out")
     check_output(Path(settings.output), settings.resume)
     training, validation = _read_examples(settings)
@@ -151,7 +151,7 @@ def _prepare(settings: TrainSettings, device: str | None, group: Any) -> _Job:
     if steps:
         load_state(checkpoint_folder(Path(settings.output), steps[-1]), identity)
     return _Job(
-        settings, model, text_format, train_ids, validation_ids, identity, validation[0].condition, group
+        settings, model, text_format, train_ids, validation_ids, identity, validation[0].condition, launched
     )
 
 
@@ -209,10 +209,10 @@ def _data(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     """Both data sets; of several processes the first computes the base's states, and the others find them."""
     if not job.settings.cache_states:
         return _without_states(job)
-    is_first = job.group is None or job.group.rank() == 0
+    is_first = job.launched.rank == 0
     if is_first:
         sets = _with_states(job)
-    wait(job.group)
+    job.launched.wait()
     return sets if is_first else _with_states(job)
 
 
@@ -288,7 +288,7 @@ def _train(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResu
     from auxkern.training.collator import AuxCollator
 
     if job.settings.shard_base:
-        shard_base(job.model.lm, DeviceMesh.from_group(job.group, job.model.device.type))
+        shard_base(job.model.lm, DeviceMesh.from_group(job.launched.group, job.model.device.type))
     return train(
         job.model,
         training,
@@ -296,7 +296,7 @@ def _train(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResu
         collate=AuxCollator(job.text_format.pad_id),
         validation=validation,
         progress=progress_for(),
-        process_group=job.group,
+        process_group=job.launched.group,
     )
 
 

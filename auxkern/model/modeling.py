@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +251,23 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
     def auxiliary_names(self) -> list[str]:
         """Names for ``generate(auxiliary=...)``."""
         return [DEFAULT, *self._others]
+
+    def get_input_embeddings(self) -> None:
+        """None: tables of ids are the base's, or a part of the auxiliary like others.
+
+        Accelerate's FSDP would shard what it finds here by itself, and the base's table is read directly.
+        """
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"a pair has the {self.config.vocab_size:,} ids of its base, which stays as it is; resize "
+            "the base, and make a new pair with AuxTunedForCausalLM.from_lm"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

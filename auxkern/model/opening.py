@@ -17,6 +17,7 @@ from auxkern.model.text import TextFormat
 def open_pair(
     name_or_path: str,
     *,
+    config: AuxTunedConfig | None = None,
     base: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -27,6 +28,7 @@ def open_pair(
 
     Args:
         name_or_path: folder that was saved, or a Hub name.
+        config: of the pair, if it has been read.
         base: name or path of the base, if it has moved.
         device: where it runs; a GPU if None and there is one.
         dtype: of the base, as ``load_base`` takes it.
@@ -39,15 +41,15 @@ def open_pair(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(device)
-    config: Any = AuxTunedConfig.from_pretrained(name_or_path)
-    name = base or config.base_model_name_or_path
+    known: Any = config or AuxTunedConfig.from_pretrained(name_or_path)
+    name = base or known.base_model_name_or_path
     if name is None:
-        raise ValueError(f"{name_or_path} does not name its base; pass base")
-    tokenizer = load_tokenizer(name, revision=config.base_revision, gguf_file=config.base_gguf_file)
+        raise ValueError(f"{name_or_path} does not name its base; pass base (--base NAME)")
+    tokenizer = load_tokenizer(name, revision=known.base_revision, gguf_file=known.base_gguf_file)
     try:
         model = AuxTunedForCausalLM.from_pretrained(
             name_or_path,
-            config=config,
+            config=known,
             lm=name,
             base_options={"device": place, "dtype": dtype},
             allow_other_base=allow_other_base,
@@ -56,5 +58,5 @@ def open_pair(
         raise ValueError(f"the weights of {name_or_path} or of its base are damaged: {error}") from error
     if place.type == "cpu" and native_refusal() is None:
         model.use_native_kernels()
-    text_format = TextFormat(tokenizer, config.condition_template, max_length, config.text_prefix)
+    text_format = TextFormat(tokenizer, known.condition_template, max_length, known.text_prefix)
     return model.eval(), text_format

@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from auxkern.bench.machine import now
 from auxkern.bench.session import INTERRUPTED, positive
-from auxkern.commands.pair import versions
-from auxkern.files import replace_file
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import duration, progress_for
 from benchmarks.keyword.jobs import STATES, do_job, facts_of, study_jobs, tuning_jobs
@@ -26,8 +22,10 @@ from benchmarks.keyword.record import study_record
 from benchmarks.keyword.runs import Workplace
 from benchmarks.keyword.scheduling import run_all
 from benchmarks.keyword.tuning import chosen
+from benchmarks.shared import benchmark_parser, record_head, write_json
 
 RESULTS = Path("benchmarks") / "results"
+_Head = Callable[[str], dict[str, Any]]  # of a record, for its kind
 _EPILOG = """\
 The study trains each method with the same sentences in the same order, writes texts for the same held-out
 keywords at the same steps, and measures them. Every run is a process of its own; stopped by Ctrl-C or worse,
@@ -51,15 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     preset = PRESETS[options.preset]
     tuning = options.tuning or RESULTS / f"keyword_{preset.name}_tuning.json"
-    command = shlex.join([*parser.prog.split(), *arguments])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def head(kind: str) -> dict[str, Any]:
+        return record_head(kind, parser.prog, arguments, device)
+
     try:
         if options.run is not None:
             return _one(preset, options.output, tuning, options.run)
         if options.tune:
-            return _tune(preset, options, tuning, command)
+            return _tune(preset, options, tuning, head)
         if options.partial:
-            return _write(preset, options, tuning, command, None)
-        return _study(preset, options, tuning, command)
+            return _write(preset, options, tuning, head, None)
+        return _study(preset, options, tuning, head)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -72,12 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.keyword",
-        description="Auxiliary tuning and its alternatives on the keyword task.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = benchmark_parser(
+        "python -m benchmarks.keyword", "Auxiliary tuning and its alternatives on the keyword task.", _EPILOG
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
     parser.add_argument("--output", type=Path, default=Path("out/keyword"), metavar="FOLDER")
@@ -99,43 +97,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _study(preset: Preset, options: argparse.Namespace, tuning: Path, command: str) -> int:
+def _study(preset: Preset, options: argparse.Namespace, tuning: Path, head: _Head) -> int:
     if not tuning.is_file():
         raise FileNotFoundError(f"{tuning} is missing; --tune writes it")
     began = time.monotonic()
     if not _all_done(options, tuning, study_jobs()):
         return 1
-    return _write(preset, options, tuning, command, time.monotonic() - began)
+    return _write(preset, options, tuning, head, time.monotonic() - began)
 
 
 def _write(
-    preset: Preset, options: argparse.Namespace, tuning: Path, command: str, seconds: float | None
+    preset: Preset, options: argparse.Namespace, tuning: Path, head: _Head, seconds: float | None
 ) -> int:
     """Writes the record; without ``seconds`` of the runs that are done."""
     found = json.loads(tuning.read_text(encoding="utf-8"))
     record = {
-        **_head("keyword study", command),
+        **head("keyword study"),
         "seconds of this command": None if seconds is None else round(seconds),
         **study_record(preset, options.output, found, partial=seconds is None),
     }
     path = options.json or options.output / "keyword.json"
-    replace_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, record)
     print(f"wrote {path}" + ("" if seconds is None else f" after {duration(seconds)}"))
     return 0
 
 
-def _tune(preset: Preset, options: argparse.Namespace, tuning: Path, command: str) -> int:
+def _tune(preset: Preset, options: argparse.Namespace, tuning: Path, head: _Head) -> int:
     if not _all_done(options, tuning, tuning_jobs(preset)):
         return 1
-    record = {**_head("keyword study, tuning", command), **chosen(preset, options.output)}
-    replace_file(tuning, json.dumps(record, indent=1) + "\n")
+    write_json(tuning, {**head("keyword study, tuning"), **chosen(preset, options.output)})
     print(f"wrote {tuning}")
     return 0
-
-
-def _head(kind: str, command: str) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"kind": kind, "command": command, "date": now(), "machine": versions(device)}
 
 
 def _one(preset: Preset, output: Path, tuning: Path, job: str) -> int:

@@ -69,6 +69,7 @@ def page(record: dict[str, Any], pictures: dict[str, str], command: str) -> str:
         _introduction(record),
         "## What was to be shown",
         _table(("asked", "found", ""), _bars(record)),
+        *_reading(record),
         "## At the end of training",
         _results(record, -1),
         f"The first {record['comparisons']['fifth']} of {preset['steps']} steps, a fifth:",
@@ -142,6 +143,35 @@ def _bars(record: dict[str, Any]) -> Iterable[Sequence[str]]:
 
 def _met(is_met: bool) -> str:
     return "met" if is_met else "**not met**"
+
+
+def _reading(record: dict[str, Any]) -> Iterable[str]:
+    """What a reader should not have to find in the tables alone, where it is so."""
+    ours, theirs = _named(record, HEADLINE), _named(record, BASELINE)
+    early = [method["points"][0]["accuracy"] for method in (ours, theirs)]
+    if early[1] >= early[0]:
+        yield (
+            f"From scratch has the keyword in its texts as early: accuracy {early[1]:.3f} after "
+            f"{theirs['points'][0]['step']} steps, auxiliary tuning {early[0]:.3f}. With a pointer that "
+            "copies, that needs no language model; what the LM gives is the sentence around the keyword "
+            f"(SLOR {_slor(ours, 0)} and {_slor(theirs, 0)} then)."
+        )
+    known = {method["name"]: method for method in record["methods"]}
+    end = str(ours["points"][-1]["step"])
+    for method in (known[name] for name in ("full", "lora") if name in known):
+        point = method["points"][-1]
+        nll = method["nll"][str(point["step"])]
+        if nll < ours["nll"][end]:
+            yield (
+                f"After {point['step']} steps {method['label']} has a lower nll than auxiliary tuning after "
+                f"{end} ({nll:.3f}, {ours['nll'][end]:.3f}), and an accuracy of {point['accuracy']:.3f}."
+            )
+    for how, ratio in record["comparisons"]["reached"].get("ratios", {}).items():
+        if ratio > _SHARE:
+            yield (
+                f"Where {how}, from scratch's nll costs {ratio:.2f} times its training: it pays where "
+                "several runs, or several epochs, read them."
+            )
 
 
 def _results(record: dict[str, Any], which: int) -> str:

@@ -1,0 +1,44 @@
+"""How the commands and records of benchmarks look."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auxkern.bench.machine import now
+from auxkern.commands.pair import versions
+from auxkern.files import replace_file
+
+
+def benchmark_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Without abbreviations, the epilog as it is written."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def record_head(kind: str, prog: str, arguments: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What a record begins with: kind, command, date, and the machine with its versions.
+
+    Args:
+        kind: of the record.
+        prog, arguments: the command.
+        device: that was measured.
+    """
+    command = shlex.join([*prog.split(), *arguments])
+    return {"kind": kind, "command": command, "date": now(), "machine": versions(device)}
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    replace_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
