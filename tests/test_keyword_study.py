@@ -260,7 +260,7 @@ def finished(preset: Preset, folder: Path) -> dict[str, Any]:
         "command": "python -m benchmarks.keyword",
         "date": "2026-01-01",
         "machine": {"device": "a machine"},
-        "seconds of this command": 100,
+        "this command took": {"seconds": 100, "states among it": True},
         **study_record(preset, place.output, json.loads(tuning.read_text())),
     }
 
