@@ -260,7 +260,7 @@ def finished(preset: Preset, folder: Path) -> dict[str, Any]:
         "command": "python -m benchmarks.keyword",
         "date": "2026-01-01",
         "machine": {"device": "a machine"},
-        "this command took": {"seconds": 100, "states among it": True},
+        "seconds of this command": 100,
         **study_record(preset, place.output, json.loads(tuning.read_text())),
     }
 

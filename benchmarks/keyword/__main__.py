@@ -100,26 +100,25 @@ def _parser() -> argparse.ArgumentParser:
 def _study(preset: Preset, options: argparse.Namespace, tuning: Path, head: _Head) -> int:
     if not tuning.is_file():
         raise FileNotFoundError(f"{tuning} is missing; --tune writes it")
-    began, had_states = time.monotonic(), facts_of(options.output, STATES).is_file()
+    began = time.monotonic()
     if not _all_done(options, tuning, study_jobs()):
         return 1
-    took = {"seconds": round(time.monotonic() - began), "states among it": not had_states}
-    return _write(preset, options, tuning, head, took)
+    return _write(preset, options, tuning, head, time.monotonic() - began)
 
 
 def _write(
-    preset: Preset, options: argparse.Namespace, tuning: Path, head: _Head, took: dict[str, Any] | None
+    preset: Preset, options: argparse.Namespace, tuning: Path, head: _Head, seconds: float | None
 ) -> int:
-    """Writes the record; without what the command took, of the runs that are done."""
+    """Writes the record; without ``seconds`` of the runs that are done."""
     found = json.loads(tuning.read_text(encoding="utf-8"))
     record = {
         **head("keyword study"),
-        "this command took": took,
-        **study_record(preset, options.output, found, partial=took is None),
+        "seconds of this command": None if seconds is None else round(seconds),
+        **study_record(preset, options.output, found, partial=seconds is None),
     }
     path = options.json or options.output / "keyword.json"
     write_json(path, record)
-    print(f"wrote {path}" + ("" if took is None else f" after {duration(took['seconds'])}"))
+    print(f"wrote {path}" + ("" if seconds is None else f" after {duration(seconds)}"))
     return 0
 
 

@@ -331,22 +331,19 @@ def _counting(record: dict[str, Any]) -> str:
 
 def _commands(record: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
-    took, states = record["this command took"], duration(record["states"]["seconds"])
+    seconds = record["seconds of this command"]
     missing = [
         f"{method.label} (seed {seed})"
         for method in METHODS
         for seed in range(method.seeds)
         if seed not in next((m["seeds"] for m in record["methods"] if m["name"] == method.name), [])
     ]
-    said = f"The base's states took {states}."
-    if took is not None:
-        among = f", {states} of it" if took["states among it"] else f" were there, and had taken {states}"
-        said = f"The study took {duration(took['seconds'])}, the base's states{among}."
+    took = "" if seconds is None else f"The study took {duration(seconds)} without the base's states. "
     left = f"\n\nNot finished, and left out: {', '.join(missing)}." if missing else ""
     return (
         f"    python -m benchmarks.keyword --preset {record['preset']['name']} --tune\n"
         f"    {record['command']}\n\n"
-        f"{said} {record['date']}; {machine}.{left}"
+        f"{took}The states took {duration(record['states']['seconds'])}. {record['date']}; {machine}.{left}"
     )
 
 
