@@ -338,12 +338,13 @@ def _commands(record: dict[str, Any]) -> str:
         for seed in range(method.seeds)
         if seed not in next((m["seeds"] for m in record["methods"] if m["name"] == method.name), [])
     ]
-    took = "" if seconds is None else f"The study took {duration(seconds)} without the base's states. "
+    took = "" if seconds is None else f"That command took {duration(seconds)}. "
     left = f"\n\nNot finished, and left out: {', '.join(missing)}." if missing else ""
     return (
         f"    python -m benchmarks.keyword --preset {record['preset']['name']} --tune\n"
         f"    {record['command']}\n\n"
-        f"{took}The states took {duration(record['states']['seconds'])}. {record['date']}; {machine}.{left}"
+        f"{took}The base's states took {duration(record['states']['seconds'])}, within it where they were "
+        f"not there yet. {record['date']}; {machine}.{left}"
     )
 
 
