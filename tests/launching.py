@@ -1,4 +1,4 @@
-"""Processes that torchrun or accelerate start together."""
+"""Processes that torchrun, accelerate or a test starts together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from ranks import LOOPBACK
 
 ROOT = Path(__file__).parent.parent
@@ -34,3 +36,20 @@ def outputs(process: subprocess.Popen[str], seconds: float = 240) -> tuple[str, 
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == 0, err
     return out, err
+
+
+def run_ranks(script: str, folder: Path, world: int, seconds: float = 240) -> list[Any]:
+    """What each of ``python SCRIPT FOLDER RANK WORLD`` saved as FOLDER/RANK.pt, once all ended well."""
+    environment = {**os.environ, **LOOPBACK}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(folder), str(rank), str(world)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=seconds)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-import torch
 import traffic_ranks
-from ranks import LOOPBACK
+from launching import run_ranks
 from traffic_ranks import D_AUX, N, V
 
 WORLD = 2
@@ -21,17 +17,7 @@ FLOAT32, NUMBER = 4, 8  # bytes; single numbers are exchanged in float64
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the first of two processes found; the other found the same."""
     folder = tmp_path_factory.mktemp("traffic")
-    command = [sys.executable, traffic_ranks.__file__, str(folder)]
-    environment = {**os.environ, **LOOPBACK}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD)], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for rank in range(WORLD)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
-    first, other = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD))
+    first, other = run_ranks(traffic_ranks.__file__, folder, WORLD)
     assert first == other
     return dict(first)
 

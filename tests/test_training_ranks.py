@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import training_ranks
+from launching import run_ranks
 from pairs import ragged_batch, tiny_lm
-from ranks import LOOPBACK
 from safetensors.torch import load_file
 from training_ranks import new_pair, run
 
@@ -32,16 +29,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The folder in which 2 or 4 processes made all runs."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
     run(folder / "ended by ranks", "ended by ranks", steps=6)
-    command = [sys.executable, training_ranks.__file__, str(folder)]
-    environment = {**os.environ, **LOOPBACK}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world)], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+    run_ranks(training_ranks.__file__, folder, world, 300)
     return folder
 
 

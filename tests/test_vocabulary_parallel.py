@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from launching import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -26,17 +23,7 @@ WORLDS = (2, 4)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(Path(ranks.__file__))]
-    environment = {**os.environ, **ranks.LOOPBACK}
-    processes = [
-        subprocess.Popen(
-            [*command, str(folder), str(rank), str(world)], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return run_ranks(ranks.__file__, folder, world)
 
 
 def test_a_shard_knows_its_ids(found: list[dict[str, Any]]) -> None:
