@@ -8,10 +8,10 @@ model to those of a frozen one. ``auxkern.cross_entropy`` trains such a sum with
 from auxkern import nn
 from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from auxkern.ops.memory import GradientMemory
+from auxkern.ops.parallel.vocabulary import VocabularyShard
 from auxkern.ops.registry import Explanation, explain
 from auxkern.ops.sample import Sample, sample
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.ops.vocabulary import VocabularyShard
 from auxkern.terms import Head, Logits, Sparse
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
 from auxkern.ops.library import check_target_range
 from auxkern.ops.linear_cross_entropy import linear_rows
 from auxkern.ops.memory import GradientMemory
-from auxkern.ops.parallel_cross_entropy import (
+from auxkern.ops.parallel.cross_entropy import (
     GlobalRows,
     LocalRows,
     combined,
@@ -22,9 +22,7 @@ from auxkern.ops.parallel_cross_entropy import (
     logits_of_ids,
     lse_of_terms,
 )
-from auxkern.ops.parts import LOGITS, flat_inputs
-from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
-from auxkern.ops.vocabulary import (
+from auxkern.ops.parallel.vocabulary import (
     VocabularyShard,
     is_cut,
     local_ids,
@@ -32,6 +30,8 @@ from auxkern.ops.vocabulary import (
     with_local_ids,
     with_summed_gradients,
 )
+from auxkern.ops.parts import LOGITS, flat_inputs
+from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
 from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")

@@ -14,11 +14,11 @@ from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device,
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.library import as_rows
-from auxkern.ops.parallel_sample import drawn_over_ranks
+from auxkern.ops.parallel.sample import drawn_over_ranks
+from auxkern.ops.parallel.vocabulary import VocabularyShard, is_cut, shard_of, with_local_ids
 from auxkern.ops.registry import Draws, HeadRows
 from auxkern.ops.rows import row_dtype
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.ops.vocabulary import VocabularyShard, is_cut, shard_of, with_local_ids
 from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_terms
 
 _NO_TOKEN = -1

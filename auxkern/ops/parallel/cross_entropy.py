@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops.dense import dense_logits
-from auxkern.ops.vocabulary import VocabularyShard
+from auxkern.ops.parallel.vocabulary import VocabularyShard
 from auxkern.terms import Head, Logits, Sparse, Term, rows_of, softcapped
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from auxkern.ops.noise import first_largest, gumbel, random_bits
+from auxkern.ops.parallel.vocabulary import VocabularyShard
 from auxkern.ops.registry import ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws
-from auxkern.ops.vocabulary import VocabularyShard
 
 
 def drawn_over_ranks(
