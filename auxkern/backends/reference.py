@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops.noise import first_largest, gumbel, random_bits
-from auxkern.ops.registry import ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws, Rows
+from auxkern.ops.registry import NO_TARGET, ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws, Rows
 
 
 def _contributions(values: list[Tensor], scales: list[float], softcaps: list[float], V: int) -> list[Tensor]:
@@ -48,21 +48,25 @@ class Reference:
         shares = _contributions(values, scales, softcaps, vocab_size)
         z = torch.stack(shares).sum(0)
         ignored = target == ignore_index
-        outside = ~ignored & ((target < 0) | (target >= vocab_size))
-        y = target.masked_fill(ignored | outside, 0)
+        elsewhere = ~ignored & (target == NO_TARGET)
+        outside = ~ignored & ~elsewhere & ((target < 0) | (target >= vocab_size))
+        y = target.masked_fill(ignored | elsewhere | outside, 0)
 
         def rows(x: Tensor) -> Tensor:
             return x.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
 
+        def nll(x: Tensor) -> Tensor:
+            return rows(_nll(x, y).masked_fill(elsewhere, torch.inf))
+
         row_max = z.amax(-1)
-        log_sum = torch.logsumexp(z - row_max[:, None], dim=-1)
+        log_sum = torch.logsumexp(z - row_max.masked_fill(row_max == -torch.inf, 0)[:, None], dim=-1)
         return Rows(
-            nll=rows(_nll(z, y)),
+            nll=nll(z),
             row_max=rows(row_max),
             log_sum=rows(log_sum),
             smooth=rows(-torch.log_softmax(z, dim=-1).mean(-1)) if want_smooth else z.new_empty(0),
             argmax=z.argmax(-1).masked_fill(ignored, -1) if want_stats else target.new_empty(0),
-            term_nll=torch.stack([rows(_nll(s, y)) for s in shares]) if want_stats else z.new_empty(0, 0),
+            term_nll=torch.stack([nll(s) for s in shares]) if want_stats else z.new_empty(0, 0),
         )
 
     def cross_entropy_backward(

@@ -41,6 +41,13 @@ def check_sparse_ids(name: str, ids: Tensor, V: int) -> None:
         raise ValueError(f"{name} holds {wrong}, outside [0, {V}); give padding id 0 and value 0")
 
 
+def check_sparse_terms(terms: Sequence[Term], V: int) -> None:
+    """``check_sparse_ids`` of every sparse term."""
+    for index, term in enumerate(terms):
+        if isinstance(term, Sparse):
+            check_sparse_ids(f"terms[{index}].ids", term.ids, V)
+
+
 def checked_vocabulary(terms: Sequence[Term], vocab_size: int | None) -> int | None:
     """``vocab_size`` as given, once it fits every term.
 

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from auxkern.ops import registry
-from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
+from auxkern.ops.checks import check_sparse_terms, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.library import check_target_range
 from auxkern.ops.linear_cross_entropy import linear_rows
 from auxkern.ops.memory import GradientMemory
-from auxkern.ops.parallel.cross_entropy import (
-    GlobalRows,
-    LocalRows,
-    combined,
-    logit_sums,
-    logits_of_ids,
-    lse_of_terms,
-)
-from auxkern.ops.parallel.vocabulary import (
-    VocabularyShard,
-    is_cut,
-    local_ids,
-    shard_of,
-    with_local_ids,
-    with_summed_gradients,
-)
+from auxkern.ops.parallel.agreement import fingerprint
+from auxkern.ops.parallel.cross_entropy import Formula, rows_over_ranks
+from auxkern.ops.parallel.share import Share
+from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
 from auxkern.ops.parts import LOGITS, flat_inputs
 from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
 from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_terms
@@ -126,11 +114,12 @@ def cross_entropy(
         process_group: where logits, weights and biases are cut over the vocabulary: the
             ``ProcessGroup``, ``DeviceMesh`` of one dimension or ``VocabularyShard`` of the ranks that have
             the parts, in the order of the ranks. DTensors with a shard of the vocabulary tell it
-            themselves. Everything else is the same on all ranks, targets and sparse ids from 0 to V; so is
-            what comes back. Gradients of what is cut are cut alike, those of hidden states and sparse
-            values whole on every rank. A call exchanges a few numbers a row, and backward the gradients
-            of hidden states; making the ``VocabularyShard`` once saves another exchange. A row needs a
-            finite logit on every rank, as it needs one on one device.
+            themselves if their mesh dimension is called "tp"; FSDP2's parameters are no vocabulary shards.
+            Everything else is the same on all ranks, targets and sparse ids from 0 to V; so is what comes
+            back. What one rank refuses, or ranks have differently, raises on all of them. Gradients of
+            what is cut are cut alike, those of hidden states and sparse values whole on every rank. A call
+            exchanges a few numbers a row, and backward the gradients of hidden states; making the
+            ``VocabularyShard`` once saves another exchange. ``gradient_memory`` takes no part.
         backend: "triton", "cpu", "reference", or None to choose (see ``auxkern.explain``).
 
     Returns:
@@ -145,25 +134,32 @@ def cross_entropy(
             gradient are NaN) a target lies outside [0, V); or a DTensor is placed in another way.
         RuntimeError: the backend asked for cannot run on these inputs.
     """
-    _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)
-    if gradient_memory is not None and not isinstance(gradient_memory, GradientMemory):
-        raise TypeError(
-            f"gradient_memory must be an auxkern.GradientMemory, got {type(gradient_memory).__name__}"
-        )
-    options = (ignore_index, label_smoothing, z_loss, return_stats)
     terms = as_terms(terms)
-    shard = None
-    if process_group is not None or is_cut(terms):
-        shard, terms = shard_of(process_group, terms)
-        V, vocab_size = shard.vocabulary(vocab_size)
-    problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
-    weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-    if shard is None:
+    group = group_of(process_group, terms)
+
+    def checked(terms: list[Term], vocab_size: int | None) -> _Problem:
+        _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)
+        _check_memory(gradient_memory)
+        return _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
+
+    options = (ignore_index, label_smoothing, z_loss, return_stats)
+    if group is None:
+        problem = checked(terms, vocab_size)
+        weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
         expected = _expected_gradient(problem, weight, denominator, reduction)
         row, nll, lse, argmax, term_nll = _rows(problem, expected, options, chunk_rows, gradient_memory)
     else:
-        found = _rows_over_ranks(problem, shard, V, options, chunk_rows, gradient_memory)
-        row, nll, lse, argmax, term_nll = found
+        facts = {"options": (*options, reduction, shift), "normalizer": type(normalizer).__name__}
+        cut = CutVocabulary(group, process_group, vocab_size)
+        problem, shard, V = _agreed(cut, terms, checked, facts, ignore_index)
+        weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
+        tensors, kinds, scales, softcaps = flat_inputs(problem.terms)
+        used = shard.used_sizes(V)[shard.rank]
+        share = Share(kinds, scales, softcaps, shard, used, chunk_rows, problem.backend)
+        formula = Formula(label_smoothing, z_loss, return_stats, V)
+        row, nll, lse, argmax, term_nll = rows_over_ranks(
+            share, tensors, problem.target, ignore_index, formula
+        )
     loss = row if weight is None else row * weight
     if reduction == "none":
         loss = loss.view(problem.shape)
@@ -180,6 +176,36 @@ def cross_entropy(
         term_nll=term_nll.view(len(problem.terms), *shape),
     )
     return loss, stats
+
+
+def _agreed(
+    cut: CutVocabulary,
+    terms: list[Term],
+    checked: Callable[[list[Term], int | None], _Problem],
+    facts: dict[str, Any],
+    ignore_index: int,
+) -> tuple[_Problem, VocabularyShard, int]:
+    """The call as every rank of a group has checked it, this rank's shard, and V over all ranks."""
+
+    def local(terms: list[Term]) -> tuple[_Problem, dict[str, Any]]:
+        problem = checked(terms, None)
+        weighted = problem.token_weight is not None
+        return problem, {**facts, "target": fingerprint(problem.target), "token_weight": weighted}
+
+    def within(problem: _Problem, V: int) -> _Problem:
+        if problem.target.device.type == "cpu":
+            check_target_range(problem.target, V, ignore_index)
+            check_sparse_terms(problem.terms, V)
+        return problem
+
+    return cut.agreed(terms, local, within)
+
+
+def _check_memory(gradient_memory: Any) -> None:
+    if gradient_memory is not None and not isinstance(gradient_memory, GradientMemory):
+        raise TypeError(
+            f"gradient_memory must be an auxkern.GradientMemory, got {type(gradient_memory).__name__}"
+        )
 
 
 def _check_options(
@@ -385,42 +411,6 @@ def _rows(
     )
     lse = row_max + log_sum
     return row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
-
-
-_IGNORED = -100
-
-
-def _rows_over_ranks(
-    problem: _Problem,
-    shard: VocabularyShard,
-    V: int,
-    options: tuple[int, float, float, bool],
-    chunk_rows: int | None,
-    memory: GradientMemory | None,
-) -> GlobalRows:
-    """``_rows`` where every rank has a part of the V ids; the problem's vocabulary is this rank's."""
-    ignore_index, label_smoothing, z_loss, want_stats = options
-    target = problem.target
-    counts = target != ignore_index
-    if target.device.type == "cpu":
-        check_target_range(target, V, ignore_index)
-    here, ids = local_ids(target, shard)
-    terms = with_local_ids(with_summed_gradients(problem.terms, shard), shard)
-    # A row whose target another rank has is scored against this rank's first id, which falls out again.
-    local = problem._replace(terms=terms, target=torch.where(counts, ids, _IGNORED))
-    row, _, lse, argmax, term_nll = _rows(local, None, (_IGNORED, 0.0, 0.0, want_stats), chunk_rows, memory)
-    z = logits_of_ids(terms, ids, row.dtype)
-    best, z_of_best = torch.zeros_like(target), torch.zeros_like(row)
-    if want_stats:
-        best = argmax.clamp_min(0)
-        with torch.no_grad():
-            z_of_best = logits_of_ids(terms, best, row.dtype).sum(0)
-    z_sum = None
-    if label_smoothing:
-        z_sum = logit_sums(terms, problem.vocab_size or shard.size, len(target), row.dtype)
-    term_lse = lse_of_terms(terms, term_nll, z.detach(), problem.vocab_size) if want_stats else term_nll
-    rows = LocalRows(row, z.sum(0), lse, best, term_lse, z.detach(), z_of_best)
-    return combined(rows, shard, counts, here & counts, z_sum, label_smoothing, z_loss, V)
 
 
 class _CrossEntropyRows(torch.autograd.Function):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.ops.registry import HeadRows, Rows
+from auxkern.ops.registry import HeadGradients, HeadRows, Rows
+from auxkern.ops.rows import RowSlopes
 
 _CHUNK_BYTES = 512 << 20
 _BLOCK_IDS = 8192  # ids of a weight or of a gradient that are converted to float32 at a time
@@ -89,16 +90,60 @@ def rows_and_gradients(
             heads, y, counts, V, ignore_index, label_smoothing, z_loss, want_stats, wanted
         )
         found.append((rows, made))
-        # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
-        share = torch.where(counts, weight / largest * gradients.unit, 0.0)
-        for i, dz in zip(wanted, gradients.products, strict=True):
-            factor = inputs[i].head.scale / gradients.magnified
-            _add(inputs[i], rows, dz, share, largest, factor)
-    for i in wanted:
-        for gradient in (inputs[i].d_weight, inputs[i].d_bias):
+        _add_products(inputs, wanted, rows, gradients, torch.where(counts, weight, 0.0), largest)
+    _rescale(inputs, largest)
+    return found
+
+
+def add_gradients(
+    backend: Any,
+    inputs: Sequence[HeadInputs],
+    target: Tensor,
+    slopes: RowSlopes,
+    chunks: Sequence[Any],
+    V: int,
+) -> None:
+    """Fills the gradients of ``inputs`` from what the rows' logits add up to.
+
+    Args:
+        backend: a ``registry.BackendWithHeads`` that takes these heads.
+        target: (N,) int64 in [0, V), or another id where the row's target is none of these.
+    """
+    wanted = [i for i, head in enumerate(inputs) if head.wanted]
+    weight = torch.where(slopes.counts, slopes.g, 0.0).float()
+    largest = weight.abs().amax()
+    largest = torch.where(largest == 0, 1.0, largest)
+    for rows in chunks:
+        heads = [head.rows(rows) for head in inputs]
+        counts = slopes.counts[rows] & (weight[rows] != 0)
+        gradients = backend.heads_gradient(
+            heads, target[rows].contiguous(), slopes.rows(rows, counts), V, wanted
+        )
+        _add_products(inputs, wanted, rows, gradients, torch.where(counts, weight[rows], 0.0), largest)
+    _rescale(inputs, largest)
+
+
+def _add_products(
+    inputs: Sequence[HeadInputs],
+    wanted: Sequence[int],
+    rows: Any,
+    gradients: HeadGradients,
+    weight: Tensor,
+    largest: Tensor,
+) -> None:
+    """Bring the gradients of the heads' products to their inputs, for rows of this weight (C,)."""
+    # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
+    share = torch.where(weight != 0, weight / largest * gradients.unit, 0.0)
+    for i, dz in zip(wanted, gradients.products, strict=True):
+        _add(inputs[i], rows, dz, share, largest, inputs[i].head.scale / gradients.magnified)
+
+
+def _rescale(inputs: Sequence[HeadInputs], largest: Tensor) -> None:
+    """Give gradients of weights and biases the factor that ``_add`` left out."""
+    for head in inputs:
+        for gradient in (head.d_weight, head.d_bias):
             if gradient is not None:
                 gradient.mul_(largest)
-    return found
 
 
 def _add(inputs: HeadInputs, rows: Any, dz: Tensor, share: Tensor, largest: Tensor, factor: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from auxkern.ops.head_chunks import HeadInputs
 from auxkern.ops.registry import Entries, Rows, SegmentGradients, Segments
-from auxkern.ops.rows import gradient_coefficients
+from auxkern.ops.rows import RowSlopes, RowSums
 
 _CHUNK_BYTES = 16 << 20
 # Fewer rows would wait for weights to come from memory; the hidden states of more do not fit a cache.
@@ -85,25 +85,48 @@ class SegmentInputs:
             found.append((rows, made))
             if weight is not None:
                 counts = torch.ones_like(y, dtype=torch.bool) if live is None else live
-                self._backward(segments, made, rows, entries, weight, counts, V, z_loss, number > 0)
+                sums = RowSums(made.nll, made.row_max, made.log_sum)
+                slopes = RowSlopes(weight.double(), sums, counts, 0.0, z_loss, V)
+                coefficients = slopes.coefficients(torch.float64)
+                self._backward(segments, rows, entries, coefficients, number > 0)
             del segments  # before the next chunk's are made
         return found
+
+    def add_gradients(
+        self, target: Tensor, slopes: RowSlopes, chunks: Sequence[Any], V: int, e: Tensor
+    ) -> None:
+        """Adds to the gradients of the inputs, from what the rows' logits add up to.
+
+        Args:
+            target: (N,) int64, those of the chunks in [0, V) or ``NO_TARGET``.
+            slopes: without label smoothing.
+            e: float32, ``backend.segments_e_size`` of the longest chunk.
+        """
+        coefficients = slopes.coefficients(torch.float64)
+        for rows in chunks:
+            entries = _entries(self.sparse, rows)
+            live = (slopes.counts & (slopes.g != 0))[rows]
+            segments = self.backend.segments_forward(
+                [head.rows(rows) for head in self.heads],
+                entries,
+                target[rows].contiguous(),
+                None if bool(live.all()) else live,
+                V,
+                [head.d_hidden is not None for head in self.heads],
+                e,
+            )
+            self._backward(segments, rows, entries, [c[rows] for c in coefficients], True)
+            del segments  # before the next chunk's are made
 
     def _backward(
         self,
         segments: Segments,
-        made: Rows,
         rows: Any,
         entries: Entries,
-        weight: Tensor,
-        counts: Tensor,
-        V: int,
-        z_loss: float,
+        coefficients: Sequence[Tensor],
         accumulate: bool,
     ) -> None:
-        exp_coefficient, _, at_target = gradient_coefficients(
-            weight.double(), made.nll, made.row_max, made.log_sum, counts, 0.0, z_loss, V
-        )
+        row_max, exp_coefficient, _, at_target = coefficients
         gradients = SegmentGradients(
             [head.d_weight for head in self.heads],
             [head.d_bias for head in self.heads],
@@ -111,7 +134,7 @@ class SegmentInputs:
             accumulate=accumulate,
         )
         back, d_values = self.backend.segments_backward(
-            segments, made.row_max, exp_coefficient, at_target, gradients
+            segments, row_max, exp_coefficient, at_target, gradients
         )
         for head, d_hidden in zip(self.heads, back, strict=True):
             if head.d_hidden is not None:
@@ -149,8 +172,9 @@ def _rows(segments: Segments) -> Rows:
     z_target = segments.z_target.double()
     maximum = segments.maximum.double()
     row_max = torch.maximum(maximum.amax(0), z_target)
-    others = (segments.total.double() * (maximum - row_max).exp()).sum(0)
-    gap = row_max - z_target
+    empty = row_max == -torch.inf
+    others = (segments.total.double() * (maximum - row_max.masked_fill(empty, 0)).exp()).sum(0)
+    gap = (row_max - z_target).masked_fill(empty, torch.inf)
     log_sum = torch.where(gap == 0, others.log1p(), (others + (-gap).exp()).log())
     none = z_target.new_empty(0)
     return Rows(gap + log_sum, row_max, log_sum, none, none.long(), none.view(0, 0))

@@ -88,7 +88,7 @@ def _linear_cross_entropy(
     floats = [t for t in tensors if t.is_floating_point()]
     kernel = loaded(backend, floats) if target.numel() else None
     options = (vocab_size, ignore_index, label_smoothing, z_loss, want_stats)
-    inputs = _head_inputs(kernel, parts, gradients)
+    inputs = head_inputs(kernel, parts, gradients)
     if inputs:
         _clear(parts, gradients, 0)
         size = chunk_rows or head_chunks.chunk_rows(vocab_size, [head.head for head in inputs])
@@ -99,7 +99,7 @@ def _linear_cross_entropy(
             _store(outputs, rows, found)
         return *outputs, _as_inputs(tensors, wanted, gradients, float32_gradients)
     separate = want_stats or label_smoothing > 0
-    segmented = None if separate else _segment_inputs(kernel, parts, gradients)
+    segmented = None if separate else segment_inputs(kernel, parts, gradients)
     rows_at_a_time = chunk_rows or (head_segments.chunk_rows(vocab_size) if segmented else None)
     chunks = _chunks(tensors, kinds, target, vocab_size, ignore_index, rows_at_a_time)
     # The first chunk of segments writes, later ones add.
@@ -135,7 +135,7 @@ def _store(outputs: tuple[Tensor, ...], rows: Any, found: Rows) -> None:
             output[..., rows] = chunk.to(output.dtype)
 
 
-def _head_inputs(
+def head_inputs(
     backend: Any, parts: list[Part], gradients: dict[int, Tensor]
 ) -> list[head_chunks.HeadInputs]:
     """The heads for a backend that makes logits itself; none if it does not, or there are other terms."""
@@ -152,7 +152,7 @@ def _head_of(part: Part, gradients: dict[int, Tensor]) -> head_chunks.HeadInputs
     return head_chunks.HeadInputs(head, gradients.get(part.first), gradients.get(part.first + 1), d_bias)
 
 
-def _segment_inputs(
+def segment_inputs(
     backend: Any, parts: list[Part], gradients: dict[int, Tensor]
 ) -> head_segments.SegmentInputs | None:
     """Heads and sparse terms for a backend that works by segments; None if it does not take them."""
@@ -177,20 +177,12 @@ def _chunks(
     ignore_index: int,
     chunk_rows: int | None,
 ) -> list[Any]:
-    """The rows of each chunk: slices, or indices where ignored rows are left out.
-
-    Finding the ignored rows would stop a GPU, so there they pass through, with zero gradients.
-    """
-    N = target.shape[0]
+    """``logit_chunks.chunks_of_rows``; checks ids where looking at them stops no device."""
     C = chunk_rows or logit_chunks.default_chunk_rows(V, target.device)
-    if target.device.type != "cpu":
-        return [slice(n, min(n + C, N)) for n in range(0, N, C)]
-    check_target_range(target, V, ignore_index)
-    _check_sparse_ids(tensors, kinds, V)
-    counts = (target != ignore_index).nonzero()[:, 0]
-    if counts.shape[0] < N:
-        return list(counts.split(C)) if counts.numel() else []
-    return [slice(n, min(n + C, N)) for n in range(0, N, C)]
+    if target.device.type == "cpu":
+        check_target_range(target, V, ignore_index)
+        _check_sparse_ids(tensors, kinds, V)
+    return logit_chunks.chunks_of_rows(target, ignore_index, C)
 
 
 def _check_sparse_ids(tensors: list[Tensor], kinds: list[int], V: int) -> None:
@@ -281,7 +273,7 @@ def _makes_logits(
     """Whether the backend makes the logits of these terms itself, and gradients that can be rescaled."""
     kernel = loaded(backend, [t for t in tensors if t.is_floating_point()])
     parts = flat_parts(tensors, kinds, scales, softcaps)
-    return bool(_head_inputs(kernel, parts, {}) or (not separate and _segment_inputs(kernel, parts, {})))
+    return bool(head_inputs(kernel, parts, {}) or (not separate and segment_inputs(kernel, parts, {})))
 
 
 def _common_factor(g: Tensor, expected: Tensor) -> Tensor:

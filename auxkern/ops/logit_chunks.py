@@ -33,6 +33,19 @@ def default_chunk_rows(V: int, device: torch.device) -> int:
     return max(16, budget // (4 * V) // 16 * 16)
 
 
+def chunks_of_rows(target: Tensor, ignore_index: int, C: int) -> list[Any]:
+    """The rows of each chunk of C: slices, or indices where ignored rows are left out.
+
+    Finding the ignored rows would stop a GPU, so there they pass through, with zero gradients.
+    """
+    N = target.shape[0]
+    if target.device.type == "cpu":
+        counts = (target != ignore_index).nonzero()[:, 0]
+        if counts.shape[0] < N:
+            return list(counts.split(C)) if counts.numel() else []
+    return [slice(n, min(n + C, N)) for n in range(0, N, C)]
+
+
 @dataclass
 class _Summand:
     """What the row kernel takes for one term: ``scale * softcap(sum of factor * part)``."""
@@ -212,31 +225,80 @@ def rows_and_gradients(
         gradients: by place in the flat list of tensors, 0 at the start.
     """
     summands = _summands(list(parts), separate=want_stats)
-    # Who wants a gradient, as positions among the summands.
-    asking = [
-        i
-        for i, s in enumerate(summands)
-        if any(part.first + k in gradients for part, _ in s.parts for k in range(len(part.tensors)))
-    ]
+    asking = _asking(summands, gradients)
     in_place = [summands[i].logits is None for i in asking]
-    shape = torch.Size((max((target[rows].shape[0] for rows in chunks), default=0), V))
-    buffers = [empty(shape, dtype, target.device) for s in summands if s.logits is None]
+    buffers = _buffers(summands, target, chunks, V, dtype)
     settings = (summands, V, ignore_index, label_smoothing, z_loss, want_stats, asking, in_place)
     found = []
     for rows in chunks:
-        y, unused = target[rows], iter(buffers)
-        values = []
-        for summand in summands:
-            logits = summand.logits
-            if logits is None:
-                z = next(unused)[: y.shape[0]]
-                _fill(z, summand, rows, kernel)
-                values.append(z[None])
-            else:
-                values.append(rows_of_logits(logits, rows))
+        y = target[rows]
+        values = _values(summands, buffers, rows, y.shape[0], kernel)
         weight = None if row_weight is None else row_weight[rows]
         made, dz = _row_kernel(kernel, values, y, weight, *settings)
         found.append((rows, made))
         for i, d in zip(asking, dz, strict=False):
             _add_gradients(d[0], summands[i], rows, gradients)
     return found
+
+
+def add_gradients(
+    kernel: Any,
+    parts: Sequence[Part],
+    target: Tensor,
+    coefficients: Sequence[Tensor],
+    chunks: Sequence[Any],
+    V: int,
+    gradients: dict[int, Tensor],
+) -> None:
+    """Fills ``gradients`` from what the rows' logits add up to.
+
+    Args:
+        target: (N,) int64 in [0, V), or another id where the row's target is none of these.
+        coefficients: (N,) row_max, exp_coefficient, constant and target_gradient, of the buffers' dtype.
+        gradients: by place in the flat list of tensors, 0 at the start.
+    """
+    summands = _summands(list(parts), separate=False)
+    asking = _asking(summands, gradients)
+    buffers = _buffers(summands, target, chunks, V, coefficients[0].dtype)
+    scales, softcaps = [s.scale for s in summands], [s.softcap for s in summands]
+    for rows in chunks:
+        y = target[rows].contiguous()
+        values = _values(summands, buffers, rows, y.shape[0], kernel)
+        of_rows = [c[rows].contiguous() for c in coefficients]
+        dz = kernel.cross_entropy_backward(values, y, *of_rows, scales, softcaps, V, asking)
+        for i, d in zip(asking, dz, strict=True):
+            _add_gradients(d[0], summands[i], rows, gradients)
+
+
+def _asking(summands: Sequence[_Summand], gradients: dict[int, Tensor]) -> list[int]:
+    """The summands that have a tensor whose gradient is wanted."""
+    return [
+        i
+        for i, s in enumerate(summands)
+        if any(part.first + k in gradients for part, _ in s.parts for k in range(len(part.tensors)))
+    ]
+
+
+def _buffers(
+    summands: Sequence[_Summand], target: Tensor, chunks: Sequence[Any], V: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """Memory for the logits of the longest chunk, for each summand that has none."""
+    shape = torch.Size((max((target[rows].shape[0] for rows in chunks), default=0), V))
+    return [empty(shape, dtype, target.device) for s in summands if s.logits is None]
+
+
+def _values(
+    summands: Sequence[_Summand], buffers: Sequence[Tensor], rows: Any, C: int, kernel: Any
+) -> list[Tensor]:
+    """The summands' logits of a chunk of C rows, as a row kernel takes them."""
+    unused = iter(buffers)
+    values = []
+    for summand in summands:
+        logits = summand.logits
+        if logits is None:
+            z = next(unused)[:C]
+            _fill(z, summand, rows, kernel)
+            values.append(z[None])
+        else:
+            values.append(rows_of_logits(logits, rows))
+    return values

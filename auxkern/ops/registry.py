@@ -17,6 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from auxkern.ops.rows import RowSlopes
+
+# The target of a row whose target is not among these ids but among those of another shard.
+NO_TARGET = -(2**63)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -24,7 +29,9 @@ class Rows:
 
     Float fields are float32 (float64 if any term is float64); a field that was not asked for
     has no elements. Rows whose target is ``ignore_index`` are not read: they hold 0 (argmax -1).
-    Rows whose target lies outside [0, V) hold NaN in ``nll`` and ``row_max``.
+    Rows whose target lies outside [0, V) hold NaN in ``nll`` and ``row_max``; but a row whose target is
+    ``NO_TARGET`` is one whose target has a logit of -inf: its ``nll`` is infinite, the rest is what its
+    V ids add up to. A row of nothing but -inf has -inf in ``row_max`` and ``log_sum``, NaN in ``nll``.
 
     z is the sum of the terms over the first V ids, y the target.
     """
@@ -80,7 +87,7 @@ class Backend(Protocol):
     ) -> list[Tensor]:
         """Gradients of the terms in ``wanted``, contiguous, shaped and typed like their values.
 
-            dz[n, v] = target_gradient[n]                                        v = target[n]
+            dz[n, v] = target_gradient[n]                              v = target[n], if that is in [0, V)
             dz[n, v] = exp_coefficient[n] * exp(z[n, v] - row_max[n]) - constant[n]   other v < V
             dz[n, v] = 0                                                          v >= V
             d_values = dz * scale * (1 - tanh(values / softcap)**2)
@@ -179,6 +186,17 @@ class BackendWithHeads(Backend, Protocol):
         """
         ...
 
+    def heads_gradient(
+        self,
+        heads: list[HeadRows],
+        target: Tensor,  # (N,) int64, contiguous; outside [0, vocab_size) for a row without a target here
+        slopes: RowSlopes,
+        vocab_size: int,
+        wanted: list[int],
+    ) -> HeadGradients:
+        """The gradients of ``heads_forward_gradient`` for rows whose sums are known: ids of more shards."""
+        ...
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -196,7 +214,7 @@ class Segments:
 
     maximum: Tensor  # (S, C) float32, close to the segment's maximum
     total: Tensor  # (S, C) float32, sum of exp(z - maximum) over all ids but the target
-    z_target: Tensor  # (C,) float32
+    z_target: Tensor  # (C,) float32; -inf without a target
     kept: Any  # the backend's own
 
 
@@ -225,7 +243,7 @@ class BackendWithSegments(Backend, Protocol):
         self,
         heads: list[HeadRows],
         entries: Entries,
-        target: Tensor,  # (C,) int64 in [0, V), contiguous
+        target: Tensor,  # (C,) int64 in [0, V) or NO_TARGET, contiguous
         live: Tensor | None,  # (C,) bool: False where the gradient is 0 whatever the row holds
         vocab_size: int,
         want_back: list[bool],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,48 @@ def gradient_coefficients(
         torch.where(counts, c, 0.0) for c in (exp_coefficient, constant, at_target)
     )
     return exp_coefficient, constant, at_target
+
+
+class RowSums(NamedTuple):
+    """What the logits of each row add up to; (N,) each, as in ``registry.Rows``."""
+
+    nll: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+
+
+@dataclass(frozen=True)
+class RowSlopes:
+    """What the gradient of each row's logits is made of, where their sums are known already.
+
+    Attributes:
+        g: (N,) gradient of the row's loss.
+        sums: over all ids.
+        counts: (N,) bool, False for rows that are ignored.
+        label_smoothing, z_loss: of the loss.
+        vocab_size: V, all ids.
+    """
+
+    g: Tensor
+    sums: RowSums
+    counts: Tensor
+    label_smoothing: float
+    z_loss: float
+    vocab_size: int
+
+    def rows(self, rows: Any, counts: Tensor) -> RowSlopes:
+        """The same for some rows, of which (C,) ``counts`` count."""
+        sums = RowSums(*(x[rows] for x in self.sums))
+        return replace(self, g=self.g[rows], sums=sums, counts=counts)
+
+    def coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(N,) row_max, exp_coefficient, constant, target_gradient for ``cross_entropy_backward``."""
+        sums = self.sums
+        made = gradient_coefficients(
+            self.g, *sums, self.counts, self.label_smoothing, self.z_loss, self.vocab_size
+        )
+        row_max, exp_coefficient, constant, at_target = (c.to(dtype) for c in (sums.row_max, *made))
+        return row_max, exp_coefficient, constant, at_target
 
 
 class _OnceDifferentiable(torch.autograd.Function):

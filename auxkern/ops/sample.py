@@ -14,8 +14,9 @@ from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device,
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.library import as_rows
+from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.sample import drawn_over_ranks
-from auxkern.ops.parallel.vocabulary import VocabularyShard, is_cut, shard_of, with_local_ids
+from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of, with_local_ids
 from auxkern.ops.registry import Draws, HeadRows
 from auxkern.ops.rows import row_dtype
 from auxkern.ops.sampling_params import SamplingParams
@@ -103,13 +104,43 @@ def sample(
         RuntimeError: the backend asked for cannot run.
     """
     terms = as_terms(terms)
-    shard = None
-    if process_group is not None or is_cut(terms):
-        shard, terms = shard_of(process_group, terms)
-    _, device = one_device(terms)
     params = SamplingParams() if params is None else params
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"params must be auxkern.SamplingParams or None, got {type(params).__name__}")
+    asked = _Asked(params, seed, position, history, prompt, return_logprobs, top_logprobs, backend)
+    group = group_of(process_group, terms)
+    if group is not None:
+        return _over_ranks(terms, asked, CutVocabulary(group, process_group, vocab_size))
+    leading = _checked_rows(terms, asked)
+    V = checked_vocabulary(terms, vocab_size)
+    V = V or next(t.vocabulary for t in terms if not isinstance(t, Sparse))
+    draws = _draws(terms, asked, V)
+    token, status, processed = _chunked(_backend(backend, terms), terms, draws, V, return_logprobs)
+    found = Sample(token.view(leading), status.view(leading))
+    if return_logprobs:
+        found = _with_logprobs(found, terms, V, processed.view(leading))
+    if top_logprobs:
+        found = _with_top(found, terms, V, top_logprobs)
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of ``sample`` beside the terms."""
+
+    params: SamplingParams
+    seed: Any
+    position: Any
+    history: Any
+    prompt: Any
+    return_logprobs: bool
+    top_logprobs: Any
+    backend: str | None
+
+
+def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
+    """(...): the rows of all terms."""
+    one_device(terms)
+    if not isinstance(asked.params, SamplingParams):
+        raise TypeError(f"params must be auxkern.SamplingParams or None, got {type(asked.params).__name__}")
     leading = terms[0].leading
     for index, term in enumerate(terms):
         if term.leading != leading:
@@ -117,29 +148,42 @@ def sample(
                 f"terms[{index}] has rows {tuple(term.leading)} but terms[0] has {tuple(leading)}; "
                 "give all terms the same rows"
             )
-    V, here = (checked_vocabulary(terms, vocab_size), None) if shard is None else shard.vocabulary(vocab_size)
-    V = V or next(t.vocabulary for t in terms if not isinstance(t, Sparse))
-    if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= V:
-        raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to V = {V}")
-    given = terms
-    if shard is not None:
-        # This rank's logits; whole, where what acts on them needs all ids.
-        z = dense_logits(with_local_ids(terms, shard), vocab_size=here).view(leading.numel(), -1)
-        terms = [Logits(z.view(*leading, -1))]
-    rows = (params, seed, position, history, prompt, V, leading, device)
-    if shard is not None and _is_unfiltered(params) and not top_logprobs and backend is None:
-        token, status, processed = drawn_over_ranks(z, _draws(terms, *rows), shard, return_logprobs)
+    return leading
+
+
+def _over_ranks(terms: Sequence[Term], asked: _Asked, cut: CutVocabulary) -> Sample:
+    """``sample`` of terms whose vocabulary is cut over ranks."""
+
+    def checked(terms: list[Term]) -> tuple[list[Term], dict[str, Any]]:
+        _checked_rows(terms, asked)
+        seed = asked.seed if not isinstance(asked.seed, Tensor) else fingerprint(asked.seed)
+        options = (asked.return_logprobs, asked.top_logprobs, asked.backend)
+        return terms, {"seed": seed, "options": options}
+
+    def within(terms: list[Term], V: int) -> tuple[list[Term], Draws]:
+        _backend(asked.backend, terms)
+        draws = _draws(terms, asked, V)
+        # Sparse terms and scales of rows go into the logits.
+        ids, values = draws.added_ids[:, :0], draws.added[:, :0]
+        return terms, replace(draws, added_ids=ids, added=values, row_scales=[None])
+
+    (given, draws), shard, V = cut.agreed(terms, checked, within)
+    leading = given[0].leading
+    z = dense_logits(with_local_ids(given, shard), vocab_size=shard.used_sizes(V)[shard.rank])
+    z = z.reshape(leading.numel(), z.shape[-1])
+    whole: list[Term] = []
+    if _is_unfiltered(asked.params) and not asked.top_logprobs and asked.backend is None:
+        token, status, processed = drawn_over_ranks(z, draws, shard, asked.return_logprobs)
     else:
-        if shard is not None:
-            terms = [Logits(shard.whole(z)[:, :V].reshape(*leading, V))]
-        token, status, processed = _chunked(
-            _backend(backend, terms), terms, _draws(terms, *rows), V, return_logprobs
-        )
+        # What acts on all ids needs the logits of all.
+        whole = [Logits(shard.whole(z)[:, :V].reshape(*leading, V))]
+        kernel = _backend(asked.backend, whole)
+        token, status, processed = _chunked(kernel, whole, draws, V, asked.return_logprobs)
     found = Sample(token.view(leading), status.view(leading))
-    if return_logprobs:
+    if asked.return_logprobs:
         found = _with_logprobs(found, given, V, processed.view(leading), shard)
-    if top_logprobs:
-        found = _with_top(found, terms, V, top_logprobs)
+    if asked.top_logprobs:
+        found = _with_top(found, whole, V, asked.top_logprobs)
     return found
 
 
@@ -203,17 +247,10 @@ def _row_ids(name: str, ids: Any, leading: torch.Size, device: torch.device) -> 
     return ids.reshape(N, ids.shape[-1]).long().contiguous()
 
 
-def _draws(
-    terms: Sequence[Term],
-    params: SamplingParams,
-    seed: Any,
-    position: Any,
-    history: Any,
-    prompt: Any,
-    V: int,
-    leading: torch.Size,
-    device: torch.device,
-) -> Draws:
+def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
+    """Checks what the rows are drawn with, and V's part of it, and makes it entries of rows."""
+    _check_count(asked.top_logprobs, V)
+    params, leading, (_, device) = asked.params, terms[0].leading, one_device(terms)
     N, dtype = leading.numel(), row_dtype(tensors_of(terms))
 
     def row(name: str, value: Any = None) -> Tensor:
@@ -234,10 +271,10 @@ def _draws(
         repetition=row("repetition_penalty"),
         presence=row("presence_penalty"),
         frequency=row("frequency_penalty"),
-        seed=_integers("seed", seed, N, device, each=True),
-        position=_integers("position", position, N, device),
-        prompt=_row_ids("prompt", prompt, leading, device),
-        history=_row_ids("history", history, leading, device),
+        seed=_integers("seed", asked.seed, N, device, each=True),
+        position=_integers("position", asked.position, N, device),
+        prompt=_row_ids("prompt", asked.prompt, leading, device),
+        history=_row_ids("history", asked.history, leading, device),
         added_ids=torch.cat([_row_ids("", None, leading, device), *ids], 1),
         added=torch.cat([row("temperature")[:, None][:, :0], *(_values(t, N, dtype) for t in sparse)], 1),
         bias_ids=bias_ids,
@@ -245,6 +282,11 @@ def _draws(
         row_scales=[row("scale", s) if isinstance(s, Tensor) else None for s in scales],
         plain=params.is_plain,
     )
+
+
+def _check_count(top_logprobs: Any, V: int) -> None:
+    if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= V:
+        raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to V = {V}")
 
 
 def _values(term: Sparse, N: int, dtype: torch.dtype) -> Tensor:

@@ -85,12 +85,14 @@ struct Row {
     }
 
     double log_sum() const {
-        if (max == -INFINITY) return NAN;  // no id has any probability
+        // No id has any probability: the sum is 0, or NaN if a logit is.
+        if (max == -INFINITY) return log(sum_other);
         if (z_target == max) return log1p(sum_other);
         return log(sum_other + exp(double(z_target) - double(max)));
     }
 
     double nll() const {
+        if (max == -INFINITY) return NAN;
         const double gap = z_target == max ? 0.0 : double(max) - double(z_target);
         return gap + log_sum();
     }
@@ -265,7 +267,8 @@ Coefficients coefficients(const ForwardTask &task, int64_t row, const Row &sum) 
 void forward_row(const ForwardTask &task, int64_t row, float *scratch) {
     const int64_t y = task.target[row], V = task.V;
     const bool ignored = y == task.ignore_index;
-    if (ignored || y < 0 || y >= V) {
+    const bool open = y == AUXKERN_NO_TARGET && !ignored;
+    if (ignored || (!open && (y < 0 || y >= V))) {
         const float fill = ignored ? 0.0f : NAN;
         task.nll[row] = task.row_max[row] = task.log_sum[row] = fill;
         if (task.smooth) task.smooth[row] = fill;
@@ -276,6 +279,10 @@ void forward_row(const ForwardTask &task, int64_t row, float *scratch) {
         return;
     }
     Row sum, alone[AUXKERN_MAX_TERMS];
+    if (open) {
+        sum.z_target = -INFINITY;
+        for (Row &term : alone) term.z_target = -INFINITY;
+    }
     Tile tile, share;
     const Saved saved(scratch, V);
     for (int64_t column = 0; column < V; column += TILE) {

@@ -14,6 +14,8 @@ extern "C" {
 
 #define AUXKERN_ABI_VERSION 4
 #define AUXKERN_MAX_TERMS 8
+/* A target that is not among these ids but among others, of another shard of the vocabulary. */
+#define AUXKERN_NO_TARGET INT64_MIN
 
 #if defined(_WIN32)
 #define AUXKERN_EXPORT __declspec(dllexport)
@@ -82,7 +84,9 @@ AUXKERN_EXPORT int32_t auxkern_best_isa(void);
 /* Per row: nll = lse - z[y], row_max = max z, log_sum = log sum exp(z - row_max) and, unless NULL,
  * smooth = mean (lse - z), argmax (lowest id among equals), term_nll (I, N): the target's nll
  * under each term alone. Rows with y == ignore_index get 0 (argmax -1) and are not read; rows with
- * y outside [0, V) get NaN in nll and row_max. */
+ * y outside [0, V) get NaN in nll and row_max. A row with AUXKERN_NO_TARGET is one whose target has a
+ * logit of -inf: its nll is infinite, the rest says what its V ids add up to. Of a row of nothing but
+ * -inf, row_max and log_sum are -inf, and the nll of its target is NaN. */
 AUXKERN_EXPORT int32_t auxkern_cross_entropy_forward(
     const auxkern_term *terms, int32_t n_terms,
     const int64_t *target, /* (N,) */
@@ -97,7 +101,7 @@ AUXKERN_EXPORT int32_t auxkern_cross_entropy_forward(
     const auxkern_execution *execution);
 
 /* dz[n, v] = exp_coefficient[n] * exp(z[n, v] - row_max[n]) - constant[n], target_gradient[n] at
- * v = y, 0 for v >= V; gradients[i] = dz * scale * softcap'. Rows whose three coefficients are 0
+ * v = y if that is in [0, V), 0 for v >= V; gradients[i] = dz * scale * softcap'. Rows whose three coefficients are 0
  * are set to 0 and not read. */
 AUXKERN_EXPORT int32_t auxkern_cross_entropy_backward(
     const auxkern_term *terms, int32_t n_terms,
@@ -144,14 +148,14 @@ typedef struct {
 typedef struct {
     int64_t C;
     int64_t stride;          /* C or more, a multiple of 16 */
-    auxkern_entries targets; /* one for each row */
+    auxkern_entries targets; /* one at most for each row */
     auxkern_entries sparse;
     const float *values; /* (sparse.count,) */
     const uint8_t *live; /* (C,) 0 for rows whose gradient is 0 whatever they hold, or NULL: all live */
     float *e;            /* (V, stride), or NULL where no gradient is wanted */
     float *segment_max;  /* (segments, stride): the reference of e, close to the maximum */
     float *segment_sum;  /* (segments, stride): sum of e over all ids but the target */
-    float *z_target;     /* (C,) */
+    float *z_target;     /* (C,); not written for a row without a target */
 } auxkern_rows;
 
 typedef struct {

@@ -73,8 +73,10 @@ def forward(
     """``BackendWithSegments.segments_forward``."""
     C, S = target.shape[0], -(-V // IDS)
     stride = _stride(C)
-    maximum, total, z_target = _float32(S, stride), _float32(S, stride), _float32(C)
+    maximum, total, z_target = _float32(S, stride), _float32(S, stride), _float32(C).fill_(-torch.inf)
     by_id, order = target.sort(stable=True)
+    elsewhere = int(torch.searchsorted(by_id, 0))  # NO_TARGET comes first
+    by_id, order = by_id[elsewhere:], order[elsewhere:]
     tensors = [by_id, order, entries.ids, entries.rows, entries.values]
     back: list[Tensor | None] = []
     listed = (library.Head * len(heads))()
@@ -88,7 +90,7 @@ def forward(
         head.weight_stride, head.D = given.weight.stride(0), given.weight.shape[1]
         head.dtype, head.scale = library.DTYPES[given.weight.dtype], given.scale
     rows = library.HeadRows(C=C, stride=stride)
-    rows.targets = library.Entries(C, by_id.data_ptr(), order.data_ptr())
+    rows.targets = library.Entries(by_id.numel(), by_id.data_ptr(), order.data_ptr())
     rows.sparse = library.Entries(entries.ids.numel(), entries.ids.data_ptr(), entries.rows.data_ptr())
     rows.values, rows.live, rows.e = entries.values.data_ptr(), _address(live), _address(e)
     rows.segment_max, rows.segment_sum = maximum.data_ptr(), total.data_ptr()
@@ -142,7 +144,13 @@ def _d_hidden(
     total = back[0] * coefficient[0]
     for share, factor in zip(back[1:], coefficient[1:], strict=True):
         total.addcmul_(share, factor)
-    d_hidden = total[:, : kept.rows.C].T.addcmul(at_target[:, None], weight[kept.target].float())
+    d_hidden = total[:, : kept.rows.C].T
+    if kept.rows.targets.count < kept.rows.C:
+        here = (kept.target >= 0).nonzero()[:, 0]
+        d_hidden = d_hidden.contiguous()
+        d_hidden[here] += at_target[here, None] * weight[kept.target[here]].float()
+    else:
+        d_hidden = d_hidden.addcmul(at_target[:, None], weight[kept.target].float())
     return d_hidden.mul_(scale)
 
 

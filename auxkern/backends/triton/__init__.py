@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from auxkern.backends.triton import head_plans, plans, sampling_plans
 from auxkern.ops.registry import Draws, HeadGradients, HeadRows, Rows
-from auxkern.ops.rows import gradient_coefficients
+from auxkern.ops.rows import RowSlopes, RowSums
 
 _OLDEST = (3, 6)
 
@@ -145,30 +146,48 @@ class Triton:
         with _on(target.device):
             for launch in launches:
                 launch.run()
-            magnified = head_plans.MAGNIFIED[dtype]
-            per_row, unit = _unit_coefficients(rows, counts, vocab_size, label_smoothing, z_loss, magnified)
-            if e is not None:
-                d, launch = head_plans.scale(summed, e, tops, rows.row_max, per_row, dtype)
-                products = [d] * len(wanted)
-            else:
-                slopes = [summed.slope_of(i) for i in wanted]
-                distinct = list(dict.fromkeys(slopes))
-                made, launch = head_plans.gradient(summed, rows.row_max, per_row, distinct, dtype)
-                products = [made[distinct.index(slope)] for slope in slopes]
+            sums = RowSums(rows.nll, rows.row_max, rows.log_sum)
+            slopes = RowSlopes(rows.nll, sums, counts, label_smoothing, z_loss, vocab_size)
+            if e is None:
+                return rows, _gradients_made_again(summed, slopes, wanted, dtype)
+            per_row, unit = _unit_coefficients(slopes, head_plans.MAGNIFIED[dtype])
+            d, launch = head_plans.scale(summed, e, tops, *per_row, dtype)
             launch.run()
-        return rows, HeadGradients(products, unit, magnified)
+        return rows, HeadGradients([d] * len(wanted), unit, head_plans.MAGNIFIED[dtype])
+
+    def heads_gradient(
+        self, heads: list[HeadRows], target: Tensor, slopes: RowSlopes, vocab_size: int, wanted: list[int]
+    ) -> HeadGradients:
+        summed = head_plans.heads_sum(heads, target, vocab_size, False, _float32_products())
+        with _on(target.device):
+            dtype = head_plans.gradient_dtype([heads[i] for i in wanted])
+            return _gradients_made_again(summed, slopes, wanted, dtype)
 
 
-def _unit_coefficients(
-    rows: Rows, counts: Tensor, V: int, label_smoothing: float, z_loss: float, magnified: float
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Coefficients of a dz that fits a 16-bit number, and the (N,) factor that it is short of."""
-    steepness = 1.0 + (2 * z_loss * (rows.row_max + rows.log_sum)).abs()
+def _gradients_made_again(
+    summed: head_plans.Sum, slopes: RowSlopes, wanted: list[int], dtype: torch.dtype
+) -> HeadGradients:
+    """Gradients of the heads' products, from their hidden states."""
+    per_row, unit = _unit_coefficients(slopes, head_plans.MAGNIFIED[dtype])
+    groups = [summed.slope_of(i) for i in wanted]
+    distinct = list(dict.fromkeys(groups))
+    made, launch = head_plans.gradient(summed, *per_row, distinct, dtype)
+    launch.run()
+    products = [made[distinct.index(group)] for group in groups]
+    return HeadGradients(products, unit, head_plans.MAGNIFIED[dtype])
+
+
+def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[tuple[Tensor, list[Tensor]], Tensor]:
+    """Coefficients of a dz that fits a 16-bit number, and the (N,) factor that it is short of.
+
+    ``slopes.g`` is not looked at: it comes in when the products with hidden states and weights are done.
+    """
+    lse = slopes.sums.row_max + slopes.sums.log_sum
+    steepness = (1.0 + (2 * slopes.z_loss * lse).abs()).float()
     # A row that is NaN says so in dz; its factor is finite, lest it spoil the other rows.
     steepness = torch.where(steepness.isfinite(), steepness, 1.0)
-    g = magnified / steepness
-    settings = (counts, label_smoothing, z_loss, V)
-    return gradient_coefficients(g, rows.nll, rows.row_max, rows.log_sum, *settings), steepness
+    row_max, *coefficients = replace(slopes, g=magnified / steepness).coefficients(torch.float32)
+    return (row_max, coefficients), steepness
 
 
 def _float32_products() -> str:

@@ -16,10 +16,13 @@ import triton.language as tl
 
 from auxkern.backends.triton.numerics import log1p, tanh, tanh_slope
 from auxkern.backends.triton.rows import body_pointers, contiguous_width, head_columns, read, row_pointer
+from auxkern.ops.registry import NO_TARGET
 
 # Out of the running in an argmax.
 _NO_KEY: tl.constexpr = tl.constexpr(-(2**31))
 _NO_COLUMN: tl.constexpr = tl.constexpr(2**31 - 1)
+# A row whose target is among the ids of another shard: its logit here is -inf.
+_NO_TARGET: tl.constexpr = tl.constexpr(NO_TARGET)
 
 
 @triton.jit
@@ -147,25 +150,35 @@ def _meet_all(state, SMOOTH: tl.constexpr, STATS: tl.constexpr):
 
 @triton.jit
 def _nll(softmax, target):
-    """(nll, max, log of the sum of exp(z - max)) of a row from its other columns and its target."""
+    """(nll, max, log of the sum of exp(z - max)) of a row from its other columns and its target.
+
+    Of a row of nothing but -inf, max and log are -inf and the nll is NaN.
+    """
     largest = tl.maximum(softmax[0], target)
-    others = softmax[1] * tl.exp(softmax[0] - largest)  # NaN if the whole row is -inf
-    on_top = target >= softmax[0]
+    pivot = _pivot(largest)
+    others = softmax[1] * tl.exp(softmax[0] - pivot)
+    on_top = (target >= softmax[0]) & (largest > -float("inf"))
     # Where the target is not on top, the others hold at least the 1 of the largest.
-    excess = tl.where(on_top, others, (others - 1.0) + tl.exp(target - largest))
+    excess = tl.where(on_top, others, (others - 1.0) + tl.exp(target - pivot))
     log_sum = log1p(tl.where(largest < float("inf"), excess, float("nan")))
     nll = tl.where(on_top, log_sum, (largest - target) + log_sum)
     return nll, largest, log_sum
 
 
 @triton.jit
+def _absent(y):
+    """The logit of a target outside the vocabulary: -inf if another shard has it, else NaN."""
+    return tl.where(y == _NO_TARGET, -float("inf"), float("nan"))
+
+
+@triton.jit
 def _target_shares(terms, row, y, in_range, UNIT: tl.constexpr, CAPPED: tl.constexpr):
-    """(z[y], each term's share of it), NaN where the target is outside the vocabulary."""
+    """(z[y], each term's share of it), ``_absent`` where the target is outside the vocabulary."""
     pointers = ()
     for i in tl.static_range(len(terms)):
         pointers += (row_pointer(terms[i], row),)
     shares = shares_of(terms, pointers, y, in_range, UNIT, CAPPED)
-    return tl.where(in_range, total_of(shares), float("nan")), shares
+    return tl.where(in_range, total_of(shares), _absent(y)), shares
 
 
 @triton.jit
@@ -178,15 +191,16 @@ def _write_row(
     target, shares = _target_shares(terms, row, y, in_range, UNIT, CAPPED)
     nll, largest, log_sum = _nll(state[0], target)
     tl.store(out.nll + row, tl.where(ignored, 0.0, nll))
-    tl.store(out.row_max + row, tl.where(ignored, 0.0, tl.where(nll == nll, largest, float("nan"))))
+    tl.store(out.row_max + row, tl.where(ignored, 0.0, tl.where(log_sum == log_sum, largest, float("nan"))))
     tl.store(out.log_sum + row, tl.where(ignored, 0.0, log_sum))
     if SMOOTH:
-        distance = state[1][0] + state[1][1] * (largest - _pivot(state[0][0])) + (largest - target)
+        distance = state[1][0] + state[1][1] * (largest - _pivot(state[0][0]))
+        distance += tl.where(y == _NO_TARGET, 0.0, largest - target)
         tl.store(out.smooth + row, tl.where(ignored, 0.0, log_sum + distance / V))
     if STATS:
         tl.store(out.argmax + row, tl.where(ignored, -1, state[2][1]).to(tl.int64))
         for i in tl.static_range(len(terms)):
-            term_nll, _, _ = _nll(state[3][i], tl.where(in_range, shares[i], float("nan")))
+            term_nll, _, _ = _nll(state[3][i], tl.where(in_range, shares[i], _absent(y)))
             tl.store(out.term_nll + i * N + row, tl.where(ignored, 0.0, term_nll))
 
 

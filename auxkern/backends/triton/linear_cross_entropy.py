@@ -18,6 +18,8 @@ import triton.language as tl
 from auxkern.backends.triton.cross_entropy import (
     _NO_COLUMN,
     _NO_KEY,
+    _NO_TARGET,
+    _absent,
     _fold_best,
     _nll,
     _pivot,
@@ -267,23 +269,25 @@ def heads_combine_kernel(
     plane = N.to(tl.int64) * tiles
     at = partial.sums + rows
     softmax = _combined(at, plane, N, tiles, present, R, LANES)
-    goal = tl.load(partial.target + rows, in_range, float("nan"))
+    goal = tl.where(in_range, tl.load(partial.target + rows, in_range, 0.0), _absent(y))
     nll, largest, log_sum = _nll(softmax, goal)
     tl.store(out.nll + rows, tl.where(ignored, 0.0, nll), mask=present)
-    row_max = tl.where(nll == nll, largest, float("nan"))
+    row_max = tl.where(log_sum == log_sum, largest, float("nan"))
     tl.store(out.row_max + rows, tl.where(ignored, 0.0, row_max), mask=present)
     tl.store(out.log_sum + rows, tl.where(ignored, 0.0, log_sum), mask=present)
     if SMOOTH:
         pivot = _pivot(softmax[0])
         holder = tl.where(in_range, y, -BLOCK_V)[None, :]
         distance = _combined_distance(at, plane, N, V, tiles, holder, pivot, present, R, LANES, BLOCK_V)
-        distance += (V - 1) * (largest - pivot) + (largest - goal)
+        # Of a row with its target elsewhere the largest is the pivot.
+        distance += tl.where(y == _NO_TARGET, 0.0, (V - 1) * (largest - pivot) + (largest - goal))
         tl.store(out.smooth + rows, tl.where(ignored, 0.0, log_sum + distance / V), mask=present)
     if STATS:
         column = _combined_best(partial.best + rows, plane, N, tiles, present, R, LANES)
         tl.store(out.argmax + rows, tl.where(ignored, -1, column).to(tl.int64), mask=present)
         for g in tl.static_range(GROUPS):
-            its = tl.load(partial.target + (1 + g) * N.to(tl.int64) + rows, in_range, float("nan"))
+            its = tl.load(partial.target + (1 + g) * N.to(tl.int64) + rows, in_range, 0.0)
+            its = tl.where(in_range, its, _absent(y))
             softmax = _combined(at + (3 + 2 * g) * plane, plane, N, tiles, present, R, LANES)
             term_nll, _, _ = _nll(softmax, its)
             there = out.term_nll + g * N.to(tl.int64) + rows

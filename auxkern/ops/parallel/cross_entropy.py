@@ -3,42 +3,25 @@
     lse[n]   = log sum_r exp lse_r[n]          over ranks r
     nll[n]   = lse[n] - z[n, target[n]]        the second from the rank that has the target
 
-Each rank runs the operator of one device on its own ids; what ranks exchange is a few numbers a row, once.
+A rank's rows say what its own ids add up to (``Rows``); a target is known to the rank that has it and to
+no other (``NO_TARGET``), so nothing ever stands in for it. The ranks exchange a few numbers a row, once, and
+each makes the gradient of its own logits from the maximum and the sum over all ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from auxkern.ops.dense import dense_logits
-from auxkern.ops.parallel.vocabulary import VocabularyShard
-from auxkern.terms import Head, Logits, Sparse, Term, rows_of, softcapped
-
-
-class LocalRows(NamedTuple):
-    """What one rank knows of its N rows, each scored against an id of its own.
-
-    Attributes:
-        row: (N,) nll under this rank's softmax, differentiable.
-        z: (N,) logit of the id that it was scored against, differentiable.
-        lse: (N,) over this rank's ids.
-        argmax: (N,) int64 of this rank's ids, from 0.
-        term_lse: (I, N) as ``lse``, of each term alone; (0, 0) unless wanted.
-        z_of_terms: (I, N) as ``z``.
-        z_of_argmax: (N,) logit of argmax.
-    """
-
-    row: Tensor
-    z: Tensor
-    lse: Tensor
-    argmax: Tensor
-    term_lse: Tensor
-    z_of_terms: Tensor
-    z_of_argmax: Tensor
+from auxkern.ops.parallel.share import IGNORED, Share
+from auxkern.ops.parallel.vocabulary import local_ids
+from auxkern.ops.registry import NO_TARGET, Rows
+from auxkern.ops.rows import RowSlopes, RowSums, refuse_second_derivatives, row_loss
 
 
 class GlobalRows(NamedTuple):
@@ -56,165 +39,142 @@ class GlobalRows(NamedTuple):
     term_nll: Tensor
 
 
-def logits_of_ids(terms: Sequence[Term], ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """(I, N) logit of one id of each row under each term alone; differentiable.
+@dataclass(frozen=True)
+class Formula:
+    """What the loss of a row is, beside its logits.
 
-    Args:
-        terms: of rows (...), N of them.
-        ids: (N,) int64.
-        dtype: of the result, float32 or float64.
-    """
-    return torch.stack([_logit(term, ids, dtype) for term in terms])
-
-
-def _logit(term: Term, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(term, Sparse):
-        hit = term.ids.reshape(len(ids), -1) == ids[:, None]
-        return (term.values.reshape(len(ids), -1).to(dtype) * hit).sum(-1)
-    if isinstance(term, Logits):
-        z = term.values.gather(-1, ids.view(*term.leading, 1)).reshape(-1).to(dtype)
-    else:
-        hidden = term.hidden.reshape(len(ids), -1).to(dtype)
-        z = (hidden * torch.nn.functional.embedding(ids, term.weight).to(dtype)).sum(-1)
-        if term.bias is not None:
-            z = z + term.bias[ids].to(dtype)
-    return softcapped(z, term.softcap) * term.scale
-
-
-@torch.no_grad()
-def lse_of_terms(terms: Sequence[Term], term_nll: Tensor, z: Tensor, vocab_size: int | None) -> Tensor:
-    """(I, N) float64 log-sum-exp of each term alone over this rank's ids.
-
-    Args:
-        terms: of this rank.
-        term_nll: (I, N) of the ids that the rows were scored against.
-        z: (I, N) logits of these ids.
-        vocab_size: this rank's ids that count; None for all.
-    """
-    found = term_nll.double() + z.double()
-    for i, term in enumerate(terms):
-        # An id of -inf says nothing of the others. It is rare, and looking for it stops a GPU.
-        rows = (~found[i].isfinite()).nonzero()[:, 0]
-        if len(rows) and not isinstance(term, Sparse):
-            found[i, rows] = dense_logits([rows_of(term, rows)], vocab_size=vocab_size).double().logsumexp(-1)
-    return found
-
-
-def logit_sums(terms: Sequence[Term], V: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """(N,) sum of the logits of V ids, for label smoothing; differentiable.
-
-    Raises:
-        ValueError: a head has a soft cap; its logits cannot be summed without making them.
-    """
-    total: Tensor | None = None
-    for index, term in enumerate(terms):
-        if isinstance(term, Sparse):
-            part = term.values.reshape(rows, -1).to(dtype).sum(-1)
-        elif isinstance(term, Logits):
-            z = softcapped(term.values[..., :V].to(dtype), term.softcap)
-            part = z.sum(-1).reshape(-1) * term.scale
-        else:
-            part = _head_sum(index, term, V, rows, dtype)
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("there are no terms; pass one at least")
-    return total
-
-
-def _head_sum(index: int, head: Head, V: int, rows: int, dtype: torch.dtype) -> Tensor:
-    if head.softcap:
-        raise ValueError(
-            f"label_smoothing over a process group takes no soft cap, but terms[{index}].softcap is "
-            f"{head.softcap}; pass label_smoothing=0"
-        )
-    z = head.hidden.reshape(rows, -1).to(dtype) @ head.weight[:V].to(dtype).sum(0)
-    if head.bias is not None:
-        z = z + head.bias[:V].to(dtype).sum()
-    return z * head.scale
-
-
-def combined(
-    local: LocalRows,
-    shard: VocabularyShard,
-    counts: Tensor,
-    owned: Tensor,
-    z_sum: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    vocab_size: int,
-) -> GlobalRows:
-    """What the ranks' rows come to; every rank calls it.
-
-    Args:
-        local: of this rank.
-        shard: of this rank.
-        counts: (N,) bool, rows that are not ignored.
-        owned: (N,) bool, rows whose target this rank has.
-        z_sum: (N,) sum of this rank's logits, with label smoothing.
+    Attributes:
         label_smoothing, z_loss: as in ``cross_entropy``.
+        want_stats: whether ``argmax`` and ``term_nll`` are wanted.
         vocab_size: V over all ranks.
     """
-    with torch.no_grad():
-        # In float64, and by way of the nll, which a common offset of all logits does not reach.
-        by_nll = local.row.double() + local.z.double()
-        lse = torch.where(by_nll.isfinite(), by_nll, local.lse.double())
-        columns = [lse, torch.where(owned, local.z.double(), 0.0)]
-        columns += [local.z_of_argmax.double(), (local.argmax + shard.first_id).double()]
-        columns += [] if z_sum is None else [z_sum.double()]
-        terms = len(local.term_lse)
-        if terms:
-            columns += [*local.term_lse.double()]
-            columns += [*torch.where(owned, local.z_of_terms.double(), 0.0)]
-        everyone = shard.gathered(torch.stack(columns))
-    lse_of, z_of, best, best_id, *rest = everyone.unbind(1)
-    whole = torch.logsumexp(lse_of, 0)
-    target = z_of.sum(0)
-    mean = None
-    if z_sum is not None:
-        mean = rest.pop(0).sum(0) / vocab_size
-    values = (counts, owned, lse_of[shard.rank], whole, target, mean, label_smoothing, z_loss, vocab_size)
-    inputs = [local.row, local.z] + ([] if z_sum is None else [z_sum])
-    row = _CombinedRows.apply(values, *inputs)
-    dtype = local.row.dtype
-    kept = torch.where(counts, whole, 0.0)
-    nll = torch.where(counts, whole - target, 0.0)
-    argmax = best_id.gather(0, best.argmax(0, keepdim=True))[0].long()
-    term_nll = local.term_lse
-    if terms:
-        parts = torch.stack(rest)  # (2 I, R, N)
-        term_nll = torch.logsumexp(parts[:terms], 1) - parts[terms:].sum(1)
-        term_nll = torch.where(counts, term_nll, 0.0).to(dtype)
-    return GlobalRows(row, nll.to(dtype), kept.to(dtype), torch.where(counts, argmax, -1), term_nll)
+
+    label_smoothing: float
+    z_loss: float
+    want_stats: bool
+    vocab_size: int
 
 
-class _CombinedRows(torch.autograd.Function):
-    """The loss of each row from this rank's nll, its logit and its sum of logits.
+def rows_over_ranks(
+    share: Share, tensors: Sequence[Tensor], target: Tensor, ignore_index: int, formula: Formula
+) -> GlobalRows:
+    """The rows of a sum that is cut over ranks; every rank calls it.
 
-    With a = exp(lse_r - lse), the share of this rank, and f = 1 + 2 q lse, the slope of lse,
+    Args:
+        share: this rank's part.
+        tensors: of its terms.
+        target: (N,) ids from 0 to V, or ignore_index. Of an id outside no rank knows, and its row is NaN.
+    """
+    counts = target != ignore_index
+    here, ids = local_ids(target, share.shard)
+    local = torch.where(counts, torch.where(here, ids, NO_TARGET), IGNORED)
+    owner = share.shard.owner_of(target)
+    with torch.autocast(target.device.type, enabled=False):
+        return GlobalRows(*_ShardedRows.apply(share, formula, local, owner, *tensors))
 
-        d row / d row_r = f a,    d row / d z_r = f a - (1 - s) [owned],    d row / d sum_r = - s / V
 
-    For the owner of a sure target f a - 1 is expm1(lse_r - lse), which does not cancel.
+def _columns(rows: Rows) -> list[Tensor]:
+    return [rows.nll.double(), rows.row_max.double(), rows.log_sum.double()]
+
+
+def _totals(of_ranks: Tensor, owner: Tensor) -> RowSums:
+    """The sums of all ranks; the owner's nll keeps what its 1 - p is, which a difference would cancel.
+
+    Args:
+        of_ranks: (R, 3, N) ``_columns`` of each rank.
+        owner: (N,) rank that has the target; where it is -1, nll and sum are NaN.
+    """
+    nll_of, max_of, log_sum_of = of_ranks.unbind(1)
+    row_max = max_of.amax(0)
+    empty = row_max == -torch.inf
+    pivot = row_max.masked_fill(empty, 0)
+    log_sum = torch.logsumexp(max_of - pivot + log_sum_of, 0)
+    found = owner.clamp_min(0)[None]
+    its_nll, its_max, its_log = (x.gather(0, found)[0] for x in (nll_of, max_of, log_sum_of))
+    # log of each rank's sum, less the target's logit; the owner's is its nll.
+    z = its_max + its_log - its_nll
+    ranks = torch.arange(len(of_ranks), device=owner.device)[:, None]
+    others = (max_of - z + log_sum_of).masked_fill(ranks == found, -torch.inf)
+    apart = torch.logsumexp(torch.cat([others, its_nll[None]]), 0)
+    # expm1 of a large nll overflows, and 1 + it loses nothing.
+    sure = torch.log1p(torch.expm1(its_nll) + others.exp().sum(0))
+    nll = torch.where((apart < 1) & (others < 1).all(0), sure, apart)
+    impossible = (its_nll == torch.inf) | (its_max == -torch.inf) & ~its_log.isnan()
+    nll = torch.where(impossible & ~log_sum.isnan(), torch.inf, nll)
+    nll = torch.where(empty, torch.nan, nll)
+    nowhere = owner < 0
+    return RowSums(nll.masked_fill(nowhere, torch.nan), row_max, log_sum.masked_fill(nowhere, torch.nan))
+
+
+def _mean_distance(smooth_of: Tensor, of_ranks: Tensor, totals: RowSums, sizes: Tensor) -> Tensor:
+    """(N,) mean over all ids of lse - z, from each rank's over its own.
+
+    Args:
+        smooth_of: (R, N) ``Rows.smooth``.
+        of_ranks: (R, 3, N) ``_columns``.
+        sizes: (R,) ids of each rank.
+    """
+    raised = totals.row_max - of_ranks[:, 1] + totals.log_sum - of_ranks[:, 2]
+    # A rank with nothing but -inf has logits that are infinitely far below, and NaN in its mean.
+    empty = (of_ranks[:, 1] == -torch.inf) & ~of_ranks[:, 2].isnan()
+    distance = torch.where(empty & (totals.row_max > -torch.inf), torch.inf, smooth_of + raised)
+    return (distance * sizes[:, None]).sum(0) / sizes.sum()
+
+
+class _ShardedRows(torch.autograd.Function):
+    """The loss of each row, and this rank's part of its gradient.
+
+    Gradients of hidden states and sparse values are summed over the ranks, in float32, before they are
+    rounded to their dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: tuple[Any, ...], row: Tensor, z: Tensor, *z_sum: Tensor) -> Tensor:
-        counts, owned, lse_r, whole, target, mean, s, q, V = values
-        nll = whole - target
-        loss = nll if mean is None else (1 - s) * nll + s * (whole - mean)
-        if q:
-            loss = loss + q * whole.square()
-        ctx.values, ctx.smoothed = (counts, owned, lse_r, whole, s, q, V), bool(z_sum)
-        ctx.dtype = row.dtype
-        return torch.where(counts, loss, 0.0).to(row.dtype)
+    def forward(
+        ctx: Any, share: Share, formula: Formula, target: Tensor, owner: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        smoothing, stats, shard = formula.label_smoothing, formula.want_stats, share.shard
+        rows = share.rows(tensors, target, smoothing > 0, stats)
+        # Each term alone is a sum too.
+        alone = [one.rows(own, target, False, False) for one, own in share.terms(tensors)] if stats else []
+        columns = [c for one in (rows, *alone) for c in _columns(one)]
+        columns += [rows.smooth.double()] if smoothing else []
+        columns += [(rows.argmax + shard.first_id).double()] if stats else []
+        everyone = shard.gathered(torch.stack(columns))
+        sums, *each = [_totals(everyone[:, i : i + 3], owner) for i in range(0, 3 * (1 + len(alone)), 3)]
+        rest = list(everyone[:, 3 * (1 + len(alone)) :].unbind(1))
+        mean = sums.nll
+        if smoothing:
+            used = torch.tensor(shard.used_sizes(formula.vocab_size), device=owner.device)
+            mean = _mean_distance(rest.pop(0), everyone, sums, used)
+        lse = sums.row_max + sums.log_sum
+        loss = row_loss(sums.nll, lse, mean, smoothing, formula.z_loss)
+        counts, dtype = target != IGNORED, rows.nll.dtype
+        ctx.save_for_backward(target, *sums, *tensors)
+        ctx.share, ctx.formula = share, formula
+        argmax, term_nll = owner.new_empty(0), sums.nll.new_empty(0, 0)
+        if stats:
+            best = everyone[:, 1].argmax(0, keepdim=True)
+            argmax = torch.where(counts, rest[0].gather(0, best)[0].long(), -1)
+            term_nll = torch.stack([torch.where(counts, one.nll, 0.0) for one in each])
+        row, nll, lse = (torch.where(counts, x, 0.0).to(dtype) for x in (loss, sums.nll, lse))
+        found = (row, nll, lse, argmax, term_nll.to(dtype))
+        ctx.mark_non_differentiable(*found[1:])
+        return found
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        counts, owned, lse_r, whole, s, q, V = ctx.values
-        g = torch.where(counts, g.double(), 0.0)
-        share = torch.exp(lse_r - whole)
-        slope = 2 * q * whole * share
-        d_row = g * (share + slope)
-        at_target = torch.where(owned, torch.expm1(lse_r - whole) + slope + s, share + slope)
-        found = [d_row, g * at_target] + ([-g * s / V] if ctx.smoothed else [])
-        return None, *(torch.where(counts, d, 0.0).to(ctx.dtype) for d in found)
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        share, formula = ctx.share, ctx.formula
+        target, nll, row_max, log_sum, *tensors = ctx.saved_tensors
+        before = len(ctx.needs_input_grad) - len(tensors)
+        wanted = [i for i in range(len(tensors)) if ctx.needs_input_grad[before + i]]
+        sums, counts = RowSums(nll, row_max, log_sum), target != IGNORED
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            slopes = RowSlopes(
+                g.double(), sums, counts, formula.label_smoothing, formula.z_loss, formula.vocab_size
+            )
+            made = share.gradients(tensors, target, slopes, wanted)
+            for i in wanted:
+                if share.is_whole(i):
+                    dist.all_reduce(made[i], group=share.shard.group)
+        found = tuple(made[i].to(x.dtype).view(x.shape) if i in made else None for i, x in enumerate(tensors))
+        return (None,) * before + refuse_second_derivatives(found, tensors)

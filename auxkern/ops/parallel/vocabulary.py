@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from auxkern.ops.groups import process_group_of
+from auxkern.ops.parallel.agreement import agreed
 from auxkern.terms import Head, Logits, Sparse, Term
+
+_Call = TypeVar("_Call")
+_Checked = TypeVar("_Checked")
+
+# The name of a mesh dimension over which layers, and so vocabularies, are cut.
+_TENSOR_PARALLEL = "tp"
 
 
 @dataclass(frozen=True)
@@ -59,34 +66,59 @@ class VocabularyShard:
             ValueError: a rank has no ids.
         """
         process_group = process_group_of(group)
-        sizes: list[Any] = [None] * dist.get_world_size(process_group)
-        dist.all_gather_object(sizes, size, group=process_group)
+        device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")
+        _, sizes = agreed(process_group, device, lambda: (None, {}, size))
+        return cls.from_sizes(process_group, sizes)
+
+    @classmethod
+    def from_sizes(cls, process_group: Any, sizes: Sequence[int]) -> VocabularyShard:
+        """The shard of this rank, from the ids that each rank has; they are not asked.
+
+        Raises:
+            ValueError: a rank has no ids.
+        """
         if min(sizes) < 1:
             raise ValueError(
-                f"the ranks have {sizes} ids of the vocabulary; each needs one at least, so use fewer ranks"
+                f"the ranks have {list(sizes)} ids of the vocabulary; each needs one at least, so use fewer "
+                "ranks"
             )
         return cls(process_group, dist.get_rank(process_group), tuple(sizes))
 
-    def vocabulary(self, vocab_size: int | None) -> tuple[int, int | None]:
-        """V that is used over all ranks, and how many of this rank's ids; None for all of them.
+    def used_ids(self, vocab_size: int | None) -> int:
+        """V that is used over all ranks.
 
         Raises:
-            ValueError: there are fewer ids, or this rank would have none.
+            TypeError: vocab_size is no int.
+            ValueError: there are fewer ids, or a rank would have none.
         """
-        if vocab_size is None or vocab_size == self.vocab_size:
-            return self.vocab_size, None
-        here = min(self.size, vocab_size - self.first_id)
-        if vocab_size > self.vocab_size or here < 1:
+        if vocab_size is None:
+            return self.vocab_size
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+            raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+        if vocab_size > self.vocab_size or min(self.used_sizes(vocab_size)) < 1:
             raise ValueError(
-                f"vocab_size is {vocab_size}, but the ranks have {self.vocab_size} ids and this one's begin "
-                f"at {self.first_id}; each rank needs one that is used"
+                f"vocab_size is {vocab_size}, but the ranks have {self.vocab_size} ids, the last of them "
+                f"from {self.vocab_size - self.sizes[-1]} on; each rank needs one that is used"
             )
-        return vocab_size, here
+        return vocab_size
+
+    def used_sizes(self, vocab_size: int) -> list[int]:
+        """How many ids of each rank are below ``vocab_size``."""
+        firsts = [sum(self.sizes[:rank]) for rank in range(len(self.sizes))]
+        return [max(0, min(size, vocab_size - first)) for size, first in zip(self.sizes, firsts, strict=True)]
+
+    def owner_of(self, ids: Tensor) -> Tensor:
+        """(N,) int64 rank that has each id of 0 to V; -1 for others."""
+        ends = torch.tensor(self.sizes, device=ids.device).cumsum(0)
+        owner = torch.bucketize(ids, ends, right=True)
+        return torch.where((ids >= 0) & (owner < len(self.sizes)), owner, -1)
 
     def gathered(self, values: Tensor) -> Tensor:
         """(R, ...) what each of the R ranks has, in their order: the same bits on all of them."""
+        values = values.contiguous()
         parts = [torch.empty_like(values) for _ in self.sizes]
-        dist.all_gather(parts, values.contiguous(), group=self.group)
+        if values.numel():
+            dist.all_gather(parts, values, group=self.group)
         return torch.stack(parts)
 
     def whole(self, logits: Tensor) -> Tensor:
@@ -96,44 +128,142 @@ class VocabularyShard:
         return torch.cat([part[:, :size] for part, size in zip(parts, self.sizes, strict=True)], -1)
 
 
-def shard_of(process_group: Any, terms: Sequence[Term]) -> tuple[VocabularyShard, list[Term]]:
-    """This rank's shard, and the terms with local tensors: DTensors become their parts.
+def group_of(process_group: Any, terms: Sequence[Term]) -> Any:
+    """The process group that the vocabulary is cut over; None where it is whole.
 
     Args:
         process_group: as ``cross_entropy`` takes it; None where DTensors tell.
+        terms: their DTensors tell only if the mesh says what it is for, by the name "tp": the parameters
+            that FSDP2 shards over a data-parallel mesh look the same.
+
+    Raises:
+        TypeError: process_group is something else, or DTensors stand beside whole weights.
+        ValueError: a DTensor is cut over the vocabulary, and its mesh does not say that it is for that.
+    """
+    if isinstance(process_group, VocabularyShard):
+        return process_group.group
+    if process_group is not None:
+        return process_group_of(process_group)
+    whole = None
+    for index, term in enumerate(terms):
+        for key, tensor in term.tensors.items():
+            if _is_dtensor(tensor):
+                name = f"terms[{index}].{key}"
+                _, groups = _local(name, tensor, _cut_dimension(term, key))
+                if groups:
+                    _check_mesh(name, tensor)
+                    return groups[0]
+                whole = name
+    if whole is not None:
+        raise TypeError(f"{whole} is a DTensor, but no logits or weight are; pass its to_local()")
+    return None
+
+
+@dataclass(frozen=True)
+class CutVocabulary:
+    """How a call says that its vocabulary is cut.
+
+    Attributes:
+        group: the process group, from ``group_of``.
+        process_group, vocab_size: as the call has them.
+    """
+
+    group: Any
+    process_group: Any
+    vocab_size: int | None
+
+    def agreed(
+        self,
+        terms: Sequence[Term],
+        check: Callable[[list[Term]], tuple[_Call, dict[str, Any]]],
+        check_ids: Callable[[_Call, int], _Checked],
+    ) -> tuple[_Checked, VocabularyShard, int]:
+        """A checked call, this rank's shard, and V over all ranks; every rank calls it.
+
+        Args:
+            check: of the terms with this rank's tensors; returns the call, and what all ranks must have
+                alike.
+            check_ids: of what must fit V, which the ranks have together.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: something is refused, here or on another rank.
+        """
+        given = self.process_group if isinstance(self.process_group, VocabularyShard) else None
+        device = next(iter(terms[0].tensors.values())).device
+
+        def fitting(shard: VocabularyShard, call: _Call) -> tuple[_Checked, int]:
+            V = shard.used_ids(self.vocab_size)
+            return check_ids(call, V), V
+
+        def first() -> tuple[tuple[_Call, tuple[_Checked, int] | None], dict[str, Any], int]:
+            local, size = local_terms(self.group, terms)
+            if given is not None and given.size != size:
+                raise ValueError(
+                    f"process_group is a VocabularyShard of {given.size} ids, but this rank's terms have "
+                    f"{size}; make one with VocabularyShard.of(group, {size})"
+                )
+            call, facts = check(local)
+            facts["terms"] = [_description(term) for term in local]
+            facts["vocab_size"] = self.vocab_size
+            facts["process_group"] = "a group" if given is None else given.sizes
+            return (call, None if given is None else fitting(given, call)), facts, size
+
+        (call, fitted), sizes = agreed(self.group, device, first)
+        if given is not None and fitted is not None:
+            return fitted[0], given, fitted[1]
+        shard = VocabularyShard.from_sizes(self.group, sizes)
+        (checked, V), _ = agreed(self.group, device, lambda: (fitting(shard, call), {}, 0))
+        return checked, shard, V
+
+
+def _description(term: Term) -> tuple[Any, ...]:
+    """What ranks must have alike of a term, but for its values."""
+    tensors = {
+        name: (str(t.dtype), tuple(term.leading), t.requires_grad and torch.is_grad_enabled())
+        for name, t in term.tensors.items()
+    }
+    scaling = (
+        () if isinstance(term, Sparse) else (str(getattr(term.scale, "shape", term.scale)), term.softcap)
+    )
+    return type(term).__name__, tensors, scaling
+
+
+def _check_mesh(name: str, tensor: Any) -> None:
+    mesh = tensor.device_mesh
+    (dimension,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    names = mesh.mesh_dim_names
+    if names is None or names[dimension] != _TENSOR_PARALLEL:
+        called = "has no name" if names is None else f"is called {names[dimension]!r}"
+        raise ValueError(
+            f"{name} is a DTensor that is cut over a mesh whose dimension {called}. If its parts are those "
+            "of a vocabulary, for one batch that all ranks have, pass process_group=mesh, or call the "
+            f"dimension {_TENSOR_PARALLEL!r}. If they are FSDP2's, for batches of each rank's own, use the "
+            "whole parameter: inside the forward of its FSDP2 module, after module.unshard(), or "
+            "tensor.full_tensor()"
+        )
+
+
+def local_terms(group: Any, terms: Sequence[Term]) -> tuple[list[Term], int]:
+    """The terms with local tensors, DTensors being their parts, and how many ids this rank has.
+
+    Args:
+        group: that the vocabulary is cut over.
         terms: logits (..., V of this rank), weights (V of this rank, D) and biases, or DTensors of all ids;
             hidden states and sparse values are the same on all ranks, their ids count from 0 to V.
 
     Raises:
-        TypeError, ValueError: a DTensor is placed in another way, or sizes disagree.
+        ValueError: a DTensor is placed in another way, or sizes disagree.
     """
-    groups: list[Any] = []
+    groups: list[Any] = [group]
     local = [_local_term(i, term, groups) for i, term in enumerate(terms)]
-    if isinstance(process_group, VocabularyShard):
-        groups.append(process_group.group)
-    elif process_group is not None:
-        groups.append(process_group_of(process_group))
-    if any(group != groups[0] for group in groups[1:]):
+    if any(other != group for other in groups):
         raise ValueError(
             "terms are cut over different process groups; cut all of them over the one that is process_group"
         )
     sizes = {term.vocabulary for term in local if not isinstance(term, Sparse)}
     if len(sizes) != 1:
         raise ValueError(f"this rank's terms have {sorted(sizes)} ids; cut all of them alike")
-    (size,) = sizes
-    if not isinstance(process_group, VocabularyShard):
-        return VocabularyShard.of(groups[0], size), local
-    if process_group.size != size:
-        raise ValueError(
-            f"process_group is a VocabularyShard of {process_group.size} ids, but this rank's terms have "
-            f"{size}; make one with VocabularyShard.of(group, {size})"
-        )
-    return process_group, local
-
-
-def is_cut(terms: Sequence[Term]) -> bool:
-    """Whether a tensor of the terms is a DTensor."""
-    return any(_is_dtensor(tensor) for term in terms for tensor in term.tensors.values())
+    return local, sizes.pop()
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
@@ -141,31 +271,28 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def _cut_dimension(term: Term, name: str) -> int | None:
+    """The dimension of a term's tensor that counts ids; None if none does."""
+    if isinstance(term, Logits):
+        return -1
+    return 0 if isinstance(term, Head) and name in ("weight", "bias") else None
+
+
 def _local_term(index: int, term: Term, groups: list[Any]) -> Term:
-    cut = {"values": -1} if isinstance(term, Logits) else {"weight": 0, "bias": 0}
     found = {}
     for name, tensor in term.tensors.items():
         if _is_dtensor(tensor):
-            dimension = cut.get(name) if not isinstance(term, Sparse) else None
-            found[name] = _local(f"terms[{index}].{name}", tensor, dimension, groups)
-    if not found:
-        return term
-    if isinstance(term, Head):
-        # Checked together: a part of a weight fits a part of its bias only.
-        return Head(
-            found.get("hidden", term.hidden),
-            found.get("weight", term.weight),
-            found.get("bias", term.bias),
-            term.scale,
-            term.softcap,
-        )
-    if isinstance(term, Sparse):
-        return Sparse(found.get("ids", term.ids), found.get("values", term.values))
-    return Logits(found["values"], term.scale, term.softcap)
+            found[name], its = _local(f"terms[{index}].{name}", tensor, _cut_dimension(term, name))
+            groups += its
+    # Replaced together: a part of a weight fits a part of its bias only.
+    return replace(term, **found) if found else term  # type: ignore[arg-type]
 
 
-def _local(name: str, tensor: Any, dimension: int | None, groups: list[Any]) -> Tensor:
-    """The local part of a DTensor, cut along ``dimension`` and nowhere else; whole on all ranks for None."""
+def _local(name: str, tensor: Any, dimension: int | None) -> tuple[Tensor, list[Any]]:
+    """The local part of a DTensor, cut along ``dimension`` and nowhere else, and the groups it is cut over.
+
+    Where ``dimension`` is None it is whole on all ranks.
+    """
     wanted = None if dimension is None else dimension % tensor.dim()
     cuts = [i for i, p in enumerate(tensor.placements) if p.is_shard() and p.dim == wanted]
     others = [p for i, p in enumerate(tensor.placements) if i not in cuts and not p.is_replicate()]
@@ -175,9 +302,7 @@ def _local(name: str, tensor: Any, dimension: int | None, groups: list[Any]) -> 
             f"{name} is a DTensor placed as {tuple(tensor.placements)}; redistribute it to {what}, and "
             "Replicate() in the others"
         )
-    if cuts:
-        groups.append(tensor.device_mesh.get_group(cuts[0]))
-    return tensor.to_local()
+    return tensor.to_local(), [tensor.device_mesh.get_group(i) for i in cuts]
 
 
 def with_local_ids(terms: Sequence[Term], shard: VocabularyShard) -> list[Term]:
@@ -196,30 +321,3 @@ def local_ids(ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
     moved = ids.long() - shard.first_id
     here = (moved >= 0) & (moved < shard.size)
     return here, torch.where(here, moved, 0)
-
-
-class _Replicated(torch.autograd.Function):
-    """What is the same on all ranks; each of them has a part of its gradient, and backward adds them up."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        g = g.contiguous().clone()
-        dist.all_reduce(g, group=ctx.group)
-        return g, None
-
-
-def with_summed_gradients(terms: Sequence[Term], shard: VocabularyShard) -> list[Term]:
-    """The terms, with gradients of hidden states and sparse values that are complete on every rank."""
-    found: list[Term] = []
-    for term in terms:
-        if isinstance(term, Head) and term.hidden.requires_grad:
-            term = replace(term, hidden=_Replicated.apply(term.hidden, shard.group))
-        elif isinstance(term, Sparse) and term.values.requires_grad:
-            term = replace(term, values=_Replicated.apply(term.values, shard.group))
-        found.append(term)
-    return found

@@ -1,0 +1,105 @@
+"""Checks that all ranks of a process group make, so that none waits for one that has refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_Value = TypeVar("_Value")
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError, IndexError)
+}
+
+
+def agreed(
+    group: Any, device: torch.device, check: Callable[[], tuple[_Value, Mapping[str, Any], int]]
+) -> tuple[_Value, tuple[int, ...]]:
+    """What a check returns, once it has passed on every rank and its facts are equal on all.
+
+    Ranks exchange three numbers; what differs is looked for only if something does. Reading the numbers
+    waits for the device where the group has no backend for CPU tensors.
+
+    Args:
+        group: the process group; every rank of it calls this.
+        device: of the operands.
+        check: returns a value, what all ranks must have alike, by the names that a message gives, and a
+            number of this rank's own.
+
+    Returns:
+        The check's value here, and every rank's number.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the check raises here or on another rank.
+        ValueError: a fact differs between ranks.
+    """
+    passed: tuple[_Value, Mapping[str, Any], int] | None = None
+    error: Exception | None = None
+    try:
+        passed = check()
+    except tuple(_ERRORS.values()) as raised:
+        error = raised
+    _, facts, number = passed or (None, {}, 0)
+    digest = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "little")
+    everyone = _gathered_numbers(group, device, [int(passed is None), digest, number])
+    if passed is not None and all(row[:2] == [0, digest] for row in everyone):
+        return passed[0], tuple(row[2] for row in everyone)
+    found: list[Any] = [None] * dist.get_world_size(group)
+    refusal = None if error is None else (type(error).__name__, str(error))
+    dist.all_gather_object(found, (facts, refusal), group=group)
+    if error is not None:
+        raise error
+    raise _disagreement(facts, found)
+
+
+def _gathered_numbers(group: Any, device: torch.device, numbers: list[int]) -> list[list[int]]:
+    """The numbers of each rank."""
+    # On the CPU if the group can, which stops no device.
+    there = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    mine = torch.tensor(numbers, dtype=torch.int64, device=there)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    everyone: list[list[int]] = torch.stack(parts).tolist()
+    return everyone
+
+
+def _disagreement(facts: Mapping[str, Any], found: list[Any]) -> Exception:
+    """The error for a check that passed here, but not on all ranks or not with equal facts."""
+    for rank, (_, refusal) in enumerate(found):
+        if refusal is not None:
+            kind, message = refusal
+            return _ERRORS[kind](f"rank {rank} of the process group refuses: {message}")
+    for rank, (theirs, _) in enumerate(found):
+        for name in sorted(facts.keys() | theirs.keys()):
+            if theirs.get(name) != facts.get(name):
+                return ValueError(
+                    f"{name} differs between ranks: {_shown(facts.get(name))} on this one, "
+                    f"{_shown(theirs.get(name))} on rank {rank} of the process group. Ranks that share a "
+                    "vocabulary must be given the same. Ranks that have batches of their own (data "
+                    "parallelism, FSDP2) do not share it: pass them whole weights, such as a module has "
+                    "inside its FSDP2 forward, and no process_group"
+                )
+    return RuntimeError("the ranks' arguments differ in a way that their description does not show")
+
+
+def _shown(fact: Any) -> str:
+    text = repr(fact)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def fingerprint(values: Tensor | None) -> Any:
+    """A number that differs between integer tensors of other shapes, values or orders; None for None."""
+    if values is None:
+        return None
+    flat = values.detach().reshape(-1).long()
+    weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 0x9E3779B97F4A7C1
+    return tuple(values.shape), int(((flat ^ (flat >> 17)) * weights).sum())
+
+
+def facts_of_tensors(tensors: Sequence[Tensor]) -> list[tuple[str, int, bool]]:
+    """Dtype, dimensions and demand for a gradient of each tensor."""
+    return [(str(t.dtype), t.dim(), t.requires_grad and torch.is_grad_enabled()) for t in tensors]
