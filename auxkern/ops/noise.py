@@ -33,7 +33,7 @@ def random_bits(seed: Tensor, position: Tensor, V: int, first: int = 0) -> Tenso
     seed, position = seed[:, None], position[:, None]
     counter = [block, torch.zeros_like(block), position & _LOW, (position >> 32) & _LOW]
     words = philox(counter, [seed & _LOW, (seed >> 32) & _LOW])
-    bits = torch.stack(torch.broadcast_tensors(*words), -1).reshape(seed.shape[0], -1)
+    bits = torch.stack(torch.broadcast_tensors(*words), -1).flatten(1)
     return bits[:, first - 4 * begin :][:, :V]
 
 

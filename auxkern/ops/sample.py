@@ -290,7 +290,7 @@ def _check_count(top_logprobs: Any, V: int) -> None:
 
 
 def _values(term: Sparse, N: int, dtype: torch.dtype) -> Tensor:
-    return term.values.reshape(N, -1).to(dtype)
+    return term.values.reshape(N, term.values.shape[-1]).to(dtype)
 
 
 def _check_where_seen(name: str, ids: Tensor, V: int) -> None:

@@ -44,10 +44,13 @@ class Share:
     backend: str
 
     def terms(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Share, Sequence[Tensor]]]:
-        """Each term as a sum of its own, and its tensors."""
+        """Each term as a sum of its own, and its tensors; in float64 if the whole sum is."""
+        double = row_dtype(tensors) == torch.float64
         first = 0
         for kind, scale, softcap in zip(self.kinds, self.scales, self.softcaps, strict=True):
-            own = tensors[first : first + TENSORS[kind]]
+            own = list(tensors[first : first + TENSORS[kind]])
+            if double:
+                own = [t.double() if t.is_floating_point() else t for t in own]
             yield replace(self, kinds=[kind], scales=[scale], softcaps=[softcap]), own
             first += TENSORS[kind]
 
