@@ -11,6 +11,7 @@ from traffic_ranks import D_AUX, N, V
 
 WORLD = 2
 FLOAT32, NUMBER = 4, 8  # bytes; single numbers are exchanged in float64
+AGREEMENT = ("allgather", 3 * NUMBER)
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_cut_loss_exchanges_statistics_and_gradients_of_hidden_states(found: dict[str, Any]) -> None:
-    # Four numbers a row; nothing for the LM's hidden states, which need no gradient.
-    assert found["loss"] == [("allgather", 4 * NUMBER * N), ("allreduce", FLOAT32 * N * D_AUX)]
+    # What the ranks agree on, three numbers a row; nothing for the LM's hidden states without a gradient.
+    sums = ("allgather", 3 * NUMBER * N)
+    assert found["loss"] == [AGREEMENT, sums, ("allreduce", FLOAT32 * N * D_AUX)]
 
 
 def test_a_cut_draw_exchanges_a_few_numbers_a_row_and_filters_need_all_logits(found: dict[str, Any]) -> None:
-    assert found["draw"] == [("allgather", 2 * FLOAT32 * N), ("allgather", 2 * NUMBER * N)]
-    assert found["filtered draw"] == [("allgather", FLOAT32 * N * V // WORLD)]
+    assert found["draw"] == [AGREEMENT, ("allgather", 2 * FLOAT32 * N), ("allgather", 2 * NUMBER * N)]
+    assert found["filtered draw"] == [AGREEMENT, ("allgather", FLOAT32 * N * V // WORLD)]
 
 
 def large(calls: list[tuple[str, int]], kind: str) -> list[int]:

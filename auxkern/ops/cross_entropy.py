@@ -149,7 +149,13 @@ def cross_entropy(
         expected = _expected_gradient(problem, weight, denominator, reduction)
         row, nll, lse, argmax, term_nll = _rows(problem, expected, options, chunk_rows, gradient_memory)
     else:
-        facts = {"options": (*options, reduction, shift), "normalizer": type(normalizer).__name__}
+        named = zip(("ignore_index", "label_smoothing", "z_loss", "return_stats"), options, strict=True)
+        facts = {
+            **dict(named),
+            "reduction": reduction,
+            "shift": shift,
+            "normalizer": type(normalizer).__name__,
+        }
         cut = CutVocabulary(group, process_group, vocab_size)
         problem, shard, V = _agreed(cut, terms, checked, facts, ignore_index)
         weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)

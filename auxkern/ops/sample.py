@@ -157,8 +157,8 @@ def _over_ranks(terms: Sequence[Term], asked: _Asked, cut: CutVocabulary) -> Sam
     def checked(terms: list[Term]) -> tuple[list[Term], dict[str, Any]]:
         _checked_rows(terms, asked)
         seed = asked.seed if not isinstance(asked.seed, Tensor) else fingerprint(asked.seed)
-        options = (asked.return_logprobs, asked.top_logprobs, asked.backend)
-        return terms, {"seed": seed, "options": options}
+        facts = {name: getattr(asked, name) for name in ("return_logprobs", "top_logprobs", "backend")}
+        return terms, {**facts, "seed": seed}
 
     def within(terms: list[Term], V: int) -> tuple[list[Term], Draws]:
         _backend(asked.backend, terms)

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 import pytest
+import shares
 import torch
 import torch.nn.functional as F
 from cases import IGNORE
@@ -289,3 +290,8 @@ def test_bfloat16_is_left_to_the_library_in_the_interpreter():
     head = HeadRows(torch.zeros(1, 16, dtype=B), torch.zeros(1, 16), None, 1.0, 0.0)
     assert "interpreter" in BACKEND.heads_refusal([head])
     run(heads(5, 67, (16,), (D32,)), targets(5, 67))
+
+
+@pytest.mark.parametrize("name", [name for name in shares.CASES if name != "bfloat16 logits"])
+def test_a_shard_is_what_its_ids_add_up_to(name):
+    shares.check("triton", name, smoothing=0.1 if "everything" in name or name == "heads" else 0.0)

@@ -161,6 +161,7 @@ def _nll(softmax, target):
     # Where the target is not on top, the others hold at least the 1 of the largest.
     excess = tl.where(on_top, others, (others - 1.0) + tl.exp(target - pivot))
     log_sum = log1p(tl.where(largest < float("inf"), excess, float("nan")))
+    log_sum = tl.where(largest == -float("inf"), others - float("inf"), log_sum)
     nll = tl.where(on_top, log_sum, (largest - target) + log_sum)
     return nll, largest, log_sum
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -87,19 +87,13 @@ def _disagreement(facts: Mapping[str, Any], found: list[Any]) -> Exception:
 
 
 def _shown(fact: Any) -> str:
-    text = repr(fact)
+    text = fact if isinstance(fact, str) else repr(fact)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def fingerprint(values: Tensor | None) -> Any:
-    """A number that differs between integer tensors of other shapes, values or orders; None for None."""
-    if values is None:
-        return None
-    flat = values.detach().reshape(-1).long()
+def fingerprint(ids: Tensor) -> str:
+    """A few words that differ between integer tensors of other shapes, values or orders."""
+    flat = ids.detach().reshape(-1).long()
     weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 0x9E3779B97F4A7C1
-    return tuple(values.shape), int(((flat ^ (flat >> 17)) * weights).sum())
-
-
-def facts_of_tensors(tensors: Sequence[Tensor]) -> list[tuple[str, int, bool]]:
-    """Dtype, dimensions and demand for a gradient of each tensor."""
-    return [(str(t.dtype), t.dim(), t.requires_grad and torch.is_grad_enabled()) for t in tensors]
+    checksum = int(((flat ^ (flat >> 17)) * weights).sum()) & (2**64 - 1)
+    return f"integers of shape {tuple(ids.shape)} with the checksum {checksum:016x}"
