@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
+from auxkern.ops.autocast import implements
+from auxkern.ops.derivatives import is_differentiated
 
 
 def attention(
@@ -38,12 +40,17 @@ def attention(
 
     Raises:
         ValueError: shapes disagree.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the backend asked for cannot run, or a derivative is asked for.
     """
     if key.shape != value.shape or query.dim() != 4 or key.dim() != 4 or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query has shape {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}; "
             "they must be (B, H, T, D) and (B, G, P, D), and G must divide H"
+        )
+    if is_differentiated((query, key, value)):
+        raise RuntimeError(
+            "attention makes no derivatives, but one of query, key and value asks for them; call it "
+            "under torch.no_grad(), or torch.nn.functional.scaled_dot_product_attention instead"
         )
     if not torch.compiler.is_compiling():
         return _attention(query, key, value, mask, scale, backend or "")
@@ -66,6 +73,13 @@ def _kernel(
     return kernel, kernel.attention_refusal(query, key, value, mask)
 
 
+torch.library.define(
+    "auxkern::attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str backend) -> Tensor",
+)
+
+
+@implements("auxkern::attention")
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: str
 ) -> Tensor:
@@ -83,13 +97,6 @@ def _attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return z.transpose(1, 2).contiguous()
-
-
-torch.library.define(
-    "auxkern::attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str backend) -> Tensor",
-)
-torch.library.impl("auxkern::attention", "default", _attention)
 
 
 @torch.library.register_fake("auxkern::attention")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxkern.ops import registry
 from auxkern.ops.checks import check_sparse_terms, checked_vocabulary, one_device, tensors_of
+from auxkern.ops.derivatives import refuse_second_derivatives, refuse_transforms
 from auxkern.ops.library import check_target_range
 from auxkern.ops.linear_cross_entropy import linear_rows
 from auxkern.ops.memory import GradientMemory
@@ -19,10 +20,11 @@ from auxkern.ops.parallel.cross_entropy import Formula, rows_over_ranks
 from auxkern.ops.parallel.share import Share
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
 from auxkern.ops.parts import LOGITS, flat_inputs
-from auxkern.ops.rows import gradient_coefficients, refuse_second_derivatives, row_dtype, row_loss
+from auxkern.ops.rows import gradient_coefficients, row_dtype, row_loss
 from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
+_DIFFERENTIABLE = "use torch.nn.functional.cross_entropy on auxkern.ops.dense.dense_logits(terms)"
 
 
 class CrossEntropyStats(NamedTuple):
@@ -132,7 +134,8 @@ def cross_entropy(
         ValueError: shapes, devices or vocabularies disagree, an option is out of range, or (CPU
             tensors only; elsewhere the check would stop the device, and the row's loss and
             gradient are NaN) a target lies outside [0, V); or a DTensor is placed in another way.
-        RuntimeError: the backend asked for cannot run on these inputs.
+        RuntimeError: the backend asked for cannot run on these inputs; or a derivative is asked for that
+            there is none of: forward mode, a transform of ``torch.func``, or a second derivative.
     """
     terms = as_terms(terms)
     group = group_of(process_group, terms)
@@ -268,6 +271,8 @@ def _check(
     if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target has dtype {target.dtype}; ids must be integers (torch.int64)")
     first, device = one_device(terms)
+    given = (*tensors_of(terms), target, token_weight, normalizer)
+    refuse_transforms("auxkern.cross_entropy", given, _DIFFERENTIABLE)
     for index, term in enumerate(terms):
         if isinstance(getattr(term, "scale", None), Tensor):
             raise TypeError(
@@ -493,7 +498,7 @@ class _CrossEntropyRows(torch.autograd.Function):
                 gradients = _logits_gradients(ctx, g, *saved)
         by_term = dict(zip(_wanted(ctx), gradients, strict=True))
         found = tuple(by_term[ctx.sources[i]] if i in ctx.sources else None for i in range(len(values)))
-        return (None,) * len(_SETTINGS) + refuse_second_derivatives(found, values)
+        return (None,) * len(_SETTINGS) + refuse_second_derivatives(found, (g, *values))
 
 
 def _logits_gradients(

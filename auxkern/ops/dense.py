@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import logit_chunks
+from auxkern.ops.autocast import apart_from_autocast
 from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
-from auxkern.ops.linear import kernel_for
+from auxkern.ops.derivatives import is_differentiated
+from auxkern.ops.linear import kernel_for, product
 from auxkern.ops.rows import row_dtype
 from auxkern.terms import Head, Logits, Sparse, as_terms, softcapped
 
 
+@apart_from_autocast
 def dense_logits(terms: Any, *, vocab_size: int | None = None) -> Tensor:
     """(..., V) sum of the terms in float32, float64 if any of them is; differentiable.
 
@@ -50,9 +53,9 @@ def _scaled(term: Logits | Head, V: int, dtype: torch.dtype) -> Tensor:
 
 
 def _products(head: Head, V: int, dtype: torch.dtype) -> Tensor:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in head.tensors.values()):
+    if is_differentiated(head.tensors.values()):
         bias = None if head.bias is None else head.bias[:V].to(dtype)
-        return torch.nn.functional.linear(head.hidden.to(dtype), head.weight[:V].to(dtype), bias)
+        return product(head.hidden.to(dtype), head.weight[:V].to(dtype), bias)
     N = head.leading.numel()
     z = torch.empty((N, V), dtype=dtype, device=head.hidden.device)
     logit_chunks.add_head(z, head, slice(0, N), V, 1.0, keep=False, kernel=kernel_for(z, head.weight))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
+from auxkern.ops.autocast import implements
 from auxkern.ops.rows import row_dtype
 
 
@@ -76,7 +77,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("auxkern::cross_entropy_forward", "default")
+@implements("auxkern::cross_entropy_forward")
 def _cross_entropy_forward(
     values: list[Tensor],
     target: Tensor,
@@ -131,7 +132,7 @@ def empty_rows(
     )
 
 
-@torch.library.impl("auxkern::cross_entropy_forward_gradient", "default")
+@implements("auxkern::cross_entropy_forward_gradient")
 def _cross_entropy_forward_gradient(
     values: list[Tensor],
     target: Tensor,
@@ -193,7 +194,7 @@ def _empty_like(values: list[Tensor], wanted: list[int]) -> list[Tensor]:
     return [values[i].new_empty(values[i].shape) for i in wanted]
 
 
-@torch.library.impl("auxkern::cross_entropy_backward", "default")
+@implements("auxkern::cross_entropy_backward")
 def _cross_entropy_backward(
     values: list[Tensor],
     target: Tensor,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
+from auxkern.ops.autocast import apart_from_autocast, implements
+from auxkern.ops.derivatives import is_differentiated
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -32,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ValueError: shapes, dtypes or devices disagree.
         RuntimeError: the backend asked for cannot run.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if is_differentiated((x, weight, bias)):
         if backend not in (None, "reference"):
             raise RuntimeError(f"backend={backend!r} makes no gradients of a linear layer; pass backend=None")
         _check(x, weight, bias)
@@ -60,8 +62,57 @@ def kernel_for(x: Tensor, weight: Tensor, backend: str | None = None) -> Any:
     return None if reason is not None else kernel
 
 
+class _Product(torch.autograd.Function):
+    """x (..., K) @ weight (N, K).T + bias (N,), in one dtype.
+
+    ``torch.nn.functional.linear``, but that its derivatives, of any order and mode, are made apart from
+    the autocast of whoever asks for them, as the product itself is.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _apart(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1])
+        d_x, d_weight, d_bias = ctx.needs_input_grad
+        return (
+            product(g, weight.T) if d_x else None,
+            product(rows.T, x.reshape(-1, x.shape[-1]).T) if d_weight else None,
+            rows.sum(0) if d_bias else None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, d_x: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        parts = [] if d_bias is None else [d_bias.expand(*x.shape[:-1], -1)]
+        if d_x is not None:
+            parts.append(product(d_x, weight))
+        if d_weight is not None:
+            parts.append(product(x, d_weight))
+        return sum(parts[1:], parts[0])
+
+
+_apart = apart_from_autocast(torch.nn.functional.linear)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) @ weight (N, K).T + bias (N,), all of one dtype; differentiable, apart from autocast."""
+    y: Tensor = _Product.apply(x, weight, bias)
+    return y
+
+
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -81,6 +132,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight is on {weight.device} but x on {x.device}; move it there")
 
 
+torch.library.define("auxkern::linear", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")
+
+
+@implements("auxkern::linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check(x, weight, bias)
     kernel = kernel_for(x, weight, backend or None)
@@ -91,10 +146,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Ten
     y = x.new_empty((rows.shape[0], N))
     kernel.linear(rows, weight, bias, y, False)
     return y.view(*x.shape[:-1], N)
-
-
-torch.library.define("auxkern::linear", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")
-torch.library.impl("auxkern::linear", "default", _linear)
 
 
 @torch.library.register_fake("auxkern::linear")

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import head_chunks, head_segments, logit_chunks
+from auxkern.ops.autocast import implements
 from auxkern.ops.checks import check_sparse_ids
+from auxkern.ops.derivatives import refuse_second_derivatives
 from auxkern.ops.library import check_target_range, loaded
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, TENSORS, Part, empty, flat_parts
 from auxkern.ops.registry import HeadRows, Rows
-from auxkern.ops.rows import refuse_second_derivatives, row_dtype, row_loss
+from auxkern.ops.rows import row_dtype, row_loss
 
 
 def _empty_gradients(
@@ -61,7 +63,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("auxkern::linear_cross_entropy", "default")
+@implements("auxkern::linear_cross_entropy")
 def _linear_cross_entropy(
     tensors: list[Tensor],
     kinds: list[int],
@@ -345,4 +347,4 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
                 )
         by_index = dict(zip(ctx.wanted, gradients, strict=True))
         found = tuple(by_index.get(i) for i in range(len(tensors)))
-        return (None,) * ctx.before + refuse_second_derivatives(found, tensors)
+        return (None,) * ctx.before + refuse_second_derivatives(found, (g, *tensors))

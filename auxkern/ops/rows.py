@@ -95,34 +95,3 @@ class RowSlopes:
         )
         row_max, exp_coefficient, constant, at_target = (c.to(dtype) for c in (sums.row_max, *made))
         return row_max, exp_coefficient, constant, at_target
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """A gradient made with ``create_graph=True``: differentiating it again is an error.
-
-    torch's ``once_differentiable`` raises only if the incoming gradient requires one; otherwise a
-    penalty on this gradient would take it for a constant and train on a wrong derivative.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *values: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:
-        raise RuntimeError(
-            "auxkern.cross_entropy has no second derivatives; for a penalty on its gradient use "
-            "torch.nn.functional.cross_entropy on the sum of the terms"
-        )
-
-
-def refuse_second_derivatives(
-    gradients: tuple[Tensor | None, ...], inputs: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """The gradients as they are, but differentiating them again, under ``create_graph``, is an error.
-
-    torch.compile refuses second derivatives itself, and traces a backward under enabled gradients.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return gradients
-    return tuple(None if d is None else _OnceDifferentiable.apply(d, *inputs) for d in gradients)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import logit_chunks, registry
+from auxkern.ops.autocast import apart_from_autocast
 from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
+from auxkern.ops.derivatives import refuse_transforms
 from auxkern.ops.library import as_rows
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.sample import drawn_over_ranks
@@ -49,6 +51,7 @@ class Sample:
 
 
 @torch.no_grad()
+@apart_from_autocast
 def sample(
     terms: Any,
     params: SamplingParams | None = None,
@@ -139,6 +142,7 @@ class _Asked:
 def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
     """(...): the rows of all terms."""
     one_device(terms)
+    refuse_transforms("auxkern.sample", tensors_of(terms), "draw outside of them")
     if not isinstance(asked.params, SamplingParams):
         raise TypeError(f"params must be auxkern.SamplingParams or None, got {type(asked.params).__name__}")
     leading = terms[0].leading

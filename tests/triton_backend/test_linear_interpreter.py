@@ -295,3 +295,15 @@ def test_bfloat16_is_left_to_the_library_in_the_interpreter():
 @pytest.mark.parametrize("name", [name for name in shares.CASES if name != "bfloat16 logits"])
 def test_a_shard_is_what_its_ids_add_up_to(name):
     shares.check("triton", name, smoothing=0.1 if "everything" in name or name == "heads" else 0.0)
+
+
+@pytest.mark.parametrize("lower", [B, H], ids=str)
+@pytest.mark.parametrize("dtypes", [(D32, D32), (H, H), (H, D32)], ids=["fp32", "fp16", "fp16+fp32"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_autocast_changes_nothing(softcap, dtypes, lower):
+    given, y = heads(9, 200, (48, 16), dtypes, softcaps=(softcap, softcap), biases=(True,)), targets(9, 200)
+    outside = ours(given, y)
+    with torch.autocast("cpu", dtype=lower):
+        under = ours(given, y)
+    assert torch.equal(under[0], outside[0])
+    assert all(map(torch.equal, under[1], outside[1]))
