@@ -17,8 +17,8 @@ import auxkern
 from auxkern import Head, Logits, Sparse
 from auxkern.nn import FrozenLinear
 from auxkern.ops.attention import attention
-from auxkern.ops.autocast import apart_from_autocast
 from auxkern.ops.dense import dense_logits
+from auxkern.ops.torch_ops import apart_from_autocast
 
 N, V, D, K = 12, 131, 32, 3
 H, B, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -175,7 +175,7 @@ def test_autocast_is_off_inside_and_what_it_was_afterwards(device, monkeypatch):
     seen = []
     function = apart_from_autocast(lambda x: seen.append(torch.is_autocast_enabled(device)))
     x = SimpleNamespace(device=torch.device(device))
-    monkeypatch.setattr("auxkern.ops.autocast._first_tensor", lambda _: x)
+    monkeypatch.setattr("auxkern.ops.torch_ops._first_tensor", lambda _: x)
     before = torch.is_autocast_enabled(device)
     torch.set_autocast_enabled(device, True)
     try:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import logit_chunks
-from auxkern.ops.autocast import apart_from_autocast
 from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
 from auxkern.ops.derivatives import is_differentiated
 from auxkern.ops.linear import kernel_for, product
 from auxkern.ops.rows import row_dtype
+from auxkern.ops.torch_ops import apart_from_autocast
 from auxkern.terms import Head, Logits, Sparse, as_terms, softcapped
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
-from auxkern.ops.autocast import implements
 from auxkern.ops.rows import row_dtype
+from auxkern.ops.torch_ops import implements
 
 
 def loaded(backend: str, values: list[Tensor]) -> Any:

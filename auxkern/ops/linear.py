@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import registry
-from auxkern.ops.autocast import apart_from_autocast, implements
 from auxkern.ops.derivatives import is_differentiated
+from auxkern.ops.torch_ops import apart_from_autocast, implements
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import head_chunks, head_segments, logit_chunks
-from auxkern.ops.autocast import implements
 from auxkern.ops.checks import check_sparse_ids
 from auxkern.ops.derivatives import refuse_second_derivatives
 from auxkern.ops.library import check_target_range, loaded
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, TENSORS, Part, empty, flat_parts
 from auxkern.ops.registry import HeadRows, Rows
 from auxkern.ops.rows import row_dtype, row_loss
+from auxkern.ops.torch_ops import implements
 
 
 def _empty_gradients(
@@ -329,22 +329,30 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        target, *tensors = ctx.saved_tensors
-        kinds, formula, chunk_rows, backend = ctx.settings
-        gradients, ctx.ready = ctx.ready, None
-        if gradients is not None and ctx.rescaled:
-            # Comparing would stop a GPU, whose memory multiplies 20 times as fast as a CPU's.
-            if g.device.type != "cpu" or not torch.equal(g, ctx.expected):
-                factor = _common_factor(g, ctx.expected)
-                gradients = [d.mul_(factor) for d in gradients]
-            gradients = [d.to(tensors[i].dtype) for i, d in zip(ctx.wanted, gradients, strict=True)]
-        elif gradients is not None and not torch.equal(g, ctx.expected):
-            gradients = None  # freed before others are made
-        if gradients is None:
-            with torch.no_grad():
-                *_rows, gradients = torch.ops.auxkern.linear_cross_entropy(
-                    tensors, kinds, target, g, *formula, False, ctx.wanted, chunk_rows, backend
-                )
+        tensors = ctx.saved_tensors[1:]
+        with torch.no_grad():
+            gradients = _gradients(ctx, g)
         by_index = dict(zip(ctx.wanted, gradients, strict=True))
         found = tuple(by_index.get(i) for i in range(len(tensors)))
         return (None,) * ctx.before + refuse_second_derivatives(found, (g, *tensors))
+
+
+def _gradients(ctx: Any, g: Tensor) -> list[Tensor]:
+    """Of the wanted tensors, for the incoming gradient g (N,)."""
+    target, *tensors = ctx.saved_tensors
+    kinds, formula, chunk_rows, backend = ctx.settings
+    gradients, ctx.ready = ctx.ready, None
+    if gradients is not None and ctx.rescaled:
+        # Comparing would stop a GPU, whose memory multiplies 20 times as fast as a CPU's.
+        if g.device.type != "cpu" or not torch.equal(g, ctx.expected):
+            factor = _common_factor(g, ctx.expected)
+            gradients = [d.mul_(factor) for d in gradients]
+        return [d.to(tensors[i].dtype) for i, d in zip(ctx.wanted, gradients, strict=True)]
+    if gradients is not None:
+        if torch.equal(g, ctx.expected):
+            return gradients
+        gradients = None  # freed before others are made
+    *_, gradients = torch.ops.auxkern.linear_cross_entropy(
+        tensors, kinds, target, g, *formula, False, ctx.wanted, chunk_rows, backend
+    )
+    return gradients

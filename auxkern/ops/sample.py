@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from auxkern.ops import logit_chunks, registry
-from auxkern.ops.autocast import apart_from_autocast
 from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
@@ -22,6 +21,7 @@ from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, grou
 from auxkern.ops.registry import Draws, HeadRows
 from auxkern.ops.rows import row_dtype
 from auxkern.ops.sampling_params import SamplingParams
+from auxkern.ops.torch_ops import apart_from_autocast
 from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_terms
 
 _NO_TOKEN = -1

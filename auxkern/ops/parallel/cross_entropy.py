@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from auxkern.ops.derivatives import refuse_second_derivatives
 from auxkern.ops.parallel.share import IGNORED, Share
 from auxkern.ops.parallel.vocabulary import local_ids
 from auxkern.ops.registry import NO_TARGET, Rows
-from auxkern.ops.rows import RowSlopes, RowSums, refuse_second_derivatives, row_loss
+from auxkern.ops.rows import RowSlopes, RowSums, row_loss
 
 
 class GlobalRows(NamedTuple):
@@ -177,4 +178,4 @@ class _ShardedRows(torch.autograd.Function):
                 if share.is_whole(i):
                     dist.all_reduce(made[i], group=share.shard.group)
         found = tuple(made[i].to(x.dtype).view(x.shape) if i in made else None for i, x in enumerate(tensors))
-        return (None,) * before + refuse_second_derivatives(found, tensors)
+        return (None,) * before + refuse_second_derivatives(found, (g, *tensors))

@@ -1,4 +1,4 @@
-"""Operators compute in the dtypes that they promise, whatever autocast their caller runs under."""
+"""How a function becomes a ``torch.library`` operator: apart from autocast, without a derivative."""
 
 from __future__ import annotations
 
@@ -28,17 +28,29 @@ def apart_from_autocast(function: _Function) -> _Function:
 
 
 def implements(name: str) -> Callable[[_Function], _Function]:
-    """Registers a function as the ``torch.library`` operator ``name``, on every device, apart from autocast.
+    """Registers a function as the ``torch.library`` operator ``name``, on every device.
 
-    A kernel runs under the autocast of whoever calls the operator; the products in it would be rounded.
+    A kernel runs under the autocast of whoever calls the operator, which would round the products in it;
+    so it is put apart. Autograd Functions call operators with gradients off. Where one is reached with
+    gradients on, as by ``torch.func.grad`` in compiled code, torch would take its results for constants:
+    to ask for a derivative there is an error.
     """
 
     def register(function: _Function) -> _Function:
         apart = apart_from_autocast(function)
         torch.library.impl(name, "default")(apart)
+        if not getattr(torch.ops.auxkern, name.removeprefix("auxkern::")).default._schema.is_mutable:
+            torch.library.register_autograd(name, functools.partial(_refuse, name))
         return apart
 
     return register
+
+
+def _refuse(name: str, *_: Any) -> Any:
+    raise RuntimeError(
+        f"the operator {name} has no derivative; auxkern's own functions have, but for transforms "
+        "of torch.func in compiled code; there use torch's functions on auxkern.ops.dense.dense_logits(terms)"
+    )
 
 
 def _first_tensor(value: Any) -> Tensor | None:
