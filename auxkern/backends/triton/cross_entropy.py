@@ -202,7 +202,7 @@ def _write_row(
         tl.store(out.argmax + row, tl.where(ignored, -1, state[2][1]).to(tl.int64))
         for i in tl.static_range(len(terms)):
             term_nll, _, _ = _nll(state[3][i], tl.where(in_range, shares[i], _absent(y)))
-            tl.store(out.term_nll + i * N + row, tl.where(ignored, 0.0, term_nll))
+            tl.store(out.term_nll + i * N.to(tl.int64) + row, tl.where(ignored, 0.0, term_nll))
 
 
 @triton.jit

@@ -39,14 +39,20 @@ def _tile_of_program(program, row_blocks, tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _operand(pointer, stride, columns_stride, rows, UNIT: tl.constexpr, EVEN: tl.constexpr):
-    """(pointers to column 0 of ``rows``, distance of columns) of a strided matrix."""
+def _operand(pointer, stride, rows, EVEN: tl.constexpr):
+    """Pointers to column 0 of ``rows`` of a strided matrix."""
     step = _decode(stride).to(tl.int64)
     if EVEN:
         step = tl.multiple_of(step, 8)
-    if UNIT:
-        return pointer + rows.to(tl.int64) * step, 1
-    return pointer + rows.to(tl.int64) * step, _decode(columns_stride)
+    return pointer + rows.to(tl.int64) * step
+
+
+@triton.jit
+def _along(columns, stride, UNIT: tl.constexpr):
+    """Offsets of columns; int64 unless they are adjacent, for a weight stored (D, V) passes 2**31."""
+    if not UNIT:
+        columns = columns.to(tl.int64) * _decode(stride)
+    return columns
 
 
 @triton.jit
@@ -56,17 +62,19 @@ def _product(
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """accumulator (R, C) + hidden[rows] (R, D) @ weight[ids].T (D, C), in float32."""
-    a, a_step = _operand(head.hidden, head.hidden_stride, head.hidden_column, rows, UNIT_HIDDEN, EVEN)
-    b, b_step = _operand(head.weight, head.weight_stride, head.weight_column, ids, UNIT_WEIGHT, EVEN)
+    a = _operand(head.hidden, head.hidden_stride, rows, EVEN)
+    b = _operand(head.weight, head.weight_stride, ids, EVEN)
     k = tl.arange(0, BLOCK_D)
     for d in range(0, D, BLOCK_D):
         here = d + k
+        x_at = a[:, None] + _along(here, head.hidden_column, UNIT_HIDDEN)[None, :]
+        w_at = b[None, :] + _along(here, head.weight_column, UNIT_WEIGHT)[:, None]
         if D % BLOCK_D == 0:
-            x = tl.load(a[:, None] + (here * a_step)[None, :])
-            w = tl.load(b[None, :] + (here * b_step)[:, None])
+            x = tl.load(x_at)
+            w = tl.load(w_at)
         else:
-            x = tl.load(a[:, None] + (here * a_step)[None, :], mask=(here < D)[None, :], other=0.0)
-            w = tl.load(b[None, :] + (here * b_step)[:, None], mask=(here < D)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(here < D)[None, :], other=0.0)
+            w = tl.load(w_at, mask=(here < D)[:, None], other=0.0)
         if x.dtype != w.dtype:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
