@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+def _private(size: int) -> mmap.mmap:
+    """Fresh memory of this process alone: by default a forked one would write to it too."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # a system without fork
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 class GradientMemory:
     """Memory for gradients of the size of the logits on a CPU, used again from step to step.
 
@@ -21,12 +28,17 @@ class GradientMemory:
 
     A gradient's memory is used again only when no tensor refers to it any more; until then other
     memory is taken. What is held is at most what was in use at one time; ``release`` drops it. Use
-    one object per thread. On other devices torch's allocator keeps memory by itself, and this
+    one object per thread. A copy or an unpickled one is empty, and a forked process writes to memory of
+    its own. On other devices torch's allocator keeps memory by itself, and this
     object takes no part.
     """
 
     def __init__(self) -> None:
         self._blocks: list[mmap.mmap] = []
+
+    def __reduce__(self) -> tuple[type[GradientMemory], tuple[()]]:
+        """A copy, in this process or another, is empty: what is held is nobody's data."""
+        return type(self), ()
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +75,7 @@ class GradientMemory:
             elif not free:
                 kept.append(block)
         if found is None:
-            found = mmap.mmap(-1, size)
+            found = _private(size)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 found.madvise(mmap.MADV_HUGEPAGE)
         self._blocks = [*kept, found]
