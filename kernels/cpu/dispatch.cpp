@@ -167,7 +167,7 @@ int32_t check(const auxkern_head *heads, int32_t n_heads, const auxkern_rows *ro
         is_bad(rows->sparse) || (rows->sparse.count > 0 && !rows->values))
         return AUXKERN_BAD_ARGUMENT;
     for (int32_t h = 0; h < n_heads; ++h)
-        if (!heads[h].hidden || !heads[h].weight || heads[h].D < 1 || heads[h].weight_stride < 1 ||
+        if (!heads[h].hidden || !heads[h].weight || heads[h].D < 1 || heads[h].weight_stride < 0 ||
             heads[h].dtype < AUXKERN_F32 || heads[h].dtype > AUXKERN_BF16)
             return AUXKERN_BAD_ARGUMENT;
     if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
@@ -175,7 +175,7 @@ int32_t check(const auxkern_head *heads, int32_t n_heads, const auxkern_rows *ro
 }
 
 bool is_bad(const auxkern_linear &layer) {
-    return layer.M < 0 || layer.N < 0 || layer.K < 1 || layer.x_stride < layer.K || layer.weight_stride < layer.K ||
+    return layer.M < 0 || layer.N < 0 || layer.K < 1 || layer.x_stride < 0 || layer.weight_stride < 0 ||
            layer.y_stride < layer.N || layer.dtype < AUXKERN_F32 || layer.dtype > AUXKERN_BF16 ||
            (layer.M > 0 && layer.N > 0 && (!layer.x || !layer.weight || !layer.y));
 }

@@ -214,9 +214,11 @@ void refused_products() {
     const auxkern_execution execution = {1, AUXKERN_ISA_BEST, nullptr};
     auxkern_linear layer = {1, 1, 4, x, x, nullptr, y, 4, 4, 1, AUXKERN_F32, 0};
     check(auxkern_linear_forward(&layer, &execution) == AUXKERN_OK, "accepted", 0, 0, 0);
-    layer.weight_stride = 3;
-    check(auxkern_linear_forward(&layer, &execution) == AUXKERN_BAD_ARGUMENT, "rows that overlap", 0, 0, 1);
-    layer.weight_stride = 4;
+    layer.weight_stride = layer.x_stride = 0;
+    check(auxkern_linear_forward(&layer, &execution) == AUXKERN_OK, "rows that are all one", 0, 0, 0);
+    layer.y_stride = 0;
+    check(auxkern_linear_forward(&layer, &execution) == AUXKERN_BAD_ARGUMENT, "results that overlap", 0, 0, 1);
+    layer.y_stride = 1;
     layer.K = 0;
     check(auxkern_linear_forward(&layer, &execution) == AUXKERN_BAD_ARGUMENT, "K of 0", 0, 0, 1);
     auxkern_attention attention = {1, 1, 1, 16, 2, 1, x, 32, 16, 16, x, 16, 16, 16, x, 16, 16, 16, nullptr, 0, 0, 0, 1, y};

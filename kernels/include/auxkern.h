@@ -129,7 +129,7 @@ typedef struct {
     const float *hidden; /* (C, D) contiguous */
     const void *weight;  /* V rows of D */
     const float *bias;   /* (V,) or NULL */
-    int64_t weight_stride;
+    int64_t weight_stride; /* from row to row; 0 where all are one */
     int64_t D;
     int32_t dtype; /* of the weight */
     float scale;
@@ -186,7 +186,7 @@ typedef struct {
     const void *weight;  /* N rows of K */
     const float *bias;   /* (N,) or NULL */
     float *y;            /* M rows of N */
-    int64_t x_stride, weight_stride, y_stride; /* from row to row */
+    int64_t x_stride, weight_stride, y_stride; /* from row to row; rows of x and weight may overlap */
     int32_t dtype;       /* of the weight */
     int32_t accumulate;
 } auxkern_linear;
