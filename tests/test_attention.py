@@ -168,3 +168,40 @@ def test_torch_knows_it_as_an_operator():
 
     compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*given), attention(*given, scale=0.5))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "mask", "message"),
+    [
+        ({"key": (1, 2, 9, 16)}, None, r"query has shape \(2, 4, 2, 16\), key \(1, 2, 9, 16\)"),
+        ({"key": (2, 2, 9, 32)}, None, r"key \(2, 2, 9, 32\).*must be \(B, H, T, D\)"),
+        ({"key": (2, 2, 1, 16)}, None, "P = 1 columns are the T = 2 positions'"),
+        ({"key": (2, 0, 9, 16)}, None, "G must divide H"),
+        ({}, (2, 1, 2, 8), r"mask has shape \(2, 1, 2, 8\).*P = 9"),
+        ({}, (3, 1, 2, 9), r"mask has shape \(3, 1, 2, 9\).*B = 2"),
+        ({}, (2, 1, 3, 9), r"mask has shape \(2, 1, 3, 9\).*T = 2"),
+        ({}, (2, 9), r"mask has shape \(2, 9\)"),
+    ],
+)
+def test_shapes_that_the_kernel_would_read_beyond_are_refused(shapes, mask, message):
+    query = torch.zeros(2, 4, 2, 16)
+    key = torch.zeros(shapes.get("key", (2, 2, 9, 16)))
+    seen = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        attention(query, key, key, seen, scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["key", "value", "mask"])
+def test_all_are_on_one_device(name):
+    given = {"key": torch.zeros(2, 2, 9, 16), "value": torch.zeros(2, 2, 9, 16)}
+    given["mask"] = torch.ones(2, 1, 2, 9, dtype=torch.bool)
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta but query on cpu; move it there"):
+        attention(torch.zeros(2, 4, 2, 16), **given, scale=1.0)
+
+
+def test_fewer_columns_than_positions_are_torchs():
+    query, key, value = made((2, 4, 2, 3, 9, 16))
+    mask = torch.ones(2, 1, 3, 2, dtype=torch.bool)
+    found = attention(query, key[:, :, :2], value[:, :, :2], mask, scale=0.5)
+    assert_close(found, exact(query, key[:, :, :2], value[:, :, :2], mask, 0.5))

@@ -155,6 +155,7 @@ def test_other_backends():
         (lambda x, w, b: (x, w, b[:3]), r"bias has shape \(3,\) but weight has 7 rows"),
         (lambda x, w, b: (x.half(), w, b), "weight has dtype torch.float32 but x torch.float16"),
         (lambda x, w, b: (x, w.to("meta"), b), "weight is on meta but x on cpu"),
+        (lambda x, w, b: (x, w, b.to("meta")), "bias is on meta but x on cpu"),
     ],
 )
 def test_refusals_name_both_values(change, message):

@@ -39,14 +39,10 @@ def attention(
         (B, T, H, D). A row that sees no column is 0 from the native kernel.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or devices disagree.
         RuntimeError: the backend asked for cannot run, or a derivative is asked for.
     """
-    if key.shape != value.shape or query.dim() != 4 or key.dim() != 4 or query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}; "
-            "they must be (B, H, T, D) and (B, G, P, D), and G must divide H"
-        )
+    _check(query, key, value, mask)
     if is_differentiated((query, key, value)):
         raise RuntimeError(
             "attention makes no derivatives, but one of query, key and value asks for them; call it "
@@ -56,6 +52,29 @@ def attention(
         return _attention(query, key, value, mask, scale, backend or "")
     found: Tensor = torch.ops.auxkern.attention(query, key, value, mask, scale, backend or "")
     return found
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    shapes = f"query has shape {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+    agree = query.dim() == key.dim() == 4 and key.shape == value.shape
+    if not agree or (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
+        raise ValueError(f"{shapes}; they must be (B, H, T, D) and (B, G, P, D)")
+    (B, H, T, _), (_, G, P, _) = query.shape, key.shape
+    if G == 0 or H % G:
+        raise ValueError(f"{shapes}; G must divide H, but these are {G} and {H}")
+    for name, tensor in (("key", key), ("value", value), ("mask", mask)):
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} but query on {query.device}; move it there")
+    if mask is None:
+        if P < T:
+            raise ValueError(
+                f"{shapes}; without a mask the last of P = {P} columns are the T = {T} positions'"
+            )
+    elif mask.dim() != 4 or any(a not in (1, b) for a, b in zip(mask.shape, (B, H, T, P), strict=True)):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; it must be (B or 1, 1, T or 1, P or 1), with B = {B}, "
+            f"T = {T} and P = {P}"
+        )
 
 
 def kernel_refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:

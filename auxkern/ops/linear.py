@@ -128,8 +128,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"weight has dtype {weight.dtype} but x {x.dtype}; give x's dtype, float16 or bfloat16"
         )
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device} but x on {x.device}; move it there")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x on {x.device}; move it there")
 
 
 torch.library.define("auxkern::linear", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")

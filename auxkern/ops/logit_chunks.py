@@ -100,7 +100,7 @@ def add_head(
     z: Tensor, head: Head, rows: slice, V: int, factor: float, *, keep: bool, kernel: Any = None
 ) -> None:
     """z (C, V) = factor * (hidden @ weight.T + bias) of these rows, plus what z held if ``keep``."""
-    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
+    hidden = head.hidden.reshape(head.leading.numel(), head.hidden.shape[-1])
     _add_product(z, hidden[rows], head.weight[:V], factor, keep, kernel)
     if head.bias is not None:
         z.add_(head.bias[:V], alpha=factor)

@@ -353,7 +353,7 @@ def _heads_taken(kernel: Any, terms: Sequence[Logits | Head], draws: Draws) -> l
     for term in terms:
         if isinstance(term, Logits) or isinstance(term.scale, Tensor):
             return []
-        hidden = term.hidden.reshape(-1, term.hidden.shape[-1])
+        hidden = term.hidden.reshape(term.leading.numel(), term.hidden.shape[-1])
         heads.append(HeadRows(hidden, term.weight, term.bias, term.scale, term.softcap or 0.0))
     return [] if kernel.heads_refusal(heads) else heads
 

@@ -243,6 +243,8 @@ class Cpu:
             return _LIBRARY
         if any(t.dtype != torch.float32 or t.stride(-1) != 1 for t in (query, key, value)):
             return "it takes float32 with rows that are contiguous"
+        if 0 in (query.shape[1], query.shape[3]) or key.shape[2] < query.shape[2]:
+            return "there are no heads, or fewer columns than positions"
         if query.shape[-1] % _WIDTH or value.shape[-1] != query.shape[-1]:
             return f"heads have a width of {query.shape[-1]}, which is no multiple of {_WIDTH}"
         if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):

@@ -12,10 +12,11 @@ import torch
 ABI_VERSION = 4
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What the operators' own checks leave, and the way out.
 STATUS = {
-    1: "an argument is out of range",
-    2: "this CPU lacks the instruction set asked for",
-    3: "out of memory",
+    1: "a size is out of its range, such as 2**31 ids in a draw; pass backend='reference'",
+    2: "this CPU lacks the instruction set asked for; make the backend with isa='best'",
+    3: "out of memory, of which each thread takes V floats; torch.set_num_threads takes fewer",
 }
 
 
