@@ -172,6 +172,13 @@ def softcapped(z: Tensor, softcap: float | None) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
+def as_number(value: Any) -> Any:
+    """A Python number in place of NumPy's, of a 0-d array, and of a 0-d tensor on the CPU; else ``value``."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value  # a look at it would stop the device
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def rows_of(term: Term, rows: Tensor) -> Term:
     """The same term for some rows.
 
@@ -243,6 +250,7 @@ def _number(name: str, value: Any) -> float:
             f"{name} is a tensor{gradient}; pass a Python float. To learn a scale, multiply the "
             "values by it before they become a term"
         )
+    value = as_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     largest = torch.finfo(torch.float32).max

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import generator
 from instruction_sets import EACH, substituted
+from nuclei import rows, with_edges
 from torch import Tensor
 
 import auxkern
@@ -69,3 +70,22 @@ def test_equal_logits_are_cut_by_id():
         found = auxkern.sample(z, params, seed=torch.arange(300), position=0, backend="cpu").tokens
         assert (found < allowed).all()
         assert params.top_k == 1 or found.max() > 300
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.37])
+@pytest.mark.parametrize("V", [7, 60])
+def test_a_nucleus_ends_where_the_references_does(V, temperature):
+    z, p = with_edges(rows(V), temperature, 24)
+    made, wanted = (
+        auxkern.sample(
+            z,
+            SamplingParams(temperature, top_p=p),
+            seed=torch.arange(len(z)),
+            position=0,
+            return_logprobs=True,
+            backend=backend,
+        )
+        for backend in ("cpu", "reference")
+    )
+    assert torch.equal(made.tokens, wanted.tokens)
+    torch.testing.assert_close(made.processed_logprob, wanted.processed_logprob, rtol=0, atol=2e-6)

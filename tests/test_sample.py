@@ -426,3 +426,27 @@ def test_empty_batches_and_other_shapes(backend):
     assert sample(
         logits(6, 9).view(2, 3, 9), seed=seeds(6).view(2, 3), position=0, backend=backend
     ).tokens.shape == (2, 3)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 40, 300])
+def test_the_largest_come_by_falling_logit_and_rising_id(backend, count, dtype):
+    z = (4 * torch.randn(20, 300, generator=generator(count))).round().to(dtype)  # many ties
+    z[3, :290], z[4] = -torch.inf, 0.0
+    made = sample(z, SamplingParams(temperature=0), seed=seeds(20), top_logprobs=count, backend=backend)
+    wanted = z.float().sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(made.top_ids, wanted)
+    assert torch.equal(made.top_ids[:, 0], made.tokens)
+    exact = z.double().log_softmax(-1).gather(-1, wanted)
+    torch.testing.assert_close(made.top_logprobs.double(), exact, rtol=0, atol=2e-6)
+
+
+@backends
+def test_the_largest_logit_comes_first_where_log_probabilities_are_rounded_alike(backend):
+    z = torch.zeros(1, 300)
+    z[0, 7], z[0, 200] = 2.0**-25, 2.0**-24  # less apart than float32 can tell near -log 300
+    made = sample(z, SamplingParams(temperature=0), seed=3, top_logprobs=3, backend=backend)
+    assert made.top_logprobs[0, 0] == made.top_logprobs[0, 1]
+    assert made.top_ids.tolist() == [[200, 7, 0]]
+    assert made.tokens.tolist() == [200]

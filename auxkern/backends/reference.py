@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from auxkern.ops.mass import masses, needed
 from auxkern.ops.noise import first_largest, gumbel, random_bits
 from auxkern.ops.registry import NO_TARGET, ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws, Rows
 
@@ -167,14 +168,13 @@ def _adjusted(z: Tensor, draws: Draws) -> Tensor:
 def _kept(z: Tensor, d: Tensor, draws: Draws) -> Tensor:
     """(N, V) bool: top-k, then top-p, then min-p."""
     V = z.shape[1]
-    order = torch.sort(z, dim=-1, descending=True, stable=True)
+    # Stable: equal logits come by rising id. 0.0 + z, because a sort may set 0.0 and -0.0 apart.
+    order = torch.sort(0.0 + z, dim=-1, descending=True, stable=True)
     smallest = order.values.gather(-1, draws.top_k.clamp(max=V)[:, None] - 1)
     kept = (z >= smallest) & (z > -torch.inf)
-    # Stable: equal logits come by rising id. A token stays if those before it do not reach p.
-    mass = torch.where(kept, d, -torch.inf).double().exp().gather(-1, order.indices)
+    mass = torch.where(kept, masses(d, V), 0).gather(-1, order.indices)
     before = mass.cumsum(-1) - mass
-    in_nucleus = before < draws.top_p[:, None].double() * mass.sum(-1, keepdim=True)
-    in_nucleus[:, 0] = True
+    in_nucleus = before < needed(draws.top_p[:, None], mass.sum(-1, keepdim=True))
     nucleus = torch.zeros_like(kept).scatter(-1, order.indices, in_nucleus)
     return kept & torch.where(draws.top_p[:, None] < 1, nucleus, True) & (d >= draws.log_min_p[:, None])
 

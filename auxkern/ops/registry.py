@@ -270,12 +270,13 @@ class Draws:
     """What ``BackendWithSample.sample`` needs beside the terms; one entry per row.
 
     Ids outside [0, V) stand for nothing. ``top_k`` is V or more, ``top_p`` 1, ``log_min_p`` -inf,
-    ``repetition`` 1, the penalties 0 where a row has no such filter.
+    ``repetition`` 1, the penalties 0 where a row has no such filter. Elsewhere the slack of
+    ``auxkern.ops.mass`` has been taken from ``top_p``, which may be below 0 then, and from ``log_min_p``.
     """
 
     temperature: Tensor  # (N,) float32, or float64 beside float64 terms
     top_k: Tensor  # (N,) int64, at least 1
-    top_p: Tensor  # (N,) as temperature
+    top_p: Tensor  # (N,) float64
     log_min_p: Tensor  # (N,) as temperature
     repetition: Tensor  # (N,) as temperature
     presence: Tensor  # (N,) as temperature

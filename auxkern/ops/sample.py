@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.derivatives import refuse_transforms
 from auxkern.ops.library import as_rows
+from auxkern.ops.mass import SLACK
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.sample import drawn_over_ranks
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of, with_local_ids
@@ -22,9 +24,10 @@ from auxkern.ops.registry import Draws, HeadRows
 from auxkern.ops.rows import row_dtype
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.ops.torch_ops import apart_from_autocast
-from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_terms
+from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_number, as_terms
 
 _NO_TOKEN = -1
+_LEAST = 2.0**-149  # float32's smallest number above 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Sample:
         processed_logprob: (...) log-probability among what penalties, temperature and filters left;
             0 for temperature 0; None unless asked for.
         term_logprobs: (I, ...) the token's log-probability under each term alone, times its scale.
-        top_ids, top_logprobs: (..., top_logprobs) the largest of log softmax(z) and their ids.
+        top_ids, top_logprobs: (..., top_logprobs) the ids of the largest z, by falling z and rising id, so
+            that a greedy token without penalty and bias comes first; and log softmax(z) of each.
     """
 
     tokens: Tensor
@@ -107,6 +111,7 @@ def sample(
         RuntimeError: the backend asked for cannot run.
     """
     terms = as_terms(terms)
+    seed, position, vocab_size, top_logprobs = map(as_number, (seed, position, vocab_size, top_logprobs))
     params = SamplingParams() if params is None else params
     asked = _Asked(params, seed, position, history, prompt, return_logprobs, top_logprobs, backend)
     group = group_of(process_group, terms)
@@ -208,12 +213,28 @@ def _backend(asked: str | None, terms: Sequence[Term]) -> Any:
 def _per_row(name: str, value: Any, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(N,) of a number or of a tensor with one entry for each row."""
     if not isinstance(value, Tensor):
+        _check_range(name, [value], dtype)
         return torch.full((N,), value, dtype=dtype, device=device)
     if value.numel() != N:
         raise ValueError(f"{name} has {value.numel()} entries but there are {N} rows; give each row one")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but the terms are on {device}; move it there")
+    if value.dtype == torch.float64 and device.type == "cpu":  # a look would stop another device
+        _check_range(name, value.tolist(), dtype)
     return value.reshape(-1).to(dtype).contiguous()
+
+
+def _check_range(name: str, values: Iterable[float], dtype: torch.dtype) -> None:
+    """Refuses finite numbers that would be 0 or infinity in ``dtype`` and are not."""
+    if dtype != torch.float32:
+        return
+    finfo = torch.finfo(dtype)
+    for value in values:
+        if value and math.isfinite(value) and not _LEAST <= abs(value) <= finfo.max:
+            raise ValueError(
+                f"{name} is {value:.3g}, which float32 does not have; choose 0, or a size between "
+                f"{finfo.smallest_normal:.3g} and {finfo.max:.3g}"
+            )
 
 
 def _integers(name: str, value: Any, N: int, device: torch.device, *, each: bool = False) -> Tensor:
@@ -260,7 +281,11 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     def row(name: str, value: Any = None) -> Tensor:
         return _per_row(name, getattr(params, name) if value is None else value, N, dtype, device)
 
-    top_k = _per_row("top_k", params.top_k, N, torch.int64, device)
+    top_k = params.top_k if isinstance(params.top_k, Tensor) else min(params.top_k, V)
+    top_k = _per_row("top_k", top_k, N, torch.int64, device)
+    top_p, min_p = (
+        _per_row(name, getattr(params, name), N, torch.float64, device) for name in ("top_p", "min_p")
+    )
     bias_ids, bias = _bias(params, N, V, dtype, device)
     sparse = [t for t in terms if isinstance(t, Sparse)]
     ids = [_row_ids("Sparse.ids", t.ids, leading, device) for t in sparse]
@@ -269,9 +294,10 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     scales = [getattr(t, "scale", None) for t in terms if not isinstance(t, Sparse)]
     return Draws(
         temperature=row("temperature"),
-        top_k=torch.where(top_k == 0, V, top_k),
-        top_p=row("top_p"),
-        log_min_p=row("min_p").log(),
+        top_k=torch.where(top_k <= 0, V, top_k),
+        top_p=torch.where(top_p < 1, top_p - SLACK, 1.0),
+        # A ratio of two probabilities, so twice the slack of one.
+        log_min_p=(min_p.log() - 2 * SLACK).to(dtype),
         repetition=row("repetition_penalty"),
         presence=row("presence_penalty"),
         frequency=row("frequency_penalty"),
@@ -318,6 +344,7 @@ def _bias(
         if token >= V:
             raise ValueError(f"logit_bias has the id {token}, outside [0, {V})")
     ids = torch.tensor(list(listed), dtype=torch.int64, device=device).expand(N, -1).contiguous()
+    _check_range("logit_bias", listed.values(), dtype)
     return ids, torch.tensor(list(listed.values()), dtype=dtype, device=device).expand(N, -1).contiguous()
 
 
@@ -428,5 +455,12 @@ def _scaled(term: Term) -> Term:
 
 def _with_top(found: Sample, terms: Sequence[Term], V: int, count: int) -> Sample:
     z = dense_logits(terms, vocab_size=V)
-    top = z.log_softmax(-1).topk(count, dim=-1)
-    return replace(found, top_ids=top.indices, top_logprobs=top.values)
+    # topk orders equals as it likes: whoever lies above the last of them is in, then the lowest ids.
+    last = z.topk(count, dim=-1).values[..., -1:]
+    ids = torch.arange(V, device=z.device)
+    place = torch.where(z > last, 2 * V - ids, torch.where(z == last, V - ids, 0))
+    ids = place.topk(count, dim=-1).indices.sort(dim=-1).values
+    # By z: log-probabilities are rounded, and equal where logits are not.
+    order = z.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
+    ids = ids.gather(-1, order)
+    return replace(found, top_ids=ids, top_logprobs=z.log_softmax(-1).gather(-1, ids))

@@ -5,6 +5,7 @@
 // Gumbel noise; noise is worked out in full only for the few ids that can still win.
 #include "sample.h"
 
+#include "mass.h"
 #include "philox.h"
 #include "terms.h"
 
@@ -13,8 +14,8 @@ namespace AUXKERN_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 4 * LANES;  // ids whose random bits are made at a time
-// Bins of the mass are 1/128 wide in the logit; what lies further than 32 below the maximum shares the last.
-constexpr float BINS_PER_UNIT = 128.0f;
+constexpr int BIN_BITS = FRACTION_BITS - 6;  // bins of the mass are 1/64 octave wide
+static_assert(MASS_BINS == (MOST_OCTAVES >> BIN_BITS) + 1, "the last bin is that of no mass");
 // -log(-log1p(-u)) of the smallest u, 2^-33, is 22.87.
 constexpr float LARGEST_NOISE = 23.0f;
 
@@ -207,41 +208,45 @@ void sort(Candidate *x, int64_t count) {
     }
 }
 
-inline int64_t bin_of(float d) {
-    const float x = -d * BINS_PER_UNIT;
-    return x < float(MASS_BINS - 1) ? int64_t(x) : MASS_BINS - 1;
-}
-
 // Where the fewest largest logits at or above `kept.threshold` reach the share p: the mass of bins
 // finds the bin in which that is, and only its logits are sorted.
-void keep_nucleus(const Row &row, float p, Kept &kept, double *mass, Candidate *candidates) {
+void keep_nucleus(const Row &row, double p, Kept &kept, uint64_t *mass, Candidate *candidates) {
     for (int64_t b = 0; b < MASS_BINS; ++b) mass[b] = 0;
-    double total = 0;
+    const int shift = mass_shift(row.task.V);
     for (int64_t v = 0; v < row.padded(); v += LANES) {
         const vi in = (vi)(load(row.z + v) >= kept.threshold);
         if (!any(in)) continue;
-        const vf d = row.distance(v), e = (vf)((vi)vexp(d) & in);
-        float ds[LANES], es[LANES];
-        memcpy(ds, &d, sizeof d);
-        memcpy(es, &e, sizeof e);
-        for (int i = 0; i < LANES; ++i)
-            if (es[i] > 0) mass[bin_of(ds[i])] += es[i];
+        const vi octaves = octaves_of(row.distance(v)), bin = octaves >> BIN_BITS;
+        const vi with_mass = in & (vi)(octaves < MOST_OCTAVES);
+        if (!any(with_mass)) continue;
+        const Masses each = masses_of(octaves, shift, with_mass);
+        int32_t bins[LANES];
+        memcpy(bins, &bin, sizeof bin);
+        // No branch for 0, which could not be predicted.
+        for (int i = 0; i < LANES; ++i) mass[bins[i]] += each.lane[i];
     }
+    uint64_t total = 0, before = 0;
     for (int64_t b = 0; b < MASS_BINS; ++b) total += mass[b];
-    const double wanted = double(p) * total;
-    double before = 0;
-    int64_t bin = 0;
-    while (bin < MASS_BINS - 1 && before + mass[bin] < wanted) before += mass[bin++];
+    const double share = p * double(total);
+    const uint64_t needed = share < 1 ? 1 : uint64_t(share);  // 1: the first id stays
+    int32_t bin = 0;
+    while (before + mass[bin] < needed) before += mass[bin++];
     int64_t count = 0;
-    for (int64_t v = 0; v < row.task.V; ++v)
-        if (row.z[v] >= kept.threshold && row.z[v] > -INFINITY && bin_of(row.distance_of(row.z[v])) == bin)
-            candidates[count++] = {row.z[v], int32_t(v)};
+    for (int64_t v = 0; v < row.padded(); v += LANES) {
+        const vf z = load(row.z + v);
+        const vi in = (vi)(z >= kept.threshold) & (vi)(octaves_of(row.distance(v)) >> BIN_BITS == bin);
+        if (!any(in)) continue;
+        int32_t wanted[LANES];
+        memcpy(wanted, &in, sizeof in);
+        for (int i = 0; i < LANES; ++i)
+            if (wanted[i]) candidates[count++] = {row.z[v + i], int32_t(v + i)};
+    }
     sort(candidates, count);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; before < needed; ++i) {
         kept.threshold = candidates[i].z;
         kept.last = candidates[i].id;
-        before += double(vexp(splat(row.distance_of(candidates[i].z)))[0]);
-        if (before >= wanted) return;
+        const vf d = splat(row.distance_of(candidates[i].z));
+        before += masses_of(octaves_of(d), shift, (vi)(d == d)).lane[0];
     }
 }
 
@@ -252,7 +257,7 @@ Kept filter(const Row &row) {
     float *scratch = row.scratch + (row.task.counts ? row.padded() : 0);
     if (s.top_k[row.n] < row.task.V) kept.threshold = top_k_threshold(row, s.top_k[row.n], scratch + 2 * MASS_BINS);
     if (s.top_p[row.n] < 1)
-        keep_nucleus(row, s.top_p[row.n], kept, reinterpret_cast<double *>(scratch),
+        keep_nucleus(row, s.top_p[row.n], kept, reinterpret_cast<uint64_t *>(scratch),
                      reinterpret_cast<Candidate *>(scratch + 2 * MASS_BINS));
     return kept;
 }

@@ -18,13 +18,13 @@ struct SampleTask {
     bool filters;    // some row has a filter
 };
 
-constexpr int64_t MASS_BINS = 4096;
+constexpr int64_t MASS_BINS = 63 * 64 + 1;
 constexpr int64_t LEAST_CANDIDATES = 1024;
 
 static inline int64_t padded_vocabulary(int64_t V) { return (V + 63) / 64 * 64; }
 
 // Floats of scratch memory that a thread needs: the logits; counts; candidates, their values and ids;
-// the mass of each bin in float64.
+// the mass of each bin in 64 bits.
 static inline int64_t scratch_size(const SampleTask &task) {
     const int64_t V = padded_vocabulary(task.V);
     return V + (task.counts ? V : 0) + (task.filters ? 2 * V + 2 * LEAST_CANDIDATES + 2 * MASS_BINS : 0);

@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from nuclei import kept_count, rows, with_edges
 from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sample, SamplingParams, Sparse
+from auxkern.ops import mass
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+
 from auxkern.backends.triton import BACKEND  # noqa: E402
+from auxkern.backends.triton.mass import masses  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -96,6 +101,33 @@ def test_ties_of_top_k_and_of_a_nucleus():
         z[:2] * 0, SamplingParams(temperature=0), seed=seeds(2), position=0, backend="triton"
     )
     assert greedy.tokens.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("V", "temperature"), [(60, 0.37)])
+def test_a_nucleus_ends_where_the_references_does(V, temperature):
+    z, p = with_edges(rows(V), temperature, 2)
+    assert_equal(z, SamplingParams(temperature, top_p=p), seed=seeds(len(z)))
+
+
+def test_a_share_of_k_of_equal_ids_keeps_k():
+    k = torch.arange(3, 131, 32)
+    found = kept_count(torch.full((len(k), 131), 7.5), SamplingParams(top_p=k.double() / 131), "triton")
+    assert torch.equal(found, k)
+
+
+@triton.jit
+def _masses_kernel(d, out, shift, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, masses(tl.load(d + at), shift))
+
+
+def test_masses_are_the_references_bit_by_bit():
+    d = torch.cat(
+        [-40 * torch.rand(4000), torch.tensor([0.0, -0.0, -44, -1e30, -torch.inf]), torch.zeros(91)]
+    )
+    out = torch.empty(4096, dtype=torch.int64)
+    _masses_kernel[(1,)](d, out, mass.mass_shift(50257), BLOCK=4096)
+    assert torch.equal(out, mass.masses(d, 50257))
 
 
 def test_bad_rows():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # What the operators' own checks leave, and the way out.

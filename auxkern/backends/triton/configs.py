@@ -117,7 +117,7 @@ class BlockConfig:
 
 
 # A tile of a radix search is compared with 16 thresholds at once, in registers.
-SAMPLE, FILTER, ADJUST = BlockConfig(2048, 8, programs=4), BlockConfig(1024, 4), BlockConfig(256, 2)
+SAMPLE, FILTER, ADJUST = BlockConfig(2048, 8, programs=4), BlockConfig(1024, 8), BlockConfig(256, 2)
 
 
 def draw_tiles(config: TileConfig, rows: int) -> TileConfig:

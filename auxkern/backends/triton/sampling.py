@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from auxkern.backends.triton.cross_entropy import shares_of
+from auxkern.backends.triton.mass import masses
 from auxkern.backends.triton.numerics import log1p
 from auxkern.backends.triton.rows import row_pointer
 
@@ -125,9 +126,9 @@ def _moved(state, largest, temperature):
 
 
 @triton.jit
-def _tile_draw(z, kept, ids, noise, largest, temperature, has_nan, LOGPROB: tl.constexpr):
+def _tile_draw(d, kept, ids, noise, largest, has_nan, LOGPROB: tl.constexpr):
     """The draw of one tile, relative to ``largest``."""
-    d = tl.where(kept, (z - _pivot(largest)) / temperature, -float("inf"))
+    d = tl.where(kept, d, -float("inf"))
     score = d + noise
     top = tl.max(score, axis=0)
     token = tl.min(tl.where((score == top) & kept, ids, _NO_ID), axis=0)
@@ -145,7 +146,8 @@ def _step(
     """``state`` after another tile."""
     noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
     largest = tl.maximum(state[0], tl.max(z, axis=0))
-    tile = _tile_draw(z, z > -float("inf"), ids, noise, largest, temperature, _nans(z), LOGPROB)
+    d = (z - _pivot(largest)) / temperature
+    tile = _tile_draw(d, z > -float("inf"), ids, noise, largest, _nans(z), LOGPROB)
     return _merge(_moved(state, largest, temperature), tile)
 
 
@@ -314,39 +316,47 @@ def _key(z):
 
 
 @triton.jit
+def _distance(z, pivot, temperature):
+    """d of the filters, rounded as everywhere: ``/`` alone is an approximation on a GPU."""
+    return tl.div_rn(z - pivot, temperature)
+
+
+@triton.jit
 def _weights_above(
-    z_row, thresholds, least, stride, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    z_row, thresholds, least, stride, pivot, temperature, shift, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(16,) float64: how many ids, or how much exp d, have a key of at least ``least`` and each threshold."""
-    totals = tl.zeros([_DIGITS], tl.float64)
+    """(16,) int64: how many ids, or how much mass, have a key of at least ``least`` and each threshold."""
+    totals = tl.zeros([_DIGITS], tl.int64)
     for start in range(0, stride, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
         z = tl.load(z_row + ids)
         key = _key(z)
         if COUNT:
-            weight = tl.where(z > -float("inf"), 1.0, 0.0)
+            weight = (z > -float("inf")).to(tl.int64)
         else:
-            weight = tl.where(key >= least, tl.exp((z - pivot) / temperature), 0.0)
-        above = tl.where(key[:, None] >= thresholds[None, :], weight[:, None], 0.0)
-        totals += tl.sum(above, axis=0).to(tl.float64)
+            weight = tl.where(key >= least, masses(_distance(z, pivot, temperature), shift), 0)
+        above = tl.where(key[:, None] >= thresholds[None, :], weight[:, None], 0)
+        totals += tl.sum(above, axis=0)
     return totals
 
 
 @triton.jit
-def _search(z_row, wanted, least, stride, pivot, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _search(
+    z_row, wanted, least, stride, pivot, temperature, shift, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
     """(largest key t whose weight at or above it reaches ``wanted``, weight above t)."""
     digit = tl.arange(0, _DIGITS).to(tl.uint32)
     prefix = tl.zeros([], tl.uint32)
-    over = tl.zeros([], tl.float64)
+    over = tl.zeros([], tl.int64)
     for step in range(8):
-        shift = 28 - 4 * step
-        thresholds = prefix + (digit << shift)
-        totals = _weights_above(z_row, thresholds, least, stride, pivot, temperature, COUNT, BLOCK)
+        bit = 28 - 4 * step
+        thresholds = prefix + (digit << bit)
+        totals = _weights_above(z_row, thresholds, least, stride, pivot, temperature, shift, COUNT, BLOCK)
         # Thresholds rise and totals fall; the first one was reached in the step before.
         reached = (totals >= wanted) | (digit == 0)
         chosen = tl.max(tl.where(reached, digit, 0), axis=0)
-        over = tl.where(chosen == 15, over, tl.max(tl.where(digit == chosen + 1, totals, 0.0), axis=0))
-        prefix += chosen << shift
+        over = tl.where(chosen == 15, over, tl.max(tl.where(digit == chosen + 1, totals, 0), axis=0))
+        prefix += chosen << bit
     return prefix, over
 
 
@@ -363,12 +373,13 @@ def _row_stats(z_row, stride, BLOCK: tl.constexpr):
     return largest, nans
 
 
-@triton.jit(do_not_specialize=["V", "stride"])
+@triton.jit(do_not_specialize=["V", "stride", "shift"])
 def filter_kernel(
     z_in,  # (N, stride) float32, -inf from V on
     draws,  # Draws
     out,  # (N,) int64, int32, float32
     V, stride,
+    shift,  # mass_shift of V
     LOGPROB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Top-k, top-p, min-p and the draw of row program_id(0), whose logits stay in the L2 cache."""
@@ -386,20 +397,17 @@ def filter_kernel(
     least = tl.zeros([], tl.uint32)  # the smallest key that is kept
     equals = tl.full([], _NO_ID, tl.int32)  # how many of that key are kept, the lowest ids first
     if (top_k < V) & (greedy == 0):
-        least, _ = _search(z_row, top_k.to(tl.float64), least, stride, pivot, temperature, True, BLOCK)
+        least, _ = _search(z_row, top_k, least, stride, pivot, temperature, shift, True, BLOCK)
     if (top_p < 1) & (greedy == 0):
-        everything = _weights_above(
-            z_row, tl.zeros([_DIGITS], tl.uint32), least, stride, pivot, temperature, False, BLOCK
-        )
-        wanted = top_p.to(tl.float64) * tl.max(everything, axis=0)
-        least, over = _search(z_row, wanted, least, stride, pivot, temperature, False, BLOCK)
+        all_keys = tl.zeros([_DIGITS], tl.uint32)
+        everything = _weights_above(z_row, all_keys, least, stride, pivot, temperature, shift, False, BLOCK)
+        needed = tl.maximum((top_p * tl.max(everything, axis=0).to(tl.float64)).to(tl.int64), 1)
+        least, over = _search(z_row, needed, least, stride, pivot, temperature, shift, False, BLOCK)
         bits = least ^ 0x80000000
         ordered = bits.to(tl.int32, bitcast=True)
         smallest = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        each = tl.exp((smallest - pivot) / temperature).to(tl.float64)
-        missing = tl.minimum((wanted - over) / each, 2147483646.0)
-        whole = missing.to(tl.int32)
-        equals = tl.maximum(whole + (missing > whole).to(tl.int32), 1)
+        each = tl.maximum(masses(_distance(smallest, pivot, temperature), shift), 1)  # 0 in a row of NaN
+        equals = ((needed - over + each - 1) // each).to(tl.int32)
 
     seed = tl.load(draws.seed + row)
     position = tl.load(draws.position + row)
@@ -414,7 +422,8 @@ def filter_kernel(
         place = before + tl.cumsum(equal, axis=0)
         before += tl.sum(equal, axis=0)
         kept = (key > least) | ((equal != 0) & (place <= equals))
-        kept = kept & (z > nothing) & ((z - pivot) / temperature >= log_min_p)
+        d = _distance(z, pivot, temperature)
+        kept = kept & (z > nothing) & (d >= log_min_p)
         noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
-        state = _merge(state, _tile_draw(z, kept, ids, noise, largest, temperature, nans, LOGPROB))
+        state = _merge(state, _tile_draw(d, kept, ids, noise, largest, nans, LOGPROB))
     _write(state, out, row, greedy, LOGPROB)

@@ -29,7 +29,7 @@ def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS) -> Draws:
     return Draws(
         temperature=floats(),
         top_k=integers(),
-        top_p=floats(),
+        top_p=floats().double(),
         log_min_p=floats(),
         repetition=floats(),
         presence=floats(),

@@ -18,6 +18,7 @@ from auxkern.backends.triton.sampling import (
     filter_kernel,
     sum_kernel,
 )
+from auxkern.ops.mass import mass_shift
 from auxkern.ops.registry import Draws, HeadRows
 
 # Ten rounds of Philox for four ids, two logarithms: per id. Comparisons of a radix search: per id.
@@ -192,7 +193,7 @@ def _from_logits(z: Tensor, rows: _RowDraws, draws: Draws, V: int, out: _Out) ->
     last = Launch(
         filter_kernel,
         (N,),
-        {"z_in": z, "draws": rows, "out": out, "V": V, "stride": stride},
+        {"z_in": z, "draws": rows, "out": out, "V": V, "stride": stride, "shift": mass_shift(V)},
         {"LOGPROB": out.logprob.numel() > 0, "BLOCK": configs.FILTER.block},
         configs.FILTER.warps,
         bytes_moved=4 * N * V,
