@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,8 +45,8 @@ def test_a_record_has_the_last_word() -> None:
 def test_greedy_drops_the_filters_of_the_defaults_only() -> None:
     request = Request.from_record({"id": 1, "temperature": 0}, DEFAULTS)
     assert (request.params.temperature, request.params.top_k) == (0, 0)
-    with pytest.raises(ValueError, match=r"temperature is 0, .* top_k is 5"):
-        Request.from_record({"id": 1, "temperature": 0, "top_k": 5}, DEFAULTS)
+    own = Request.from_record({"id": 1, "temperature": 0, "top_k": 5}, DEFAULTS)
+    assert (own.params.temperature, own.params.top_k) == (0, 5)
 
 
 def test_no_auxiliary_has_no_scale() -> None:
@@ -197,3 +198,26 @@ def test_a_completion_has_all_fields() -> None:
     del record["prompt_tokens"]
     with pytest.raises(ValueError, match="the completion has no field 'prompt_tokens'"):
         Completion.from_record(record)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    record = {
+        "id": np.int64(7),
+        "seed": np.uint64(2**62),
+        "max_new_tokens": np.int32(5),
+        "aux_scale": np.float32(0.5),
+        "temperature": np.array(0.25),
+        "top_k": np.int16(-1),
+        "logit_bias": {np.int64(3): np.float32(-2)},
+    }
+    request = Request.from_record(record, Request(0, samples=np.array(2)))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(request.as_record()))["logit_bias"] == {"3": -2.0}
+    assert (request.params.temperature, request.params.top_k) == (0.25, -1)
+    assert (request.id, request.seed, request.samples, request.aux_scale) == (7, 2**62, 2, 0.5)
+
+
+@pytest.mark.parametrize("name", ["seed", "max_new_tokens", "samples", "aux_scale"])
+@pytest.mark.parametrize("value", [True, np.bool_(True), "1", np.array([1, 2]), 1j], ids=repr)
+def test_what_is_no_number_is_named(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=name):
+        Request(1, **{name: value})  # type: ignore[arg-type]

@@ -162,7 +162,7 @@ def _combined(each: list[SamplingParams], device: torch.device) -> SamplingParam
         if len(set(values)) == 1:
             settings[name] = values[0]
         else:
-            dtype = torch.int64 if name == "top_k" else torch.float32
+            dtype = torch.int64 if name == "top_k" else torch.float64  # top_p is one
             settings[name] = torch.tensor(values, dtype=dtype, device=device)
     return SamplingParams(**settings, logit_bias=_biases(each, device))
 

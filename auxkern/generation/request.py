@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.seeds import mixed_seed
-from auxkern.terms import Sparse
+from auxkern.terms import Sparse, as_number
 
 FinishReason = Literal["end", "stop", "length", "error"]
 State = Literal["new", "waiting", "running", "ended"]
@@ -59,6 +59,8 @@ class Request:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("id", "seed", "max_new_tokens", "samples", "aux_scale"):
+            object.__setattr__(self, name, as_number(getattr(self, name)))
         check_id(self.id)
         for name in ("condition", "prompt"):
             _check_text(name, getattr(self, name))
@@ -109,6 +111,7 @@ class Request:
             if name != "text" and (value is not None or name == "auxiliary")
         }
         given.setdefault("id", id)
+        given["id"] = as_number(given["id"])
         if given["id"] is None:
             raise ValueError("the request has no id; give it one")
         check_id(given["id"])
