@@ -31,6 +31,8 @@ from auxkern.ops.dense import dense_logits
 from auxkern.terms import Head, Logits, Sparse, Term, rows_of
 
 DEFAULT = "default"
+# A causal LM of transformers, by the name of its class.
+_KNOWN_CAUSAL_LM = "GPT2LMHeadModel"
 
 
 class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
@@ -252,6 +254,13 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         """Names for ``generate(auxiliary=...)``."""
         return [DEFAULT, *self._others]
 
+    def _get_name(self) -> str:
+        # The Trainer's label smoothing asks for it, and shifts the labels of names that transformers lists.
+        return _KNOWN_CAUSAL_LM
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(_KNOWN_CAUSAL_LM, type(self).__name__, 1)
+
     def get_input_embeddings(self) -> None:
         """None: tables of ids are the base's, or a part of the auxiliary like others.
 
@@ -326,7 +335,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             aux_scale: mixing weight instead of the config's; a float, or (B,) without labels.
             num_items_in_batch: what divides the summed loss, instead of the number of labels.
             logits_to_keep: how many of the last positions' logits are wanted; 0 for all.
-            return_logits: whether logits are wanted; by default only without labels.
+            return_logits: whether logits are wanted. By default without labels, and beside the loss where
+                the model is in evaluation mode and no gradient is recorded: the Trainer measures them.
             return_dict: False for a tuple.
 
         Returns:
@@ -349,7 +359,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         )
         loss = None if labels is None else self._loss(terms, labels, num_items_in_batch)
         logits = None
-        if return_logits or (return_logits is None and labels is None):
+        if return_logits is None:
+            return_logits = labels is None or not (self.training or torch.is_grad_enabled())
+        if return_logits:
             logits = dense_logits(terms, vocab_size=self.config.vocab_size)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output

@@ -127,9 +127,10 @@ def train(
     a step. Every rank calls ``train`` with the same arguments; the first one writes.
 
     Args:
-        model: an ``AuxTunedForCausalLM``, or any module whose ``model(**batch,
-            num_items_in_batch=...)`` has a ``.loss`` and that has ``save_pretrained(folder)``, which
-            writes model.safetensors. Without a frozen ``.lm`` nothing is said about the LM alone.
+        model: an ``AuxTunedForCausalLM``, or any module whose ``model(**batch, num_items_in_batch=...)``,
+            with return_logits=False in an evaluation, has a ``.loss`` and that has
+            ``save_pretrained(folder)``, which writes model.safetensors. Without a frozen ``.lm`` nothing
+            is said about the LM alone.
         training, validation: what to train on, and what to evaluate on.
         settings: see ``LoopSettings``. ``resume`` continues in ``output``, from the start if nothing
             is saved there.
@@ -432,7 +433,8 @@ class _Run:
         return total / max(1, labels)
 
     def _pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
-        loss: Tensor = self.model(**batch, num_items_in_batch=torch.tensor(1, device=self.device)).loss
+        one = torch.tensor(1, device=self.device)
+        loss: Tensor = self.model(**batch, num_items_in_batch=one, return_logits=False).loss
         return loss.item()
 
     def _lm_alone(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
