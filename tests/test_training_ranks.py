@@ -174,3 +174,13 @@ def test_what_cannot_be_sharded_is_refused() -> None:
     if native_refusal() is None:
         with pytest.raises(ValueError, match="load it with native=False"):
             shard_base(use_native_kernels(tiny_lm()), mesh)
+
+
+def test_where_the_first_process_fails_all_end(shared: Path) -> None:
+    """The others would wait for it for ever."""
+    (used, full), *others = [rank["failed"] for rank in found(shared)]
+    assert "another process writes to" in used
+    assert "the log cannot be written to" in full
+    assert "checkpoint-3 is whole" in full
+    assert all("the first process of this run has failed" in said for rank in others for said in rank)
+    assert all(len(rank) == 2 for rank in others)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from auxkern.files import lock_file
 from auxkern.model import fingerprint
 from auxkern.model.sharding import shard_auxiliary, shard_base
 from auxkern.training.collator import AuxCollator
@@ -117,6 +119,30 @@ def _stopped(output: Path, rank: int) -> tuple[int, str]:
     return found
 
 
+def _failed(folder: Path, rank: int) -> list[str]:
+    """What a rank hears where only the first one can fail: a folder that is in use, a disk that is full."""
+    said = []
+    if rank == 0:
+        (folder / "used").mkdir()
+        file = lock_file(folder / "used" / "log.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: int) -> dict[str, int]:
+        if rank == 0 and step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        return {}
+
+    for name, measure in (("used", None), ("full", fill)):
+        try:
+            run(folder / name, "stopped", process_group=dist.group.WORLD, measure=measure)
+        except (ValueError, OSError) as error:
+            said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    if rank == 0:
+        os.close(file)
+    return said
+
+
 def _wrapped() -> dict[str, Any]:
     """A pair in torch's own data parallelism."""
     model = new_pair("fifty")
@@ -169,6 +195,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     found: dict[str, Any] = {
         "stopped": _stopped(folder / "stopped", rank),
+        "failed": _failed(folder, rank),
         "wrapped": _wrapped(),
         "accelerate": _sharded_by_accelerate(folder / "accelerate", mesh),
     }

@@ -24,17 +24,18 @@ from auxkern.seeds import drawn, mixed_seed
 from auxkern.tasks.registry import load_task
 from auxkern.training.checkpoint import (
     RunIdentity,
+    check_output,
     checkpoint_folder,
     checkpoint_steps,
     load_state,
     model_fields,
 )
+from auxkern.training.log import check_unused
 from auxkern.training.loop import (
     Examples,
     ExampleSet,
     TrainingInterrupted,
     TrainResult,
-    check_output,
     fingerprint_of,
     train,
 )
@@ -108,6 +109,8 @@ def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int
         result = _train(job, training, validation)
     except (FloatingPointError, OSError) as error:
         return _refuse(error, 1)
+    except ValueError as error:
+        return _refuse(error, 2)
     _print_summary(job, result)
     return 0
 
@@ -139,6 +142,8 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     if settings.shard_base and launched.count == 1:
         raise ValueError("shard_base is for several processes; start them with torchrun, or leave it out")
     check_output(Path(settings.output), settings.resume)
+    if launched.rank == 0:
+        check_unused(Path(settings.output))
     training, validation = _read_examples(settings)
     text_format, model = _pair(settings, device)
     from auxkern.training.examples import encode
@@ -355,7 +360,7 @@ def _say_how_to_resume(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int
 
 def _refuse(error: Exception, status: int) -> int:
     text = str(error)
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     print(f"auxkern train: {' '.join(text.split())}", file=sys.stderr)
     return status

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -134,6 +134,26 @@ def checkpoint_steps(output: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Looks whether a run may begin in a folder.
+
+    Raises:
+        ValueError: another run is there and ``resume`` is off, it is no folder, or nothing can be
+            written there.
+    """
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"output is {output}, but {place} is not a folder; name another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"output is {output}, but nothing can be written to {place}; name another folder")
+    steps = checkpoint_steps(output)
+    if steps and not resume:
+        raise ValueError(
+            f"output {output} holds a run with {checkpoint_folder(output, steps[-1]).name} already; "
+            "resume it (resume=True, --resume), or name another folder"
+        )
+
+
 def save_checkpoint(
     output: Path, model: Any, weights: Weights | None, state: TrainState, identity: RunIdentity
 ) -> Path:
@@ -148,7 +168,7 @@ def save_checkpoint(
         state, identity: of the run.
 
     Raises:
-        OSError: the disk is full, say; nothing half-written has the name of a checkpoint.
+        OSError, SafetensorError: the disk is full, say; nothing half-written has the name of a checkpoint.
     """
     folder = checkpoint_folder(output, state.step)
     trainer = {
@@ -167,15 +187,20 @@ def save_checkpoint(
     unfinished = output / f"{_UNFINISHED}{folder.name}"
     remove_unfinished(output)
     unfinished.mkdir(parents=True)
-    if weights.model is None:
-        model.save_pretrained(unfinished)
-    else:
-        model.save_pretrained(unfinished, state_dict=weights.model)
-    save_file(weights.optimizer, unfinished / OPTIMIZER)
-    (unfinished / TRAINER).write_text(text, encoding="utf-8")
-    for path in unfinished.iterdir():
-        _flush(path)
-    unfinished.rename(folder)
+    try:
+        if weights.model is None:
+            model.save_pretrained(unfinished)
+        else:
+            model.save_pretrained(unfinished, state_dict=weights.model)
+        save_file(weights.optimizer, unfinished / OPTIMIZER)
+        (unfinished / TRAINER).write_text(text, encoding="utf-8")
+        for path in unfinished.iterdir():
+            _flush(path)
+        unfinished.rename(folder)
+    except BaseException:
+        # On a full disk it would keep others, and the next attempt, from writing.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return folder
 
 
@@ -271,16 +296,6 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def truncate_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites a JSONL log with the lines that ``keep`` wants; a last line cut short is dropped."""
-    if not path.is_file():
-        return
-    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    lines = [line for line in complete.splitlines() if keep(json.loads(line))]
-    with replacing(path) as unfinished:
-        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import signal
 import threading
@@ -18,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +29,7 @@ from auxkern.seeds import mixed_seed
 from auxkern.training.checkpoint import (
     RunIdentity,
     TrainState,
+    check_output,
     checkpoint_folder,
     checkpoint_steps,
     load_state,
@@ -38,15 +39,15 @@ from auxkern.training.checkpoint import (
     publish,
     remove_unfinished,
     save_checkpoint,
-    truncate_log,
     whole_weights,
 )
 from auxkern.training.lm_alone import lm_alone_nll
+from auxkern.training.log import RunLog
 from auxkern.training.progress import Progress
 from auxkern.training.ranks import Ranks
 from auxkern.training.settings import LoopSettings, learning_rate_at
 
-LOG = "log.jsonl"
+_SERIALIZING = "Error while serializing: "  # what safetensors' errors begin with
 _IDENTIFYING = ("input_ids", "labels", "condition_ids")
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
@@ -148,7 +149,8 @@ def train(
 
     Raises:
         ValueError: no examples, no trainable parameters, ``output`` holds a run and resume is off,
-            or it holds another run.
+            it holds another run, or another process writes to it.
+        OSError: a file cannot be written; the last checkpoint stays whole. On all ranks.
         FloatingPointError: loss or gradient is not finite; the last checkpoint stays.
         TrainingInterrupted: a signal came; what to resume from is saved.
     """
@@ -166,26 +168,8 @@ def train(
             if stopping:
                 raise TrainingInterrupted(run.state.step, checkpoint_folder(run.output, run.state.step))
             run.step()
-    if run.ranks.is_first:
-        publish(run.output, run.state.best_step if run.state.best_step is not None else run.state.step)
-    run.ranks.wait()
+        run.publish()
     return TrainResult(run.state, run.output)
-
-
-def check_output(output: Path, resume: bool) -> None:
-    """Looks whether a run may begin in a folder.
-
-    Raises:
-        ValueError: another run is there and ``resume`` is off, or it is no folder.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is not a folder; name another")
-    steps = checkpoint_steps(output)
-    if steps and not resume:
-        raise ValueError(
-            f"output {output} holds a run with {checkpoint_folder(output, steps[-1]).name} already; "
-            "resume it (resume=True, --resume), or name another folder"
-        )
 
 
 def fingerprint_of(examples: Examples) -> str:
@@ -271,24 +255,24 @@ class _Run:
             model_fields(model),
         )
         check_output(self.output, settings.resume)
-        steps = checkpoint_steps(self.output)
         self.state = TrainState()
-        if steps:
-            folder = checkpoint_folder(self.output, steps[-1])
-            self.state = load_state(folder, self.identity)
-            load_weights(folder, model, self.optimizer)
-        if self.state.step > settings.steps:
-            raise ValueError(f"{self.output} is at step {self.state.step}, past steps={settings.steps}")
-        self._saved = (self.state.step if steps else None, self.state.evaluated_step)
-        self.ranks.same_weights(model.parameters())
+        self._log: RunLog | None = None
 
     def __enter__(self) -> _Run:
-        self._log: TextIO | None = None
-        if self.ranks.is_first:
-            self.output.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.output)
-            truncate_log(self.output / LOG, self._is_of_the_past)
-            self._log = (self.output / LOG).open("a", encoding="utf-8")
+        with self.ranks.first_alone(), self._writing("the log"):
+            if self.ranks.is_first:
+                self.output.mkdir(parents=True, exist_ok=True)
+                # Before anything is read: another run may be writing what this one would go on from.
+                self._log = RunLog(self.output)
+        try:
+            self._load()
+            with self.ranks.first_alone(), self._writing("the log"):
+                if self._log is not None:
+                    self._log.cut(self._is_of_the_past)
+                    remove_unfinished(self.output)
+        except BaseException:
+            self.__exit__()
+            raise
         self._first_step, self._began = self.state.step, time.monotonic()
         self._seconds_before = self.state.seconds
         self._mark = (self.state.tokens, self._began)
@@ -300,6 +284,18 @@ class _Run:
         if self._log is not None:
             self._log.close()
         self.progress.close()
+
+    def _load(self) -> None:
+        """The newest checkpoint's state and weights, if there is one."""
+        steps = checkpoint_steps(self.output)
+        if steps:
+            folder = checkpoint_folder(self.output, steps[-1])
+            self.state = load_state(folder, self.identity)
+            load_weights(folder, self.model, self.optimizer)
+        if self.state.step > self.settings.steps:
+            raise ValueError(f"{self.output} is at step {self.state.step}, past steps={self.settings.steps}")
+        self._saved = (self.state.step if steps else None, self.state.evaluated_step)
+        self.ranks.same_weights(self.model.parameters())
 
     def is_evaluation_due(self) -> bool:
         step = self.state.step
@@ -378,11 +374,45 @@ class _Run:
         """A checkpoint of this step; older ones make room."""
         there = self._saved[0] == self.state.step
         weights = None if there else whole_weights(self.model, self.optimizer)
-        if self.ranks.is_first:
-            save_checkpoint(self.output, self.model, weights, self.state, self.identity)
-            prune_checkpoints(self.output, self.settings.keep_checkpoints, self.state.best_step)
-        self.ranks.wait()
+        with self.ranks.first_alone(), self._writing(f"checkpoint-{self.state.step}"):
+            if self._log is not None:
+                in_place = self._log.is_in_place()
+                if not in_place and self._log.path.exists():
+                    raise OSError("another run has taken the folder's place")
+                save_checkpoint(self.output, self.model, weights, self.state, self.identity)
+                if not in_place:
+                    raise FileNotFoundError("the folder was removed; this checkpoint is in a new one")
+                prune_checkpoints(self.output, self.settings.keep_checkpoints, self.state.best_step)
         self._saved = (self.state.step, self.state.evaluated_step)
+
+    def publish(self) -> None:
+        """The model of the best step, or of the last one, as the run's."""
+        best = self.state.best_step
+        with self.ranks.first_alone(), self._writing("the model"):
+            if self.ranks.is_first:
+                publish(self.output, self.state.step if best is None else best)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Says of an error what could not be written, and what is kept.
+
+        Raises:
+            OSError: for one, and for safetensors' own.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            number = getattr(error, "errno", None)
+            reason = (getattr(error, "strerror", None) or str(error)).removeprefix(_SERIALIZING)
+            raise OSError(
+                number, f"{what} cannot be written to {self.output}: {reason}; {self._kept()}"
+            ) from error
+
+    def _kept(self) -> str:
+        steps = checkpoint_steps(self.output)
+        if not steps:
+            return "nothing is saved there"
+        return f"{checkpoint_folder(self.output, steps[-1])} is whole: go on from it with resume (--resume)"
 
     def _batches(self) -> tuple[list[_Batch], int]:
         """This rank's batches of the next step, and how many all ranks have together."""
@@ -483,9 +513,9 @@ class _Run:
         )
 
     def _record(self, record: dict[str, Any]) -> None:
-        if self._log is not None:
-            self._log.write(json.dumps(record) + "\n")
-            self._log.flush()
+        with self.ranks.first_alone(), self._writing("the log"):
+            if self._log is not None:
+                self._log.write(record)
         self.progress.record(record)
 
     def _is_of_the_past(self, record: dict[str, Any]) -> bool:

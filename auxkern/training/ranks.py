@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,24 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         self.any(False)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """For what only the first rank does: where it fails, all raise, and none waits for it.
+
+        Raises:
+            OSError: on the others, if the first has failed.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise OSError("the first process of this run has failed; its message says why")
 
     def same_weights(self, tensors: Iterable[Tensor]) -> None:
         """Gives all ranks the first one's parameters; sharded ones (``DTensor``) stay as they are."""
