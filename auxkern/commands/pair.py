@@ -77,6 +77,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def input_file(name: str) -> Path:
+    """What a name of an input stands for, for argparse too; "-" is standard input.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not name:
+        raise argparse.ArgumentTypeError("the name is empty; name a file, or - for standard input")
+    return Path("/dev/stdin" if name == "-" else name)
+
+
 def check_json_option(parser: argparse.ArgumentParser, path: Path | None) -> None:
     """Ends the program with a message if --json names a file that cannot be written."""
     if path is None:

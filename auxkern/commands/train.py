@@ -17,10 +17,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from auxkern.bench.session import INTERRUPTED
-from auxkern.commands.pair import CommandParser
+from auxkern.commands.pair import CommandParser, input_file
 from auxkern.commands.ranks import Launched
+from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.text import IGNORED, Example, TextFormat
-from auxkern.seeds import drawn, mixed_seed
+from auxkern.seeds import mixed_seed
 from auxkern.tasks.registry import load_task
 from auxkern.training.checkpoint import (
     RunIdentity,
@@ -30,6 +31,8 @@ from auxkern.training.checkpoint import (
     load_state,
     model_fields,
 )
+from auxkern.training.examples import PlacedExamples, encode
+from auxkern.training.fit import check_fit, check_padding
 from auxkern.training.log import check_unused
 from auxkern.training.loop import (
     Examples,
@@ -41,6 +44,7 @@ from auxkern.training.loop import (
 )
 from auxkern.training.progress import duration, progress_for
 from auxkern.training.settings import TrainSettings, add_flags, settings_from
+from auxkern.training.wording import PLAIN, SPACED, Wording, wording_of
 
 _EPILOG = """\
 A YAML file has a line NAME: VALUE for each setting, named like the flag with _ for -; a flag beats the
@@ -141,71 +145,96 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     """Reads data and base, cheapest first, so that a mistake shows soon."""
     if settings.shard_base and launched.count == 1:
         raise ValueError("shard_base is for several processes; start them with torchrun, or leave it out")
-    check_output(Path(settings.output), settings.resume)
+    output = Path(settings.output)
+    check_output(output, settings.resume)
     if launched.rank == 0:
-        check_unused(Path(settings.output))
-    training, validation = _read_examples(settings)
-    text_format, model = _pair(settings, device)
-    from auxkern.training.examples import encode
-
-    train_ids, validation_ids = encode(training, text_format), encode(validation, text_format)
+        check_unused(output)
+    sides = _read_examples(settings, launched)
+    text_format, model = _pair(settings, device, sides[0].examples)
+    check_padding(model, text_format.pad_id)
+    training, validation = (encode(side.examples, text_format, place=side.place) for side in sides)
+    for side, encoded in zip(sides, (training, validation), strict=True):
+        check_fit(model, encoded, side.place)
     identity = RunIdentity(
-        settings, fingerprint_of(train_ids), fingerprint_of(validation_ids), model_fields(model)
+        settings, fingerprint_of(training), fingerprint_of(validation), model_fields(model)
     )
-    steps = checkpoint_steps(Path(settings.output))
+    steps = checkpoint_steps(output)
     if steps:
-        load_state(checkpoint_folder(Path(settings.output), steps[-1]), identity)
-    return _Job(
-        settings, model, text_format, train_ids, validation_ids, identity, validation[0].condition, launched
-    )
+        load_state(checkpoint_folder(output, steps[-1]), identity)
+    condition = sides[1].examples[0].condition
+    return _Job(settings, model, text_format, training, validation, identity, condition, launched)
 
 
-def _read_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
-    from auxkern.training.examples import read_jsonl
-
+def _read_examples(settings: TrainSettings, launched: Launched) -> tuple[PlacedExamples, PlacedExamples]:
+    """What is trained on, and what is held out."""
+    limits = settings.train_examples, settings.validation_examples
     if settings.task is not None:
-        training, validation, _ = load_task(settings.task, settings.task_source).split()
-    else:
-        training = read_jsonl(Path(str(settings.train_file)))
-        validation = read_jsonl(Path(str(settings.validation_file)))
-    for name, examples in (("train_file", training), ("validation_file", validation)):
-        if not examples:
-            raise ValueError(f"{name} {getattr(settings, name)} has no examples")
-    return drawn(training, settings.train_examples), drawn(validation, settings.validation_examples)
+        splits = load_task(settings.task, settings.task_source).split()
+        named = zip(("training", "validation"), splits[:2], limits, strict=True)
+        training, validation = (
+            PlacedExamples.of(examples, f"{settings.task}, {name}", limit) for name, examples, limit in named
+        )
+        return training, validation
+    files = [input_file(str(name)) for name in (settings.train_file, settings.validation_file)]
+    for path in files:
+        if launched.count > 1 and path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a pipe, which processes cannot share; write it to a file first")
+    return PlacedExamples.of_file(files[0], limits[0]), PlacedExamples.of_file(files[1], limits[1])
 
 
-def _pair(settings: TrainSettings, device: str | None) -> tuple[TextFormat, Any]:
-    from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM
-
-    fields = {
+def _pair(
+    settings: TrainSettings, device: str | None, examples: Sequence[Example]
+) -> tuple[TextFormat, AuxTunedForCausalLM]:
+    fields: dict[str, Any] = {
         "base_model_name_or_path": settings.base,
         "base_revision": settings.base_revision,
         "base_gguf_file": settings.base_gguf_file,
-        "condition_template": settings.condition_template,
         **settings.pair,
     }
+    template = settings.condition_template
     try:
-        AuxTunedConfig(**fields)  # refuses unknown names before the base is loaded
+        # Refuses unknown names before the base is loaded.
+        config = AuxTunedConfig(**fields, condition_template=template or PLAIN)
     except TypeError as error:
         raise ValueError(f"a value in pair {settings.pair} has the wrong type: {error}") from error
-    lm, tokenizer = _base(settings, device)
-    prefix = settings.pair.get("text_prefix", "")
-    text_format = TextFormat(tokenizer, str(settings.condition_template), settings.max_length, prefix)
+    source: dict[str, Any] = {"revision": settings.base_revision, "gguf_file": settings.base_gguf_file}
+    with _naming_the_base(settings):
+        tokenizer = load_tokenizer(settings.base, **source)
+    # Nothing but a pointer compares ids; a task says itself how its conditions are written.
+    free = config.pointer and settings.task is None
+    prefix = settings.pair.get("text_prefix", None if free else "")
+    wordings = wording_of(tokenizer, examples, template if template or free else PLAIN, prefix)
+    chosen = wordings[0]
+    if config.pointer:
+        _print_wording(chosen)
+    device = device or ("cuda" if torch.cuda.is_available() else None)
+    with _naming_the_base(settings):
+        native = False if settings.shard_base else None
+        lm = load_base(settings.base, dtype=settings.dtype, device=device, native=native, **source)
+    fields |= {"condition_template": chosen.condition_template, "text_prefix": chosen.text_prefix}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(settings.seed, "weights"))
-        return text_format, AuxTunedForCausalLM.from_lm(lm, **fields)
+        pair = AuxTunedForCausalLM.from_lm(lm, **fields)
+    text_format = TextFormat(tokenizer, chosen.condition_template, settings.max_length, chosen.text_prefix)
+    return text_format, pair
 
 
-def _base(settings: TrainSettings, device: str | None) -> tuple[Any, Any]:
-    from auxkern.model.base import load_base, load_tokenizer
+def _print_wording(wording: Wording) -> None:
+    written = f"condition_template {wording.condition_template!r}, text_prefix {wording.text_prefix!r}"
+    print(f"wording: {written}; of the conditions {wording.copied:.0%} stand in their text, id by id")
+    if wording.copied < 0.5 * wording.held:
+        print(
+            f"auxkern train: as written {wording.held:.0%} do: the pointer, which copies ids, is of little "
+            "use; look for a --condition-template and a --pair text_prefix=... that make ids of a condition "
+            f"those in the text, such as {SPACED!r} and ' '",
+            file=sys.stderr,
+        )
 
-    source: dict[str, Any] = {"revision": settings.base_revision, "gguf_file": settings.base_gguf_file}
-    device = device or ("cuda" if torch.cuda.is_available() else None)
-    native = False if settings.shard_base else None
+
+@contextmanager
+def _naming_the_base(settings: TrainSettings) -> Iterator[None]:
     try:
-        tokenizer = load_tokenizer(settings.base, **source)
-        lm = load_base(settings.base, dtype=settings.dtype, device=device, native=native, **source)
-        return lm, tokenizer
+        yield
     except (OSError, ValueError) as error:  # transformers' message may not name it
         raise ValueError(f"the base {settings.base!r} cannot be loaded: {error}") from error
 

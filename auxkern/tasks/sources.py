@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
+from auxkern.model.unicode import check_unicode
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
 
 SPELLINGS = (
@@ -219,6 +220,7 @@ def _record(source: JsonLines | HubDataset, values: Any, place: str) -> Iterator
             raise ValueError(
                 f"{place}: the field {name!r} holds {values[name]!r:.60}; {role} must be a string"
             )
+        check_unicode(f"{place}: the field {name!r}", values[name])
         found[role] = values[name].strip()
     if not found["text"]:
         return

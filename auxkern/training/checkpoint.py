@@ -88,7 +88,7 @@ class RunIdentity:
         current = self.settings.as_json()
         names = self.settings.changed(saved["settings"])
         if names:
-            pairs = [f"{name} is {current[name]!r} but was {saved['settings'].get(name)!r}" for name in names]
+            pairs = [_differs(name, current[name], saved["settings"].get(name)) for name in names]
             raise ValueError(
                 f"{folder} was made with other settings: {'; '.join(pairs)}; "
                 "set them back, or start anew in another output folder"
@@ -98,7 +98,7 @@ class RunIdentity:
             name for name in self.model if self.model[name] != saved["model"].get(name, self.model[name])
         ]
         if names:
-            pairs = [f"{name} is {self.model[name]!r} but was {saved['model'][name]!r}" for name in names]
+            pairs = [_differs(name, self.model[name], saved["model"][name]) for name in names]
             raise ValueError(
                 f"{folder} is of another model: {'; '.join(pairs)}; "
                 "make the same one, or start anew in another output folder"
@@ -109,6 +109,19 @@ class RunIdentity:
                     f"{folder} was made with other {kind} data: fingerprint {saved[kind]}, now "
                     f"{getattr(self, kind)}; bring that data back, or start anew in another output folder"
                 )
+
+
+def _differs(name: str, current: Any, saved: Any) -> str:
+    """Both values; of two mappings only what is not the same in both."""
+    if isinstance(current, dict) and isinstance(saved, dict):
+        same = {key for key in current if key in saved and current[key] == saved[key]}
+        current, saved = (
+            {key: value for key, value in one.items() if key not in same} for one in (current, saved)
+        )
+        inner = [*current.values(), *saved.values()]
+        if len(current) == 1 and current.keys() == saved.keys() and all(isinstance(v, dict) for v in inner):
+            return _differs(f"{name}.{next(iter(current))}", *inner)
+    return f"{name} is {current!r} but was {saved!r}"
 
 
 def model_fields(model: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ class AuxCollator:
     """
 
     def __init__(self, pad_token_id: int) -> None:
-        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, int):
+        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, Integral):
             raise TypeError(f"pad_token_id must be an int, got {pad_token_id!r}; pass TextFormat.pad_id")
         if pad_token_id < 0:
             raise ValueError(f"pad_token_id is {pad_token_id}; it must be 0 or more")
-        self.pad_token_id = pad_token_id
+        self.pad_token_id: int = int(pad_token_id)
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch of B items.

@@ -6,8 +6,9 @@ import hashlib
 import json
 import operator
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +19,19 @@ from torch.utils.data import Dataset
 
 from auxkern.files import replace_file
 from auxkern.model.text import IGNORED, Example, TextFormat
+from auxkern.model.unicode import check_unicode
+from auxkern.seeds import drawn
 
-__all__ = ["EncodedExamples", "Example", "Items", "data_fingerprint", "encode", "read_jsonl", "write_jsonl"]
+__all__ = [
+    "EncodedExamples",
+    "Example",
+    "Items",
+    "PlacedExamples",
+    "data_fingerprint",
+    "encode",
+    "read_jsonl",
+    "write_jsonl",
+]
 
 _KNOWN = tuple(field.name for field in fields(Example))
 _AT_ONCE = 1024  # examples that a tokenizer gets in one call
@@ -39,25 +51,59 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@dataclass(frozen=True)
+class PlacedExamples:
+    """Examples, and what a message calls each of them.
+
+    Attributes:
+        examples: what they are.
+        place: gives for the index of one where it was found.
+    """
+
+    examples: list[Example]
+    place: Callable[[int], str]
+
+    @classmethod
+    def of_file(cls, path: str | Path, limit: int | None = None) -> PlacedExamples:
+        """At most ``limit`` of a file's, drawn at random but always the same.
+
+        Raises: as ``read_jsonl``, and
+            ValueError: there are none.
+        """
+        lines = drawn(list(_lines(path)), limit)
+        if not lines:
+            raise ValueError(f"{path} has no examples")
+        return cls([example for _, example in lines], lambda i: f"{path}, line {lines[i][0]}")
+
+    @classmethod
+    def of(cls, examples: list[Example], name: str, limit: int | None = None) -> PlacedExamples:
+        """At most ``limit`` of examples that have no lines; ``name`` says of what they are."""
+        return cls(drawn(examples, limit), lambda i: f"{name}, example {i}")
+
+
 def read_jsonl(path: str | Path) -> list[Example]:
     """The examples of a file with one JSON object a line, with condition, text and optional prompt.
 
-    Empty lines count for nothing, and a prompt of null is an empty one.
+    Empty lines count for nothing, a prompt of null is an empty one, and U+FEFF may begin the file.
 
     Raises:
         OSError: there is no such file.
         ValueError: a line is not UTF-8, not JSON, or not an example; the message names file and line.
     """
-    examples = []
+    return [example for _, example in _lines(path)]
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, Example]]:
+    """The number of each line that is not empty, and its example."""
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             try:
-                examples.append(_as_example(json.loads(line.decode("utf-8"))))
+                # Editors begin a file with U+FEFF, which is no part of its first line.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield number, _as_example(json.loads(text))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-    return examples
 
 
 def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
@@ -79,17 +125,26 @@ def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
 
 
 def _as_example(record: Any) -> Example:
-    if isinstance(record, Example):
-        return record
+    example = record if isinstance(record, Example) else _example_of(record)
+    for name in _KNOWN:
+        check_unicode(name, getattr(example, name))
+    return example
+
+
+def _example_of(record: Any) -> Example:
     if not isinstance(record, Mapping):
         raise TypeError(f"an example is a mapping with {', '.join(_KNOWN)}, got a {type(record).__name__}")
     unknown = [name for name in record if name not in _KNOWN]
-    missing = [name for name in ("condition", "text") if name not in record]
-    if unknown or missing:
-        problem = (
-            f"the field {unknown[0]!r} is unknown" if unknown else f"the field {missing[0]!r} is missing"
+    if unknown:
+        raise ValueError(
+            f"the field {unknown[0]!r} is unknown; an example has condition, text and, if you like, prompt, "
+            "and no others: take them out (of a dataset: select_columns)"
         )
-        raise ValueError(f"{problem}; an example has condition, text and, if you like, prompt, and no others")
+    missing = [name for name in ("condition", "text") if name not in record]
+    if missing:
+        raise ValueError(
+            f"the field {missing[0]!r} is missing; an example has condition, text and, if you like, prompt"
+        )
     prompt = record.get("prompt")  # tables fill a missing one with None
     return Example(record["condition"], record["text"], "" if prompt is None else prompt)
 
@@ -150,34 +205,53 @@ class _Ragged:
         return self.ids[first:last].tolist()
 
 
-def encode(examples: Records, text_format: TextFormat) -> EncodedExamples:
+def encode(
+    examples: Records,
+    text_format: TextFormat,
+    *,
+    place: Callable[[int], str] = "example {}".format,
+) -> EncodedExamples:
     """All examples as ids.
 
     Args:
         examples: a sequence of ``Example``, or of mappings with condition, text and optional prompt
             (None counts as empty), such as a Hugging Face dataset.
         text_format: how they become ids.
+        place: what a message calls the example of an index.
 
     Raises:
         TypeError: a field is not a str.
         ValueError: there are no examples, a field is unknown or missing, or under max_length a prompt
-            leaves no room for text.
+            leaves no room for text; the message names the example.
     """
     if len(examples) == 0:
         raise ValueError("examples is empty; there is nothing to learn from")
 
     def items() -> Iterable[dict[str, list[int]]]:
         for first in range(0, len(examples), _AT_ONCE):
+            indices = range(first, min(first + _AT_ONCE, len(examples)))
             some = []
-            for i in range(first, min(first + _AT_ONCE, len(examples))):
-                record = examples[i]
-                try:
-                    some.append(_as_example(record))
-                except (ValueError, TypeError) as error:
-                    raise type(error)(f"example {i}: {error}") from error
-            yield from text_format.examples(some)
+            for i in indices:
+                with _naming(place, i):
+                    some.append(_as_example(examples[i]))
+            try:
+                yield from text_format.examples(some)
+            except (ValueError, TypeError):
+                # One of them is to blame, and the error does not say which.
+                for i, example in zip(indices, some, strict=True):
+                    with _naming(place, i):
+                        text_format.examples([example])
+                raise
 
     return EncodedExamples(items())
+
+
+@contextmanager
+def _naming(place: Callable[[int], str], i: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{place(i)}: {error}") from error
 
 
 def data_fingerprint(encoded: Items) -> str:

@@ -14,6 +14,7 @@ import os
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,7 @@ def cache_lm_states(
     for name, size in (("batch_tokens", batch_tokens), ("shard_tokens", shard_tokens)):
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be 1 or more")
+    batch_tokens, shard_tokens = int(batch_tokens), int(shard_tokens)
     _check_lm(lm, layers)
     _check_lengths(lm, encoded)
     folder = Path(folder)
@@ -394,7 +396,7 @@ def _check_lm(lm: Any, layers: Sequence[int]) -> None:
         raise ValueError("lm is in training mode, and dropout would be stored; call lm.eval()")
     most = lm.config.get_text_config().num_hidden_layers
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= most:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer <= most:
             raise ValueError(f"layers names {layer!r}, but {type(lm).__name__} has 0 to {most}")
 
 
@@ -415,7 +417,12 @@ def _header(
     data: str, base: str, layers: Sequence[int], dtype: str | None = None, width: int | None = None
 ) -> dict[str, Any]:
     """What must agree between a folder and its user; dtype and width only with one who writes."""
-    header: dict[str, Any] = {"format": FORMAT, "data": data, "base": base, "layers": list(layers)}
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "data": data,
+        "base": base,
+        "layers": [int(layer) for layer in layers],
+    }
     if dtype is not None:
         header |= {"dtype": dtype, "shape": ["tokens", 1 + len(layers), width]}
     return header

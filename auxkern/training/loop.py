@@ -41,6 +41,7 @@ from auxkern.training.checkpoint import (
     save_checkpoint,
     whole_weights,
 )
+from auxkern.training.fit import check_fit
 from auxkern.training.lm_alone import lm_alone_nll
 from auxkern.training.log import RunLog
 from auxkern.training.progress import Progress
@@ -68,7 +69,8 @@ class ExampleSet:
 
     Attributes:
         examples: encoded, with input_ids and labels, as the collator takes them.
-        fingerprint: names their content; ``fingerprint_of(examples)`` if None.
+        fingerprint: names their content; ``fingerprint_of(examples)`` if None. One who knows it has read
+            them, and has looked whether the model can take them (``check_fit``).
         lm_nll: gives for the index of an example the LM-alone nll (T,) of the token after each
             position; computed with the LM where it is wanted if None.
     """
@@ -239,6 +241,8 @@ class _Run:
         for name, examples in (("training", training), ("validation", validation)):
             if examples is not None and not len(examples.examples):
                 raise ValueError(f"{name} has no examples; pass at least one")
+            if examples is not None and examples.fingerprint is None:
+                check_fit(model, examples.examples, f"{name} example {{}}".format)
         self.model, self.training, self.validation = model, training, validation
         self.settings, self.collate, self.measure = settings, collate, measure
         self.output = Path(settings.output)

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
+from auxkern.model.unicode import check_unicode
 from auxkern.tasks.registry import TASKS, load_task
+from auxkern.training.yaml_values import parsed_yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -123,7 +129,7 @@ class LoopSettings:
 
     def as_yaml(self) -> str:
         """A YAML file with these values, each under its help."""
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         values = self.as_json()
         lines = []
@@ -160,7 +166,7 @@ class TrainSettings(LoopSettings):
     )
     validation_examples: int | None = _setting("evaluate on so many, drawn likewise", None, at_least=1)
     condition_template: str | None = _setting(
-        'how a condition is written, with "{condition}"; default: the task\'s, or the condition as it is',
+        'how a condition is written, with "{condition}"; default: the task\'s, or what lets a pointer copy',
         None,
     )
     max_length: int | None = _setting("tokens of prompt and text that are kept", None, at_least=2)
@@ -197,11 +203,11 @@ class TrainSettings(LoopSettings):
             if name in self.pair:
                 remedy = "base" if name == "base_model_name_or_path" else name
                 raise ValueError(f"pair holds {name!r}, which is a setting of its own; use {remedy}")
-        template = (
-            "{condition}" if self.task is None else load_task(self.task, self.task_source).condition_template
-        )
-        if self.condition_template is None:
-            object.__setattr__(self, "condition_template", template)
+        if self.output == "-":
+            raise ValueError("output is '-', but checkpoints need a folder; name one")
+        if self.task is not None:
+            template = load_task(self.task, self.task_source).condition_template
+            object.__setattr__(self, "condition_template", self.condition_template or template)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -211,11 +217,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML, or not a mapping.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parsed_yaml(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -283,14 +287,12 @@ def _help(one: Field[Any]) -> str:
 
 def _assignment(text: str) -> tuple[str, Any]:
     """NAME=VALUE of a flag; the value is read as YAML."""
-    import yaml
-
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return name, parsed_yaml(value)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"the value in {text!r} is not YAML") from error
 
 
@@ -302,7 +304,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _number_of(value: Any, hint: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (without a point) as text.
+    # A number in quotation marks.
     if get_origin(_bare(hint)) is tuple and isinstance(value, list):
         return [_number_of(one, get_args(_bare(hint))[0]) for one in value]
     if _bare(hint) is float and isinstance(value, str):
@@ -326,13 +328,43 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if get_origin(kind) is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise TypeError(f"{name} must be a mapping from names to values, got {value!r}")
-        return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return _as_json(name, value)
+    if kind is str and isinstance(value, str):
+        return _text(name, value)
+    numeric = not isinstance(value, (bool, np.bool_))
+    if kind is int and numeric and isinstance(value, Integral):
+        return int(value)
+    if kind is float and numeric and isinstance(value, Real):
         return float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        wanted = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
-        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if kind is bool and not numeric:
+        return bool(value)
+    wanted = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
+    raise TypeError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _text(name: str, value: str) -> str:
+    if not value:
+        raise ValueError(f"{name} is empty; give a value, or leave it out")
+    check_unicode(name, value)
     return value
+
+
+def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint gives back for it, so that a resumed run compares like with like."""
+    try:
+        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False, default=_plain)
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {value!r}, of which JSON cannot hold all: {error}") from error
+    values: dict[str, Any] = json.loads(text)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy, or an array of them, as Python's."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 def _check_limits(one: Field[Any], value: Any) -> None:
