@@ -5,14 +5,20 @@ model to those of a frozen one. ``auxkern.cross_entropy`` trains such a sum with
 ``auxkern.sample`` draws from it.
 """
 
-from auxkern import nn
-from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
-from auxkern.ops.memory import GradientMemory
-from auxkern.ops.parallel.vocabulary import VocabularyShard
-from auxkern.ops.registry import Explanation, explain
-from auxkern.ops.sample import Sample, sample
-from auxkern.ops.sampling_params import SamplingParams
-from auxkern.terms import Head, Logits, Sparse
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from auxkern import nn
+    from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
+    from auxkern.ops.memory import GradientMemory
+    from auxkern.ops.parallel.vocabulary import VocabularyShard
+    from auxkern.ops.registry import Explanation, explain
+    from auxkern.ops.sample import Sample, sample
+    from auxkern.ops.sampling_params import SamplingParams
+    from auxkern.terms import Head, Logits, Sparse
 
 __version__ = "0.1.0"
 
@@ -32,3 +38,39 @@ __all__ = [
     "nn",
     "sample",
 ]
+
+# torch takes seconds to import, and a command that prints its usage, or is interrupted, needs none of it.
+_MODULES = {
+    "CrossEntropyStats": "ops.cross_entropy",
+    "Explanation": "ops.registry",
+    "GradientMemory": "ops.memory",
+    "Head": "terms",
+    "Logits": "terms",
+    "Sample": "ops.sample",
+    "SamplingParams": "ops.sampling_params",
+    "Sparse": "terms",
+    "VocabularyShard": "ops.parallel.vocabulary",
+    "cross_entropy": "ops.cross_entropy",
+    "explain": "ops.registry",
+    "sample": "ops.sample",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a module, imported when it is first asked for (PEP 562)."""
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

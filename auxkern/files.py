@@ -10,11 +10,24 @@ from pathlib import Path
 def replace_file(path: Path, content: str | bytes) -> None:
     """Writes ``content`` beside ``path`` and renames it, so that no reader meets half a file.
 
+    What is no file, such as a pipe or /dev/stdout, is written to as it is.
+
     Raises:
-        OSError: the folder does not exist or cannot be written.
+        OSError: the folder does not exist or cannot be written, or the disk is full; it names ``path``.
     """
     if isinstance(content, str):
         content = content.encode()
+    try:
+        if is_descriptor(path) or (path.exists() and not path.is_file()):
+            with path.open("ab") as file:
+                file.write(content)
+        else:
+            _replace(path, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -25,6 +38,12 @@ def replace_file(path: Path, content: str | bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def is_descriptor(path: Path) -> bool:
+    """Whether a name stands for what a process has open, as /dev/stdout does, whatever that is."""
+    folder = os.path.realpath(path.absolute().parent)
+    return folder == "/dev" or folder.startswith("/proc/")
 
 
 def lock_file(path: Path) -> int:

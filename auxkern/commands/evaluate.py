@@ -25,10 +25,11 @@ from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.evaluation.slor import UnigramCounts, slor
 from auxkern.files import replace_file
 from auxkern.model.text import Example, TextFormat
-from auxkern.seeds import DATA_SEED, drawn, mixed_seed
+from auxkern.seeds import DATA_SEED, mixed_seed
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.tasks.registry import TASKS, load_task
-from auxkern.training.examples import encode, read_jsonl
+from auxkern.training.examples import PlacedExamples, encode, read_jsonl
+from auxkern.training.fit import check_fit
 from auxkern.training.progress import Progress, progress_for
 
 _EPILOG = """\
@@ -73,7 +74,7 @@ class _Data(NamedTuple):
     """What a task trains on, nothing for a file; what is measured; whether a text does what it should."""
 
     training: list[Example]
-    examples: list[Example]
+    held_out: PlacedExamples
     satisfied: Callable[[str, str], bool]  # of condition and text
 
 
@@ -90,7 +91,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options = parser.parse_args(arguments)
-    pair.check_json_option(parser, options.json)
     command = shlex.join([*parser.prog.split(), *arguments])
     return pair.run(parser.prog, lambda: _evaluate(parser, options, command))
 
@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
     Launched.from_environment().check_alone("auxkern evaluate")
     data = _read_data(options)
-    asked = _asked(data.examples, options)
+    asked = _asked(data.held_out.examples, options)
     unigram = _unigram_source(data.training, options) if asked else None
-    chosen = drawn(data.examples, options.examples)
+    chosen = data.held_out.drawn(options.examples)
     seconds: dict[str, float] = {}
     date = now()
     with _timed(seconds, "loading"):
@@ -111,7 +111,9 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
     interrupted = False
     try:
         with _timed(seconds, "nll"):
-            report = _nll(model, encode(chosen, text_format), options, progress)
+            encoded = encode(chosen.examples, text_format, place=chosen.place)
+            check_fit(model, encoded, chosen.place)
+            report = _nll(model, encoded, options, progress)
         try:
             for who in (*_SAMPLERS, "reference") if asked else ():
                 with _timed(seconds, "samples"):
@@ -156,13 +158,10 @@ def _read_data(options: argparse.Namespace) -> _Data:
     if options.task is not None:
         task = load_task(options.task, options.task_source)
         training, validation, _ = task.split()
-        return _Data(training, validation, task.satisfied)
+        return _Data(training, PlacedExamples.of(validation, f"{options.task}, validation"), task.satisfied)
     if options.task_source is not None:
         raise ValueError(f"--task-source {options.task_source}, but there is no task; pass --task")
-    examples = read_jsonl(options.file)
-    if not examples:
-        raise ValueError(f"{options.file} has no examples")
-    return _Data([], examples, _contains)
+    return _Data([], PlacedExamples.of_file(options.file), _contains)
 
 
 def _contains(condition: str, text: str) -> bool:
@@ -466,7 +465,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--file", type=Path, metavar="FILE.jsonl", help="condition, text and prompt a line")
+    source.add_argument(
+        "--file",
+        type=pair.input_file,
+        metavar="FILE.jsonl",
+        help="condition, text and prompt a line; - is standard input",
+    )
     source.add_argument("--task", choices=TASKS, help="held-out side of known data")
     parser.add_argument("--task-source", metavar="TEXT", help="as of auxkern train (default wordnet)")
     for flag, kind, default, what in (
@@ -487,11 +491,13 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=shown)
     parser.add_argument(
         "--unigram",
-        type=Path,
+        type=pair.input_file,
         metavar="FILE",
         help="for SLOR: texts to count (.jsonl) or counts (.safetensors); default: what the task trains on",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, command, date and versions")
+    parser.add_argument(
+        "--json", type=pair.output_file, metavar="FILE", help="write figures, command, date and versions"
+    )
     return parser
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from auxkern.bench.session import INTERRUPTED, device_from
+from auxkern.files import is_descriptor
+from auxkern.model.unicode import check_unicode
 from auxkern.seeds import mixed_seed
 from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
 from auxkern.training.settings import DTYPES
 
+_ERRNO = re.compile(r"^\[Errno \d+\] ")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -57,6 +64,24 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """First what was given and means nothing: argparse would name what is missing instead."""
+        given = list(sys.argv[1:] if args is None else args)
+        for word in given:
+            try:
+                check_unicode("an argument", word)
+            except ValueError as error:
+                self.error(str(error))
+        known = self._option_string_actions
+        for word in itertools.takewhile(lambda word: word != "--", given):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                close = difflib.get_close_matches(flag, known, n=1)
+                self.error(
+                    f"unrecognized arguments: {flag}" + (f"; did you mean {close[0]}?" if close else "")
+                )
+        return super().parse_known_args(given, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
@@ -88,26 +113,81 @@ def input_file(name: str) -> Path:
     return Path("/dev/stdin" if name == "-" else name)
 
 
+def output_file(name: str) -> Path:
+    """The file that an option names, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing can be written there; the message says why.
+    """
+    path = Path(name)
+    problem = None
+    if not name:
+        problem = "the name is empty"
+    elif name == "-":
+        problem = "- is no file; /dev/stdout is standard output"
+    elif path.is_dir():
+        problem = f"{name} is a folder"
+    elif not path.resolve().parent.is_dir():
+        problem = f"{name}: the folder {path.resolve().parent} does not exist; make it first"
+    elif path.is_fifo() and not is_descriptor(path):
+        problem = f"{name} is a pipe, which may have no reader; pipe /dev/stdout"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{problem}; give a file name")
+    return path
+
+
 def check_json_option(parser: argparse.ArgumentParser, path: Path | None) -> None:
     """Ends the program with a message if --json names a file that cannot be written."""
     if path is None:
         return
-    if path.is_dir():
-        parser.error(f"--json {path} is a folder; give a file name")
-    if not path.resolve().parent.is_dir():
-        parser.error(f"--json {path}: the folder {path.resolve().parent} does not exist; make it first")
+    try:
+        output_file(str(path))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--json {error}")
 
 
 def run(prog: str, work: Callable[[], int]) -> int:
     """The exit status of ``work``; 2 after an error, of which one line is printed, 130 after Ctrl-C."""
     try:
-        return work()
+        with quiet():
+            return work()
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (OSError, ValueError, RuntimeError, FloatingPointError, ModuleNotFoundError) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: {sentence(error)}", file=sys.stderr)
         return 2
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, on one line, and without the number that the system has for it."""
+    return " ".join(_ERRNO.sub("", str(error)).split())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and warnings of transformers, which would break up ours.
+
+    What it says of weights that a checkpoint lacks is an exception: it goes on with random ones.
+    """
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    weights = logging.get_logger("transformers.modeling_utils")
+    own = weights.level
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    weights.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for kind in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", kind)
+            yield
+    finally:
+        weights.setLevel(own)
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_pair(

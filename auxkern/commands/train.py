@@ -17,7 +17,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from auxkern.bench.session import INTERRUPTED
-from auxkern.commands.pair import CommandParser, input_file
+from auxkern.commands.pair import CommandParser, input_file, quiet, sentence
 from auxkern.commands.ranks import Launched
 from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.text import IGNORED, Example, TextFormat
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     launched = Launched.from_environment()
     device = launched.device(settings.device)
     on_gpu = device is not None and torch.device(device).type == "cuda"
-    with _no_bars_of_transformers(), launched.first_speaks():
+    with quiet(), launched.first_speaks():
         try:
             with launched.joined("nccl" if on_gpu else "gloo") as joined:
                 return _run(settings, device, joined)
@@ -119,23 +119,9 @@ def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int
     return 0
 
 
-@contextmanager
-def _no_bars_of_transformers() -> Iterator[None]:
-    """Its bars for every file read or written would break up ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("auxkern train", "An auxiliary for a frozen language model.", _EPILOG)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
+    parser.add_argument("--config", type=input_file, metavar="FILE", help="YAML file with settings")
     parser.add_argument("--show", action="store_true", help="print all settings as a YAML file, and stop")
     add_flags(parser)
     return parser
@@ -167,19 +153,19 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
 
 def _read_examples(settings: TrainSettings, launched: Launched) -> tuple[PlacedExamples, PlacedExamples]:
     """What is trained on, and what is held out."""
-    limits = settings.train_examples, settings.validation_examples
     if settings.task is not None:
         splits = load_task(settings.task, settings.task_source).split()
-        named = zip(("training", "validation"), splits[:2], limits, strict=True)
-        training, validation = (
-            PlacedExamples.of(examples, f"{settings.task}, {name}", limit) for name, examples, limit in named
-        )
-        return training, validation
-    files = [input_file(str(name)) for name in (settings.train_file, settings.validation_file)]
-    for path in files:
-        if launched.count > 1 and path.exists() and not path.is_file():
-            raise ValueError(f"{path} is a pipe, which processes cannot share; write it to a file first")
-    return PlacedExamples.of_file(files[0], limits[0]), PlacedExamples.of_file(files[1], limits[1])
+        sides = [
+            PlacedExamples.of(examples, f"{settings.task}, {name}")
+            for name, examples in zip(("training", "validation"), splits, strict=False)
+        ]
+    else:
+        files = [input_file(str(name)) for name in (settings.train_file, settings.validation_file)]
+        for path in files:
+            if launched.count > 1 and path.exists() and not path.is_file():
+                raise ValueError(f"{path} is a pipe, which processes cannot share; write it to a file first")
+        sides = [PlacedExamples.of_file(path) for path in files]
+    return sides[0].drawn(settings.train_examples), sides[1].drawn(settings.validation_examples)
 
 
 def _pair(
@@ -388,8 +374,8 @@ def _say_how_to_resume(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int
 
 
 def _refuse(error: Exception, status: int) -> int:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print(f"auxkern train: {' '.join(text.split())}", file=sys.stderr)
+    text = sentence(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"auxkern train: {text}", file=sys.stderr)
     return status

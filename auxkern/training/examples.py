@@ -64,21 +64,26 @@ class PlacedExamples:
     place: Callable[[int], str]
 
     @classmethod
-    def of_file(cls, path: str | Path, limit: int | None = None) -> PlacedExamples:
-        """At most ``limit`` of a file's, drawn at random but always the same.
+    def of_file(cls, path: str | Path) -> PlacedExamples:
+        """A file's.
 
         Raises: as ``read_jsonl``, and
             ValueError: there are none.
         """
-        lines = drawn(list(_lines(path)), limit)
+        lines = list(_lines(path))
         if not lines:
             raise ValueError(f"{path} has no examples")
         return cls([example for _, example in lines], lambda i: f"{path}, line {lines[i][0]}")
 
     @classmethod
-    def of(cls, examples: list[Example], name: str, limit: int | None = None) -> PlacedExamples:
-        """At most ``limit`` of examples that have no lines; ``name`` says of what they are."""
-        return cls(drawn(examples, limit), lambda i: f"{name}, example {i}")
+    def of(cls, examples: list[Example], name: str) -> PlacedExamples:
+        """Examples that have no lines; ``name`` says of what they are."""
+        return cls(examples, lambda i: f"{name}, example {i}")
+
+    def drawn(self, limit: int | None) -> PlacedExamples:
+        """At most ``limit`` of them, drawn at random but always the same."""
+        chosen = drawn(range(len(self.examples)), limit)
+        return PlacedExamples([self.examples[i] for i in chosen], lambda i: self.place(chosen[i]))
 
 
 def read_jsonl(path: str | Path) -> list[Example]:

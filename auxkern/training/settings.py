@@ -21,7 +21,7 @@ import numpy as np
 
 from auxkern.model.unicode import check_unicode
 from auxkern.tasks.registry import TASKS, load_task
-from auxkern.training.yaml_values import parsed_yaml
+from auxkern.training.yaml_values import parsed_yaml, written_yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -129,13 +129,8 @@ class LoopSettings:
 
     def as_yaml(self) -> str:
         """A YAML file with these values, each under its help."""
-        import yaml
-
         values = self.as_json()
-        lines = []
-        for one in fields(self):
-            value = yaml.safe_dump({one.name: values[one.name]}, sort_keys=False)
-            lines.append(f"# {_help(one)}\n{value}")
+        lines = [f"# {_help(one)}\n{written_yaml({one.name: values[one.name]})}" for one in fields(self)]
         return "".join(lines)
 
 

@@ -40,3 +40,9 @@ def parsed_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+def written_yaml(values: dict[str, Any]) -> str:
+    """The mapping as ``parsed_yaml`` reads it, in its order."""
+    text: str = yaml.safe_dump(values, sort_keys=False)
+    return text
