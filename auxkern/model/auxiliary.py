@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, EncoderDecoderCache
 
 from auxkern.model.base import positions_of
+from auxkern.model.caches import CACHE_NAME
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.pointer import Coverage, Pointer
@@ -173,8 +174,8 @@ class DecoderAuxiliary(nn.Module):
             inputs_embeds=vectors,
             attention_mask=mask,
             position_ids=positions_of(mask)[:, -vectors.shape[1] :],
-            past_key_values=attention,
             use_cache=inputs.use_cache,
+            **{CACHE_NAME: attention},
         )
         hidden = self.dropout(output.last_hidden_state)
         # At the first call the condition's states stand before the text's.
@@ -215,8 +216,8 @@ class EncoderDecoderAuxiliary(nn.Module):
             attention_mask=mask,
             encoder_hidden_states=memory,
             encoder_attention_mask=inputs.condition_mask,
-            past_key_values=attention,
             use_cache=inputs.use_cache,
+            **{CACHE_NAME: attention},
         )
         hidden = self.dropout(output.last_hidden_state)
         return _output(self.pointer, hidden, inputs, coverage, attention, mask, memory, keys)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from auxkern.model.caches import CACHE_NAME
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.ops.linear import HALF_DTYPES
@@ -235,14 +236,13 @@ def run_base(
         past = 0 if cache is None else cache.get_seq_length()
         attention_mask = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
     model = lm if want_logits else lm.base_model
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, CACHE_NAME: cache}
     if counts_positions(lm):
         inputs["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
     # The base keeps its own precision under the training loop's autocast.
     with torch.autocast(input_ids.device.type, enabled=False):
         output = model(
             **inputs,
-            past_key_values=cache,
             use_cache=use_cache,
             output_hidden_states=bool(layers) or want_logits,
         )
@@ -255,7 +255,7 @@ def run_base(
                 )
         states = torch.stack([final, *(every[layer] for layer in layers)], dim=2)
     logits = output.logits if want_logits else None
-    return LmOutput(states, logits, output.past_key_values if use_cache else None)
+    return LmOutput(states, logits, getattr(output, CACHE_NAME) if use_cache else None)
 
 
 def counts_positions(lm: Any) -> bool:

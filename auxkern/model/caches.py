@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What transformers' models call the cache that they take and return; 5.24 has renamed it.
+CACHE_NAME = (
+    "cache" if "cache" in {one.name for one in fields(BaseModelOutputWithPast)} else "past_key_values"
+)
 
 
 @dataclass

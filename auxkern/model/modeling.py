@@ -18,7 +18,7 @@ from auxkern.model.auxiliary import (
     EncoderDecoderAuxiliary,
     build_auxiliary,
 )
-from auxkern.model.caches import AuxiliaryRows, PairCache
+from auxkern.model.caches import CACHE_NAME, AuxiliaryRows, PairCache
 from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.generation import PairGeneration
@@ -318,6 +318,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
         return_dict: bool | None = None,
+        cache: PairCache | None = None,
     ) -> Any:
         """The loss of the pair, or its logits.
 
@@ -329,7 +330,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             condition_ids, condition_mask: (B, K) int64; no condition if None.
             lm_states: (B, T, 1 + L, D_lm) what the base computes for these ids, from a cache of LM
                 states: the final hidden states, then those of ``config.lm_layers``.
-            past_key_values: what an earlier call returned.
+            past_key_values, cache: what an earlier call returned, under either of transformers' names.
             use_cache: whether to return caches.
             auxiliary_ids: (B,) int64 indices into ``auxiliary_names``, -1 for the base alone.
             aux_scale: mixing weight instead of the config's; a float, or (B,) without labels.
@@ -345,10 +346,13 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: arguments do not fit each other.
         """
+        if past_key_values is not None and cache is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+        past_key_values = cache if past_key_values is None else past_key_values
         cache_wanted = use_cache and labels is None
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch = PairInputs(input_ids, attention_mask, condition_ids, condition_mask, past=past)
-        terms, cache = self.terms(
+        terms, new_cache = self.terms(
             batch,
             lm_states=lm_states,
             cache=past_key_values,
@@ -363,7 +367,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             return_logits = labels is None or not (self.training or torch.is_grad_enabled())
         if return_logits:
             logits = dense_logits(terms, vocab_size=self.config.vocab_size)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: new_cache})
         return output.to_tuple() if return_dict is False else output
 
     def terms(
