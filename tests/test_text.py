@@ -54,6 +54,25 @@ def test_without_a_start_token_the_end_token_begins():
     assert text_format.pad_id == text_format.end_id
 
 
+@pytest.mark.parametrize("start", ["<start>", None], ids=["start token", "end token begins"])
+def test_a_sequence_has_one_start_and_one_end(start):
+    text_format = TextFormat(byte_tokenizer(start=start))
+    begin, end = text_format.tokenizer.convert_ids_to_tokens([text_format.start_id, text_format.end_id])
+    plain, prompted = text_format.example("c", "ab"), text_format.example("c", "ab", "hi")
+    assert text_format.example("c", f"{begin}ab") == plain
+    assert text_format.example("c", f"{begin}ab{end}") == plain
+    assert text_format.example("c", f"ab{end}", f"{begin}hi") == prompted
+    prompts = text_format.prompts(["c", "c"], ["hi", f"{begin}hi"])["input_ids"]
+    assert torch.equal(prompts[0], prompts[1])
+    assert text_format.prompts(["c"], [begin])["input_ids"].tolist() == [[text_format.start_id]]
+
+
+def test_a_start_token_within_a_text_stays():
+    text_format = TextFormat(byte_tokenizer())
+    assert text_format.example("c", "<start>ab", "hi")["input_ids"].count(text_format.start_id) == 2
+    assert text_format.example("c", "")["input_ids"] == [text_format.start_id, text_format.end_id]
+
+
 def test_the_padding_token_is_its_own_where_there_is_one():
     text_format = TextFormat(byte_tokenizer())
     assert len({text_format.start_id, text_format.end_id, text_format.pad_id}) == 3

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.configuration_utils import GenerationMode
 
 from auxkern.model.caches import PairCache
 from auxkern.model.inputs import PairInputs
@@ -24,15 +26,50 @@ from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.terms import Term, rows_of
 
-# What SamplingParams knows; any other processor leaves the drawing to transformers.
-_KNOWN = (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
+# What of SamplingParams each of transformers' processors is; any other one leaves the drawing to
+# transformers. By type, for a subclass computes something else.
+_SETTINGS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    TemperatureLogitsWarper: lambda one: {"temperature": float(one.temperature)},
+    TopKLogitsWarper: lambda one: {"top_k": int(one.top_k)},
+    TopPLogitsWarper: lambda one: {"top_p": float(one.top_p)},
+    MinPLogitsWarper: lambda one: {"min_p": float(one.min_p)},
+    RepetitionPenaltyLogitsProcessor: lambda one: {"repetition_penalty": float(one.penalty)},
+    SequenceBiasLogitsProcessor: lambda one: {
+        "logit_bias": {int(ids[0]): float(bias) for ids, bias in one.sequence_bias.items()}
+    },
+}
+_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "condition_ids",
+    "condition_mask",
+    "auxiliary_ids",
+    "aux_scale",
+    "seeds",
 )
+_ROLLS_BACK = "assisted generation takes tokens back, which the caches of a pair cannot"
+_ON_THE_HUB = "transformers has moved that search to code on the Hub, which knows no pairs"
+_TWO_MODELS = "a pair is two models; ask model.lm for its own"
+# Fields of a GenerationConfig that a pair cannot honour, with the reason.
+_REFUSED = {
+    "prompt_lookup_num_tokens": _ROLLS_BACK,
+    "assistant_early_exit": _ROLLS_BACK,
+    "use_mtp": _ROLLS_BACK,
+    "penalty_alpha": _ON_THE_HUB,
+    "dola_layers": _ON_THE_HUB,
+    "constraints": _ON_THE_HUB,
+    "force_words_ids": _ON_THE_HUB,
+    "num_beam_groups": _ON_THE_HUB,
+    "output_attentions": _TWO_MODELS,
+    "output_hidden_states": _TWO_MODELS,
+    "cache_implementation": "a pair makes the caches of its models itself",
+    "prefill_chunk_size": "a pair reads its prompt at once",
+    "token_healing": "a prompt would end in other tokens than its mask says",
+}
+
+
+class _FromConfig(LogitsProcessorList):
+    """Processors that a GenerationConfig alone asks for; a user's own are of any order and any kind."""
 
 
 class PairGeneration(GenerationMixin):
@@ -52,9 +89,9 @@ class PairGeneration(GenerationMixin):
         """Token ids; arguments as in transformers' ``generate``, and these.
 
         Drawing and greedy search go through ``auxkern.sample``: the noise of a sequence comes from its
-        seed, the position and the token, so its text is the same alone and in any batch. Beam search
-        and every option that ``SamplingParams`` does not know are transformers' own code on the summed
-        logits.
+        seed, the position and the token, so its text is the same alone and in any batch. Beam search,
+        processors of your own and every option that ``SamplingParams`` does not know are transformers'
+        own code on the summed logits. What a pair cannot do, such as assisted generation, is refused.
 
         Args:
             inputs: (B, T) ids, left-padded; or ``input_ids`` and ``attention_mask`` by name.
@@ -65,13 +102,12 @@ class PairGeneration(GenerationMixin):
             aux_scale: mixing weight instead of the config's; a float, or one for each input.
 
         Raises:
-            ValueError: there is no such auxiliary, or an argument has the wrong number of entries.
+            ValueError: there is no such auxiliary, an argument has the wrong number of entries, or an
+                option is unknown or not for pairs.
         """
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if not isinstance(ids, Tensor):
-            raise ValueError(
-                "generate needs input_ids (B, T): the start token at least; see TextFormat.prompts"
-            )
+        ids = _checked(
+            inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        )
         B = ids.shape[0]
         if auxiliary != "default":
             kwargs["auxiliary_ids"] = self._auxiliary_ids(auxiliary, B).to(ids.device)
@@ -104,6 +140,50 @@ class PairGeneration(GenerationMixin):
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return prepared
 
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_generation_config(*args, **kwargs)
+        for name, reason in _REFUSED.items():
+            value = getattr(prepared[0], name, None)
+            if value and not (name == "num_beam_groups" and value == 1):
+                raise ValueError(f"{name} is {value!r}, but {reason}; leave it out")
+        return prepared
+
+    def _validate_generation_mode(self, mode: Any, config: Any, mode_kwargs: dict[str, Any]) -> None:
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(f"assistant_model is given, but {_ROLLS_BACK}; leave it out")
+        super()._validate_generation_mode(mode, config, mode_kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        for name, value in model_kwargs.items():
+            if name in _INPUTS or value is None:
+                continue
+            if name in ("past_key_values", "cache"):
+                raise ValueError(f"{name} is given to generate, which starts anew; pass the whole text")
+            close = difflib.get_close_matches(name, _INPUTS, 1)
+            known = f"{', '.join(_INPUTS)} and the fields of GenerationConfig"
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {known}"
+            raise ValueError(f"generate of a pair does not take {name}; {hint}")
+        super()._validate_model_kwargs(model_kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: transformers' own batches keep one model's cache.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "transformers' continuous batching keeps the cache of one model, and a pair has several; use "
+            "auxkern.generation.Engine"
+        )
+
+    def _get_logits_processor(
+        self, generation_config: Any, *args: Any, logits_processor: Any = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(
+            generation_config, *args, logits_processor=logits_processor, **kwargs
+        )
+        return processors if logits_processor else _FromConfig(processors)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the pair makes its own caches, see PairCache
@@ -119,13 +199,12 @@ class PairGeneration(GenerationMixin):
         seeds: tuple[int, ...] | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        returns_more = generation_config.return_dict_in_generate
-        if synced_gpus or returns_more or not all(isinstance(p, _KNOWN) for p in logits_processor):
+        refusal = _refusal(logits_processor, generation_config, synced_gpus)
+        if refusal is not None:
             if seeds is not None:
                 raise ValueError(
                     "seeds are given, but an option of this call leaves the drawing to transformers "
-                    f"({[type(p).__name__ for p in logits_processor if not isinstance(p, _KNOWN)]}, "
-                    f"return_dict_in_generate={returns_more}); drop it, or use torch.manual_seed instead"
+                    f"({refusal}); drop it, or use torch.manual_seed instead"
                 )
             return super()._sample(
                 input_ids,
@@ -136,7 +215,7 @@ class PairGeneration(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        params = SamplingParams.from_generation_config(generation_config)
+        params = _params(logits_processor, bool(generation_config.do_sample))
         return self._draw(
             input_ids, params, stopping_criteria, generation_config, streamer, seeds, model_kwargs
         )
@@ -170,9 +249,7 @@ class PairGeneration(GenerationMixin):
         start = ids.shape[1]
         unfinished = torch.ones(B, dtype=torch.bool, device=device)
         pad = _padding(generation_config, stopping_criteria)
-        cache: PairCache | None = inputs.pop("past_key_values", None)
-        if cache is not None:
-            raise ValueError("past_key_values is given to generate, which starts anew; pass the whole text")
+        cache: PairCache | None = None
         while True:
             new = ids if cache is None else ids[:, -1:]
             terms, cache = self._next_terms(new, mask, cache, use_cache, inputs)
@@ -199,6 +276,45 @@ class PairGeneration(GenerationMixin):
         if streamer is not None:
             streamer.end()
         return ids
+
+
+def _checked(ids: Any, mask: Any) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(
+            f"generate needs input_ids (B, T), the start token at least, but got {shape}; "
+            "see TextFormat.prompts"
+        )
+    if isinstance(mask, Tensor) and mask.shape == ids.shape and not bool((mask[:, -1] != 0).all()):
+        raise ValueError(
+            "attention_mask is 0 at the end of a row, where new tokens follow; pad prompts on the left"
+        )
+    return ids
+
+
+def _refusal(processors: LogitsProcessorList, config: Any, synced_gpus: bool) -> str | None:
+    """Why ``auxkern.sample`` cannot do a search; None if it can."""
+    if type(processors) is not _FromConfig:
+        return f"logits_processor {[type(one).__name__ for one in processors]}"
+    others = [type(one).__name__ for one in processors if not _is_known(one)]
+    if others:
+        return ", ".join(others)
+    if config.return_dict_in_generate:
+        return "return_dict_in_generate=True"
+    return "synced_gpus=True" if synced_gpus else None
+
+
+def _is_known(processor: Any) -> bool:
+    if type(processor) is SequenceBiasLogitsProcessor:
+        return all(len(ids) == 1 for ids in processor.sequence_bias)
+    return type(processor) in _SETTINGS
+
+
+def _params(processors: LogitsProcessorList, do_sample: bool) -> SamplingParams:
+    settings: dict[str, Any] = {} if do_sample else {"temperature": 0.0}
+    for one in processors:
+        settings |= _SETTINGS[type(one)](one)
+    return SamplingParams(**settings)
 
 
 def _mixing(aux_scale: float | Sequence[float] | Tensor, B: int, device: torch.device) -> float | Tensor:

@@ -66,9 +66,11 @@ def check_condition_template(template: str) -> None:
 class TextFormat:
     """How conditions, prompts and texts become token ids: the same in training and in generation.
 
-    A sequence is [start] prompt text [end]. Prompt and text are tokenised apart and joined, so a text
-    that continues a word of its prompt has other ids than the joined string; a tokenizer that marks the
-    beginning of words gives the same ids when the text begins with the space before a word.
+    A sequence is [start] prompt text [end]. A prompt that begins with the start token, as one from a chat
+    template may, gets no second one, and a text that ends with the end token none either. Prompt and text
+    are tokenised apart and joined, so a text that continues a word of its prompt has other ids than the
+    joined string; a tokenizer that marks the beginning of words gives the same ids when the text begins
+    with the space before a word.
 
     Args:
         tokenizer: of transformers, the base's own. Special tokens that a text spells out are
@@ -175,7 +177,7 @@ class TextFormat:
             raise ValueError(
                 f"there are {len(conditions)} conditions and {len(prompts)} prompts; pass as many, 1 at least"
             )
-        begun = [[self.start_id, *ids] for ids in self._ids(prompts)]
+        begun = [self._begun(ids) for ids in self._ids(prompts)]
         input_ids, attention_mask = padded(begun, self.pad_id, side="left")
         condition_ids, condition_mask = padded(self._condition_ids(conditions), self.pad_id)
         return {
@@ -197,14 +199,19 @@ class TextFormat:
             ids = ids.tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def _begun(self, prompt: list[int]) -> list[int]:
+        return prompt if prompt[:1] == [self.start_id] else [self.start_id, *prompt]
+
     def _sequence(self, prompt: list[int], text: list[int], written: str) -> dict[str, list[int]]:
-        begun = [self.start_id, *prompt]
+        begun = self._begun(prompt)
+        if not prompt and text[:1] == [self.start_id] and text != [self.end_id]:
+            text = text[1:]
         if self.max_length is not None and len(begun) >= self.max_length:
             raise ValueError(
                 f"the prompt {written!r:.60} takes {len(begun)} tokens with the start token, which leaves no "
                 f"room for text in max_length={self.max_length}; shorten it or raise max_length"
             )
-        learned = [*text, self.end_id]
+        learned = text if text[-1:] == [self.end_id] else [*text, self.end_id]
         if self.max_length is not None:
             learned = learned[: self.max_length - len(begun)]
         return {"input_ids": begun + learned, "labels": [IGNORED] * len(begun) + learned}
