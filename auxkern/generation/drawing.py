@@ -120,8 +120,8 @@ def check_drawable(request: Request, V: int) -> None:
         V: tokens that can be drawn.
 
     Raises:
-        ValueError: a number is none of float32's, top_k is beyond int64, or logit_bias has an id that is
-            no token.
+        ValueError: a number is none of float32's, top_k is beyond int64, or logit_bias or stop_token_ids
+            have an id that is no token.
     """
     params = request.params
     numbers = [(name, getattr(params, name)) for name in _NUMBERS if name != "top_k"]
@@ -138,6 +138,9 @@ def check_drawable(request: Request, V: int) -> None:
                 f"{name} is {value:.3g}, which float32 does not have; choose 0, or a size between "
                 f"{_FLOAT32.smallest_normal:.3g} and {_FLOAT32.max:.3g}"
             )
+    for token in request.stop_token_ids:
+        if token >= V:
+            raise ValueError(f"stop_token_ids has the id {token}, but there are {V} tokens; leave it out")
     if params.top_k >= 2**63:
         raise ValueError(f"top_k is {params.top_k}; it must be below 2**63, and 0 keeps all tokens")
 

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
+from auxkern.generation import limits
 from auxkern.generation.drawing import Drawer, check_drawable
 from auxkern.generation.graphs import CudaRecorder, DecodeGraphs, Record
 from auxkern.generation.lanes import Lane
-from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
+from auxkern.generation.request import Completion, Request, Sequence
 from auxkern.generation.scheduler import Scheduler
-from auxkern.generation.slots import SlotTable
-from auxkern.generation.stops import TextStream
+from auxkern.generation.slots import SlotTable, columns_for
+from auxkern.generation.texts import Text
 from auxkern.model.base import counts_positions
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
@@ -44,14 +46,6 @@ class EngineStats:
     )
 
 
-@dataclass
-class _Text:
-    """What has been written of a running sequence."""
-
-    stream: TextStream
-    logprobs: list[tuple[float, float, float, float | None]] = field(default_factory=list)
-
-
 class Engine:
     """Texts for many requests at once, by continuous batching.
 
@@ -62,9 +56,14 @@ class Engine:
     written with. Elsewhere the batch reaches it through the rounding of the models' own products, whose
     order of additions may change with the batch's size; where even that must not be, use ``slots=1``.
 
+    A call that does not end, for Ctrl-C, an error of ``on_text`` or one of a model, loses nothing: the
+    next call goes on where every text was whole, and reads again what was in the slots. ``generate``
+    alone takes its requests with it.
+
     Args:
-        model: an ``AuxTunedForCausalLM``; auxiliaries are loaded with ``load_auxiliary``. Decoders
-            and encoder-decoders of the package; the base has full attention in every layer.
+        model: an ``AuxTunedForCausalLM``; auxiliaries are loaded with ``load_auxiliary``, before the engine
+            is made. Decoders and encoder-decoders of the package; the base has attention, full or of
+            sliding windows, in every layer.
         text_format: makes ids of requests and text of ids.
         slots: most texts that are written at a time.
         max_length: most tokens of a text with its prompt.
@@ -73,11 +72,13 @@ class Engine:
         graphs: whether steps are recorded as CUDA graphs when the engine is made (see ``DecodeGraphs``);
             on a GPU they are unless it is False. Steps with log-probabilities or of several auxiliaries
             at once run without.
-        on_text: called with (request id, sample, new text) as soon as the text is certain.
+        on_text: called with (request id, sample, new text) when a step is done, as soon as the text is
+            certain. It may submit and cancel requests. What it raises comes out of ``step`` or ``generate``;
+            the other texts are told, and the finished ones returned, by the next call.
 
     Raises:
         ValueError: the base has fewer positions than ``max_length``, a model does not fit, or graphs are
-            asked for without a GPU.
+            asked for where they cannot be recorded.
         RuntimeError: the caches do not fit the GPU's free memory.
     """
 
@@ -94,16 +95,13 @@ class Engine:
         on_text: Callable[[str | int, int, str], None] | None = None,
     ) -> None:
         self.scheduler = Scheduler(slots, max_length, prefill_tokens, max_condition=max_condition)
-        positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and max_length > positions:
-            raise ValueError(f"max_length is {max_length}, but the base has positions for {positions} tokens")
-        if model.config.lm_term == "logits":
-            raise ValueError(
-                'lm_term is "logits"; the engine draws from output embeddings. Use model.generate'
-            )
+        limits.check_base(model, max_length)
+        for name in model.auxiliary_names:
+            limits.check_auxiliary(model, name, max_length + max_condition)
         self.model, self.text_format, self.on_text = model, text_format, on_text
         self.stats = EngineStats()
-        self._texts: dict[tuple[str | int, int], _Text] = {}
+        self._texts: dict[Sequence, Text] = {}  # of what runs, and of what ended and was not told yet
+        self._told = True
         record = self._recorder(graphs)
 
         def table(columns: int, recordable: bool) -> SlotTable:
@@ -127,15 +125,43 @@ class Engine:
     # ------------------------------------------------------------------------------------- asking
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """The texts of all requests, in the order of requests and samples."""
+        """The texts of all requests, in the order of requests and samples.
+
+        One that ``on_text`` cancels has an error. Requests that were submitted before go on meanwhile, and
+        their texts are returned by the next ``step``. After an error or Ctrl-C none of ``requests`` waits
+        or runs any more.
+
+        Raises:
+            ValueError: two requests have one id, or one of them waits or runs already; then none is begun.
+        """
         listed = list(requests)
         found: dict[tuple[str | int, int], Completion] = {}
+        sequences: list[Sequence] = []
+        if len({request.id for request in listed}) < len(listed):
+            ids = [request.id for request in listed]
+            twice = next(id for id in ids if ids.count(id) > 1)
+            raise ValueError(f"two requests have the id {twice!r}; ids must differ")
         for request in listed:
-            for done in self.submit(request):
-                found[done.id, done.sample] = done
-        while not self.scheduler.idle:
-            for done in self.step():
-                found[done.id, done.sample] = done
+            new, failed = self._encoded(request, range(request.samples))
+            sequences += new
+            found |= {(done.id, done.sample): done for done in failed}
+        left = {sequence.key for sequence in sequences}
+        self._settle()
+        try:
+            self._add(sequences)
+            while left and (self.scheduler.running or self.scheduler.waiting or not self._told):
+                self._work()
+                mine = [done for done in self.scheduler.unanswered if (done.id, done.sample) in left]
+                found |= {(done.id, done.sample): done for done in mine}
+                left -= {(done.id, done.sample) for done in mine}
+                self._forget(mine)
+        except BaseException:
+            self._discard(sequences)
+            raise
+        for sequence in sequences:
+            if sequence.key in left:
+                failed_one = Completion.failed(sequence.request, sequence.sample, "it was cancelled")
+                found[sequence.key] = failed_one
         return [found[request.id, sample] for request in listed for sample in range(request.samples)]
 
     def submit(self, request: Request, samples: Iterable[int] | None = None) -> list[Completion]:
@@ -145,54 +171,151 @@ class Engine:
             A failed completion for each sample if the request can never be served; else nothing.
 
         Raises:
-            ValueError: a request with this id waits or runs already.
+            ValueError: a request with this id waits or runs already, or its text is not fetched yet.
         """
-        wanted = list(range(request.samples)) if samples is None else list(samples)
-        try:
-            sequences = self._encoded(request, wanted)
-        except ValueError as error:
-            return [Completion.failed(request, sample, str(error)) for sample in wanted]
-        refusal = next(filter(None, map(self.scheduler.refusal, sequences)), None)
-        if refusal is not None:
-            return [Completion.failed(request, sample, refusal) for sample in wanted]
-        for sequence in sequences:
-            self.scheduler.add(sequence)
-            stream = TextStream(self.text_format, request.stop, sequence.prompt_ids)
-            self._texts[sequence.key] = _Text(stream)
-        return []
+        wanted = range(request.samples) if samples is None else list(samples)
+        sequences, failed = self._encoded(request, wanted)
+        self._settle()
+        self._add(sequences)
+        return failed
 
     def cancel(self, id: str | int) -> int:
-        """Drops all samples of a request; returns how many there were."""
-        running = self.scheduler.running
-        sequences, moves = self.scheduler.cancel(id)
-        self._remove([s for s in running if s in sequences], moves)
-        for sequence in sequences:
-            del self._texts[sequence.key]
-        return len(sequences)
+        """Drops all samples of a request, and texts of it that nobody got; returns how many there were."""
+        self._settle()
+        gone = [sequence for sequence in self.scheduler.sequences if sequence.request.id == id]
+        done = [completion for completion in self.scheduler.unanswered if completion.id == id]
+        for sequence in [one for one in self._texts if one.request.id == id]:
+            if sequence not in gone:
+                del self._texts[sequence]
+        self._forget(done)
+        self._discard(gone)
+        return len(gone) + len(done)
 
     # ------------------------------------------------------------------------------------ writing
 
-    @torch.no_grad()
     def step(self) -> list[Completion]:
         """One token for every running text, and the first one for newcomers; returns what is finished."""
+        self._work()
+        try:
+            return self.scheduler.unanswered
+        finally:  # not before: Ctrl-C would lose them on their way
+            self.scheduler.unanswered = []
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        """A step, and what is to be told of it; finished texts are ``scheduler.unanswered``."""
+        self._settle()
+        self._tell()
+        self.scheduler.torn = True
+        self._fail_unloaded()
+        self._advance_all()
+        self._told = False
+        self.scheduler.torn = False
+        self._tell()
+
+    def _settle(self) -> None:
+        """Makes everything whole again after a call that did not end."""
+        if not self.scheduler.torn:
+            return
+        self.scheduler.restart((done.id, done.sample) for done in self.scheduler.unanswered)
+        for sequence, text in self._texts.items():
+            if sequence.state != "ended":
+                text.go_back()
+        for table in (self._table, *(lane.table for lane in self._lanes.values())):
+            table.clear()
+        for lane in self._lanes.values():
+            lane.members.clear()
+        self._drawer = Drawer(self.model)
+        self._told = False
+        self.scheduler.torn = False
+
+    def _tell(self) -> None:
+        """Calls ``on_text``; nothing is torn meanwhile, so it may do and raise what it likes."""
+        if self._told:
+            return
+        for sequence, text in list(self._texts.items()):
+            if sequence not in self._texts:
+                continue  # cancelled by on_text just now
+            piece = text.news() if self.on_text is not None else ""
+            if piece and self.on_text is not None:
+                self.on_text(sequence.request.id, sequence.sample, piece)
+            if sequence.state == "ended":
+                self._texts.pop(sequence, None)
+        self._told = True
+
+    def _add(self, sequences: Several[Sequence]) -> None:
+        keys = {sequence.key for sequence in sequences}
+        for done in self.scheduler.unanswered:
+            if (done.id, done.sample) in keys:
+                raise ValueError(
+                    f"the text of {done.id!r} is not fetched yet; call step, or choose another id"
+                )
+        self.scheduler.torn = True
+        try:
+            self.scheduler.add(*sequences)
+        except ValueError:
+            self.scheduler.torn = False  # nothing was added
+            raise
+        self.scheduler.torn = False
+
+    def _discard(self, sequences: Several[Sequence]) -> None:
+        """Drops sequences, whether they wait, run or have ended."""
+        self._settle()
+        gone = {sequence.key for sequence in sequences if sequence.state != "new"}
+        self._forget([done for done in self.scheduler.unanswered if (done.id, done.sample) in gone])
+        self.scheduler.torn = True
+        self._end(sequences)
+        self.scheduler.torn = False
+
+    def _forget(self, done: list[Completion]) -> None:
+        """Takes finished texts out of those that nobody got yet."""
+        gone = set(map(id, done))
+        self.scheduler.unanswered = [one for one in self.scheduler.unanswered if id(one) not in gone]
+
+    def _end(self, sequences: Several[Sequence]) -> None:
+        running = self.scheduler.running
+        gone, moves = self.scheduler.remove(sequences)
+        self._remove([sequence for sequence in gone if sequence in running], moves)
+        for sequence in sequences:
+            self._texts.pop(sequence, None)
+
+    def _fail_unloaded(self) -> None:
+        """Ends what an auxiliary was to write that the model has no longer."""
+        unloaded = self._lanes.keys() - {*self.model.auxiliary_names}
+        if not unloaded:
+            return
+        gone = [one for one in self.scheduler.sequences if one.request.auxiliary in unloaded]
+        self.scheduler.unanswered += [
+            Completion.failed(
+                one.request, one.sample, f"auxiliary {one.request.auxiliary!r} has been unloaded"
+            )
+            for one in gone
+        ]
+        self._end(gone)
+
+    def _advance_all(self) -> None:
+        """Schedules, runs both models, draws, and ends what is at its end."""
         began, models, sampling = time.perf_counter(), *self._spent()
         before = self.scheduler.running
         plan = self.scheduler.schedule()
         if not plan.running:
-            return []
+            return
         ended: list[tuple[Sequence, Completion]] = []
         if plan.decode:
             ended += self._advance(before, self._decoded(before))
         if plan.prefill:
             ended += self._advance(plan.prefill, self._prefilled(plan.prefill))
+        # From here on they are finished, whatever happens.
+        self.scheduler.unanswered += [completion for _, completion in ended]
         slots = [sequence.slot for sequence, _ in ended if sequence.slot is not None]
         self._remove([sequence for sequence, _ in ended], self.scheduler.finish(slots))
+        for sequence in self.scheduler.running:
+            self._texts[sequence].keep()
         self.stats.steps += 1
         spent = self._spent()
         self.stats.seconds["rest"] += (
             time.perf_counter() - began - (spent[0] - models) - (spent[1] - sampling)
         )
-        return [completion for _, completion in ended]
 
     def _decoded(self, sequences: Several[Sequence]) -> list[Term]:
         """The terms of the next token of running sequences, rows (n,)."""
@@ -236,20 +359,19 @@ class Engine:
         """Reads prompts and conditions, and takes slots; the terms of the first token, rows (n,)."""
         began = time.perf_counter()
         # Samples of one request read their prompt once.
-        keys = [(s.request.auxiliary, s.prompt_ids, s.condition_ids, s.request.aux_scale) for s in newcomers]
+        keys = [(s.request.auxiliary, s.ids, s.condition_ids, s.request.aux_scale) for s in newcomers]
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         unique = sorted(first.values())
         place = {keys[i]: row for row, i in enumerate(unique)}
         of = torch.tensor([place[key] for key in keys], device=self.model.device)
         readers = [newcomers[i] for i in unique]
         inputs = self._padded(readers)
-        names = self.model.auxiliary_names
-        asked = [-1 if s.request.auxiliary is None else names.index(s.request.auxiliary) for s in readers]
         terms, cache = self.model.terms(
             inputs,
+            # Layers with sliding windows keep all columns too, as the table does.
+            cache=PairCache(DynamicCache(), self._readers([s.request.auxiliary for s in readers])),
             use_cache=True,
             keep=1,
-            auxiliary_ids=torch.tensor(asked, device=self.model.device),
             aux_scale=self._drawer.scales(readers),
             separate=_wants_logprobs(readers),
         )
@@ -276,54 +398,23 @@ class Engine:
         self.stats.seconds["sampling"] += time.perf_counter() - began
         ended = []
         for row, sequence in enumerate(sequences):
+            if sequence not in self._texts:
+                self._texts[sequence] = Text(sequence, self.text_format, self._ends(sequence))
+            text = self._texts[sequence]
             if drawn.status[row]:
                 problem = "the logits are NaN or infinite; look at the models' weights and aux_scale"
-                ended.append((sequence, self._completion(sequence, "error", problem)))
+                ended.append((sequence, text.completion("error", problem)))
                 continue
-            token = drawn.tokens[row]
-            sequence.generated.append(token)
+            logprob = drawn.logprobs[row] if sequence.request.logprobs else None
+            reason = text.take(drawn.tokens[row], logprob)
             self.stats.new_tokens += 1
-            if sequence.request.logprobs:
-                self._texts[sequence.key].logprobs.append(drawn.logprobs[row])
-            reason = self._reason(sequence, token)
             if reason is not None:
-                ended.append((sequence, self._completion(sequence, reason)))
+                ended.append((sequence, text.completion(reason)))
         return ended
 
-    def _reason(self, sequence: Sequence, token: int) -> str | None:
-        """Why the text ends with this token; None if it goes on."""
-        request, text = sequence.request, self._texts[sequence.key]
-        if token == self.text_format.end_id and not request.ignore_eos:
-            return "end"
-        piece = text.stream.push(token)
-        if piece and self.on_text is not None:
-            self.on_text(request.id, sequence.sample, piece)
-        if text.stream.stopped is not None:
-            return "stop"
-        return "length" if len(sequence.generated) >= request.max_new_tokens else None
-
-    def _completion(self, sequence: Sequence, reason: Any, error: str | None = None) -> Completion:
-        text = self._texts.pop(sequence.key)
-        rest = text.stream.finish()
-        if rest and self.on_text is not None:
-            self.on_text(sequence.request.id, sequence.sample, rest)
-        if text.stream.stopped is not None and error is None:
-            reason = "stop"  # the rest may hold a stop string
-        logprobs = None
-        if sequence.request.logprobs and error is None:
-            raw, processed, lm, auxiliary = (tuple(column) for column in zip(*text.logprobs, strict=True))
-            logprobs = TokenLogprobs(raw, processed, lm, None if None in auxiliary else auxiliary)
-        return Completion(
-            sequence.request.id,
-            sequence.sample,
-            text.stream.text,
-            tuple(sequence.generated),
-            reason,
-            len(sequence.prompt_ids),
-            sequence.seed,
-            error,
-            logprobs,
-        )
+    def _ends(self, sequence: Sequence) -> frozenset[int]:
+        """Ids that end a text."""
+        return frozenset(() if sequence.request.ignore_eos else self.text_format.end_ids(self.model))
 
     def _remove(self, ended: Several[Sequence], moves: Several[Any]) -> None:
         if not ended:
@@ -337,7 +428,23 @@ class Engine:
 
     # ---------------------------------------------------------------------------------- preparing
 
-    def _encoded(self, request: Request, samples: list[int]) -> list[Sequence]:
+    def _encoded(self, request: Request, samples: Iterable[int]) -> tuple[list[Sequence], list[Completion]]:
+        """The samples to be written, or a failed completion for each."""
+        try:
+            sequences = self._sequences(request, samples)
+            refusals = [
+                self.scheduler.refusal(one) or limits.refusal(self.model, one) for one in sequences[:1]
+            ]
+            if refusals and refusals[0] is not None:
+                raise ValueError(refusals[0])
+        except ValueError as error:
+            return [], [Completion.failed(request, sample, str(error)) for sample in samples]
+        return sequences, []
+
+    def _sequences(self, request: Request, samples: Iterable[int]) -> list[Sequence]:
+        names = self.model.auxiliary_names
+        if request.auxiliary in self._lanes and request.auxiliary not in names:
+            raise ValueError(f"auxiliary {request.auxiliary!r} has been unloaded; choose one of {names}")
         if request.auxiliary is not None and request.auxiliary not in self._lanes:
             raise ValueError(
                 f"there is no auxiliary {request.auxiliary!r}; choose one of {', '.join(self._lanes)}, or "
@@ -354,11 +461,11 @@ class Engine:
         return request.sequences(inputs["input_ids"][0].tolist(), condition, samples)
 
     def _padded(self, sequences: Several[Sequence]) -> PairInputs:
-        """(R, T) prompts padded on the left, (R, K) conditions on the right."""
-        T = max(len(s.prompt_ids) for s in sequences)
+        """(R, T) prompts and what was written, padded on the left; (R, K) conditions, on the right."""
+        T = max(s.length for s in sequences)
         K = max(len(s.condition_ids) for s in sequences)
-        prompts = [[0] * (T - len(s.prompt_ids)) + [*s.prompt_ids] for s in sequences]
-        mask = [[0] * (T - len(s.prompt_ids)) + [1] * len(s.prompt_ids) for s in sequences]
+        prompts = [[0] * (T - s.length) + [*s.ids] for s in sequences]
+        mask = [[0] * (T - s.length) + [1] * s.length for s in sequences]
         conditions = [[*s.condition_ids] + [0] * (K - len(s.condition_ids)) for s in sequences]
         real = [[1] * len(s.condition_ids) + [0] * (K - len(s.condition_ids)) for s in sequences]
         device = self.model.device
@@ -370,10 +477,12 @@ class Engine:
         """Takes the memory of all caches before the first request, as large as one token shows it to be."""
         token = torch.tensor([[self.text_format.start_id]], device=self.model.device)
         caches = []
-        for number, lane in enumerate(self._lanes.values()):
-            which = torch.tensor([number], device=self.model.device)
+        for lane in self._lanes.values():
             _, cache = self.model.terms(
-                PairInputs(token, None, token, None), use_cache=True, keep=1, auxiliary_ids=which
+                PairInputs(token, None, token, None),
+                cache=PairCache(DynamicCache(), self._readers([lane.name])),
+                use_cache=True,
+                keep=1,
             )
             caches.append((lane, cache.auxiliaries[0].cache))
             lm_cache = cache.lm
@@ -391,12 +500,27 @@ class Engine:
         for lane, cache in caches:
             lane.reserve(cache)
 
+    def _readers(self, names: Several[str | None]) -> list[AuxiliaryRows]:
+        """Who reads which rows of a first pass, of an auxiliary each."""
+        parts = []
+        for name in self._lanes:
+            rows = [row for row, one in enumerate(names) if one == name]
+            if len(rows) == len(names):
+                return [AuxiliaryRows(name, None, None)]
+            if rows:
+                parts.append(AuxiliaryRows(name, torch.tensor(rows, device=self.model.device), None))
+        return parts
+
     def _recorder(self, graphs: bool | None) -> Record | None:
+        window = limits.window_of(self.model)
         refusal = None
         if self.model.device.type != "cuda":
             refusal = f"they need a GPU, and the model is on {self.model.device}"
         elif not counts_positions(self.model.lm):
             refusal = f"{type(self.model.lm).__name__} tells positions by columns of its cache"
+        elif window is not None and window < columns_for(self.scheduler.max_length):
+            # A recorded step keeps the new token behind all columns, where a window would not reach.
+            refusal = f"the base has a sliding window of {window} positions"
         if graphs and refusal is not None:
             raise ValueError(f"graphs cannot be recorded: {refusal}; leave graphs out")
         return CudaRecorder() if refusal is None and graphs is not False else None

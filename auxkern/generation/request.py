@@ -33,12 +33,14 @@ class Request:
         params: how a token is drawn; numbers only, no tensors.
         seed: of the first sample, in [0, 2**63); the others' are made from it.
         max_new_tokens: most tokens of a text, the end token counted.
-        stop: a text ends before the first of these strings.
+        stop: a text ends before the first of these strings; special tokens count as they are spelled.
         auxiliary: name of the auxiliary; None for the language model alone.
         aux_scale: weight of the auxiliary's logits; None for the one that it was trained with.
         samples: texts that are wanted.
         logprobs: whether the answer holds log-probabilities.
-        ignore_eos: whether the end token is one like any other.
+        ignore_eos: whether the end tokens (``TextFormat.end_ids``) are ones like any other.
+        stop_token_ids: a text ends with the first of these ids, of which it has the text; also where
+            ``ignore_eos`` is true.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -57,6 +59,7 @@ class Request:
     samples: int = 1
     logprobs: bool = False
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("id", "seed", "max_new_tokens", "samples", "aux_scale"):
@@ -72,6 +75,11 @@ class Request:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r:.60}")
         _check_stop(self.stop)
+        if not isinstance(self.stop_token_ids, tuple):
+            kind = type(self.stop_token_ids).__name__
+            raise TypeError(f"stop_token_ids must be a tuple of int, got {kind}; write (id,)")
+        for token in self.stop_token_ids:
+            _check_integer("stop_token_ids", token, 0)
         self._check_auxiliary()
         if self.samples > 1 and self.params.temperature == 0:
             raise ValueError(
@@ -87,7 +95,8 @@ class Request:
 
         Its fields are those of ``Request``, with the fields of ``SamplingParams`` in place of params.
         A field that is absent or null has the default's value, but an auxiliary of null is none.
-        ``stop`` may be one str. A "text" is not read, so a file of training examples will do.
+        ``stop`` may be one str, ``stop_token_ids`` one int. A "text" is not read, so a file of training
+        examples will do.
 
         Without a seed the request has one made from the default's and its id, so that what is drawn
         depends neither on the order of requests nor on their number.
@@ -121,7 +130,9 @@ class Request:
         if sampling:
             given["params"] = _params(sampling, defaults.params)
         if "stop" in given:
-            given["stop"] = _stop(given["stop"])
+            given["stop"] = _several("stop", given["stop"], str)
+        if "stop_token_ids" in given:
+            given["stop_token_ids"] = _several("stop_token_ids", given["stop_token_ids"], int)
         if "seed" not in given:
             given["seed"] = mixed_seed(defaults.seed, f"request {given['id']!r}")
         if "auxiliary" in given and given["auxiliary"] is None:
@@ -131,7 +142,7 @@ class Request:
     def as_record(self) -> dict[str, Any]:
         """The same as a JSON object, which ``from_record`` reads."""
         record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "params"}
-        record["stop"] = list(self.stop)
+        record |= {name: list(getattr(self, name)) for name in ("stop", "stop_token_ids")}
         record |= {name: getattr(self.params, name) for name in _SAMPLING}
         if self.params.logit_bias is not None:
             record["logit_bias"] = {str(token): bias for token, bias in _biases(self.params)}
@@ -225,7 +236,7 @@ class Completion:
         sample: number of the text among the request's, from 0.
         text: what follows the prompt, without special tokens, and without the stop string.
         token_ids: what was drawn, the end token and the tokens of a stop string among them.
-        finish_reason: "end" (the end token), "stop" (a stop string), "length" or "error".
+        finish_reason: "end" (an end token), "stop" (a stop string or token), "length" or "error".
         prompt_tokens: tokens of the prompt with the start token.
         seed: what this text was drawn with; None after an error before the first draw.
         error: what went wrong; None unless finish_reason is "error".
@@ -362,6 +373,11 @@ class Sequence:
         return self.request.max_new_tokens
 
     @property
+    def ids(self) -> tuple[int, ...]:
+        """The prompt, and what was drawn so far."""
+        return (*self.prompt_ids, *self.generated)
+
+    @property
     def length(self) -> int:
         """Tokens of the prompt, and those drawn so far."""
         return len(self.prompt_ids) + len(self.generated)
@@ -446,11 +462,13 @@ def _token(key: Any) -> Any:
     return key  # SamplingParams says what is wrong with another one
 
 
-def _stop(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
+def _several(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    if isinstance(value, kind):
         return (value,)
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"stop must be a str or a list of them, got {type(value).__name__}: {value!r:.60}")
+        raise TypeError(
+            f"{name} must be a {kind.__name__} or a list of them, got {type(value).__name__}: {value!r:.60}"
+        )
     return tuple(value)
 
 

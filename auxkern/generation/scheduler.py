@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from auxkern.generation.request import Sequence
+    from auxkern.generation.request import Completion, Sequence
 
 
 class Move(NamedTuple):
@@ -57,6 +57,11 @@ class Scheduler:
         look_ahead: places of the queue from which newcomers are taken; None for twice the slots.
         max_padding: largest share of padding among the padded tokens, in [0, 1).
 
+    Attributes:
+        unanswered: texts that are whole, and that nobody has got yet; the engine's to change.
+        torn: whether a call that changes several things one after another has begun and not ended; the
+            engine's to change.
+
     Raises:
         TypeError: one of the numbers is not an int.
         ValueError: one of them is out of range.
@@ -96,7 +101,10 @@ class Scheduler:
         self.max_padding = max_padding
         self._queue: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._keys: set[tuple[str | int, int]] = set()
+        # All that wait or run, in the order in which they came.
+        self._known: dict[tuple[str | int, int], Sequence] = {}
+        self.unanswered: list[Completion] = []
+        self.torn = False
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -110,8 +118,13 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        return not self._keys
+        """Whether nothing runs, nothing waits, nothing is unanswered, and nothing is to be put right."""
+        return not self._known and not self.unanswered and not self.torn
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All that wait or run, in the order in which they came."""
+        return tuple(self._known.values())
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Why the sequence can never run here; None if it can."""
@@ -127,23 +140,44 @@ class Scheduler:
             return f"the condition has {condition} tokens, but there is room for {room}; shorten it"
         return None
 
-    def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue.
+    def add(self, *sequences: Sequence) -> None:
+        """Puts new sequences at the end of the queue: all of them, or none.
 
         Raises:
-            ValueError: it can never fit (see ``refusal``), it is not new, or one with the same id and
+            ValueError: one can never fit (see ``refusal``), is not new, or one with the same id and
                 sample number waits or runs.
         """
-        problem = self.refusal(sequence)
-        if problem is not None:
-            raise ValueError(f"request {sequence.request.id!r}: {problem}")
-        if sequence.state != "new":
-            raise ValueError(f"sequence {sequence.key} is {sequence.state}; only a new one can be added")
-        if sequence.key in self._keys:
-            raise ValueError(f"a sequence {sequence.key} waits or runs already; ids must differ")
-        self._keys.add(sequence.key)
-        sequence.state = "waiting"
-        self._queue.append(sequence)
+        new: set[tuple[str | int, int]] = set()
+        for sequence in sequences:
+            problem = self.refusal(sequence)
+            if problem is not None:
+                raise ValueError(f"request {sequence.request.id!r}: {problem}")
+            if sequence.state != "new":
+                raise ValueError(f"sequence {sequence.key} is {sequence.state}; only a new one can be added")
+            if sequence.key in self._known or sequence.key in new:
+                raise ValueError(f"a sequence {sequence.key} waits or runs already; ids must differ")
+            new.add(sequence.key)
+        self._known.update({sequence.key: sequence for sequence in sequences})
+        for sequence in sequences:
+            sequence.state = "waiting"
+            self._queue.append(sequence)
+
+    def restart(self, without: Iterable[tuple[str | int, int]] = ()) -> None:
+        """All sequences wait, in the order in which they came, as after a call that did not end.
+
+        It can itself be interrupted and called again.
+
+        Args:
+            without: keys of those that are at their end.
+        """
+        for key in without:
+            if key in self._known:
+                self._known[key].state = "ended"
+        alive = [sequence for sequence in self._known.values() if sequence.state != "ended"]
+        for sequence in alive:
+            sequence.state, sequence.slot = "waiting", None
+        self._known = {sequence.key: sequence for sequence in alive}
+        self._running, self._queue = [], deque(alive)
 
     def schedule(self) -> Plan:
         """Moves newcomers from the queue into free slots, and says what the next step does."""
@@ -191,19 +225,24 @@ class Scheduler:
         Returns:
             The sequences that it ended, none if there is no such request, and moves as of ``finish``.
         """
-        waiting = [sequence for sequence in self._queue if sequence.request.id == id]
+        return self.remove([one for one in self._known.values() if one.request.id == id])
+
+    def remove(self, sequences: Iterable[Sequence]) -> tuple[list[Sequence], list[Move]]:
+        """Ends sequences, whether they wait or run; results as of ``cancel``."""
+        gone = set(sequences)
+        waiting = [sequence for sequence in self._queue if sequence in gone]
         if waiting:
-            self._queue = deque(sequence for sequence in self._queue if sequence.request.id != id)
+            self._queue = deque(sequence for sequence in self._queue if sequence not in gone)
             for sequence in waiting:
                 self._end(sequence)
-        running = [sequence for sequence in self._running if sequence.request.id == id]
-        slots = [slot for slot, sequence in enumerate(self._running) if sequence.request.id == id]
+        running = [sequence for sequence in self._running if sequence in gone]
+        slots = [slot for slot, sequence in enumerate(self._running) if sequence in gone]
         return waiting + running, self.finish(slots)
 
     def _end(self, sequence: Sequence) -> None:
         sequence.state = "ended"
         sequence.slot = None
-        self._keys.remove(sequence.key)
+        del self._known[sequence.key]
 
     def _admitted(self, free: int) -> list[Sequence]:
         """Takes the head of the queue and those that go well with it out of the queue."""
@@ -246,4 +285,4 @@ def closing_moves(count: int, ended: Iterable[int]) -> list[Move]:
 
 def _width(sequence: Sequence) -> int:
     """Tokens that are read before the first one is drawn, at most, in either model."""
-    return len(sequence.prompt_ids) + len(sequence.condition_ids)
+    return sequence.length + len(sequence.condition_ids)

@@ -17,11 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+# One of a sliding window forgets what lies before it; it is taken while the window is wider than a slot.
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, (slots, heads, columns, head width)."""
+    """Keys and values of one layer, (slots, heads, columns, head width).
+
+    All columns are kept where the layer has a sliding window too: transformers' mask leaves out what lies
+    before it, for the columns between two tokens of a sequence are as many as its positions.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -90,9 +97,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int, length: int, device: torch.device, *, fixed: bool = False) -> None:
-        # Columns move to the right as sequences go on; a quarter more than the longest needs makes
-        # moving all of them back rare. Attention kernels like a multiple of 16, the last one included.
-        self._room = -(-max(length + 64, length * 5 // 4) // 16) * 16 - 1
+        self._room = columns_for(length) - 1
         self.length, self.fixed = length, fixed
         self.columns = self._room + 1 if fixed else self._room
         self.mask = torch.zeros(slots, self._room, dtype=torch.int64, device=device)
@@ -172,6 +177,12 @@ class SlotTable:
             self._shift_back()
         self.column.fill_(self.end)
 
+    def clear(self) -> None:
+        """All sequences leave."""
+        self.count, self.end, self._starts = 0, self.length, []
+        self.mask.zero_()
+        self.column.fill_(self.end)
+
     def leave(self, moves: Sequence[tuple[int, int]], left: int) -> None:
         """Sequences have ended; others go on in their slots.
 
@@ -205,11 +216,18 @@ class SlotTable:
         self.end = end - by
 
 
+def columns_for(length: int) -> int:
+    """Columns of a table whose sequences have so many at most."""
+    # Columns move to the right as sequences go on; a quarter more than the longest needs makes
+    # moving all of them back rare. Attention kernels like a multiple of 16, the last one included.
+    return -(-max(length + 64, length * 5 // 4) // 16) * 16
+
+
 def _plain_layer(layer: Any) -> tuple[Tensor, Tensor]:
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if getattr(layer, "is_sliding", False) or keys is None or values is None or keys.dim() != 4:
+    if type(layer) not in _PLAIN or keys is None or values is None or keys.dim() != 4:
         raise ValueError(
-            f"the model's cache has a {type(layer).__name__}; the engine takes layers of full attention. "
+            f"the model's cache has a {type(layer).__name__}; the engine takes layers of attention. "
             "Use model.generate for this model"
         )
     return keys, values

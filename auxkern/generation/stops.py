@@ -19,7 +19,8 @@ class TextStream:
     All that was returned, joined, is ``decode(prompt + tokens)`` without the beginning that is
     ``decode(prompt)``, cut before the first stop string. First is the one that is complete first; among
     several that end together, the longest. So the text does not depend on how characters and stop
-    strings are spread over tokens.
+    strings are spread over tokens. A special token is no part of the text, but stop strings see it as it is
+    spelled: they may name it, hold it, and do not match across it.
 
     A token costs one decoding of 16 tokens at most, however long the text. Where a vocabulary of words
     falls back to tokens of single bytes, a run of them comes out with the next other token.
@@ -47,8 +48,10 @@ class TextStream:
         if "" in self.stop:
             raise ValueError("stop holds an empty str, which would end every text at once; leave it out")
         self._detokenizer = _Detokenizer(text_format, prompt_ids)
+        self._special = text_format.special_tokens if self.stop else {}
         self._pieces: list[str] = []
-        self._held = ""  # certain text that may be the beginning of a stop string
+        # Certain text that may be the beginning of a stop string; special tokens are only seen by them.
+        self._held: list[tuple[str, bool]] = []
         self._stopped: str | None = None
         self._ended = False
 
@@ -70,7 +73,8 @@ class TextStream:
         """
         if self._ended:
             raise ValueError(f"token {token_id} comes after the end of the text; begin another TextStream")
-        return self._out(self._detokenizer.push(token_id))
+        text = self._out(self._detokenizer.push(token_id))
+        return text + self._marked(self._special[token_id]) if token_id in self._special else text
 
     def finish(self) -> str:
         """Ends the text; returns what was held back, which may still hold a stop string.
@@ -81,27 +85,46 @@ class TextStream:
             return ""
         text = self._out(self._detokenizer.rest())
         if not self._ended:
-            text += self._held
-            self._pieces.append(self._held)
+            text += self._released(sum(len(part) for part, _ in self._held))
             self._ended = True
-        self._held = ""
+        self._held = []
         return text
 
-    def _out(self, text: str) -> str:
+    def _marked(self, spelled: str) -> str:
+        """New text, after a special token."""
+        pending = self._detokenizer.rest_seen()
+        if _first_stop(self._seen() + pending + spelled, self.stop) is not None:
+            self._held.append((pending, True))  # no later token can change what a stop string ends
+        return self._out(spelled, visible=False)
+
+    def _seen(self) -> str:
+        return "".join(part for part, _ in self._held)
+
+    def _out(self, text: str, visible: bool = True) -> str:
         if not text:
             return ""
-        if self.stop:
-            text = self._held + text
-            found = _first_stop(text, self.stop)
-            if found is not None:
-                start, self._stopped = found
-                self._ended = True
-                self._held = ""
-                text = text[:start]
-            else:
-                begun = _begun_stop(text, self.stop)
-                self._held = text[len(text) - begun :]
-                text = text[: len(text) - begun]
+        self._held.append((text, visible))
+        seen = self._seen()
+        found = _first_stop(seen, self.stop)
+        if found is None:
+            return self._released(len(seen) - _begun_stop(seen, self.stop))
+        start, self._stopped = found
+        self._ended = True
+        return self._released(start)
+
+    def _released(self, count: int) -> str:
+        """Gives out the first characters of what is held, without special tokens."""
+        pieces = []
+        while count and self._held:
+            part, visible = self._held[0]
+            if visible:
+                pieces.append(part[:count])
+            if len(part) > count:
+                self._held[0] = (part[count:], visible)
+                break
+            count -= len(part)
+            del self._held[0]
+        text = "".join(pieces)
         self._pieces.append(text)
         return text
 
@@ -145,6 +168,10 @@ class _Detokenizer:
     def rest(self) -> str:
         return self._new(self._format.decode(self._ids))
 
+    def rest_seen(self) -> str:
+        """What ``rest`` would return now; more may come."""
+        return self._format.decode(self._ids)[self._sent :]
+
     def _new(self, certain: str) -> str:
         new = certain[self._sent :]
         self._sent += len(new)
@@ -171,7 +198,7 @@ def _first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
 
 def _begun_stop(text: str, stop: tuple[str, ...]) -> int:
     """Characters at the end of the text that may be the beginning of a stop string."""
-    longest = min(max(map(len, stop)) - 1, len(text))
+    longest = min(max(map(len, stop), default=1) - 1, len(text))
     for size in range(longest, 0, -1):
         tail = text[len(text) - size :]
         if any(one.startswith(tail) for one in stop):

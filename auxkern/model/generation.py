@@ -119,6 +119,12 @@ class PairGeneration(GenerationMixin):
             )  # a tuple is not repeated for return sequences
         return super().generate(inputs, generation_config, *args, **kwargs)
 
+    def transformer_config(self, auxiliary: str | None) -> Any:
+        """The config of the base's transformer (None) or of an auxiliary's; None for a custom module."""
+        if auxiliary is None:
+            return self.lm.config.get_text_config()
+        return getattr(getattr(self._named(auxiliary).auxiliary, "body", None), "config", None)
+
     def _auxiliary_ids(self, auxiliary: str | Sequence[str | None] | None, B: int) -> Tensor:
         names: list[str | None] = [None, *self.auxiliary_names]
         asked = [auxiliary] * B if auxiliary is None or isinstance(auxiliary, str) else list(auxiliary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -121,6 +122,23 @@ class TextFormat:
     def end_id(self) -> int:
         """The tokenizer's end token."""
         return self.tokenizer.eos_token_id
+
+    def end_ids(self, model: Any) -> list[int]:
+        """What ends a text of a model: the tokenizer's end token, and those of ``model.generation_config``.
+
+        Chat models have several. For ``model.generate(eos_token_id=...)``; the engine asks for them itself.
+        """
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+        return sorted({self.end_id, *ends})
+
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """What ``decode`` leaves out: ids and spelling."""
+        tokenizer = self.tokenizer
+        spelled = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        added = tokenizer.added_tokens_decoder.items()
+        return spelled | {id: token.content for id, token in added if token.special}
 
     @property
     def pad_id(self) -> int:

@@ -1,0 +1,147 @@
+"""What an engine can serve: refused when it is made, or for one request alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from auxkern.generation.request import Sequence
+from auxkern.model.base import counts_positions, run_base
+
+_USE = "use model.generate for this model"
+# Rotary embeddings whose frequencies change for a whole batch when one of its texts grows long.
+_BATCH_WIDE_ROTARY = ("longrope", "dynamic")
+
+
+def check_base(model: Any, max_length: int) -> None:
+    """Refuses a base that cannot be kept in slots.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        max_length: most tokens of a text with its prompt.
+
+    Raises:
+        ValueError: the base has too few positions, computes its own logits, has layers other than of
+            attention, or its states depend on what else is in a batch.
+    """
+    lm, name = model.lm, type(model.lm).__name__
+    config = model.transformer_config(None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ValueError(f"max_length is {max_length}, but the base has positions for {positions} tokens")
+    if model.config.lm_term == "logits":
+        raise ValueError('lm_term is "logits"; the engine draws from output embeddings. Use model.generate')
+    cache = DynamicCache(config=config)
+    kinds = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in cache.layers]
+    for kind, layer in zip(kinds, cache.layers, strict=False):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"the base, a {name}, has layers of type {kind!r}, whose state cannot be kept in slots; "
+                f"{_USE}"
+            )
+        window = getattr(layer, "sliding_window", None)
+        if kind == "chunked_attention" and window is not None and window < max_length:
+            raise ValueError(
+                f"the base, a {name}, has layers of type {kind!r} over {window} positions, less than "
+                f"max_length, {max_length}; lower max_length, or {_USE}"
+            )
+    _check_rotary("the base", config, max_length)
+    if not counts_positions(lm) and not _ignores_padding(lm, model.device):
+        raise ValueError(
+            f"the base, a {name}, tells positions by columns of its cache, so that a text would depend on "
+            f"the others in its batch; {_USE}, one text at a time"
+        )
+
+
+def check_auxiliary(model: Any, name: str, columns: int) -> None:
+    """Refuses an auxiliary that cannot be kept in slots.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        name: of the auxiliary.
+        columns: most of a condition and a text together.
+
+    Raises:
+        ValueError: it has layers other than of attention, or a sliding window that matters.
+    """
+    config = model.transformer_config(name)
+    if config is None:
+        return  # a custom module, whose cache is looked at when memory is reserved
+    cache = DynamicCache(config=config)
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None)
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"auxiliary {name!r} has a {type(layer).__name__}, whose state cannot be kept in slots; "
+                f"{_USE}"
+            )
+        if window is not None and window < columns:
+            # The padding of conditions stands between a condition and its text.
+            raise ValueError(
+                f"auxiliary {name!r} has a sliding window of {window} positions, which is less than the "
+                f"{columns} of max_condition and max_length; lower them, or {_USE}"
+            )
+    _check_rotary(f"auxiliary {name!r}", config, columns)
+
+
+def window_of(model: Any) -> int | None:
+    """The base's narrowest sliding window, in positions; None if it has none."""
+    layers = DynamicCache(config=model.transformer_config(None)).layers
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return min(windows, default=None)
+
+
+def refusal(model: Any, sequence: Sequence) -> str | None:
+    """Why models cannot read a sequence, whatever room there is; None if they can."""
+    name = sequence.request.auxiliary
+    size = int(model.lm.get_input_embeddings().weight.shape[0])
+    if name is not None:
+        size = min(size, model.config.vocab_size)
+    for what, ids in (("prompt", sequence.prompt_ids), ("condition", sequence.condition_ids)):
+        if ids and max(ids) >= size:
+            return (
+                f"the {what} has the id {max(ids)}, but the models have {size} ids; the tokenizer is "
+                "another model's, or has tokens that they lack"
+            )
+    if name is None:
+        return None
+    positions = getattr(model.transformer_config(name), "max_position_embeddings", None)
+    text, condition = len(sequence.prompt_ids) + sequence.max_new_tokens, len(sequence.condition_ids)
+    # An encoder-decoder reads the condition apart.
+    needed = text + condition if not model.needs_condition(name) else max(text, condition)
+    if positions is not None and needed > positions:
+        return (
+            f"condition, prompt and max_new_tokens take {needed} positions, but auxiliary {name!r} has "
+            f"{positions}; shorten them"
+        )
+    return None
+
+
+def _check_rotary(who: str, config: Any, columns: int) -> None:
+    rotary = getattr(config, "rope_parameters", None) or {}
+    every = rotary.values() if all(isinstance(one, dict) for one in rotary.values()) else [rotary]
+    for one in every:
+        begun = one.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        limit = begun or getattr(config, "max_position_embeddings", None)
+        if one.get("rope_type") in _BATCH_WIDE_ROTARY and limit is not None and columns > limit:
+            raise ValueError(
+                f"{who} has rotary embeddings of type {one['rope_type']}, which change for a whole batch "
+                f"beyond {limit} positions, and there may be {columns}; lower max_length or max_condition"
+            )
+
+
+@torch.no_grad()
+def _ignores_padding(lm: Any, device: torch.device) -> bool:
+    """Whether two tokens have the states with padding before them that they have without."""
+    ids = torch.tensor([[0, 0, 1, 2]], device=device)
+    mask = torch.tensor([[0, 0, 1, 1]], device=device)
+    padded: Tensor = run_base(lm, ids, mask).states[:, 2:].float()
+    alone = run_base(lm, ids[:, 2:], mask[:, 2:]).states.float()
+    # Half precision adds up in another order.
+    return bool((padded - alone).abs().max() <= 0.02 * alone.abs().max())

@@ -1,0 +1,83 @@
+"""What has been written of a sequence, and what its caller has been told of it."""
+
+from __future__ import annotations
+
+from auxkern.generation.drawing import Logprob
+from auxkern.generation.request import Completion, FinishReason, Sequence, TokenLogprobs
+from auxkern.generation.stops import TextStream
+from auxkern.model.text import TextFormat
+
+
+class Text:
+    """A text on its way: tokens that count, and others that a step has drawn but not ended with yet.
+
+    Args:
+        sequence: whose text it is; ``generated`` is changed here alone.
+        text_format: what decodes.
+        ends: ids that end it, and are no part of it.
+    """
+
+    def __init__(self, sequence: Sequence, text_format: TextFormat, ends: frozenset[int]) -> None:
+        self.sequence, self._format, self._ends = sequence, text_format, ends
+        self._stops = frozenset(sequence.request.stop_token_ids)
+        self._logprobs: list[Logprob] = []
+        self._kept = 0
+        self._told = 0
+        self._stream = self._new_stream()
+
+    def take(self, token: int, logprob: Logprob | None) -> FinishReason | None:
+        """Adds a token; why the text ends with it, None if it goes on."""
+        request, generated = self.sequence.request, self.sequence.generated
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        generated.append(token)
+        if token in self._ends:
+            return "end"
+        self._stream.push(token)
+        if self._stream.stopped is not None or token in self._stops:
+            return "stop"
+        return "length" if len(generated) >= request.max_new_tokens else None
+
+    def keep(self) -> None:
+        """The step that drew the last token is done, and the text goes on."""
+        self._kept = len(self.sequence.generated)
+
+    def go_back(self) -> None:
+        """Drops what came after the last ``keep``; it will be drawn again."""
+        del self.sequence.generated[self._kept :]
+        del self._logprobs[self._kept :]
+        stream = self._new_stream()
+        for token in self.sequence.generated:
+            stream.push(token)
+        self._stream = stream
+
+    def news(self) -> str:
+        """Text that was not told yet; it counts as told from now on."""
+        text = self._stream.text[self._told :]
+        self._told += len(text)
+        return text
+
+    def completion(self, reason: FinishReason, error: str | None = None) -> Completion:
+        """The whole text, which is at its end."""
+        sequence = self.sequence
+        self._stream.finish()
+        if self._stream.stopped is not None and error is None:
+            reason = "stop"  # what was held back may have held a stop string
+        logprobs = None
+        if sequence.request.logprobs and error is None:
+            raw, processed, lm, auxiliary = (tuple(column) for column in zip(*self._logprobs, strict=True))
+            logprobs = TokenLogprobs(raw, processed, lm, None if None in auxiliary else auxiliary)
+        return Completion(
+            sequence.request.id,
+            sequence.sample,
+            self._stream.text,
+            tuple(sequence.generated),
+            reason,
+            len(sequence.prompt_ids),
+            sequence.seed,
+            error,
+            logprobs,
+        )
+
+    def _new_stream(self) -> TextStream:
+        return TextStream(self._format, self.sequence.request.stop, self.sequence.prompt_ids)
