@@ -40,6 +40,8 @@ def test_a_record_has_the_last_word() -> None:
     assert (request.id, request.condition, request.stop, request.seed) == (1, "", ("a", "b"), 3)
     assert request.params.logit_bias == {12: 2}
     assert Request.from_record({"stop": "end"}, id=1).stop == ("end",)
+    assert Request.from_record({"stop_token_ids": [0, 7]}, id=1).stop_token_ids == (0, 7)
+    assert Request.from_record({"stop_token_ids": 7}, id=1).as_record()["stop_token_ids"] == [7]
 
 
 def test_greedy_drops_the_filters_of_the_defaults_only() -> None:
@@ -119,6 +121,9 @@ def test_a_request_survives_json() -> None:
         ({"stop": ["a", ""]}, ValueError, "stop holds an empty str"),
         ({"stop": [1]}, TypeError, "stop must be a str, got int"),
         ({"stop": 1}, TypeError, "stop must be a str or a list"),
+        ({"stop_token_ids": "7"}, TypeError, "stop_token_ids must be an int or a list"),
+        ({"stop_token_ids": [True]}, TypeError, "stop_token_ids must be an int, got bool"),
+        ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids is -1; it must be 0 or more"),
         ({"auxiliary": ""}, ValueError, "auxiliary is empty"),
         ({"aux_scale": "1"}, TypeError, "aux_scale must be a number or None, got str"),
         ({"aux_scale": math.inf}, ValueError, "aux_scale is inf; it must be finite"),

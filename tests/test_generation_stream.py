@@ -281,6 +281,40 @@ def test_what_only_looked_like_a_stop_string_comes_later() -> None:
     assert streamed(TextStream(FORMATS["bytes"], ("ene!", "nb")), ids) == ["a", " ", "", "", "", "ene"]
 
 
+def special(tokens: str) -> list[int]:
+    """Ids of letters, with | for the end token."""
+    plain = FORMATS["bytes"].tokenizer
+    return [plain.eos_token_id if one == "|" else plain.convert_tokens_to_ids(one) for one in tokens]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("<end>", "ab"),
+        ("b<en", "a"),
+        ("nd>c", "ab"),
+        ("b<end>c", "a"),
+        ("<end>cd<end>", "ab"),
+        ("bc", "abcde"),
+        ("<end><end>", "abcd"),
+    ],
+)
+def test_stop_strings_see_special_tokens_and_the_text_does_not(stop: str, text: str) -> None:
+    out = TextStream(FORMATS["bytes"], (stop,))
+    assert "".join(streamed(out, special("ab|cd||e"))) == text == out.text
+    assert (out.stopped is not None) == (text != "abcde")
+
+
+def test_a_special_token_that_stops_leaves_what_was_spelled_in_bytes() -> None:
+    spaced = FORMATS["spaced"].tokenizer
+    first, end = spaced.convert_tokens_to_ids("<0x00>"), spaced.eos_token_id
+    out = TextStream(FORMATS["spaced"], ("<end>",))
+    assert "".join(streamed(out, [*(first + byte for byte in "🙂".encode()), end])) == "🙂"
+    going_on = TextStream(FORMATS["spaced"], ("<end>!",))
+    euro = [first + byte for byte in "€".encode()]
+    assert "".join(streamed(going_on, [euro[0], end, *euro[1:]])) == "€"
+
+
 def test_bad_stop_strings_are_refused() -> None:
     with pytest.raises(ValueError, match="empty str"):
         TextStream(FORMATS["bytes"], ("a", ""))

@@ -244,6 +244,7 @@ def texts(
         ValueError: an option is out of range or a condition does not fit.
         RuntimeError: logits are NaN or infinite.
     """
+    ends = text_format.end_ids(model)
     for first in range(0, len(requests), batch_size):
         some = requests[first : first + batch_size]
         inputs = text_format.prompts([one.condition for one in some], [one.prompt for one in some])
@@ -251,19 +252,23 @@ def texts(
             options["seeds"] = seeds[first : first + batch_size]
         ids = model.generate(
             **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-            eos_token_id=text_format.end_id,
+            eos_token_id=ends,
             pad_token_id=text_format.pad_id,
             **options,
         )
-        yield [_text(text_format, row, inputs["input_ids"].shape[1]) for row in ids.cpu()]
+        start = inputs["input_ids"].shape[1]
+        yield [_text(text_format, row, start, ends) for row in ids.cpu()]
 
 
-def _text(text_format: Any, ids: torch.Tensor, start: int) -> Text:
-    """What follows the first ``start`` ids of (T) ids."""
+def _text(text_format: Any, ids: torch.Tensor, start: int, ends: Sequence[int]) -> Text:
+    """What follows the first ``start`` ids of (T) ids, up to the first of the end tokens."""
+    ended = torch.isin(ids[start:], torch.tensor(ends)).nonzero()
+    if len(ended):
+        ids = ids[: start + int(ended[0])]
     prompt, whole = text_format.decode(ids[:start]), text_format.decode(ids)
     # Decoded apart, a text would lose the space before its first word with some tokenizers.
     text = whole[len(prompt) :] if whole.startswith(prompt) else text_format.decode(ids[start:])
-    return Text(text, bool((ids[start:] == text_format.end_id).any()))
+    return Text(text, len(ended) > 0)
 
 
 def sample_seeds(seed: int, count: int) -> list[int]:

@@ -514,13 +514,13 @@ class Engine:
     def _recorder(self, graphs: bool | None) -> Record | None:
         window = limits.window_of(self.model)
         refusal = None
-        if self.model.device.type != "cuda":
+        if window is not None and window < columns_for(self.scheduler.max_length):
+            # A recorded step keeps the new token behind all columns, where a window would not reach.
+            refusal = f"the base has a sliding window of {window} positions"
+        elif self.model.device.type != "cuda":
             refusal = f"they need a GPU, and the model is on {self.model.device}"
         elif not counts_positions(self.model.lm):
             refusal = f"{type(self.model.lm).__name__} tells positions by columns of its cache"
-        elif window is not None and window < columns_for(self.scheduler.max_length):
-            # A recorded step keeps the new token behind all columns, where a window would not reach.
-            refusal = f"the base has a sliding window of {window} positions"
         if graphs and refusal is not None:
             raise ValueError(f"graphs cannot be recorded: {refusal}; leave graphs out")
         return CudaRecorder() if refusal is None and graphs is not False else None

@@ -466,9 +466,8 @@ def _several(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     if isinstance(value, kind):
         return (value,)
     if not isinstance(value, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a {kind.__name__} or a list of them, got {type(value).__name__}: {value!r:.60}"
-        )
+        one = "an int" if kind is int else "a str"
+        raise TypeError(f"{name} must be {one} or a list of them, got {type(value).__name__}: {value!r:.60}")
     return tuple(value)
 
 
