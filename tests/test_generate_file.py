@@ -315,12 +315,60 @@ def test_an_output_of_another_run_is_left_alone(
         (["--input", "setup.py", "--output", "x", "--json", "y"], "--json goes with --condition"),
         (["--input", "setup.py", "--output", "x", "--prompt", "y"], "--prompt goes with --condition"),
         (["--condition", "w1", "--retry-errors"], "--retry-errors goes with --input"),
+        (["--input", "-", "--output", "x"], "--input - is no file"),
+        (["--input", "/dev/stdin", "--output", "x"], "--input /dev/stdin is no file"),
+        (["--input", "", "--output", "x"], "the name is empty"),
+        (["--input", "setup.py", "--output", ""], "the name is empty"),
+        (["--input", "setup.py", "--output", "-"], "--output - is no plain file"),
+        (["--input", "setup.py", "--output", "/dev/stdout"], "--output /dev/stdout is no plain file"),
+        (["--input", "setup.py", "--output", "/dev/null"], "--output /dev/null is no plain file"),
+        (["--input", "setup.py", "--output", "tests"], "--output tests is no plain file"),
+        (["--input", "setup.py", "--output", "nowhere/x"], "nowhere does not exist"),
+        (["--input", "setup.py", "--output", "setup.py"], "are both setup.py"),
+        (["--condition", "w1", "--json", ""], "the name is empty"),
+        (["--condition", "w\udce9"], "half a character"),
+        (["--condition", "w1", "--prompt", "\udce9"], "half a character"),
     ],
 )
 def test_options_that_do_not_fit(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
         generate.main(["no model is read", *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_a_pipe_is_refused_and_nobody_waits(tmp_path: Path, end: str, capsys: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    source = write_requests(tmp_path / "in.jsonl", 1)
+    names = {"input": source, "output": tmp_path / "out.jsonl", end: tmp_path / "pipe"}
+    with pytest.raises(SystemExit):
+        generate.main(["no model", "--input", str(names["input"]), "--output", str(names["output"])])
+    assert f"--{end} {tmp_path / 'pipe'} is no" in capsys.readouterr().err
+
+
+def test_half_a_surrogate_pair_in_a_line_is_a_bad_line(folder: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"condition": "w1"},
+        {"condition": "\ud800"},
+        {"id": "\udfff"},
+        {"\ud800": 1},
+        {"auxiliary": "\ud800"},
+    ]
+    source.write_text("\ufeff" + "".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--max-new-tokens", "2", "--max-length", "32"]
+    assert generate.main([str(folder), "--input", str(source), "--output", str(output), *options]) == 1
+    assert len(output.read_bytes().splitlines()) == 1
+    bad = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in bad] == [2, 3, 4, 5]
+
+
+def test_what_changed_since_a_run_is_named_alone(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    source, output = write_requests(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
+    assert generate.main(request_options(folder, source, output)) == 0
+    assert generate.main([*request_options(folder, source, output), "--top-p", "0.5"]) == 2
+    assert "was begun with defaults.top_p 1.0, but this run has 0.5;" in capsys.readouterr().err

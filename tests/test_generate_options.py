@@ -185,6 +185,16 @@ def test_prompts_without_a_token_are_refused(model, ids):
         model.generate(ids)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_a_text_beyond_learned_positions_is_refused(options):
+    learned = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model, batch = tiny_pair("own head", auxiliary_config=learned), prompts()
+    assert _new(model, batch, max_new_tokens=7, eos_token_id=None, **options).shape == (4, 7)
+    with pytest.raises(ValueError, match="take 17 positions, but auxiliary 'default' has 16"):
+        _new(model, batch, max_new_tokens=8, **options)
+    assert _new(model, batch, max_new_tokens=8, auxiliary=None, eos_token_id=None, **options).shape == (4, 8)
+
+
 def test_prompts_that_are_padded_on_the_right_are_refused(model):
     batch = {name: value.flip(1) if name != "condition_ids" else value for name, value in prompts().items()}
     with pytest.raises(ValueError, match="on the left"):

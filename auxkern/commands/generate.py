@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,9 +172,43 @@ def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if options.num_beams > 1:
         parser.error("--num-beams goes with --condition; the engine draws, or takes the likeliest token")
     if not options.input.is_file():
-        parser.error(f"--input {options.input} is no file")
+        parser.error(
+            f"--input {options.input} is no file, which is read several times and gone on with; what comes "
+            "from a pipe has to be written to one first"
+        )
+    _check_output(parser, options.output)
+    if options.output.exists() and options.output.samefile(options.input):
+        parser.error(f"--input and --output are both {options.input}; the texts need a file of their own")
     options.max_length = options.max_length or 512
     options.max_condition = options.max_condition or 64
+
+
+def _check_output(parser: argparse.ArgumentParser, path: Path) -> None:
+    """A run goes on with its output, and has files beside it: a pipe or a device has neither."""
+    folder = path.absolute().parent
+    descriptor = os.path.realpath(folder) == "/dev" or os.path.realpath(folder).startswith("/proc/")
+    if str(path) == "-" or descriptor or (path.exists() and not path.is_file()):
+        parser.error(f"--output {path} is no plain file, which a stopped run could go on with; name one")
+    if not folder.is_dir():
+        parser.error(f"--output {path}: the folder {folder} does not exist; make it first")
+
+
+def _file(name: str) -> Path:
+    """The name of a file, for argparse."""
+    if not name:
+        raise argparse.ArgumentTypeError("the name is empty; name a file")
+    return Path(name)
+
+
+def _text(text: str) -> str:
+    """A text, for argparse: what the terminal's bytes say if they are no text is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60} has half a character at {error.start}, which is no text; write the whole one"
+        ) from error
+    return text
 
 
 def _params(options: argparse.Namespace) -> SamplingParams:
@@ -191,10 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--condition", action="append", metavar="TEXT", help="a condition (repeatable)")
-    source.add_argument("--input", type=Path, metavar="FILE.jsonl", help="requests, any number of them")
+    source.add_argument(
+        "--condition", action="append", type=_text, metavar="TEXT", help="a condition (repeatable)"
+    )
+    source.add_argument("--input", type=_file, metavar="FILE.jsonl", help="requests, any number of them")
     parser.add_argument(
-        "--prompt", default="", metavar="TEXT", help="what the text of every condition continues"
+        "--prompt", type=_text, default="", metavar="TEXT", help="what the text of every condition continues"
     )
     for flag, kind, letter, what in (
         ("--number", positive, "N", "texts for each condition (default 1)"),
@@ -209,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--seed", pair.natural, "N", "of the draws (default 0)"),
     ):
         parser.add_argument(flag, type=kind, metavar=letter, help=what)
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="with --input: the texts")
+    parser.add_argument("--output", type=_file, metavar="FILE.jsonl", help="with --input: the texts")
     for flag, what in (
         ("--max-length", "with --input: most tokens of a text and its prompt (default 512)"),
         ("--max-condition", "with --input: most tokens of a condition (default 64)"),
@@ -224,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with --input: take texts that are errors out of --output, and ask for them again",
     )
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
-    parser.add_argument("--json", type=Path, metavar="FILE.jsonl", help="write the texts there too")
+    parser.add_argument("--json", type=_file, metavar="FILE.jsonl", help="write the texts there too")
     parser.set_defaults(number=1, max_new_tokens=64, batch_size=16, num_beams=1)
     return parser
 

@@ -287,12 +287,24 @@ class CompletionWriter:
             saved = json.loads(self.run_path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.run_path} is not JSON: {error}; choose another output") from error
-        for name in sorted({*saved, *run}):
-            if saved.get(name) != run.get(name):
-                raise ValueError(
-                    f"{self._out.path} was begun with {name} {saved.get(name)!r:.200}, but this run has "
-                    f"{run.get(name)!r:.200}; choose another output, or go on with the former"
-                )
+        difference = _difference(saved, run)
+        if difference is not None:
+            name, before, now = difference
+            raise ValueError(
+                f"{self._out.path} was begun with {name} {before!r:.200}, but this run has "
+                f"{now!r:.200}; choose another output, or go on with the former"
+            )
+
+
+def _difference(one: Any, other: Any) -> tuple[str, Any, Any] | None:
+    """The name of the first field in which two objects differ, and its two values."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return None if one == other else ("", one, other)
+    for name in sorted({*one, *other}):
+        found = _difference(one.get(name), other.get(name))
+        if found is not None:
+            return f"{name}.{found[0]}".rstrip("."), found[1], found[2]
+    return None
 
 
 class _Appender:
@@ -347,7 +359,10 @@ class _Appender:
         os.close(file)
 
     def append(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        # Half a surrogate pair, as a bad line may hold, is written as JSON's own escape.
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode(
+            errors="backslashreplace"
+        )
         file, size = self._open(), self.size
         try:
             written = 0

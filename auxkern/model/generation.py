@@ -190,6 +190,33 @@ class PairGeneration(GenerationMixin):
         )
         return processors if logits_processor else _FromConfig(processors)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        condition = model_kwargs.get("condition_ids")
+        K = 0 if condition is None else condition.shape[1]
+        names: list[str | None] = [None]
+        if model_kwargs.get("auxiliary_ids") is None:
+            names.append("default")
+        else:
+            used = set(model_kwargs["auxiliary_ids"].tolist())
+            names += [name for i, name in enumerate(self.auxiliary_names) if i in used]
+        for name in names:
+            self._check_positions(name, generation_config.max_length + (0 if name is None else K))
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _check_positions(self, name: str | None, needed: int) -> None:
+        """Refuses what a table of learned positions does not hold; rotary embeddings have no end."""
+        config = self.transformer_config(name)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None or getattr(config, "rope_parameters", None) or needed <= positions:
+            return
+        who = "the base" if name is None else f"auxiliary {name!r}"
+        raise ValueError(
+            f"prompt, max_new_tokens and condition take {needed} positions, but {who} has {positions}; "
+            "shorten them"
+        )
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the pair makes its own caches, see PairCache
