@@ -236,9 +236,8 @@ class Engine:
         for sequence, text in list(self._texts.items()):
             if sequence not in self._texts:
                 continue  # cancelled by on_text just now
-            piece = text.news() if self.on_text is not None else ""
-            if piece and self.on_text is not None:
-                self.on_text(sequence.request.id, sequence.sample, piece)
+            if self.on_text is not None and text.has_news:
+                self.on_text(*text.news())
             if sequence.state == "ended":
                 self._texts.pop(sequence, None)
         self._told = True

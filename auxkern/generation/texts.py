@@ -51,11 +51,18 @@ class Text:
             stream.push(token)
         self._stream = stream
 
-    def news(self) -> str:
-        """Text that was not told yet; it counts as told from now on."""
-        text = self._stream.text[self._told :]
-        self._told += len(text)
-        return text
+    @property
+    def has_news(self) -> bool:
+        """Whether there is text that was not told yet."""
+        return len(self._stream.text) > self._told
+
+    def news(self) -> tuple[str | int, int, str]:
+        """Request, sample, and text that was not told yet; it counts as told from now on."""
+        whole = self._stream.text
+        try:
+            return self.sequence.request.id, self.sequence.sample, whole[self._told :]
+        finally:  # not before: Ctrl-C would lose it on its way
+            self._told = len(whole)
 
     def completion(self, reason: FinishReason, error: str | None = None) -> Completion:
         """The whole text, which is at its end."""
