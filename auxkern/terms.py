@@ -33,7 +33,8 @@ class Logits:
         values: (..., V) float16, bfloat16, float32 or float64 logits, any strides; they are
             read where they lie, never copied.
         scale: finite float that multiplies the (soft-capped) logits; a constant, no gradient. In
-            ``auxkern.sample`` also a floating-point tensor (...), one for each row.
+            ``auxkern.sample`` also a floating-point tensor (...), one for each row. 0 times an infinite
+            logit is NaN, as in torch: leave a term out instead, or cap it.
         softcap: positive finite float or None (Gemma 2 Team 2024, arXiv 2408.00118, section 2).
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from auxkern.terms import Head, Sparse, Term
+from auxkern.terms import Head, Sparse, Term, as_number
 
 
 def tensors_of(terms: Sequence[Term]) -> list[Tensor]:
@@ -61,6 +61,7 @@ def checked_vocabulary(terms: Sequence[Term], vocab_size: int | None) -> int | N
         if not isinstance(term, Sparse)
     }
     (first, V), smallest = next(iter(sizes.items())), min(sizes.values())
+    vocab_size = as_number(vocab_size)
     if vocab_size is None:
         for name, size in sizes.items():
             if size != V:

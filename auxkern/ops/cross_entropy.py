@@ -21,7 +21,7 @@ from auxkern.ops.parallel.share import Share
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
 from auxkern.ops.parts import LOGITS, flat_inputs
 from auxkern.ops.rows import gradient_coefficients, row_dtype, row_loss
-from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_terms
+from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_number, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
 _DIFFERENTIABLE = "use torch.nn.functional.cross_entropy on auxkern.ops.dense.dense_logits(terms)"
@@ -99,7 +99,8 @@ def cross_entropy(
             or "none".
         normalizer: positive number, or 0-d tensor on the terms' device or a CPU, that divides the
             summed loss instead of the number of rows (Hugging Face's ``num_items_in_batch``); not
-            with reduction="none".
+            with reduction="none". If no row counts, the loss is 0 whatever it is; otherwise a tensor,
+            which is not looked at, divides as it does in torch: by 0 to inf, or 0 / 0 to NaN.
         token_weight: (...) floating-point weight of each row's loss.
         label_smoothing: in [0, 1]; the share of the uniform distribution over the V ids.
         z_loss: weight of ``lse**2``; reported apart in the stats.
@@ -137,6 +138,8 @@ def cross_entropy(
         RuntimeError: the backend asked for cannot run on these inputs; or a derivative is asked for that
             there is none of: forward mode, a transform of ``torch.func``, or a second derivative.
     """
+    ignore_index, label_smoothing, z_loss = map(_number, (ignore_index, label_smoothing, z_loss))
+    shift, vocab_size, chunk_rows, normalizer = map(_number, (shift, vocab_size, chunk_rows, normalizer))
     terms = as_terms(terms)
     group = group_of(process_group, terms)
 
@@ -185,6 +188,11 @@ def cross_entropy(
         term_nll=term_nll.view(len(problem.terms), *shape),
     )
     return loss, stats
+
+
+def _number(value: Any) -> Any:
+    """A Python number in place of NumPy's; a tensor, which may want a gradient, stays one."""
+    return value if isinstance(value, Tensor) else as_number(value)
 
 
 def _agreed(

@@ -81,6 +81,9 @@ def _add_product(z: Tensor, a: Tensor, b: Tensor, factor: float, keep: bool, ker
     A backend's ``kernel`` makes the product if it takes it.
     """
     beta = 1 if keep else 0
+    if factor == 0:
+        # A library skips what is multiplied by 0; elsewhere 0 * inf is NaN.
+        a, factor = a * 0.0, 1.0
     if hasattr(kernel, "linear") and kernel.linear_refusal(z, b) is None:
         a = a.to(z.dtype)
         kernel.linear(a if factor == 1.0 else a * factor, b, None, z, keep)

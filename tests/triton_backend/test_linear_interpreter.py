@@ -18,7 +18,7 @@ from cases import IGNORE
 from torch import Tensor
 
 import auxkern
-from auxkern import Head
+from auxkern import Head, Logits
 
 triton = pytest.importorskip("triton")
 
@@ -307,3 +307,19 @@ def test_autocast_changes_nothing(softcap, dtypes, lower):
         under = ours(given, y)
     assert torch.equal(under[0], outside[0])
     assert all(map(torch.equal, under[1], outside[1]))
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_zero_times_an_infinite_logit_is_nan(stats):
+    """In a head's bias and in logits, as on every backend; a capped term of scale 0 takes no part."""
+    given, bias = heads(3, 40, (16,), (D32,))[0], torch.zeros(40)
+    bias[7] = -math.inf
+    y = torch.tensor([1, 2, 3])
+    for scaled in (Head(given.hidden, given.weight, bias, 0.0), Logits(bias.expand(3, 40), 0.0)):
+        out = auxkern.cross_entropy(
+            [given, scaled], y, reduction="none", return_stats=stats, backend="triton"
+        )
+        assert bool((out[0] if stats else out).isnan().all())
+    capped = Logits(bias.expand(3, 40), 0.0, softcap=2.0)
+    alone, both = (auxkern.cross_entropy(t, y, backend="triton") for t in (given, [given, capped]))
+    close(both, alone.double(), 1e-6)
