@@ -14,6 +14,7 @@ import torch
 from cases import (
     DTYPES,
     HARD,
+    ROW_ERROR,
     available_backends,
     check,
     device_of,
@@ -348,7 +349,14 @@ def test_gradients_of_a_view_reach_its_base(backend: str, dtype: torch.dtype) ->
     y = random_target(2, 3, V=101, device=device)
     auxkern.cross_entropy([base[:, :-1, :101]], y, backend=backend).backward()
     (want,) = ours([base.detach()[:, :-1, :101].contiguous()], y, backend).gradients
-    assert torch.equal(base.grad[:, :-1, :101], want)
+    got = base.grad[:, :-1, :101]
+    if device == "cpu":
+        assert torch.equal(got, want)
+    else:
+        # Rows that begin elsewhere are cut elsewhere: sums of exponentials, and with them p, go in another
+        # order, each within ROW_ERROR; p - 1 of one of 6 rows has p's error. Then both are rounded.
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(got, want, rtol=2 * ROW_ERROR + rounding, atol=2 * ROW_ERROR / 6)
     assert not base.grad[:, -1].any()
     assert not base.grad[..., 101:].any()
 

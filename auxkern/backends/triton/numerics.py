@@ -2,6 +2,10 @@
 
 ``tl.log`` becomes ``lg2.approx``, whose error is absolute near 1 (CUDA C++ programming guide):
 the loss of a confident model would have no correct digit. libdevice has no interpreter.
+
+Errors are relative, in units of 2**-24, the rounding of float32, the largest met as compiled for GPUs;
+divisions and contracted products differ between them. ``tl.exp(x)`` itself is ``ex2.approx(x log2(e))``,
+whose product is rounded before it becomes an exponent: up to 1.22 |x| units, 62 of them met at x = -79.
 """
 
 # Triton's language is not Python's: kernels have no annotations.
@@ -13,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, float32, to about 2 ulp; NaN stays NaN.
+    """log(1 + x) for x >= 0, float32, within 2.6 to 6 units; NaN stays NaN.
 
     1 + x = 2**k (1 + f) with 1 + f in [0.70, 1.41), and log(1 + f) = 2 atanh(f / (2 + f)).
     """
@@ -31,7 +35,10 @@ def log1p(x):
 
 @triton.jit
 def tanh(u):
-    """tanh(u), float32, to about 2 ulp; 1 - exp(-2u) would cancel near 0, so a series is used there."""
+    """tanh(u), float32, within 2.9 to 11 units.
+
+    1 - exp(-2u) would cancel near 0, so a series is used there.
+    """
     a = tl.abs(u)
     e = tl.exp(-2.0 * a)
     large = (1.0 - e) / (1.0 + e)
@@ -43,6 +50,9 @@ def tanh(u):
 
 @triton.jit
 def tanh_slope(u):
-    """1 - tanh(u)**2 without the difference, which cancels for large u."""
+    """1 - tanh(u)**2 within 28 to 33 units to |u| of 20, most of them ``tl.exp``'s.
+
+    The difference itself would cancel for large u.
+    """
     e = tl.exp(-2.0 * tl.abs(u))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
