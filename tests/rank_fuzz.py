@@ -175,7 +175,9 @@ def expected(call: Call) -> dict[str, Any]:
     row = row if q == 0 else row + q * lse.square()
     weight = options.get("token_weight", torch.ones(len(y))).double()
     weight = torch.where(counts, weight, 0.0)
-    row = torch.where(counts, row, 0.0)
+    # The least numbers of float32 add up to -inf there, which a weight of 0 makes NaN.
+    double = any(t.dtype == torch.float64 for term in call.terms for t in term.tensors.values())
+    row = torch.where(counts, row if double else row.float().double(), 0.0)
     loss = row * weight
     g = weight * torch.arange(3, 3 + len(y)).double()
     if options["reduction"] != "none":
