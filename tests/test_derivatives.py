@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 import auxkern
 from auxkern import Head, Logits, Sparse
 from auxkern.ops.attention import attention
-from auxkern.ops.dense import dense_logits
 from auxkern.ops.linear import linear
 
 N, V, D, K = 5, 11, 4, 2
@@ -40,10 +39,10 @@ def tensors(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def target(device: str) -> Tensor:
-    return torch.tensor([3, 0, 10, 7, 3], device=device)
+    return torch.tensor([3, 0, -100, 7, 3], device=device)
 
 
-def loss_of(t: dict[str, Tensor], backend: str, **options: Any) -> Tensor:
+def loss_of(t: dict[str, Tensor], backend: str | None, **options: Any) -> Tensor:
     ids = torch.arange(N * K, device=t["logits"].device).view(N, K) % V
     terms = [
         Logits(t["logits"], 0.5),
@@ -55,58 +54,106 @@ def loss_of(t: dict[str, Tensor], backend: str, **options: Any) -> Tensor:
     return loss
 
 
+def formula(t: dict[str, Tensor], label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """The same by torch's functions on the whole logits."""
+    y, ids = target("cpu"), torch.arange(N * K).view(N, K) % V
+    x = t["hidden"] @ t["weight"].T + t["bias"]
+    z = 0.5 * t["logits"] + 9.0 * torch.tanh(x / 9.0)
+    z = z.scatter_add(-1, ids, t["values"])
+    row = F.cross_entropy(z, y, reduction="none", label_smoothing=label_smoothing)
+    row = row + z_loss * torch.where(y == -100, 0.0, z.logsumexp(-1).square())
+    return (row * t["token_weight"]).sum() / t["normalizer"]
+
+
 NAMES = tuple(tensors())
 TRANSFORMS: dict[str, Callable[[Any, Tensor], Any]] = {
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
     "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
-    "linearize": lambda f, x: torch.func.linearize(f, x),
+    "linearize": lambda f, x: torch.func.linearize(f, x)[1](x.sin()),
     "grad": lambda f, x: torch.func.grad(f)(x),
-    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(x.sum())),
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
     "hessian": lambda f, x: torch.func.hessian(f)(x),
-    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
-    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, x])),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x.sin()])),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, x.sin()])),
     "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).sum())(x),
     "jvp of vmap": lambda f, x: torch.func.jvp(torch.func.vmap(f), (x[None],), (x[None],)),
 }
 
 
-@backends
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1}], ids=["plain", "options"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_the_loss_takes_no_transforms(transform, name, backend):
-    given = tensors(device_of(backend))
-    with pytest.raises(RuntimeError, match=r"forward-mode.*torch\.nn\.functional\.cross_entropy"):
-        transform(lambda x: loss_of({**given, name: x}, backend), given[name])
+def test_transforms_of_the_loss_are_right(transform, name, options):
+    given = tensors(dtype=torch.float64)
+    x = given[name]
+    found = transform(lambda x: loss_of({**given, name: x}, None, **options), x)
+    expected = transform(lambda x: formula({**given, name: x}, **options), x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@backends
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_takes_no_dual_tensors(name, trained, backend):
-    given = tensors(device_of(backend))
-    given["logits"].requires_grad_(trained)
-    with forward_ad.dual_level():
-        dual = {**given, name: forward_ad.make_dual(given[name], torch.ones_like(given[name]))}
-        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
-            loss_of(dual, backend)
-
-
-@pytest.mark.parametrize("name", ["logits", "hidden", "weight", "bias", "values"])
-def test_the_error_of_the_loss_names_a_way_that_is_right(name):
+def test_dual_tensors_in_the_loss_are_right(name, trained):
     given = tensors(dtype=torch.float64)
+    given["logits"].requires_grad_(trained)
 
-    def loss(x: Tensor) -> Tensor:
-        t = {**given, name: x}
-        terms = [Logits(t["logits"]), Head(t["hidden"], t["weight"], t["bias"])]
-        terms.append(Sparse(torch.arange(N * K).view(N, K) % V, t["values"]))
-        return F.cross_entropy(dense_logits(terms), target("cpu"))
+    def tangent(f: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(given[name], given[name].detach().sin())
+            return forward_ad.unpack_dual(f({**given, name: dual})).tangent
 
-    x = given[name]
-    assert torch.autograd.gradcheck(loss, x.requires_grad_(), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(loss, x)
-    forward, backward = torch.func.jacfwd(loss)(x), torch.func.grad(loss)(x)
-    torch.testing.assert_close(forward, backward, rtol=1e-10, atol=1e-12)
+    found, expected = tangent(lambda t: loss_of(t, None)), tangent(formula)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_each_example_and_its_target():
+    x, y = tensors(dtype=torch.float64)["logits"], target("cpu")
+    found = torch.func.vmap(torch.func.grad(lambda z, y: auxkern.cross_entropy(z, y)))(x, y)
+    expected = torch.func.vmap(torch.func.grad(lambda z, y: F.cross_entropy(z[None], y[None])))(x, y)
+    counts = y != -100
+    torch.testing.assert_close(found[counts], expected[counts])
+    assert bool((found[~counts] == 0).all())
+
+
+def test_statistics_and_reductions_under_a_transform_are_those_outside():
+    given = tensors()
+    ids = torch.arange(N * K).view(N, K) % V
+    y = target("cpu")
+
+    def run(x: Tensor) -> tuple[Tensor, auxkern.CrossEntropyStats]:
+        terms = [
+            Logits(x, 0.5),
+            Head(given["hidden"], given["weight"], softcap=9.0),
+            Sparse(ids, given["values"]),
+        ]
+        return auxkern.cross_entropy(terms, y, reduction="none", return_stats=True, label_smoothing=0.1)
+
+    outside = run(given["logits"])
+    with forward_ad.dual_level():
+        inside = run(forward_ad.make_dual(given["logits"], given["logits"]))
+        rows = [forward_ad.unpack_dual(x).primal for x in (inside[0], *inside[1])]
+    for a, b in zip(rows, (outside[0], *outside[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_ignored_rows_are_not_read_and_wrong_targets_show():
+    z, y = tensors()["logits"], torch.tensor([3, -100, V, -1, 0])
+    z[1] = torch.nan
+    row, slope = torch.func.jvp(lambda z: auxkern.cross_entropy(z, y, reduction="none"), (z,), (z.clone(),))
+    assert row.isnan().tolist() == [False, False, True, True, False]
+    assert slope.isnan().tolist() == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_named_kernel_takes_no_transforms(backend):
+    given = tensors()
+    with pytest.raises(RuntimeError, match=rf"backend='{backend}' takes no forward mode.*dense_logits"):
+        torch.func.jvp(
+            lambda x: auxkern.cross_entropy(x, target("cpu"), backend=backend),
+            (given["logits"],),
+            (given["logits"],),
+        )
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias", "logits", "values"])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from auxkern.ops import registry
 from auxkern.ops.checks import check_sparse_terms, checked_vocabulary, one_device, tensors_of
-from auxkern.ops.derivatives import refuse_second_derivatives, refuse_transforms
+from auxkern.ops.dense_rows import dense_rows
+from auxkern.ops.derivatives import is_transformed, refuse_second_derivatives, refuse_transforms
 from auxkern.ops.library import check_target_range
 from auxkern.ops.linear_cross_entropy import linear_rows
 from auxkern.ops.memory import GradientMemory
@@ -24,7 +25,6 @@ from auxkern.ops.rows import gradient_coefficients, row_dtype, row_loss
 from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_number, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
-_DIFFERENTIABLE = "use torch.nn.functional.cross_entropy on auxkern.ops.dense.dense_logits(terms)"
 
 
 class CrossEntropyStats(NamedTuple):
@@ -87,7 +87,9 @@ def cross_entropy(
                 + z_loss * logsumexp_v(z[n, v])**2                     (Chowdhery et al. 2022)
 
     Logits are summed in float32, float64 if any of them is float64. A gradient is computed, and
-    its memory taken, only for terms that require one. Inputs are never written to.
+    its memory taken, only for terms that require one. Inputs are never written to. Under forward mode
+    and transforms of ``torch.func`` (jvp, jacfwd, grad, vmap, ...) the logits (N, V) are written, and
+    torch's own functions make the loss: right in every mode, but slow; a target outside [0, V) is NaN.
 
     Args:
         terms: 1 to 8 ``Logits``, ``Head``, ``Sparse`` or bare tensors (..., V) with equal leading
@@ -136,7 +138,7 @@ def cross_entropy(
             tensors only; elsewhere the check would stop the device, and the row's loss and
             gradient are NaN) a target lies outside [0, V); or a DTensor is placed in another way.
         RuntimeError: the backend asked for cannot run on these inputs; or a derivative is asked for that
-            there is none of: forward mode, a transform of ``torch.func``, or a second derivative.
+            there is none of: a second one by ``create_graph``, a transform with a named backend or a group.
     """
     ignore_index, label_smoothing, z_loss = map(_number, (ignore_index, label_smoothing, z_loss))
     shift, vocab_size, chunk_rows, normalizer = map(_number, (shift, vocab_size, chunk_rows, normalizer))
@@ -149,7 +151,15 @@ def cross_entropy(
         return _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
 
     options = (ignore_index, label_smoothing, z_loss, return_stats)
-    if group is None:
+    given = (*tensors_of(terms), target, token_weight, normalizer)
+    transformed = any(isinstance(t, Tensor) and is_transformed(t) for t in given)
+    if transformed and (group is not None or backend not in (None, "reference")):
+        refuse_transforms("a process_group" if group is not None else f"backend={backend!r}")
+    if transformed:
+        problem = checked(terms, vocab_size)
+        weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
+        row, nll, lse, argmax, term_nll = dense_rows(problem.terms, problem.target, vocab_size, options)
+    elif group is None:
         problem = checked(terms, vocab_size)
         weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
         expected = _expected_gradient(problem, weight, denominator, reduction)
@@ -279,8 +289,6 @@ def _check(
     if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target has dtype {target.dtype}; ids must be integers (torch.int64)")
     first, device = one_device(terms)
-    given = (*tensors_of(terms), target, token_weight, normalizer)
-    refuse_transforms("auxkern.cross_entropy", given, _DIFFERENTIABLE)
     for index, term in enumerate(terms):
         if isinstance(getattr(term, "scale", None), Tensor):
             raise TypeError(

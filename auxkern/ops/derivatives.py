@@ -29,19 +29,16 @@ def is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def refuse_transforms(operator: str, tensors: Iterable[Any], instead: str) -> None:
-    """Raises RuntimeError where a derivative, or a transform's dimension, would be lost.
+def refuse_transforms(what: str) -> None:
+    """Raises RuntimeError for what takes no transform.
 
     Args:
-        operator: its public name.
-        tensors: what it is given; anything else among them is passed over.
-        instead: what to use.
+        what: the argument that is in the way.
     """
-    if any(isinstance(t, Tensor) and is_transformed(t) for t in tensors):
-        raise RuntimeError(
-            f"{operator} has no forward-mode derivatives and takes no transforms of torch.func (jvp, jacfwd, "
-            f"grad, vmap, ...); {instead}"
-        )
+    raise RuntimeError(
+        f"{what} takes no forward mode and no transforms of torch.func (jvp, jacfwd, grad, vmap, ...); "
+        "leave it out, or use torch.nn.functional.cross_entropy on auxkern.ops.dense.dense_logits(terms)"
+    )
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -14,7 +14,7 @@ from auxkern.ops import logit_chunks, registry
 from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
-from auxkern.ops.derivatives import refuse_transforms
+from auxkern.ops.derivatives import is_transformed
 from auxkern.ops.library import as_rows
 from auxkern.ops.mass import SLACK
 from auxkern.ops.parallel.agreement import fingerprint
@@ -147,7 +147,11 @@ class _Asked:
 def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
     """(...): the rows of all terms."""
     one_device(terms)
-    refuse_transforms("auxkern.sample", tensors_of(terms), "draw outside of them")
+    if any(map(is_transformed, tensors_of(terms))):
+        raise RuntimeError(
+            "auxkern.sample has no forward-mode derivatives and takes no transforms of torch.func (jvp, "
+            "grad, vmap, ...); draw outside of them"
+        )
     if not isinstance(asked.params, SamplingParams):
         raise TypeError(f"params must be auxkern.SamplingParams or None, got {type(asked.params).__name__}")
     leading = terms[0].leading
