@@ -27,6 +27,7 @@ from auxkern.ops.torch_ops import apart_from_autocast
 from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_number, as_terms
 
 _NO_TOKEN = -1
+_CACHED_IDS = 2**18
 _LEAST = 2.0**-149  # float32's smallest number above 0
 
 
@@ -285,11 +286,6 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     def row(name: str, value: Any = None) -> Tensor:
         return _per_row(name, getattr(params, name) if value is None else value, N, dtype, device)
 
-    top_k = params.top_k if isinstance(params.top_k, Tensor) else min(params.top_k, V)
-    top_k = _per_row("top_k", top_k, N, torch.int64, device)
-    top_p, min_p = (
-        _per_row(name, getattr(params, name), N, torch.float64, device) for name in ("top_p", "min_p")
-    )
     bias_ids, bias = _bias(params, N, V, dtype, device)
     sparse = [t for t in terms if isinstance(t, Sparse)]
     ids = [_row_ids("Sparse.ids", t.ids, leading, device) for t in sparse]
@@ -298,10 +294,9 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     scales = [getattr(t, "scale", None) for t in terms if not isinstance(t, Sparse)]
     return Draws(
         temperature=row("temperature"),
-        top_k=torch.where(top_k <= 0, V, top_k),
-        top_p=torch.where(top_p < 1, top_p - SLACK, 1.0),
-        # A ratio of two probabilities, so twice the slack of one.
-        log_min_p=(min_p.log() - 2 * SLACK).to(dtype),
+        top_k=_per_row("top_k", _kept_count(params.top_k, V), N, torch.int64, device),
+        top_p=_per_row("top_p", _reached_share(params.top_p), N, torch.float64, device),
+        log_min_p=_per_row("min_p", _least_distance(params.min_p), N, dtype, device),
         repetition=row("repetition_penalty"),
         presence=row("presence_penalty"),
         frequency=row("frequency_penalty"),
@@ -316,6 +311,26 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
         row_scales=[row("scale", s) if isinstance(s, Tensor) else None for s in scales],
         plain=params.is_plain,
     )
+
+
+def _kept_count(top_k: int | Tensor, V: int) -> int | Tensor:
+    """From 1 on; V or more where all are kept."""
+    if isinstance(top_k, Tensor):
+        return torch.where(top_k <= 0, V, top_k.long())
+    return V if top_k <= 0 else min(top_k, V)
+
+
+def _reached_share(top_p: float | Tensor) -> float | Tensor:
+    if isinstance(top_p, Tensor):
+        return torch.where(top_p < 1, top_p.double() - SLACK, 1.0)
+    return top_p - SLACK if top_p < 1 else 1.0
+
+
+def _least_distance(min_p: float | Tensor) -> float | Tensor:
+    """log(min_p), less the slack of a ratio of two probabilities, which is twice that of one."""
+    if isinstance(min_p, Tensor):
+        return min_p.double().log() - 2 * SLACK
+    return math.log(min_p) - 2 * SLACK if min_p else -math.inf
 
 
 def _check_count(top_logprobs: Any, V: int) -> None:
@@ -459,12 +474,24 @@ def _scaled(term: Term) -> Term:
 
 def _with_top(found: Sample, terms: Sequence[Term], V: int, count: int) -> Sample:
     z = dense_logits(terms, vocab_size=V)
-    # topk orders equals as it likes: whoever lies above the last of them is in, then the lowest ids.
-    last = z.topk(count, dim=-1).values[..., -1:]
-    ids = torch.arange(V, device=z.device)
-    place = torch.where(z > last, 2 * V - ids, torch.where(z == last, V - ids, 0))
-    ids = place.topk(count, dim=-1).indices.sort(dim=-1).values
-    # By z: log-probabilities are rounded, and equal where logits are not.
-    order = z.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
-    ids = ids.gather(-1, order)
+    rows = z.reshape(-1, V)
+    # On a CPU a few rows at a time, whose intermediates stay in the cache.
+    size = max(1, _CACHED_IDS // V) if z.device.type == "cpu" else max(1, len(rows))
+    ids = torch.cat([_largest(chunk, count) for chunk in rows.split(size)]).view(*z.shape[:-1], count)
     return replace(found, top_ids=ids, top_logprobs=z.log_softmax(-1).gather(-1, ids))
+
+
+def _largest(z: Tensor, count: int) -> Tensor:
+    """(N, count) ids of the largest entries of z (N, V), by falling z and rising id."""
+    V = z.shape[1]
+    top = z.topk(count, dim=-1)
+    # topk takes any of the equals of its last one: theirs are replaced by the lowest ids. 0: no more equals.
+    last = top.values[:, -1:]
+    backwards = V - torch.arange(V, dtype=torch.int32, device=z.device)
+    equals = V - ((z == last) * backwards).topk(count, dim=-1).values.long()
+    above = top.values > last
+    place = torch.arange(count, device=z.device) - above.sum(-1, keepdim=True)
+    ids = torch.where(above, top.indices, equals.gather(-1, place.clamp(min=0)))
+    ids = ids.clamp(max=V - 1).sort(dim=-1).values  # V: a row of NaN, which equals nothing
+    # By z: log-probabilities are rounded, and equal where logits are not.
+    return ids.gather(-1, z.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices)
