@@ -7,7 +7,7 @@ REAL := $(VENV)/real
 RAY := $(VENV)/ray
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench install bench-real test test-slow test-gpu gpu lint format clean
+.PHONY: bench install bench-real families test test-slow test-gpu gpu lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -17,6 +17,10 @@ install: $(REAL)
 
 bench-real: $(REAL)
 	$(BIN)/python -m auxkern.bench.real $(ARGS)
+
+# Every decoder-only family of transformers, tiny, as base and as auxiliary; goes on where it was.
+families: $(INSTALLED)
+	$(BIN)/python -m benchmarks.families $(ARGS)
 
 test: $(INSTALLED)
 	cmake -S . -B build/test -G Ninja -DAUXKERN_TESTS=ON > /dev/null

@@ -167,6 +167,9 @@ def expected(call: Call) -> dict[str, Any]:
     """Rows, and the gradient of their sum with weights 3, 4, 5, ... by tensor."""
     shares, options = exact_shares(call), call.options
     z = torch.stack(shares).sum(0)
+    # The least numbers of float32 add up to -inf there.
+    double = any(t.dtype == torch.float64 for term in call.terms for t in term.tensors.values())
+    z = z if double else torch.where(z < torch.finfo(torch.float32).min, -torch.inf, z)
     counts = call.target != options["ignore_index"]
     y = call.target.masked_fill(~counts, 0)
     lse, nll = z.logsumexp(-1), _nll(z, y)
@@ -175,8 +178,6 @@ def expected(call: Call) -> dict[str, Any]:
     row = row if q == 0 else row + q * lse.square()
     weight = options.get("token_weight", torch.ones(len(y))).double()
     weight = torch.where(counts, weight, 0.0)
-    # The least numbers of float32 add up to -inf there, which a weight of 0 makes NaN.
-    double = any(t.dtype == torch.float64 for term in call.terms for t in term.tensors.values())
     row = torch.where(counts, row if double else row.float().double(), 0.0)
     loss = row * weight
     g = weight * torch.arange(3, 3 + len(y)).double()

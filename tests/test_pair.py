@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import DECODER, PAIRS, V, ragged_batch, tiny_lm, tiny_pair
+from pairs import DECODER, PAIRS, V, ragged_batch, tiny_lm, tiny_pair, with_two_more
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -418,6 +418,104 @@ def test_dense_logits_are_the_sum_of_the_terms():
 
 def test_a_pair_keeps_the_ids_of_its_base():
     model = tiny_pair("own head", trained=False)
-    assert model.get_input_embeddings() is None
+    assert not list(model.get_input_embeddings().parameters())
     with pytest.raises(NotImplementedError, match=r"the 97 ids of its base.*resize the base"):
         model.resize_token_embeddings(128)
+
+
+@pytest.mark.parametrize("ids", [0, [0, 2], 5])
+def test_the_end_of_a_base_may_have_the_id_0(ids):
+    lm = tiny_lm()
+    lm.generation_config.eos_token_id = ids
+    lm.generation_config.pad_token_id = lm.generation_config.bos_token_id = 0
+    config = AuxTunedForCausalLM.from_lm(lm, auxiliary_config=DECODER).config
+    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (ids, 0, 0)
+
+
+class Tied(torch.nn.Module):
+    """Ties its output to its embedding; has buffers that are saved, that are not, and that are integers."""
+
+    hidden_size = 8
+
+    def __init__(self, shape="tied"):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(V, 8)
+        self.output = torch.nn.Linear(8, V, bias=False)
+        weight = self.embedding.weight
+        self.output.weight = weight if shape == "tied" else torch.nn.Parameter(weight.detach())
+        self.register_buffer("steps", torch.arange(4))
+        self.register_buffer("factor", torch.full((8,), 3.0), persistent=False)
+
+    def forward(self, inputs):
+        scores = self.output(self.embedding(inputs.input_ids)).softmax(-1)
+        return AuxiliaryOutput(scores @ self.output.weight * self.factor + self.steps[3])
+
+
+def test_a_custom_module_with_tied_weights_and_buffers_is_saved(tmp_path):
+    lm, ids = tiny_lm(), ragged_batch()["input_ids"]
+    model = AuxTunedForCausalLM.from_lm(lm, Tied())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded = AuxTunedForCausalLM.from_pretrained(tmp_path, lm=lm, auxiliary=Tied())
+    assert loaded.auxiliary.output.weight is loaded.auxiliary.embedding.weight
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_weights_that_cannot_be_saved_are_refused_before_training():
+    with pytest.raises(ValueError, match=r"auxiliary\.output\.weight and .* share memory"):
+        AuxTunedForCausalLM.from_lm(tiny_lm(), Tied(shape="a view"))
+
+
+def test_buffers_that_no_checkpoint_holds_come_back(tmp_path):
+    lm, ids = tiny_lm(), ragged_batch()["input_ids"]
+    body = {"model_type": "falcon_h1", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    body |= {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 8}
+    body |= {"mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 8}
+    model = AuxTunedForCausalLM.from_lm(lm, auxiliary_config=body)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            assert buffer.isfinite().all(), name
+    model.save_pretrained(tmp_path)
+    loaded = AuxTunedForCausalLM.from_pretrained(tmp_path, lm=lm)
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_auxiliary_is_unloaded_by_its_name(tmp_path):
+    model, batch = with_two_more(tiny_lm(), tmp_path), _without_labels(ragged_batch())
+    expected = model(**batch, auxiliary_ids=torch.full((4,), 2)).logits
+    model.unload_auxiliary("t5")
+    assert model.auxiliary_names == ["default", "own"]
+    assert torch.equal(model(**batch, auxiliary_ids=torch.full((4,), 1)).logits, expected)
+    model.load_auxiliary("t5", tmp_path / "t5")
+    for name in ("default", "other"):
+        with pytest.raises(
+            ValueError, match=f"no auxiliary '{name}' to unload; those that can be: 'own', 't5'"
+        ):
+            model.unload_auxiliary(name)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_what_is_hooked_on_input_embeddings_reaches_the_auxiliary_alone(kind):
+    """NEFTune adds its noise there."""
+    model, batch = tiny_pair(kind), _without_labels(ragged_batch())
+    before = model(**batch).logits
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not torch.equal(model(**batch).logits, before)
+    base_alone = model(**batch, auxiliary_ids=torch.full((4,), -1)).logits
+    hook.remove()
+    assert torch.equal(model(**batch, auxiliary_ids=torch.full((4,), -1)).logits, base_alone)
+    assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_hidden_states_are_the_bases(kind):
+    model, batch = tiny_pair(kind), _without_labels(ragged_batch())
+    output = model(**batch, output_hidden_states=True)
+    assert torch.equal(output.logits, model(**batch).logits)
+    expected = run_base(model.lm, batch["input_ids"], batch["attention_mask"], layers=range(4)).states
+    assert torch.equal(torch.stack(output.hidden_states, 2), expected[:, :, 1:])
+    with pytest.raises(ValueError, match="output_hidden_states asks the base"):
+        model(**batch, output_hidden_states=True, lm_states=expected)

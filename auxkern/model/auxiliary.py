@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, EncoderDecoderCache
 
-from auxkern.model.base import positions_of
-from auxkern.model.caches import CACHE_NAME
+from auxkern.model.base import cache_argument, counts_positions, mask_with_cache, positions_of
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.pointer import Coverage, Pointer
@@ -100,14 +99,15 @@ class InputVectors(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(D_lm) for _ in range(L))
         feature = ZeroLinear if exact else nn.Linear
         self.features = feature(L * D_lm, D, bias=False) if L else None
+        self.embedded = nn.Identity()  # where hooks find the vectors of ids, see get_input_embeddings
         self.condition_type = nn.Parameter(torch.zeros(D))
         self.dropout = nn.Dropout(config.dropout)
 
     def _vectors(self, ids: Tensor, inputs: AuxiliaryInputs) -> Tensor:
         if self.embedding is not None:
-            return self.embedding(ids)
+            return self.embedded(self.embedding(ids))
         vectors = nn.functional.embedding(ids, inputs.lm_embedding).to(self.condition_type.dtype)
-        return vectors if self.projection is None else self.projection(vectors)
+        return self.embedded(vectors if self.projection is None else self.projection(vectors))
 
     def text(self, inputs: AuxiliaryInputs, marks: Tensor | None) -> Tensor:
         """(B, T, D), with marks (B, T, D) added."""
@@ -149,6 +149,39 @@ class AuxiliaryCache:
         self.stretches = None if self.stretches is None else self.stretches[rows]
 
 
+class _Order(NamedTuple):
+    """Positions of a batch with all padding first: windows, convolutions and states then meet none between.
+
+    Attributes:
+        mask: (B, S') int64, 1 for real tokens, in the new order.
+        positions: (B, S') int64, where each stood.
+        places: (B, S) int64, where each went; any place for padding that was left out.
+    """
+
+    mask: Tensor
+    positions: Tensor
+    places: Tensor
+
+    def take(self, vectors: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S', D)"""
+        return vectors.take_along_dim(self.positions[:, :, None], 1)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """(B, S', D) -> (B, S, D)"""
+        return hidden.take_along_dim(self.places[:, :, None], 1)
+
+
+def _padding_first(mask: Tensor) -> _Order:
+    """The order for a mask (B, S)."""
+    real = (mask != 0).long()
+    positions = real.argsort(dim=1, stable=True)
+    places = positions.argsort(1)
+    # Columns that are padding in every row; on a GPU a host would have to wait for their number.
+    counted = mask.device.type == "cpu" and mask.numel() > 0
+    spare = mask.shape[1] - max(1, int(real.sum(1).max())) if counted else 0
+    return _Order(real.sort(1).values[:, spare:], positions[:, spare:], (places - spare).clamp_min(0))
+
+
 class DecoderAuxiliary(nn.Module):
     """A decoder-only transformer whose input is the condition, then the text."""
 
@@ -164,20 +197,24 @@ class DecoderAuxiliary(nn.Module):
     def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
         first, T = inputs.cache is None, inputs.input_ids.shape[1]
         coverage, marks = _coverage(self.pointer, inputs)
-        text = self.inputs.text(inputs, marks)
-        vectors = torch.cat([self.inputs.condition(inputs), text], 1) if first else text
-        past = inputs.condition_mask if first else inputs.cache.mask
-        mask = torch.cat([past, inputs.attention_mask[:, -T:]], 1)
-        attention = DynamicCache(config=self.body.config) if first and inputs.use_cache else None
-        attention = attention if first else inputs.cache.attention
-        output = self.body(
-            inputs_embeds=vectors,
-            attention_mask=mask,
-            position_ids=positions_of(mask)[:, -vectors.shape[1] :],
-            use_cache=inputs.use_cache,
-            **{CACHE_NAME: attention},
-        )
+        vectors = self.inputs.text(inputs, marks)
+        mask = inputs.attention_mask[:, -T:]
+        if first:
+            vectors = torch.cat([self.inputs.condition(inputs), vectors], 1)
+            order = _padding_first(torch.cat([inputs.condition_mask, mask], 1))
+            vectors, mask = order.take(vectors), order.mask
+        else:
+            mask = torch.cat([inputs.cache.mask, mask], 1)
+        options: dict[str, Any] = {"use_cache": inputs.use_cache}
+        if counts_positions(self.body):
+            options["position_ids"] = positions_of(mask)[:, -vectors.shape[1] :]
+        if not first:
+            options[cache_argument(self.body)] = inputs.cache.attention
+        read = mask if first else mask_with_cache(inputs.cache.attention, mask, T)
+        output = self.body(inputs_embeds=vectors, attention_mask=read, **options)
+        attention = output[cache_argument(self.body)] if inputs.use_cache else None
         hidden = self.dropout(output.last_hidden_state)
+        hidden = order.restore(hidden) if first else hidden
         # At the first call the condition's states stand before the text's.
         condition, hidden = hidden.split([hidden.shape[1] - T, T], 1)
         keys = None
@@ -211,13 +248,14 @@ class EncoderDecoderAuxiliary(nn.Module):
         coverage, marks = _coverage(self.pointer, inputs)
         mask = inputs.attention_mask[:, -inputs.input_ids.shape[1] :]
         mask = mask if first else torch.cat([inputs.cache.mask, mask], 1)
+        options = {} if attention is None else {cache_argument(self.body.decoder): attention}
         output = self.body.decoder(
             inputs_embeds=self.inputs.text(inputs, marks),
             attention_mask=mask,
             encoder_hidden_states=memory,
             encoder_attention_mask=inputs.condition_mask,
             use_cache=inputs.use_cache,
-            **{CACHE_NAME: attention},
+            **options,
         )
         hidden = self.dropout(output.last_hidden_state)
         return _output(self.pointer, hidden, inputs, coverage, attention, mask, memory, keys)
@@ -263,7 +301,7 @@ def _output(
 
 def _without_embedding(config: Any) -> Any:
     """The transformer of a config, without the table of embeddings: it is given vectors."""
-    config.vocab_size, config.pad_token_id = 1, None
+    config.vocab_size, config.pad_token_id = 1, 0
     body = AutoModel.from_config(config)
     body.set_input_embeddings(None)
     return body

