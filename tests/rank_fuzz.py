@@ -195,7 +195,16 @@ def expected(call: Call) -> dict[str, Any]:
     parts = torch.where(live, parts, 0.0)
     each = [torch.where(counts, _nll(share, y), 0.0) for share in shares]
     stats = {"nll": torch.where(counts, nll, 0.0), "lse": torch.where(counts, lse, 0.0)}
-    return {"loss": loss, "z": z, "dz": dz, "parts": parts, "stats": stats, "term_nll": each, "live": live}
+    return {
+        "row": row,
+        "loss": loss,
+        "z": z,
+        "dz": dz,
+        "parts": parts,
+        "stats": stats,
+        "term_nll": each,
+        "live": live,
+    }
 
 
 @torch.no_grad()
@@ -265,8 +274,9 @@ def wrong_with(number: int, rank: int, world: int, group: Any) -> list[str]:
     tops = exact["z"].amax(-1) if len(call.target) else torch.zeros(0)
     if bool(((tops < -300) & (tops > -torch.inf)).any()):
         return []  # float32 has no digits left for what such a row's logits differ in
-    if bool(((tops == -torch.inf) & ~exact["live"][:, 0]).any()):
-        return []  # NaN times a weight of 0
+    beyond = (tops == -torch.inf) | (exact["row"] > 1e36)
+    if bool((beyond & ~exact["live"][:, 0]).any()):
+        return []  # NaN or infinity times a weight of 0
     first = sum(call.sizes[:rank])
     ids = slice(first, first + call.sizes[rank])
     terms = [cut(term, ids) for term in call.terms]
