@@ -7,7 +7,7 @@ REAL := $(VENV)/real
 RAY := $(VENV)/ray
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench install bench-real families test test-slow test-gpu gpu lint format clean
+.PHONY: bench install bench-real families test test-slow test-oldest test-newest test-gpu gpu lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -31,6 +31,20 @@ test: $(INSTALLED)
 test-slow: $(RAY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
 
+# The ends of the ranges in pyproject.toml, each in a virtual environment of its own.
+OLDEST ?= transformers==5.17.0 torch==2.11.* triton==3.6.*
+NEWEST ?= transformers torch triton
+ENDS := tests/test_pair.py tests/test_pair_generation.py tests/test_pair_trainer.py tests/test_pointer.py \
+	tests/test_generate_options.py tests/test_generate_and_engine.py tests/test_engine.py \
+	tests/test_engine_families.py tests/test_engine_faults.py tests/test_training_loop.py
+
+test-oldest: PACKAGES = $(OLDEST)
+test-newest: PACKAGES = $(NEWEST)
+test-oldest test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[real,test]" $(PACKAGES)
+	.venv-$*/bin/python -m pytest -q -n 2 $(or $(ARGS),$(ENDS))
+
 # On a GPU machine, with the python3 that is there.
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu $(ARGS)
@@ -49,7 +63,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf build dist $(VENV) auxkern/_native/libauxkern.* *.egg-info
+	rm -rf build dist $(VENV) .venv-oldest .venv-newest auxkern/_native/libauxkern.* *.egg-info
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -67,6 +81,6 @@ $(RAY): $(INSTALLED)
 	touch $@
 
 # Two test processes with two threads each: one that waits must not keep a core from another.
-test test-slow: export OMP_WAIT_POLICY := PASSIVE
+test test-slow test-oldest test-newest: export OMP_WAIT_POLICY := PASSIVE
 # cmake and ninja come from the virtual environment.
 test: export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from auxkern.bench.session import positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request, Text
 from auxkern.commands.ranks import Launched
-from auxkern.files import replace_file
+from auxkern.files import is_descriptor, replace_file
 from auxkern.ops.sampling_params import SamplingParams
 
 _EPILOG = """\
@@ -186,8 +185,7 @@ def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 def _check_output(parser: argparse.ArgumentParser, path: Path) -> None:
     """A run goes on with its output, and has files beside it: a pipe or a device has neither."""
     folder = path.absolute().parent
-    descriptor = os.path.realpath(folder) == "/dev" or os.path.realpath(folder).startswith("/proc/")
-    if str(path) == "-" or descriptor or (path.exists() and not path.is_file()):
+    if str(path) == "-" or is_descriptor(path) or (path.exists() and not path.is_file()):
         parser.error(f"--output {path} is no plain file, which a stopped run could go on with; name one")
     if not folder.is_dir():
         parser.error(f"--output {path}: the folder {folder} does not exist; make it first")
@@ -198,17 +196,6 @@ def _file(name: str) -> Path:
     if not name:
         raise argparse.ArgumentTypeError("the name is empty; name a file")
     return Path(name)
-
-
-def _text(text: str) -> str:
-    """A text, for argparse: what the terminal's bytes say if they are no text is none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r:.60} has half a character at {error.start}, which is no text; write the whole one"
-        ) from error
-    return text
 
 
 def _params(options: argparse.Namespace) -> SamplingParams:
@@ -226,12 +213,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--condition", action="append", type=_text, metavar="TEXT", help="a condition (repeatable)"
-    )
+    source.add_argument("--condition", action="append", metavar="TEXT", help="a condition (repeatable)")
     source.add_argument("--input", type=_file, metavar="FILE.jsonl", help="requests, any number of them")
     parser.add_argument(
-        "--prompt", type=_text, default="", metavar="TEXT", help="what the text of every condition continues"
+        "--prompt", default="", metavar="TEXT", help="what the text of every condition continues"
     )
     for flag, kind, letter, what in (
         ("--number", positive, "N", "texts for each condition (default 1)"),
