@@ -43,6 +43,13 @@ SECONDS = 120
 LARGEST = 20_000_000  # parameters
 # What a family's defaults leave out.
 CHANGES: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "longcat_flash": {"expert_ffn_hidden_size": 32, "n_routed_experts": 4, "zero_expert_num": 2},
+    "ministral": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "head_dim": 16},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "head_dim": 16},
+    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "head_dim": 16},
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -82,6 +89,8 @@ def loud(lm: Any) -> Any:
 
 def small_config(kind: str) -> Any:
     config = CONFIG_MAPPING[kind]()
+    if not hasattr(config, "vocab_size") or not hasattr(config, "pad_token_id"):
+        config = config.get_text_config()
     changes = dict(CHANGES.get(kind, {}))
     if getattr(config, "is_decoder", None) is False:
         changes["is_decoder"] = True
@@ -264,7 +273,12 @@ def run(kind: str, seconds: float) -> dict[str, Any]:
 
 
 def families() -> list[str]:
-    return [kind for kind in CONFIG_MAPPING if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING]
+    # "aux_tuned" is the pair itself.
+    return [
+        kind
+        for kind in CONFIG_MAPPING
+        if kind != "aux_tuned" and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    ]
 
 
 def table(records: list[dict[str, Any]]) -> str:

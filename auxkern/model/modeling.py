@@ -25,6 +25,7 @@ from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.native import use_native_kernels
+from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
@@ -96,7 +97,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         out = config.lm_hidden_size if config.head == "shared" else config.vocab_size
         width: Any = self.auxiliary.hidden_size
         self.head = ZeroLinear(width, int(out or 0), bias=False)
-        self._tied_weights_keys = _tied(self)
+        self._tied_weights_keys = tied_weights(self)
         self.post_init()
 
     # ----------------------------------------------------------------- made, loaded, saved, moved
@@ -195,7 +196,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             output_loading_info=True,
             **kwargs,
         )
-        _check_complete(pretrained_model_name_or_path, report)
+        check_complete(pretrained_model_name_or_path, report)
         for name, value in buffers.items():
             model.auxiliary.get_buffer(name).copy_(value)
         if "device_map" not in kwargs:
@@ -617,36 +618,3 @@ def _merged(lm_term: Term, added: list[Term]) -> list[Term]:
         hidden = lm_term.hidden.float() + scale * first.hidden.float()
         return [Head(hidden, lm_term.weight, lm_term.bias), *added[1:]]
     return [lm_term, *added]
-
-
-def _tied(model: nn.Module) -> dict[str, str] | None:
-    """Names of parameters that stand for an earlier one, and its name; None if there are none.
-
-    Raises:
-        ValueError: tensors that are saved share memory, but are not one parameter.
-    """
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    memory: dict[int, str] = {}
-    for name, tensor in model.state_dict().items():
-        place = tensor.data_ptr() if tensor.device.type != "meta" else 0
-        if place and name not in tied and memory.setdefault(place, name) != name:
-            raise ValueError(
-                f"{name} and {memory[place]} of the auxiliary share memory, so that it cannot be saved; "
-                "register one parameter under both names, or copy it"
-            )
-    return tied or None
-
-
-def _check_complete(path: Any, report: dict[str, Any]) -> None:
-    # transformers would go on with new weights in place of missing ones.
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            names = ", ".join(sorted(map(str, report[what]))[:5])
-            raise ValueError(
-                f"{path} does not hold the auxiliary that its config describes: {what.replace('_', ' ')} "
-                f"{names}; it was made with another version, or for another module"
-            )
