@@ -175,10 +175,11 @@ def engine(pair: AuxTunedForCausalLM) -> dict[str, str]:
         for r in requests
     ]
     same("engine together and alone", texts, alone)
+    ends = sorted({2, *pair.config.end_ids()})
     for request, written in zip(requests, texts, strict=True):
         prompt = text.prompts([request.condition], [request.prompt])
         drawn = pair.generate(
-            **prompt, do_sample=True, top_k=0, seeds=[request.seed], max_new_tokens=8, eos_token_id=2
+            **prompt, do_sample=True, top_k=0, seeds=[request.seed], max_new_tokens=8, eos_token_id=ends
         )
         same("engine and generate", written, drawn[0, prompt["input_ids"].shape[1] :].tolist())
     return {"engine": "works"}
