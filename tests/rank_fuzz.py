@@ -286,7 +286,7 @@ def wrong_with(number: int, rank: int, world: int, group: Any) -> list[str]:
     loss, stats = found if call.options.get("return_stats") else (found, None)
     # Sums of V rounded products, and an exponential of them, in float32 or float64.
     double = loss.dtype == torch.float64
-    unit = 2.0**-50 if double else 2.0**-21
+    unit = 2.0**-48 if double else 2.0**-21
     sizes = [s[s.isfinite()].abs().amax().item() if s.isfinite().any() else 0.0 for s in exact_shares(call)]
     large = 1 + sum(min(size, 100.0) for size in sizes)
     wrong = []
