@@ -354,3 +354,41 @@ def test_a_resumed_run_names_the_field_that_differs(
     said = said_by(capsys)
     assert "pair.auxiliary_config is {'hidden_size': 32} but was {'hidden_size': 16}" in said
     assert "num_hidden_layers" not in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--device=nope", "device is 'nope', which PyTorch does not know"),
+        ("--device=cuda:99", "device is 'cuda:99', but PyTorch"),
+        ("--pair=auxiliary_config=3", "a value in pair {'auxiliary_config': 3} is wrong"),
+        ('--pair=auxiliary_config={"model_type": "llama", "hidden_size": 15}', "is wrong: Class validation"),
+    ],
+)
+def test_a_setting_that_no_model_takes_is_one_line(
+    flag: str, message: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, flag]) == 2
+    assert message in said_by(capsys)
+
+
+def test_a_damaged_base_is_one_line(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"{}")
+    assert main(flags) == 2
+    assert "base' cannot be loaded: " in said_by(capsys)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(
+    name: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 0
+    capsys.readouterr()
+    (tmp_path / "out" / "checkpoint-2" / name).write_bytes(b"{")
+    assert main([*flags, "--resume"]) == 2
+    said = said_by(capsys)
+    assert "checkpoint-2" in said
+    assert "is damaged" in said
+    assert "remove that folder to go on from the checkpoint before" in said

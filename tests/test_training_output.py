@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -100,10 +101,13 @@ def test_a_full_disk_is_one_sentence_and_a_whole_checkpoint(
     limit = files_of_at_most(1000 if at == "weights" else 300)
     what = "checkpoint-6" if at == "weights" else "the log"
     with (
-        pytest.raises(OSError, match=rf"{what} cannot be written to .*File too large.*checkpoint-4 is whole"),
+        pytest.raises(
+            OSError, match=rf"{what} cannot be written to .*File too large.*checkpoint-4 is whole"
+        ) as caught,
         _entered_after(5, limit) as progress,
     ):
         run(output, progress=progress)
+    assert caught.value.errno == errno.EFBIG
     assert checkpoint_steps(output)[-1] == 4
     whole_again(output, uninterrupted)
 

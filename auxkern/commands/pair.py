@@ -170,13 +170,15 @@ def quiet() -> Iterator[None]:
 
     What it says of weights that a checkpoint lacks is an exception: it goes on with random ones.
     """
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    shown, level, hub_level = logging.is_progress_bar_enabled(), logging.get_verbosity(), hub.get_verbosity()
     weights = logging.get_logger("transformers.modeling_utils")
     own = weights.level
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     weights.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -186,6 +188,7 @@ def quiet() -> Iterator[None]:
     finally:
         weights.setLevel(own)
         logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
         if shown:
             logging.enable_progress_bar()
 

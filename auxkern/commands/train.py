@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
 from auxkern.bench.session import INTERRUPTED
@@ -89,17 +91,32 @@ def main(argv: list[str] | None = None) -> int:
         if options.show:
             print(settings.as_yaml(), end="")
             return 0
+        launched = Launched.from_environment()
+        device = launched.device(settings.device)
+        on_gpu = device is not None and _device(device).type == "cuda"
     except (ValueError, TypeError, OSError) as error:
         return _refuse(error, 2)
-    launched = Launched.from_environment()
-    device = launched.device(settings.device)
-    on_gpu = device is not None and torch.device(device).type == "cuda"
     with quiet(), launched.first_speaks():
         try:
             with launched.joined("nccl" if on_gpu else "gloo") as joined:
                 return _run(settings, device, joined)
         except KeyboardInterrupt as stop:
             return _say_how_to_resume(stop, arguments) if launched.rank == 0 else INTERRUPTED
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device is {name!r}, which PyTorch does not know; use cpu, cuda or cuda:N"
+        ) from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device is {name!r}, but PyTorch {torch.__version__} sees {count} CUDA devices here"
+        )
+    return device
 
 
 def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int:
@@ -113,6 +130,13 @@ def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int
         result = _train(job, training, validation)
     except (FloatingPointError, OSError) as error:
         return _refuse(error, 1)
+    except torch.OutOfMemoryError as error:
+        print(
+            "auxkern train: a lower batch_size with a higher gradient_accumulation is the same run in less "
+            f"memory; {sentence(error)}",
+            file=sys.stderr,
+        )
+        return 1
     except ValueError as error:
         return _refuse(error, 2)
     _print_summary(job, result)
@@ -178,13 +202,15 @@ def _pair(
         **settings.pair,
     }
     template = settings.condition_template
-    try:
-        # Refuses unknown names before the base is loaded.
+    wrong = f"a value in pair {settings.pair} is wrong"
+    with _saying(wrong, TypeError, StrictDataclassError):
+        # Refuses unknown names and values before the base is loaded.
         config = AuxTunedConfig(**fields, condition_template=template or PLAIN)
-    except TypeError as error:
-        raise ValueError(f"a value in pair {settings.pair} has the wrong type: {error}") from error
+        if config.auxiliary_config:
+            config.body_config()
     source: dict[str, Any] = {"revision": settings.base_revision, "gguf_file": settings.base_gguf_file}
-    with _naming_the_base(settings):
+    base = f"the base {settings.base!r} cannot be loaded"
+    with _saying(base, OSError, ValueError):
         tokenizer = load_tokenizer(settings.base, **source)
     # Nothing but a pointer compares ids; a task says itself how its conditions are written.
     free = config.pointer and settings.task is None
@@ -194,13 +220,14 @@ def _pair(
     if config.pointer:
         _print_wording(chosen)
     device = device or ("cuda" if torch.cuda.is_available() else None)
-    with _naming_the_base(settings):
+    with _saying(base, OSError, ValueError, RuntimeError, SafetensorError):
         native = False if settings.shard_base else None
         lm = load_base(settings.base, dtype=settings.dtype, device=device, native=native, **source)
     fields |= {"condition_template": chosen.condition_template, "text_prefix": chosen.text_prefix}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(settings.seed, "weights"))
-        pair = AuxTunedForCausalLM.from_lm(lm, **fields)
+        with _saying(wrong, TypeError, RuntimeError):
+            pair = AuxTunedForCausalLM.from_lm(lm, **fields)
     text_format = TextFormat(tokenizer, chosen.condition_template, settings.max_length, chosen.text_prefix)
     return text_format, pair
 
@@ -218,11 +245,16 @@ def _print_wording(wording: Wording) -> None:
 
 
 @contextmanager
-def _naming_the_base(settings: TrainSettings) -> Iterator[None]:
+def _saying(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of transformers, of which a person can mend the cause, under a name that a person knows.
+
+    Raises:
+        ValueError: for one of these kinds.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:  # transformers' message may not name it
-        raise ValueError(f"the base {settings.base!r} cannot be loaded: {error}") from error
+    except kinds as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _data(job: _Job) -> tuple[ExampleSet, ExampleSet]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,6 +24,7 @@ from auxkern.training.settings import LoopSettings
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, TRAINER = "model.safetensors", "optimizer.safetensors", "trainer.json"
+_REMOVE = "remove that folder to go on from the checkpoint before"
 _PREFIX, _UNFINISHED = "checkpoint-", ".unfinished-"
 
 
@@ -234,11 +236,14 @@ def load_state(folder: Path, identity: RunIdentity) -> TrainState:
     """The state of a checkpoint, once its run is known to be this one.
 
     Raises:
-        ValueError: it belongs to another run.
+        ValueError: it belongs to another run, or is damaged.
     """
-    saved = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-    identity.check(saved, folder)
-    return TrainState(**{one.name: saved[one.name] for one in fields(TrainState)})
+    try:
+        saved = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+        identity.check(saved, folder)
+        return TrainState(**{one.name: saved[one.name] for one in fields(TrainState)})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / TRAINER} is damaged ({error!r}); {_REMOVE}") from error
 
 
 def load_weights(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -246,8 +251,15 @@ def load_weights(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> 
 
     Raises:
         RuntimeError: the model has other parameters.
-        ValueError: the optimizer's state is of other parameters.
+        ValueError: the optimizer's state is of other parameters, or a file is damaged.
     """
+    try:
+        _load_weights(folder, model, optimizer)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is damaged ({error}); {_REMOVE}") from error
+
+
+def _load_weights(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     device = next(model.parameters()).device
     known = dict(model.named_parameters())
     if any(isinstance(parameter, DTensor) for parameter in known.values()):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
+import re
 import signal
 import threading
 import time
@@ -48,7 +50,7 @@ from auxkern.training.progress import Progress
 from auxkern.training.ranks import Ranks
 from auxkern.training.settings import LoopSettings, learning_rate_at
 
-_SERIALIZING = "Error while serializing: "  # what safetensors' errors begin with
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _IDENTIFYING = ("input_ids", "labels", "condition_ids")
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
@@ -406,11 +408,11 @@ class _Run:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            number = getattr(error, "errno", None)
-            reason = (getattr(error, "strerror", None) or str(error)).removeprefix(_SERIALIZING)
-            raise OSError(
-                number, f"{what} cannot be written to {self.output}: {reason}; {self._kept()}"
-            ) from error
+            told = _SYSTEM_ERROR.search(str(error))  # safetensors hands the number on in words
+            number = int(told[1]) if told else getattr(error, "errno", None)
+            reason = str(error) if number is None else os.strerror(number)
+            text = f"{what} cannot be written to {self.output}: {reason}; {self._kept()}"
+            raise (OSError(text) if number is None else OSError(number, text)) from error
 
     def _kept(self) -> str:
         steps = checkpoint_steps(self.output)
