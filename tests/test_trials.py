@@ -37,6 +37,7 @@ STATEFUL = {
     "falcon_h1": FALCON_H1,
     "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2},
     "modernbert-decoder": SMALL,
+    "opt": {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2},
 }
 
 

@@ -277,7 +277,7 @@ def transformer(model: Any) -> Any:
     """A causal LM without its output embedding; any other model itself."""
     body = model.base_model
     if body is model and model.get_output_embeddings() is not None:
-        body = model.get_decoder()  # a family that names its transformer by another name (Llama 4)
+        body = getattr(model, "model", model)  # Llama 4 names its transformer otherwise than its class says
     return body
 
 

@@ -126,9 +126,10 @@ def _digest(tensors: Iterable[tuple[str, Tensor, nn.Module]]) -> str:
             raise ValueError(f"the base's {name} is on the meta device; load the base before it is paired")
         shape = getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape)
         digest.update(f"{name} {tuple(shape)} ".encode())
-        for values in _plain(tensor, module):
-            values = values.to(torch.float16) if values.is_floating_point() else values
-            digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        with torch.device("cpu"):  # transformers makes a pair on the meta device
+            for values in _plain(tensor, module):
+                values = values.to(torch.float16) if values.is_floating_point() else values
+                digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -182,32 +182,32 @@ def _auxiliary_flaw(config: AuxTunedConfig, module: nn.Module | None) -> str | N
     if key not in _flaws:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
-            _flaws[key] = _auxiliary_trial(*_twin_auxiliary(config)).flaw()
+            try:
+                _flaws[key] = _auxiliary_trial(*_twin_auxiliary(config, small=True)).flaw()
+            except Exception as error:
+                # As for a base: its family may have no small ones of this shape.
+                _log.info("no small twin of an auxiliary: %s", error)
+                _flaws[key] = _auxiliary_trial(*_twin_auxiliary(config, small=False)).flaw()
     return _flaws[key]
 
 
-def _twin_auxiliary(config: AuxTunedConfig) -> tuple[AuxTunedConfig, nn.Module]:
-    """A small auxiliary of the same kind, or one as large where its family has no small ones."""
-    small = copy.deepcopy(config)
-    small.vocab_size, small.pointer_size, small.dropout = twins.V, 8, 0.0
+def _twin_auxiliary(config: AuxTunedConfig, *, small: bool) -> tuple[AuxTunedConfig, nn.Module]:
+    """An auxiliary of the same kind with random weights, small or with a transformer of its own size."""
+    twin = copy.deepcopy(config)
+    twin.vocab_size, twin.pointer_size, twin.dropout = twins.V, 8, 0.0
     if not config.from_lm_layers:
-        small.lm_hidden_size = small.lm_embedding_size = 16
-    body = config.body_config()
-    try:
+        twin.lm_hidden_size = twin.lm_embedding_size = 16
+    if small:
+        body = config.body_config()
         tiny = twins.tiny_config(body)
         known = {*type(body)().to_dict(), *body.attribute_map}
         settings = {name: value for name, value in tiny.to_diff_dict().items() if name in known}
-        small.auxiliary_config = {**settings, "model_type": body.model_type}
-        small.lm_embedding_size = tiny.hidden_size if config.from_lm_layers else small.lm_embedding_size
-        module = build_auxiliary(small)
-    except Exception as error:
-        # As for a base; what the family refuses as it is, is an error here.
-        _log.info("no small twin of %s: %s", body.model_type, error)
-        small.auxiliary_config = config.auxiliary_config
-        small.lm_embedding_size = config.lm_embedding_size
-        module = build_auxiliary(small)
+        twin.auxiliary_config = {**settings, "model_type": body.model_type}
+        if config.from_lm_layers:  # it reads the base's embedding as it is
+            twin.lm_embedding_size = tiny.hidden_size
+    module = build_auxiliary(twin)
     twins.randomise(module)
-    return small, module.eval()
+    return twin, module.eval()
 
 
 def _auxiliary_trial(config: AuxTunedConfig, module: nn.Module) -> Trial:

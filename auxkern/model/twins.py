@@ -119,6 +119,7 @@ def tiny_config(config: Any, **changes: Any) -> Any:
     kept = _kept_layers(settings.get("layer_types") or settings.get("layers_block_type"), settings)
     count = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), None)
     heads = next((settings[n] for n in ("num_attention_heads", "n_head", "n_heads") if settings.get(n)), None)
+    width = settings.get("hidden_size") if "word_embed_proj_dim" in settings else None
     tiny: dict[str, Any] = {}
     for name, value in settings.items():
         if name in config.sub_configs and hasattr(getattr(config, name, None), "hidden_size"):
@@ -138,7 +139,8 @@ def tiny_config(config: Any, **changes: Any) -> Any:
             value = _token(name, value)
         elif "vocab_size" in name and isinstance(value, int):
             value = min(value, V)
-        tiny[name] = _limited(name, value)
+        # An embedding as wide as the transformer stays so.
+        tiny[name] = _limited("hidden_size" if width and value == width else name, value)
     for name in ("quantization_config", "dtype", "torch_dtype", "architectures", "_name_or_path"):
         tiny.pop(name, None)
     if isinstance(tiny.get("mamba_d_ssm"), int) and isinstance(tiny.get("mamba_d_head"), int):
