@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from auxkern.evaluation import slor as module
 from auxkern.evaluation.slor import SlorScores, UnigramCounts, slor, tokenizer_fingerprint
-from auxkern.model.base import fingerprint
+from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import TextFormat
 
 FLOAT32_SUM = 2e-5  # absolute, in nats per token: float32 logits of another shape of batch

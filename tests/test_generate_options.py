@@ -110,7 +110,6 @@ def test_an_option_that_changes_nothing_here_is_no_obstacle(model, options):
         ("dola_layers", "high", {}),
         ("num_beam_groups", 2, {"num_beams": 4, "diversity_penalty": 0.5}),
         ("force_words_ids", [[5]], {"num_beams": 2}),
-        ("output_hidden_states", True, {"return_dict_in_generate": True}),
         ("output_attentions", True, {}),
         ("cache_implementation", "static", {}),
         ("cache_implementation", "paged", {}),
@@ -199,3 +198,20 @@ def test_prompts_that_are_padded_on_the_right_are_refused(model):
     batch = {name: value.flip(1) if name != "condition_ids" else value for name, value in prompts().items()}
     with pytest.raises(ValueError, match="on the left"):
         _new(model, batch)
+
+
+@pytest.mark.parametrize("draws", [{"do_sample": False}, {"do_sample": True, "top_k": 1}, {"num_beams": 2}])
+def test_the_bases_hidden_states_are_returned(model, draws):
+    batch = {name: rows[:2] for name, rows in prompts().items()}
+    options = {**draws, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(**batch, output_hidden_states=True, return_dict_in_generate=True, **options)
+    assert torch.equal(found.sequences, model.generate(**batch, **options))
+    first = found.hidden_states[0]
+    inputs = {name: rows for name, rows in batch.items() if name in ("input_ids", "attention_mask")}
+    rows = draws.get("num_beams", 1)
+    expected = model.lm(**inputs, output_hidden_states=True).hidden_states
+    assert len(found.hidden_states) == 3
+    assert len(first) == len(expected)
+    seen = inputs["attention_mask"].bool()
+    for ours, theirs in zip(first, expected, strict=True):
+        torch.testing.assert_close(ours[::rows][seen], theirs[seen])

@@ -18,8 +18,10 @@ import torch
 from tiny import tiny_lm
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import OPTConfig, OPTForCausalLM
 
-from auxkern.model.base import check_output_head, fingerprint
+from auxkern.model.base import check_output_head, freeze
+from auxkern.model.fingerprints import fingerprint
 from auxkern.training import lm_states
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, data_fingerprint
@@ -397,3 +399,17 @@ def test_a_head_that_is_not_understood_is_refused(tmp_path):
     lm.config.logit_scale = 2.0  # says what Llama does not do
     with pytest.raises(ValueError, match="is not its logits"):
         cached(tmp_path, lm)
+
+
+def test_states_are_as_wide_as_the_head_takes_them(tmp_path: Path) -> None:
+    """OPT-350M projects its final states from its hidden size to that of its embeddings."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    config = OPTConfig(vocab_size=97, **sizes, num_attention_heads=2, do_layer_norm_before=False)
+    lm = freeze(OPTForCausalLM(config))
+    states = cached(tmp_path, lm, layers=[])
+    row = sequences()[7]["input_ids"]
+    logits = lm(torch.tensor([row])).logits[0]
+    found = states[7][:, 0].float()
+    assert found.shape == (len(row), 16)
+    torch.testing.assert_close(found @ lm.lm_head.weight.T, logits, rtol=0, atol=1e-2)

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from auxkern.files import replace_file
-from auxkern.model.base import fingerprint, output_head, run_base
+from auxkern.model.base import output_head, run_base
+from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, Example, TextFormat, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.terms import Head, Logits, Term

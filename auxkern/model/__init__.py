@@ -6,8 +6,9 @@ Importing it registers ``AuxTunedForCausalLM`` with transformers' Auto classes, 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from auxkern.model.auxiliary import AuxiliaryInputs, AuxiliaryModule, AuxiliaryOutput
-from auxkern.model.base import fingerprint, load_base, load_tokenizer
+from auxkern.model.base import load_base, load_tokenizer
 from auxkern.model.config import AuxTunedConfig
+from auxkern.model.fingerprints import fingerprint
 from auxkern.model.modeling import AuxTunedForCausalLM
 from auxkern.model.native import use_native_kernels
 from auxkern.model.opening import open_pair

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.model.fingerprints import fingerprint as fingerprint
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.ops.linear import HALF_DTYPES
@@ -321,6 +320,15 @@ def vocabulary(lm: Any) -> int:
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
         return weight.shape[0]
     return int(lm.config.get_text_config().vocab_size)
+
+
+def hidden_width(lm: Any) -> int:
+    """D_lm, the width of the base's final hidden states, as its output head takes them."""
+    head = getattr(lm.get_output_embeddings(), "weight", None)
+    if isinstance(head, Tensor) and head.is_floating_point() and head.dim() == 2:
+        return head.shape[1]  # a family may project its final states to it (OPT-350M)
+    width: int = lm.config.get_text_config().hidden_size
+    return width
 
 
 def output_device(lm: Any) -> torch.device:

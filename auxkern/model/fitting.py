@@ -63,12 +63,8 @@ def fit(config: AuxTunedConfig, lm: Any, found: str, allow_other_base: bool) -> 
     ):
         if size > most:
             raise ValueError(f"{name} asks for {size}, but the base has {most}; give at most that")
-    head = getattr(lm.get_output_embeddings(), "weight", None)
-    D = text.hidden_size
-    if isinstance(head, Tensor) and head.is_floating_point() and head.dim() == 2:
-        D = head.shape[1]  # a family may project its final states to it (OPT-350M)
     for name, size, known in (
-        ("lm_hidden_size", D, text.hidden_size),
+        ("lm_hidden_size", base.hidden_width(lm), text.hidden_size),
         ("lm_embedding_size", lm.get_input_embeddings().weight.shape[1], None),
     ):
         if getattr(config, name) not in (None, size, known):

@@ -46,6 +46,7 @@ _INPUTS = (
     "auxiliary_ids",
     "aux_scale",
     "seeds",
+    "output_hidden_states",
 )
 _ROLLS_BACK = "assisted generation takes tokens back, which the caches of a pair cannot"
 _ON_THE_HUB = "transformers has moved that search to code on the Hub, which knows no pairs"
@@ -61,7 +62,6 @@ _REFUSED = {
     "force_words_ids": _ON_THE_HUB,
     "num_beam_groups": _ON_THE_HUB,
     "output_attentions": _TWO_MODELS,
-    "output_hidden_states": _TWO_MODELS,
     "cache_implementation": "a pair makes the caches of its models itself",
     "prefill_chunk_size": "a pair reads its prompt at once",
     "token_healing": "a prompt would end in other tokens than its mask says",

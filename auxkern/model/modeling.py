@@ -21,6 +21,7 @@ from auxkern.model.auxiliary import (
 from auxkern.model.caches import CACHE_NAME, AuxiliaryRows, PairCache
 from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
+from auxkern.model.fingerprints import fingerprint
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
 from auxkern.model.layers import ZeroLinear
@@ -76,7 +77,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         lm = lm if lm is not None else fitting.base_of(config)
         refusals.check_kind(lm)
         base.freeze(lm)
-        found = lm_fingerprint or base.fingerprint(lm)
+        found = lm_fingerprint or fingerprint(lm)
         fitting.fit(config, lm, found, allow_other_base)
         custom = config.architecture == "custom"
         if custom != (auxiliary is not None):

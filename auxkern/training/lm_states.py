@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from auxkern.files import replace_file
-from auxkern.model.base import check_output_head, fingerprint, output_head, run_base
+from auxkern.model.base import check_output_head, hidden_width, output_head, run_base
+from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.terms import Head
@@ -66,7 +67,7 @@ def announce_size(
     Raises:
         ValueError: a sequence is empty, or the dtype is another one.
     """
-    per_token = (1 + len(layers)) * _width(lm) * DTYPES[_dtype_name(dtype)].itemsize
+    per_token = (1 + len(layers)) * hidden_width(lm) * DTYPES[_dtype_name(dtype)].itemsize
     per_token += torch.float32.itemsize  # lm_nll
     return sum(len(encoded[i]["input_ids"]) for i in _unique(encoded)[0]) * per_token
 
@@ -134,7 +135,7 @@ def cache_lm_states(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base = base_fingerprint or fingerprint(lm)
-    header = _header(data_fingerprint(encoded), base, layers, _dtype_name(dtype), _width(lm))
+    header = _header(data_fingerprint(encoded), base, layers, _dtype_name(dtype), hidden_width(lm))
     if (folder / INDEX).is_file():
         shard_tokens = _read_index(folder, header).get("shard_tokens", shard_tokens)
     plan = _plan(encoded, shard_tokens)
@@ -332,7 +333,7 @@ def _computed(
     report: _Progress,
 ) -> dict[str, Tensor]:
     """One shard: states (tokens, 1 + L, D) in ``dtype``, lm_nll (tokens,) float32."""
-    states = torch.empty(shard.tokens, 1 + len(layers), _width(lm), dtype=dtype)
+    states = torch.empty(shard.tokens, 1 + len(layers), hidden_width(lm), dtype=dtype)
     lm_nll = torch.empty(shard.tokens, dtype=torch.float32)
     first = 0
     rows = [list(encoded[i]["input_ids"]) for i in shard.members]
@@ -378,10 +379,6 @@ def _stored(states: Tensor, layers: tuple[int, ...], dtype: torch.dtype) -> Tens
                     f'{_dtype_name(dtype)}; pass dtype="{wider}" and another folder'
                 )
     return stored.cpu()
-
-
-def _width(lm: Any) -> int:
-    return lm.config.get_text_config().hidden_size
 
 
 def _dtype_name(dtype: torch.dtype | str) -> str:

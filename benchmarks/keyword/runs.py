@@ -13,7 +13,7 @@ import torch
 
 from auxkern.files import replace_file
 from auxkern.model import AuxTunedForCausalLM, load_base, load_tokenizer
-from auxkern.model.base import fingerprint
+from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, TextFormat
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, data_fingerprint, encode
