@@ -7,7 +7,7 @@ REAL := $(VENV)/real
 RAY := $(VENV)/ray
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench install bench-real families test test-slow test-oldest test-newest test-gpu gpu lint format clean
+.PHONY: bench install bench-real families test test-slow test-oldest test-newest test-old-transformers test-gpu gpu lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -44,6 +44,16 @@ test-oldest test-newest: test-%:
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[real,test]" $(PACKAGES)
 	.venv-$*/bin/python -m pytest -q -n 2 $(or $(ARGS),$(ENDS))
+
+# The oldest transformers beside the other packages of .venv: minutes less than the whole of test-oldest.
+OLD_TRANSFORMERS := build/transformers-5.17
+$(OLD_TRANSFORMERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@.new transformers==5.17.0
+	mv $@.new $@
+
+test-old-transformers: $(OLD_TRANSFORMERS)
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -q -n 2 \
+		$(or $(ARGS),tests/test_pair_generation.py tests/test_generate_and_engine.py)
 
 # On a GPU machine, with the python3 that is there.
 test-gpu:

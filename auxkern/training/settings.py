@@ -52,8 +52,10 @@ class LoopSettings:
 
     output: str = _setting("folder for checkpoints, log and the trained model", resumable=True)
     steps: int = _setting("optimizer steps of the whole run", 1000, at_least=1)
-    batch_size: int = _setting("examples that go through the model at a time", 32, at_least=1)
-    gradient_accumulation: int = _setting("such batches in a step", 1, at_least=1)
+    batch_size: int = _setting(
+        "examples that go through the model at a time", 32, at_least=1, at_most=1 << 20
+    )
+    gradient_accumulation: int = _setting("such batches in a step", 1, at_least=1, at_most=1 << 20)
     learning_rate: float = _setting("AdamW's, after the warm-up", 1e-3, above=0.0)
     warmup_steps: int = _setting("steps in which the learning rate rises from 0", 0, at_least=0)
     schedule: str = _setting("of the learning rate after the warm-up, down to 0", "cosine", choices=SCHEDULES)
