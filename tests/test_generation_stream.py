@@ -456,9 +456,7 @@ def test_an_output_of_another_run_is_refused(tmp_path: Path) -> None:
     with CompletionWriter(path, run={"model": "m", "defaults": {"seed": 2}}) as writer:
         writer.write(completion(Request(1)))
     kept = path.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"begun with defaults \{'seed': 2\}, but this run has \{'seed': 3\}"
-    ):
+    with pytest.raises(ValueError, match=r"begun with defaults\.seed 2, but this run has 3"):
         CompletionWriter(path, run={"model": "m", "defaults": {"seed": 3}})
     with pytest.raises(ValueError, match=r"begun with model 'm', but this run has None"):
         CompletionWriter(path, run={"defaults": {"seed": 2}})

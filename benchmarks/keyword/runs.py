@@ -18,7 +18,8 @@ from auxkern.model.text import IGNORED, TextFormat
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, data_fingerprint, encode
 from auxkern.training.lm_states import LMStates, cache_lm_states, states_folder
-from auxkern.training.loop import LOG, ExampleSet, train
+from auxkern.training.log import LOG
+from auxkern.training.loop import ExampleSet, train
 from auxkern.training.progress import Progress
 from auxkern.training.settings import LoopSettings
 from benchmarks.keyword.data import (
