@@ -150,7 +150,7 @@ NO_REQUESTS: list[tuple[bytes, str]] = [
     (b'{"prompt": null, "promt": "w1"}', "did you mean 'prompt'?"),
     (b'{"prompt": ["w1"]}', "prompt must be a str, got list"),
     (b'{"condition": {"w1": 1}}', "condition must be a str, got dict"),
-    (b'{"condition": "w1 \\ud83d"}', "condition has half a surrogate pair"),
+    (b'{"condition": "w1 \\ud83d"}', "condition has half a character"),
     (b'{"auxiliary": 1}', "auxiliary must be a str, got int"),
     (b'{"seed": "3"}', "seed must be an int, got str"),
     (b'{"samples": 0}', "samples is 0; it must be 1 or more"),

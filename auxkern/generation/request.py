@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from auxkern.model.unicode import check_unicode
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.seeds import mixed_seed
 from auxkern.terms import Sparse, as_number
@@ -401,12 +402,7 @@ def check_id(id: Any) -> None:
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {type(value).__name__}: {value!r:.60}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half a surrogate pair at character {error.start}, which is no text; remove it"
-        ) from error
+    check_unicode(name, value)
 
 
 def _check_integer(name: str, value: Any, least: int, below: int | None = None) -> None:

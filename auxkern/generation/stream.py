@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from auxkern.files import replace_file
+from auxkern.files import lock_file, replace_file
 from auxkern.generation.request import Completion, Request, check_id
 
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends would be read as a whole
@@ -316,7 +316,7 @@ class _Appender:
         # Beside the file itself, not beside a link to it, for it will have its name.
         target = path.resolve()
         self._copy = target.with_name(f".{target.name}.retried")
-        self._file: int | None = _locked(path)
+        self._file: int | None = lock_file(path)
         # Of a process that was killed as it wrote it; nobody else does while the lock is ours.
         self._copy.unlink(missing_ok=True)
         self._synced = time.monotonic()
@@ -342,7 +342,7 @@ class _Appender:
         """
         file = self._open()
         with _naming(self._copy):
-            copy = _locked(self._copy)  # who opens the file under its new name finds it locked
+            copy = lock_file(self._copy)  # who opens the file under its new name finds it locked
             try:
                 os.fchmod(copy, os.fstat(file).st_mode & 0o777)
                 with open(copy, "wb", closefd=False) as kept:
@@ -430,27 +430,6 @@ def _named(path: Path | None, number: int, record: dict[str, Any], name: str) ->
 def _record_key(path: Path, number: int, record: dict[str, Any]) -> int | bytes:
     """What stands for the sample that a line holds."""
     return _key(_named(path, number, record, "id"), _named(path, number, record, "sample"))
-
-
-def _locked(path: Path) -> int:
-    """The file, made if need be, open for appending and locked for this process."""
-    import fcntl  # POSIX only; all else here imports anywhere
-
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        # The lock goes with the process, however that ends.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # It is worth nothing if another process has put a new file there since it was opened.
-        ours = os.path.samestat(os.fstat(file), os.stat(path))
-    except BlockingIOError:
-        ours = False
-    except BaseException:
-        os.close(file)
-        raise
-    if not ours:
-        os.close(file)
-        raise ValueError(f"another process writes to {path}; wait for it, or end it")
-    return file
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from auxkern.model.fingerprints import fingerprint
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
 from auxkern.model.layers import ZeroLinear
+from auxkern.model.mixing import merged, row_scale, scattered
 from auxkern.model.native import use_native_kernels
 from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
@@ -477,14 +478,14 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
                 )
             )
             found.append(AuxiliaryRows(part.name, part.rows, output.cache))
-            scale = _row_scale(model.config.aux_scale if aux_scale is None else aux_scale, part.rows)
+            scale = row_scale(model.config.aux_scale if aux_scale is None else aux_scale, part.rows)
             output = output.positions(lambda values: values[:, -keep:])
             added.append((part, model.auxiliary_terms(output, here, scale)))
         pair_cache = PairCache(lm, found) if use_cache else None
         if len(added) == 1 and added[0][0].rows is None:
             terms = added[0][1]
-            return [lm_term, *terms] if separate else _merged(lm_term, terms), pair_cache
-        return [lm_term, *self._scattered(hidden.shape[:2], hidden.device, added)], pair_cache
+            return [lm_term, *terms] if separate else merged(lm_term, terms), pair_cache
+        return [lm_term, *scattered(hidden, added, self.config.vocab_size)], pair_cache
 
     def auxiliary_terms(
         self, output: AuxiliaryOutput, batch: PairInputs, scale: float | Tensor
@@ -572,19 +573,6 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         weight: Tensor = self.lm.get_input_embeddings().weight
         return weight
 
-    def _scattered(
-        self, shape: torch.Size, device: torch.device, added: list[tuple[AuxiliaryRows, list[Term]]]
-    ) -> list[Term]:
-        """Logits of auxiliaries that serve some rows each, as one term."""
-        if not added:
-            return []
-        V = self.config.vocab_size
-        total = torch.zeros(*shape, V, device=device)
-        for part, terms in added:
-            rows = torch.arange(shape[0], device=device) if part.rows is None else part.rows
-            total = total.index_copy(0, rows, dense_logits(terms, vocab_size=V).float())
-        return [Logits(total)]
-
     def _loss(self, terms: list[Term], labels: Tensor, num_items: int | Tensor | None) -> Tensor:
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -599,23 +587,3 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             vocab_size=self.config.vocab_size,
         )
         return loss
-
-
-def _row_scale(scale: float | Tensor, rows: Tensor | None) -> float | Tensor:
-    return scale[rows] if isinstance(scale, Tensor) and rows is not None else scale
-
-
-def _merged(lm_term: Term, added: list[Term]) -> list[Term]:
-    """The LM's term and an auxiliary's; as one product where both go through the same embedding."""
-    first = added[0]
-    if (
-        isinstance(lm_term, Head)
-        and isinstance(first, Head)
-        and lm_term.weight is first.weight
-        and lm_term.softcap is None
-        and lm_term.scale == 1.0
-    ):
-        scale = first.scale[..., None] if isinstance(first.scale, Tensor) else first.scale
-        hidden = lm_term.hidden.float() + scale * first.hidden.float()
-        return [Head(hidden, lm_term.weight, lm_term.bias), *added[1:]]
-    return [lm_term, *added]
