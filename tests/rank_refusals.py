@@ -81,6 +81,8 @@ class Calls:
             "return_stats": lambda: self.loss(return_stats=first),
             "gradient": lambda: self.loss(self.logits.clone().requires_grad_(first)),
             "terms": lambda: self.loss([self.logits] if first else [self.logits, self.logits]),
+            "no terms, last": lambda: self.loss([] if last else [self.logits]),
+            "no term, first": lambda: self.draw(["z"] if first else [self.logits]),
             "scale": lambda: self.loss(Logits(self.logits, scale=1.0 + self.rank)),
             "group or shard": lambda: self.loss(process_group=shard if first else self.group),
             "backend, last": lambda: self.loss(backend="triton" if last else None),

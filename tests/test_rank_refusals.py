@@ -28,6 +28,8 @@ REFUSED: dict[str, tuple[type[Exception], str]] = {
     "return_stats": (ValueError, "return_stats differs between ranks"),
     "gradient": (ValueError, "terms differs between ranks"),
     "terms": (ValueError, "terms differs between ranks"),
+    "no terms, last": (ValueError, "terms has 0 entries"),
+    "no term, first": (TypeError, "terms[0] is a str"),
     "scale": (ValueError, "terms differs between ranks"),
     "group or shard": (ValueError, "process_group differs between ranks"),
     "backend, last": (RuntimeError, "backend='triton' cannot run"),

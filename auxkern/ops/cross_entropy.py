@@ -58,6 +58,7 @@ class _Problem(NamedTuple):
     shape: torch.Size  # of the target as given
     vocab_size: int | None  # checked; None for all ids
     backend: str
+    transformed: bool = False  # forward mode or a transform of torch.func follows a tensor
 
 
 def cross_entropy(
@@ -142,28 +143,28 @@ def cross_entropy(
     """
     ignore_index, label_smoothing, z_loss = map(_number, (ignore_index, label_smoothing, z_loss))
     shift, vocab_size, chunk_rows, normalizer = map(_number, (shift, vocab_size, chunk_rows, normalizer))
-    terms = as_terms(terms)
     group = group_of(process_group, terms)
 
     def checked(terms: list[Term], vocab_size: int | None) -> _Problem:
+        given = (*tensors_of(terms), target, token_weight, normalizer)
+        transformed = any(isinstance(t, Tensor) and is_transformed(t) for t in given)
+        if transformed and (group is not None or backend not in (None, "reference")):
+            refuse_transforms("a process_group" if group is not None else f"backend={backend!r}")
         _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)
         _check_memory(gradient_memory)
-        return _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
+        problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
+        return problem._replace(transformed=transformed)
 
     options = (ignore_index, label_smoothing, z_loss, return_stats)
-    given = (*tensors_of(terms), target, token_weight, normalizer)
-    transformed = any(isinstance(t, Tensor) and is_transformed(t) for t in given)
-    if transformed and (group is not None or backend not in (None, "reference")):
-        refuse_transforms("a process_group" if group is not None else f"backend={backend!r}")
-    if transformed:
-        problem = checked(terms, vocab_size)
+    if group is None:
+        problem = checked(as_terms(terms), vocab_size)
         weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-        row, nll, lse, argmax, term_nll = dense_rows(problem.terms, problem.target, vocab_size, options)
-    elif group is None:
-        problem = checked(terms, vocab_size)
-        weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-        expected = _expected_gradient(problem, weight, denominator, reduction)
-        row, nll, lse, argmax, term_nll = _rows(problem, expected, options, chunk_rows, gradient_memory)
+        if problem.transformed:
+            found = dense_rows(problem.terms, problem.target, vocab_size, options)
+        else:
+            expected = _expected_gradient(problem, weight, denominator, reduction)
+            found = _rows(problem, expected, options, chunk_rows, gradient_memory)
+        row, nll, lse, argmax, term_nll = found
     else:
         named = zip(("ignore_index", "label_smoothing", "z_loss", "return_stats"), options, strict=True)
         facts = {
@@ -207,7 +208,7 @@ def _number(value: Any) -> Any:
 
 def _agreed(
     cut: CutVocabulary,
-    terms: list[Term],
+    terms: Any,
     checked: Callable[[list[Term], int | None], _Problem],
     facts: dict[str, Any],
     ignore_index: int,

@@ -111,13 +111,13 @@ def sample(
         ValueError: shapes or devices disagree, or a value is out of range.
         RuntimeError: the backend asked for cannot run.
     """
-    terms = as_terms(terms)
     seed, position, vocab_size, top_logprobs = map(as_number, (seed, position, vocab_size, top_logprobs))
     params = SamplingParams() if params is None else params
     asked = _Asked(params, seed, position, history, prompt, return_logprobs, top_logprobs, backend)
     group = group_of(process_group, terms)
     if group is not None:
         return _over_ranks(terms, asked, CutVocabulary(group, process_group, vocab_size))
+    terms = as_terms(terms)
     leading = _checked_rows(terms, asked)
     V = checked_vocabulary(terms, vocab_size)
     V = V or next(t.vocabulary for t in terms if not isinstance(t, Sparse))
@@ -165,7 +165,7 @@ def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
     return leading
 
 
-def _over_ranks(terms: Sequence[Term], asked: _Asked, cut: CutVocabulary) -> Sample:
+def _over_ranks(terms: Any, asked: _Asked, cut: CutVocabulary) -> Sample:
     """``sample`` of terms whose vocabulary is cut over ranks."""
 
     def checked(terms: list[Term]) -> tuple[list[Term], dict[str, Any]]:

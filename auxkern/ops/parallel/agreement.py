@@ -11,13 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 _Value = TypeVar("_Value")
-_ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError, IndexError)
-}
+_ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
 
 
 def agreed(
-    group: Any, device: torch.device, check: Callable[[], tuple[_Value, Mapping[str, Any], int]]
+    group: Any, check: Callable[[], tuple[_Value, Mapping[str, Any], int]]
 ) -> tuple[_Value, tuple[int, ...]]:
     """What a check returns, once it has passed on every rank and its facts are equal on all.
 
@@ -26,7 +24,6 @@ def agreed(
 
     Args:
         group: the process group; every rank of it calls this.
-        device: of the operands.
         check: returns a value, what all ranks must have alike, by the names that a message gives, and a
             number of this rank's own.
 
@@ -41,11 +38,11 @@ def agreed(
     error: Exception | None = None
     try:
         passed = check()
-    except tuple(_ERRORS.values()) as raised:
+    except Exception as raised:
         error = raised
     _, facts, number = passed or (None, {}, 0)
     digest = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "little")
-    everyone = _gathered_numbers(group, device, [int(passed is None), digest, number])
+    everyone = _gathered_numbers(group, [int(passed is None), digest, number])
     if passed is not None and all(row[:2] == [0, digest] for row in everyone):
         return passed[0], tuple(row[2] for row in everyone)
     found: list[Any] = [None] * dist.get_world_size(group)
@@ -56,10 +53,10 @@ def agreed(
     raise _disagreement(facts, found)
 
 
-def _gathered_numbers(group: Any, device: torch.device, numbers: list[int]) -> list[list[int]]:
+def _gathered_numbers(group: Any, numbers: list[int]) -> list[list[int]]:
     """The numbers of each rank."""
     # On the CPU if the group can, which stops no device.
-    there = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    there = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     mine = torch.tensor(numbers, dtype=torch.int64, device=there)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
@@ -72,7 +69,7 @@ def _disagreement(facts: Mapping[str, Any], found: list[Any]) -> Exception:
     for rank, (_, refusal) in enumerate(found):
         if refusal is not None:
             kind, message = refusal
-            return _ERRORS[kind](f"rank {rank} of the process group refuses: {message}")
+            return _ERRORS.get(kind, RuntimeError)(f"rank {rank} of the process group refuses: {message}")
     for rank, (theirs, _) in enumerate(found):
         for name in sorted(facts.keys() | theirs.keys()):
             if theirs.get(name) != facts.get(name):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auxkern.ops.groups import process_group_of
 from auxkern.ops.parallel.agreement import agreed
-from auxkern.terms import Head, Logits, Sparse, Term
+from auxkern.terms import Head, Logits, Sparse, Term, as_terms
 
 _Call = TypeVar("_Call")
 _Checked = TypeVar("_Checked")
@@ -66,8 +66,7 @@ class VocabularyShard:
             ValueError: a rank has no ids.
         """
         process_group = process_group_of(group)
-        device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")
-        _, sizes = agreed(process_group, device, lambda: (None, {}, size))
+        _, sizes = agreed(process_group, lambda: (None, {}, size))
         return cls.from_sizes(process_group, sizes)
 
     @classmethod
@@ -128,13 +127,13 @@ class VocabularyShard:
         return torch.cat([part[:, :size] for part, size in zip(parts, self.sizes, strict=True)], -1)
 
 
-def group_of(process_group: Any, terms: Sequence[Term]) -> Any:
+def group_of(process_group: Any, terms: Any) -> Any:
     """The process group that the vocabulary is cut over; None where it is whole.
 
     Args:
         process_group: as ``cross_entropy`` takes it; None where DTensors tell.
-        terms: their DTensors tell only if the mesh says what it is for, by the name "tp": the parameters
-            that FSDP2 shards over a data-parallel mesh look the same.
+        terms: as ``cross_entropy`` takes them; their DTensors tell only if the mesh says what it is for, by
+            the name "tp": the parameters that FSDP2 shards over a data-parallel mesh look the same.
 
     Raises:
         TypeError: process_group is something else, or DTensors stand beside whole weights.
@@ -145,7 +144,7 @@ def group_of(process_group: Any, terms: Sequence[Term]) -> Any:
     if process_group is not None:
         return process_group_of(process_group)
     whole = None
-    for index, term in enumerate(terms):
+    for index, term in enumerate(as_terms(terms)):
         for key, tensor in term.tensors.items():
             if _is_dtensor(tensor):
                 name = f"terms[{index}].{key}"
@@ -174,13 +173,14 @@ class CutVocabulary:
 
     def agreed(
         self,
-        terms: Sequence[Term],
+        terms: Any,
         check: Callable[[list[Term]], tuple[_Call, dict[str, Any]]],
         check_ids: Callable[[_Call, int], _Checked],
     ) -> tuple[_Checked, VocabularyShard, int]:
         """A checked call, this rank's shard, and V over all ranks; every rank calls it.
 
         Args:
+            terms: as the call has them.
             check: of the terms with this rank's tensors; returns the call, and what all ranks must have
                 alike.
             check_ids: of what must fit V, which the ranks have together.
@@ -189,14 +189,13 @@ class CutVocabulary:
             TypeError, ValueError, RuntimeError: something is refused, here or on another rank.
         """
         given = self.process_group if isinstance(self.process_group, VocabularyShard) else None
-        device = next(iter(terms[0].tensors.values())).device
 
         def fitting(shard: VocabularyShard, call: _Call) -> tuple[_Checked, int]:
             V = shard.used_ids(self.vocab_size)
             return check_ids(call, V), V
 
         def first() -> tuple[tuple[_Call, tuple[_Checked, int] | None], dict[str, Any], int]:
-            local, size = local_terms(self.group, terms)
+            local, size = local_terms(self.group, as_terms(terms))
             if given is not None and given.size != size:
                 raise ValueError(
                     f"process_group is a VocabularyShard of {given.size} ids, but this rank's terms have "
@@ -208,11 +207,11 @@ class CutVocabulary:
             facts["process_group"] = "a group" if given is None else given.sizes
             return (call, None if given is None else fitting(given, call)), facts, size
 
-        (call, fitted), sizes = agreed(self.group, device, first)
+        (call, fitted), sizes = agreed(self.group, first)
         if given is not None and fitted is not None:
             return fitted[0], given, fitted[1]
         shard = VocabularyShard.from_sizes(self.group, sizes)
-        (checked, V), _ = agreed(self.group, device, lambda: (fitting(shard, call), {}, 0))
+        (checked, V), _ = agreed(self.group, lambda: (fitting(shard, call), {}, 0))
         return checked, shard, V
 
 
