@@ -26,7 +26,7 @@ test: $(INSTALLED)
 	cmake -S . -B build/test -G Ninja -DAUXKERN_TESTS=ON > /dev/null
 	cmake --build build/test
 	ctest --test-dir build/test --output-on-failure
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(RAY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
