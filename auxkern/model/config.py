@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -134,6 +136,14 @@ class AuxTunedConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if not isinstance(self.text_prefix, str):
             raise ValueError(f"text_prefix is {self.text_prefix!r}; it must be text, such as ' '")
+        for name in ("aux_scale", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; it must be a finite number")
+        for name in ("from_lm_layers", "pointer_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.lm_layers):
