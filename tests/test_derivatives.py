@@ -206,8 +206,8 @@ def test_attention_refuses_derivatives(i):
 
 
 @pytest.mark.parametrize("made", ["logits", "heads", "linear"])
-def test_transforms_in_compiled_code_are_errors_as_well(made):
-    """The compiler resolves them by itself, and would take an operator's results for constants."""
+def test_transforms_in_compiled_code_are_right_or_errors(made):
+    """The compiler resolves them by itself; results of an operator must not be constants to it."""
     given = tensors()
 
     def loss(x: Tensor) -> Tensor:
@@ -216,9 +216,13 @@ def test_transforms_in_compiled_code_are_errors_as_well(made):
         terms = Head(x, given["weight"]) if made == "heads" else x
         return auxkern.cross_entropy(terms, target("cpu"))
 
+    x = given["logits" if made == "logits" else "hidden"]
     compiled = torch.compile(lambda x: torch.func.grad(loss)(x), backend="eager")
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        compiled(given["logits" if made == "logits" else "hidden"])
+    try:
+        found = compiled(x)
+    except (RuntimeError, AssertionError):
+        return  # in the own words of torch 2.13, and of 2.14 for a product
+    torch.testing.assert_close(found, torch.func.grad(loss)(x))
 
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
