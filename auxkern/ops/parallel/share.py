@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from auxkern.ops import head_chunks, head_segments, logit_chunks
 from auxkern.ops.library import loaded
 from auxkern.ops.linear_cross_entropy import head_inputs, segment_inputs
-from auxkern.ops.parallel.vocabulary import VocabularyShard, local_ids
+from auxkern.ops.parallel.vocabulary import VocabularyShard, local_ids, own_entries
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, TENSORS, Part, empty, flat_parts
 from auxkern.ops.registry import Rows
 from auxkern.ops.rows import RowSlopes, row_dtype
@@ -46,22 +47,25 @@ class Share:
     def terms(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Share, Sequence[Tensor]]]:
         """Each term as a sum of its own, and its tensors; in float64 if the whole sum is."""
         double = row_dtype(tensors) == torch.float64
-        first = 0
-        for kind, scale, softcap in zip(self.kinds, self.scales, self.softcaps, strict=True):
+        places = zip(self._firsts(), self.kinds, self.scales, self.softcaps, strict=True)
+        for first, kind, scale, softcap in places:
             own = list(tensors[first : first + TENSORS[kind]])
             if double:
                 own = [t.double() if t.is_floating_point() else t for t in own]
             yield replace(self, kinds=[kind], scales=[scale], softcaps=[softcap]), own
-            first += TENSORS[kind]
 
     def is_whole(self, index: int) -> bool:
         """Whether tensor ``index`` is the same on all ranks, so that its gradient is a sum over them."""
-        first = 0
-        for kind in self.kinds:
-            if index < first + TENSORS[kind]:
-                return kind == SPARSE or (kind != LOGITS and index == first)
-            first += TENSORS[kind]
-        raise IndexError(f"there are {first} tensors, none with the index {index}")
+        first, kind = max(pair for pair in zip(self._firsts(), self.kinds, strict=True) if pair[0] <= index)
+        return kind == SPARSE or (kind != LOGITS and index == first)
+
+    def _firsts(self) -> list[int]:
+        """Where the tensors of each term begin."""
+        return [0, *accumulate(TENSORS[kind] for kind in self.kinds)][:-1]
+
+    def _sparse(self) -> list[int]:
+        """Where the tensors of sparse terms begin."""
+        return [first for first, kind in zip(self._firsts(), self.kinds, strict=True) if kind == SPARSE]
 
     def rows(self, tensors: Sequence[Tensor], target: Tensor, want_smooth: bool, want_argmax: bool) -> Rows:
         """What this rank's ids add up to in each row; ``argmax`` counts from its first id.
@@ -136,8 +140,7 @@ class Share:
         """The backend, and the terms with this rank's ids; entries of other ranks add 0 to its first."""
         local = list(tensors)
         for first in self._sparse():
-            here, ids = local_ids(tensors[first], self.shard)
-            local[first], local[first + 1] = ids, torch.where(here, tensors[first + 1], 0.0)
+            local[first], local[first + 1] = own_entries(tensors[first], tensors[first + 1], self.shard)
         kernel = loaded(self.backend, [t for t in tensors if t.is_floating_point()])
         return kernel, flat_parts(local, self.kinds, self.scales, self.softcaps)
 
@@ -148,19 +151,8 @@ class Share:
                 gradient = gradients[first + 1]
                 gradients[first + 1] = torch.where(here.view(gradient.shape), gradient, 0.0)
 
-    def _sparse(self) -> Iterator[int]:
-        """Where the tensors of sparse terms begin."""
-        first = 0
-        for kind in self.kinds:
-            if kind == SPARSE:
-                yield first
-            first += TENSORS[kind]
-
     def _chunks(self, target: Tensor, size: int | None) -> list[Any]:
-        """The rows of each chunk: slices, or indices where ignored rows are left out.
-
-        Finding the ignored rows would stop a GPU, so there they pass through, with zero gradients.
-        """
+        """``logit_chunks.chunks_of_rows`` of the size asked for, the way's own, or the buffers'."""
         C = self.chunk_rows or size or logit_chunks.default_chunk_rows(self.size, target.device)
         return logit_chunks.chunks_of_rows(target, IGNORED, C)
 

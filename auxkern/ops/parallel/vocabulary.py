@@ -305,14 +305,17 @@ def _local(name: str, tensor: Any, dimension: int | None) -> tuple[Tensor, list[
 
 
 def with_local_ids(terms: Sequence[Term], shard: VocabularyShard) -> list[Term]:
-    """Sparse terms with this rank's ids, counted from its first one; entries of other ranks add 0 to id 0."""
-    found: list[Term] = []
-    for term in terms:
-        if isinstance(term, Sparse):
-            here, ids = local_ids(term.ids, shard)
-            term = Sparse(ids, torch.where(here, term.values, 0.0))
-        found.append(term)
-    return found
+    """The terms, sparse ones with their ``own_entries``."""
+    return [
+        Sparse(*own_entries(term.ids, term.values, shard)) if isinstance(term, Sparse) else term
+        for term in terms
+    ]
+
+
+def own_entries(ids: Tensor, values: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """Ids counted from this rank's first one, and values; entries of other ranks add 0 to id 0."""
+    here, ids = local_ids(ids, shard)
+    return ids, torch.where(here, values, 0.0)
 
 
 def local_ids(ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
