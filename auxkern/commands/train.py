@@ -203,7 +203,7 @@ def _pair(
     }
     template = settings.condition_template
     wrong = f"a value in pair {settings.pair} is wrong"
-    with _saying(wrong, TypeError, StrictDataclassError):
+    with _saying(wrong, TypeError, ValueError, StrictDataclassError):
         # Refuses unknown names and values before the base is loaded.
         config = AuxTunedConfig(**fields, condition_template=template or PLAIN)
         if config.auxiliary_config:
