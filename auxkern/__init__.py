@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from auxkern import nn
+    from auxkern.core.memory import GradientMemory
+    from auxkern.core.terms import Head, Logits, Sparse
     from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
-    from auxkern.ops.memory import GradientMemory
     from auxkern.ops.parallel.vocabulary import VocabularyShard
     from auxkern.ops.registry import Explanation, explain
     from auxkern.ops.sample import Sample, sample
     from auxkern.ops.sampling_params import SamplingParams
-    from auxkern.terms import Head, Logits, Sparse
 
 __version__ = "0.1.0"
 
@@ -43,12 +43,12 @@ __all__ = [
 _MODULES = {
     "CrossEntropyStats": "ops.cross_entropy",
     "Explanation": "ops.registry",
-    "GradientMemory": "ops.memory",
-    "Head": "terms",
-    "Logits": "terms",
+    "GradientMemory": "core.memory",
+    "Head": "core.terms",
+    "Logits": "core.terms",
     "Sample": "ops.sample",
     "SamplingParams": "ops.sampling_params",
-    "Sparse": "terms",
+    "Sparse": "core.terms",
     "VocabularyShard": "ops.parallel.vocabulary",
     "cross_entropy": "ops.cross_entropy",
     "explain": "ops.registry",

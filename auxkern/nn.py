@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.memory import GradientMemory
+from auxkern.core.terms import Term
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.linear import linear
-from auxkern.ops.memory import GradientMemory
-from auxkern.terms import Term
 
 
 class CrossEntropyLoss(torch.nn.Module):

@@ -15,7 +15,7 @@ from auxkern.bench.cases import DTYPES
 from auxkern.bench.linear import OPERATOR, made_inputs, needed_bytes
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 from benchmarks.shared import benchmark_parser
 
 if TYPE_CHECKING:

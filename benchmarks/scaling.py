@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from auxkern.bench.report import between_markers
 from auxkern.bench.session import positive
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat, load_base, load_tokenizer
 from auxkern.model.text import Example

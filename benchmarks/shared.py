@@ -13,7 +13,7 @@ import torch
 
 from auxkern.bench.machine import now
 from auxkern.commands.pair import versions
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 
 def benchmark_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import auxkern
 from auxkern import SamplingParams
-from auxkern.ops.mass import SLACK, masses
+from auxkern.core.mass import SLACK, masses
 
 LARGE_TAIL = -18.0
 

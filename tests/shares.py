@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from auxkern import Head, Logits, Sparse, VocabularyShard
+from auxkern.core.loss import RowSlopes, RowSums
 from auxkern.ops.parallel.share import IGNORED, Share
 from auxkern.ops.parts import flat_inputs
 from auxkern.ops.registry import NO_TARGET
-from auxkern.ops.rows import RowSlopes, RowSums
 
 N, V, SIZES = 12, 60, (23, 37)
 

@@ -32,7 +32,7 @@ from auxkern.bench.results import (
 )
 from auxkern.bench.runner import Effort, backends_for, measure_inputs
 from auxkern.bench.timing import Call, WallClock, measure_in_turns, summary
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 from auxkern.ops import registry
 from auxkern.tasks.smollm2 import load_smollm2
 

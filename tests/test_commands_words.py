@@ -17,7 +17,7 @@ from tiny_pair import save_tiny_pair
 import auxkern
 from auxkern import cli
 from auxkern.commands import evaluate, generate, train
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 LINES = [{"condition": f"w{i}", "text": f"w{i} w{i + 1} w{i + 2}"} for i in range(6)]
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
@@ -209,7 +209,7 @@ def test_devices_are_written_to_and_stay(tmp_path: Path) -> None:
     replace_file(Path("/dev/null"), "{}")
     assert Path("/dev/null").is_char_device()
     code = (
-        "from pathlib import Path; from auxkern.files import replace_file\n"
+        "from pathlib import Path; from auxkern.core.files import replace_file\n"
         "print('first', flush=True); replace_file(Path('/dev/stdout'), 'second')"
     )
     with (tmp_path / "out").open("w") as out:

@@ -13,10 +13,10 @@ from tiny_pair import WORDS, V, save_tiny_pair, tiny_lm, tiny_pair
 from torch.nn import functional as F
 
 from auxkern.commands import evaluate
+from auxkern.core.seeds import drawn
 from auxkern.evaluation.accuracy import keyword_accuracy
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.model.text import Example
-from auxkern.seeds import drawn
 from auxkern.tasks.keywords import split_by_keyword
 from auxkern.training.examples import EncodedExamples
 from auxkern.training.lm_states import cache_lm_states

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import auxkern
 from auxkern import SamplingParams
+from auxkern.core.mass import COEFFICIENTS, SLACK, mass_shift, masses
 from auxkern.ops import registry
-from auxkern.ops.mass import COEFFICIENTS, SLACK, mass_shift, masses
 
 backends = pytest.mark.parametrize(
     "backend", [p for p in available_backends() if hasattr(registry.load(p.values[0]), "sample")]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sample, SamplingParams, Sparse
+from auxkern.core.noise import gumbel, philox, random_bits
 from auxkern.ops import registry
-from auxkern.ops.noise import gumbel, philox, random_bits
 
 backends = pytest.mark.parametrize(
     "backend", [p for p in available_backends() if hasattr(registry.load(p.values[0]), "sample")]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from auxkern.core.seeds import DATA_SEED
 from auxkern.model.text import Example
-from auxkern.seeds import DATA_SEED
 from auxkern.tasks.definitions import Definition, content, other_word_rate, overlap
 from auxkern.tasks.keywords import (
     Keyword,

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from auxkern.files import lock_file
+from auxkern.core.files import lock_file
 from auxkern.model import fingerprint
 from auxkern.model.sharding import shard_auxiliary, shard_base
 from auxkern.training.collator import AuxCollator

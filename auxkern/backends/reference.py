@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from auxkern.ops.mass import masses, needed
-from auxkern.ops.noise import first_largest, gumbel, random_bits
+from auxkern.core.mass import masses, needed
+from auxkern.core.noise import first_largest, gumbel, random_bits
 from auxkern.ops.registry import NO_TARGET, ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws, Rows
 
 

@@ -21,7 +21,7 @@ from auxkern.bench.cases import (
 from auxkern.bench.peers import is_installed
 from auxkern.bench.results import CaseResult
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
-from auxkern.terms import MAX_TERMS
+from auxkern.core.terms import MAX_TERMS
 
 _EPILOG = f"""\
 Each implementation is first checked against float64; a wrong one is reported and not timed.

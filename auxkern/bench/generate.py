@@ -30,7 +30,7 @@ from auxkern.bench.generate_peers import (
 )
 from auxkern.bench.generate_report import ENGINE, SHARES, GenerateRun, Throughput, print_run
 from auxkern.bench.machine import OtherWork
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 PROGRAM = "python -m auxkern.bench --op generate"
 _AUXILIARY = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from auxkern.bench.generate_report import ENGINE, LM, LOOP, OUTSIDE, SHARES, GenerateRun, Throughput
 from auxkern.bench.plot import SUFFIXES
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

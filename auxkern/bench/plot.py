@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auxkern.bench.results import DRAW, PASSES, CaseResult, Result, Run
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

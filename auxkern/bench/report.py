@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from auxkern.bench.results import Run
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from auxkern.bench import machine
 from auxkern.bench.plot import SUFFIXES, plot
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Progress
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 

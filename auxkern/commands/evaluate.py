@@ -19,13 +19,13 @@ from auxkern.bench.session import INTERRUPTED, positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request
 from auxkern.commands.ranks import Launched
+from auxkern.core.files import replace_file
+from auxkern.core.seeds import DATA_SEED, mixed_seed
 from auxkern.evaluation.bootstrap import bootstrap_mean
 from auxkern.evaluation.diversity import distinct_n, self_bleu
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.evaluation.slor import UnigramCounts, slor
-from auxkern.files import replace_file
 from auxkern.model.text import Example, TextFormat
-from auxkern.seeds import DATA_SEED, mixed_seed
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.tasks.registry import TASKS, load_task
 from auxkern.training.examples import PlacedExamples, encode, read_jsonl

@@ -13,7 +13,7 @@ from auxkern.bench.session import positive
 from auxkern.commands import pair
 from auxkern.commands.pair import Request, Text
 from auxkern.commands.ranks import Launched
-from auxkern.files import is_descriptor, replace_file
+from auxkern.core.files import is_descriptor, replace_file
 from auxkern.ops.sampling_params import SamplingParams
 
 _EPILOG = """\

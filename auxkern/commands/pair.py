@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from auxkern.bench.session import INTERRUPTED, device_from
-from auxkern.files import is_descriptor
+from auxkern.core.files import is_descriptor
+from auxkern.core.seeds import mixed_seed
 from auxkern.model.unicode import check_unicode
-from auxkern.seeds import mixed_seed
 from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
 from auxkern.training.settings import DTYPES
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auxkern.seeds import DATA_SEED, mixed_seed
+from auxkern.core.seeds import DATA_SEED, mixed_seed
 
 _DRAWS_AT_ONCE = 1 << 20  # 8 MiB of indices
 

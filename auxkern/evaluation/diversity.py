@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from auxkern.seeds import DATA_SEED, mixed_seed
+from auxkern.core.seeds import DATA_SEED, mixed_seed
 
 _EPSILON = 0.1  # matches that a smoothed precision has in place of none, NLTK's default
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.terms import Head, Logits, Term
 from auxkern.model.base import output_head, run_base
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
-from auxkern.terms import Head, Logits, Term
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import Items
 from auxkern.training.lm_states import LMStates

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
+from auxkern.core.terms import Head, Logits, Term
 from auxkern.model.base import output_head, run_base
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, Example, TextFormat, padded
 from auxkern.ops.cross_entropy import cross_entropy
-from auxkern.terms import Head, Logits, Term
 from auxkern.training.examples import packed_ids
 
 FORMAT = "auxkern unigram counts 1"

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.terms import Sparse, Term
 from auxkern.generation.request import Request, Sequence
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.terms import Sparse, Term
 
 _NUMBERS = tuple(one.name for one in fields(SamplingParams) if one.name != "logit_bias")
 _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}

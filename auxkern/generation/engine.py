@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from auxkern.core.terms import Term, rows_of
 from auxkern.generation import limits
 from auxkern.generation.drawing import Drawer, check_drawable
 from auxkern.generation.graphs import CudaRecorder, DecodeGraphs, Record
@@ -23,7 +24,6 @@ from auxkern.model.base import counts_positions
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import TextFormat
-from auxkern.terms import Term, rows_of
 
 
 @dataclass

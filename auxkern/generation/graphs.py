@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.terms import Term
 from auxkern.generation.lanes import Lane
 from auxkern.generation.slots import SlotTable
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
-from auxkern.terms import Term
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 

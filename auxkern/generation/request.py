@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from auxkern.core.seeds import mixed_seed
+from auxkern.core.terms import Sparse, as_number
 from auxkern.model.unicode import check_unicode
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.seeds import mixed_seed
-from auxkern.terms import Sparse, as_number
 
 FinishReason = Literal["end", "stop", "length", "error"]
 State = Literal["new", "waiting", "running", "ended"]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from auxkern.files import lock_file, replace_file
+from auxkern.core.files import lock_file, replace_file
 from auxkern.generation.request import Completion, Request, check_id
 
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends would be read as a whole

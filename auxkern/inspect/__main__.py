@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auxkern.bench import machine
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 from auxkern.inspect.targets import TARGETS
 
 if TYPE_CHECKING:

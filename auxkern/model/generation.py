@@ -20,11 +20,11 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from auxkern.core.terms import Term, rows_of
 from auxkern.model.caches import PairCache
 from auxkern.model.inputs import PairInputs
 from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.terms import Term, rows_of
 
 # What of SamplingParams each of transformers' processors is; any other one leaves the drawing to
 # transformers. By type, for a subclass computes something else.

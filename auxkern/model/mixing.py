@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from auxkern.core.terms import Head, Logits, Term
 from auxkern.model.caches import AuxiliaryRows
 from auxkern.ops.dense import dense_logits
-from auxkern.terms import Head, Logits, Term
 
 
 def row_scale(scale: float | Tensor, rows: Tensor | None) -> float | Tensor:

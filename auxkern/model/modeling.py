@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from auxkern.core.terms import Head, Logits, Sparse, Term, rows_of
 from auxkern.model import base, fitting, refusals
 from auxkern.model.auxiliary import (
     AuxiliaryOutput,
@@ -31,7 +32,6 @@ from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
-from auxkern.terms import Head, Logits, Sparse, Term, rows_of
 
 DEFAULT = "default"
 # A causal LM of transformers, by the name of its class.

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from auxkern.core.checks import check_sparse_terms, checked_vocabulary, one_device, tensors_of
+from auxkern.core.loss import gradient_coefficients, row_dtype, row_loss
+from auxkern.core.memory import GradientMemory
+from auxkern.core.terms import INTEGER_DTYPES, Sparse, Term, as_number, as_terms
 from auxkern.ops import registry
-from auxkern.ops.checks import check_sparse_terms, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.dense_rows import dense_rows
 from auxkern.ops.derivatives import is_transformed, refuse_second_derivatives, refuse_transforms
 from auxkern.ops.library import check_target_range
 from auxkern.ops.linear_cross_entropy import linear_rows
-from auxkern.ops.memory import GradientMemory
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.cross_entropy import Formula, rows_over_ranks
 from auxkern.ops.parallel.share import Share
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
 from auxkern.ops.parts import LOGITS, flat_inputs
-from auxkern.ops.rows import gradient_coefficients, row_dtype, row_loss
-from auxkern.terms import INTEGER_DTYPES, Sparse, Term, as_number, as_terms
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -81,7 +81,7 @@ def cross_entropy(
 ) -> Any:
     """Cross-entropy of a sum of logit terms, without materialising the sum.
 
-        z[n, v] = sum of the terms, see ``auxkern.terms``
+        z[n, v] = sum of the terms, see ``auxkern.core.terms``
         nll[n]  = logsumexp_v z[n, v] - z[n, target[n]]               (Zeldes et al. 2020, eq. 1)
         row[n]  = (1 - label_smoothing) * nll[n]
                 + label_smoothing * mean_v (logsumexp z[n] - z[n, v])     (Szegedy et al. 2016)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.checks import checked_vocabulary, one_device, tensors_of
+from auxkern.core.loss import row_dtype
+from auxkern.core.terms import Head, Logits, Sparse, as_terms, softcapped
 from auxkern.ops import logit_chunks
-from auxkern.ops.checks import checked_vocabulary, one_device, tensors_of
 from auxkern.ops.derivatives import is_differentiated
 from auxkern.ops.linear import kernel_for, product
-from auxkern.ops.rows import row_dtype
 from auxkern.ops.torch_ops import apart_from_autocast
-from auxkern.terms import Head, Logits, Sparse, as_terms, softcapped
 
 
 @apart_from_autocast

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from auxkern.core.loss import row_loss
+from auxkern.core.terms import Sparse, Term
 from auxkern.ops.dense import dense_logits
-from auxkern.ops.rows import row_loss
-from auxkern.terms import Sparse, Term
 
 
 def dense_rows(

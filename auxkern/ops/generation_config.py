@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from auxkern.terms import as_number
+from auxkern.core.terms import as_number
 
 # What generate takes where a config says nothing (``GenerationConfig._get_default_generation_params``).
 _DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

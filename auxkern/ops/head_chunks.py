@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.loss import RowSlopes
 from auxkern.ops.registry import HeadGradients, HeadRows, Rows
-from auxkern.ops.rows import RowSlopes
 
 _CHUNK_BYTES = 512 << 20
 _BLOCK_IDS = 8192  # ids of a weight or of a gradient that are converted to float32 at a time

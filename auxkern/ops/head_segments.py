@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.loss import RowSlopes, RowSums
 from auxkern.ops.head_chunks import HeadInputs
 from auxkern.ops.registry import Entries, Rows, SegmentGradients, Segments
-from auxkern.ops.rows import RowSlopes, RowSums
 
 _CHUNK_BYTES = 16 << 20
 # Fewer rows would wait for weights to come from memory; the hidden states of more do not fit a cache.

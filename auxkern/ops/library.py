@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.loss import row_dtype
 from auxkern.ops import registry
-from auxkern.ops.rows import row_dtype
 from auxkern.ops.torch_ops import implements
 
 

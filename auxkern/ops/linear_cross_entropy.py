@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.checks import check_sparse_ids
+from auxkern.core.loss import row_dtype, row_loss
 from auxkern.ops import head_chunks, head_segments, logit_chunks
-from auxkern.ops.checks import check_sparse_ids
 from auxkern.ops.derivatives import refuse_second_derivatives
 from auxkern.ops.library import check_target_range, loaded
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, TENSORS, Part, empty, flat_parts
 from auxkern.ops.registry import HeadRows, Rows
-from auxkern.ops.rows import row_dtype, row_loss
 from auxkern.ops.torch_ops import implements
 
 

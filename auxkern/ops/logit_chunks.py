@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.loss import gradient_coefficients
+from auxkern.core.terms import Head
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, Part, empty
 from auxkern.ops.registry import Rows
-from auxkern.ops.rows import gradient_coefficients
-from auxkern.terms import Head
 
 _CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 _CONVERTED_IDS = 8192  # rows of a half-precision weight that are converted at a time on a CPU

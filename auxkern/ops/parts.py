@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auxkern.core.memory import GradientMemory
+from auxkern.core.terms import Logits, Sparse, Term
 from auxkern.ops.library import as_rows
-from auxkern.ops.memory import GradientMemory
-from auxkern.terms import Logits, Sparse, Term
 
 # How a term's tensors stand in the flat list that the operator takes, and how many there are.
 LOGITS, HEAD, HEAD_WITH_BIAS, SPARSE = range(4)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from auxkern.ops.rows import RowSlopes
+from auxkern.core.loss import RowSlopes
 
 # The target of a row whose target is not among these ids but among those of another shard.
 NO_TARGET = -(2**63)
@@ -271,7 +271,7 @@ class Draws:
 
     Ids outside [0, V) stand for nothing. ``top_k`` is V or more, ``top_p`` 1, ``log_min_p`` -inf,
     ``repetition`` 1, the penalties 0 where a row has no such filter. Elsewhere the slack of
-    ``auxkern.ops.mass`` has been taken from ``top_p``, which may be below 0 then, and from ``log_min_p``.
+    ``auxkern.core.mass`` has been taken from ``top_p``, which may be below 0 then, and from ``log_min_p``.
     """
 
     temperature: Tensor  # (N,) float32, or float64 beside float64 terms

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
+from auxkern.core.loss import row_dtype
+from auxkern.core.mass import SLACK
+from auxkern.core.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_number, as_terms
 from auxkern.ops import logit_chunks, registry
-from auxkern.ops.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.derivatives import is_transformed
 from auxkern.ops.library import as_rows
-from auxkern.ops.mass import SLACK
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.sample import drawn_over_ranks
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of, with_local_ids
 from auxkern.ops.registry import Draws, HeadRows
-from auxkern.ops.rows import row_dtype
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.ops.torch_ops import apart_from_autocast
-from auxkern.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_number, as_terms
 
 _NO_TOKEN = -1
 _CACHED_IDS = 2**18

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.terms import INTEGER_DTYPES, Sparse, as_number
 from auxkern.ops.generation_config import settings_of
-from auxkern.terms import INTEGER_DTYPES, Sparse, as_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,8 @@ class SamplingParams:
 
     Which ids are kept is exact, and the same on every backend: ids come by falling logit, equal ones by
     rising id, and top-p keeps an id while the mass of those before it has not reached p. Mass is an integer
-    (``auxkern.ops.mass``); p is a double, of which 2**-20 is taken first, so that probabilities that sum to p
-    on paper reach it in float32. So k of V equal logits are kept with p = k/V, up to a V of 2**20. min-p
+    (``auxkern.core.mass``); p is a double, of which 2**-20 is taken first, so that probabilities that sum to
+    p on paper reach it in float32. So k of V equal logits are kept with p = k/V, up to a V of 2**20. min-p
     keeps an id whose logit lies no more than 2**-19 below where its share would be min_p.
 
     Args:

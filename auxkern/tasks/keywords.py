@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from auxkern.core.seeds import DATA_SEED, mixed_seed
 from auxkern.model.text import Example
-from auxkern.seeds import DATA_SEED, mixed_seed
 from auxkern.tasks.sources import WordNet
 from auxkern.tasks.task import Task, condition_share, sides
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets

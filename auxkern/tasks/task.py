@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from auxkern.core.seeds import DATA_SEED
 from auxkern.model.text import Example
-from auxkern.seeds import DATA_SEED
 from auxkern.tasks.sources import Source, WordNet
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
+from auxkern.core.seeds import drawn
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.model.unicode import check_unicode
-from auxkern.seeds import drawn
 
 __all__ = [
     "EncodedExamples",

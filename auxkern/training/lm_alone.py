@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.terms import Head, Logits, Term
 from auxkern.model.base import output_head, run_base
 from auxkern.ops.cross_entropy import cross_entropy
-from auxkern.terms import Head, Logits, Term
 
 
 @torch.no_grad()

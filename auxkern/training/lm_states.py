@@ -24,12 +24,12 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
+from auxkern.core.terms import Head
 from auxkern.model.base import check_output_head, hidden_width, output_head, run_base
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
-from auxkern.terms import Head
 from auxkern.training.examples import Items, data_fingerprint, packed_ids
 
 FORMAT = 1

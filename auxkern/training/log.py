@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from auxkern.files import is_open_at, lock_file
+from auxkern.core.files import is_open_at, lock_file
 
 LOG = "log.jsonl"
 

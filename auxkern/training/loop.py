@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from auxkern.core.seeds import mixed_seed
 from auxkern.model.text import IGNORED
-from auxkern.seeds import mixed_seed
 from auxkern.training.checkpoint import (
     RunIdentity,
     TrainState,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from auxkern.ops.groups import process_group_of
+from auxkern.ops.parallel.groups import process_group_of
 
 _Item = TypeVar("_Item")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from auxkern.core.seeds import drawn
 from auxkern.model.text import Example, TextFormat
-from auxkern.seeds import drawn
 
 PLAIN, SPACED = "{condition}", " {condition}"
 _LOOKED_AT = 2000  # examples: the share is known to a percent

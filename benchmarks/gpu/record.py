@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from auxkern.bench.results import SCHEMA, Run
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 
 BAD = ("failed", "timed out", "interrupted")
 

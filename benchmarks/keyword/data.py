@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from auxkern.core.seeds import drawn
 from auxkern.model.text import Example, TextFormat
-from auxkern.seeds import drawn
 from auxkern.tasks.registry import load_task
 from auxkern.training.examples import EncodedExamples, encode
 from benchmarks.keyword.presets import PROMPT, Method, Preset

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from auxkern.core.seeds import mixed_seed
 from auxkern.evaluation.diversity import distinct_n, self_bleu
 from auxkern.evaluation.slor import UnigramCounts, slor
 from auxkern.generation import Engine, Request
 from auxkern.model import AuxTunedForCausalLM
 from auxkern.model.text import Example, TextFormat, padded
-from auxkern.seeds import mixed_seed
 from auxkern.tasks.keywords import contains_keyword
 
 _SLOTS = 64

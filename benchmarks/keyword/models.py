@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 import auxkern
+from auxkern.core.seeds import mixed_seed
+from auxkern.core.terms import Head, rows_of
 from auxkern.model import AuxTunedForCausalLM
 from auxkern.model.base import positions_of
 from auxkern.model.text import IGNORED
-from auxkern.seeds import mixed_seed
-from auxkern.terms import Head, rows_of
 from benchmarks.keyword.presets import LORA, SCRATCH, Method, Preset
 
 

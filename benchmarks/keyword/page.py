@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 from auxkern.training.progress import duration
 from benchmarks.keyword.plot import plot_flops, plot_scales, plot_steps
 from benchmarks.keyword.presets import BASELINE, HEADLINE, METHODS

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auxkern.bench.plot import SUFFIXES
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 from benchmarks.keyword.presets import BASELINE, HEADLINE
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from auxkern.files import replace_file
+from auxkern.core.files import replace_file
 from auxkern.model import AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, TextFormat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from auxkern.seeds import drawn
+from auxkern.core.seeds import drawn
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.training.progress import Progress
 from benchmarks.keyword.data import PROMPTS

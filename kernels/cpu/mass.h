@@ -1,4 +1,4 @@
-// Probability mass in fixed point, bit by bit as auxkern/ops/mass.py makes it. As simd.h, built once per
+// Probability mass in fixed point, bit by bit as auxkern/core/mass.py makes it. As simd.h, built once per
 // instruction set.
 #pragma once
 

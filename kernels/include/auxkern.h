@@ -240,7 +240,7 @@ typedef struct {
  * them; of these, by falling z and rising id, the first, and each before which the sum of masses exp d
  * has not reached top_p of the sum of all; of these those with d >= log_min_p. Masses are integers, so
  * that no order of adding matters: floor(2^(31 - o) 2^s), where o is -d log2(e) with 22 bits of its
- * fraction and s = 31 - bits of V (auxkern/ops/mass.py). The token is the id with the largest
+ * fraction and s = 31 - bits of V (auxkern/core/mass.py). The token is the id with the largest
  * d - log(-log1p(-u)), the lowest among equals, where u = (bits + 0.5) 2^-32 and the bits are word
  * id % 4 of Philox4x32-10 of counter (id / 4, 0, position low, position high) and key (seed low, seed
  * high). With temperature 0 it is the id with the largest z, and no filter applies. */

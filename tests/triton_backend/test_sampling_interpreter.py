@@ -17,7 +17,7 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sample, SamplingParams, Sparse
-from auxkern.ops import mass
+from auxkern.core import mass
 
 triton = pytest.importorskip("triton")
 

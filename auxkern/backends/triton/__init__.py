@@ -14,8 +14,8 @@ import triton
 from torch import Tensor
 
 from auxkern.backends.triton import head_plans, plans, sampling_plans
+from auxkern.core.loss import RowSlopes, RowSums
 from auxkern.ops.registry import Draws, HeadGradients, HeadRows, Rows
-from auxkern.ops.rows import RowSlopes, RowSums
 
 _OLDEST = (3, 6)
 

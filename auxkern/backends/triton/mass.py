@@ -1,4 +1,4 @@
-"""Probability mass in fixed point, bit by bit as ``auxkern/ops/mass.py`` makes it."""
+"""Probability mass in fixed point, bit by bit as ``auxkern/core/mass.py`` makes it."""
 
 # Triton's language is not Python's: kernels have no annotations.
 # mypy: disable-error-code="no-untyped-def"
@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from auxkern.ops import mass
+from auxkern.core import mass
 
 _FRACTION_BITS: tl.constexpr = tl.constexpr(mass.FRACTION_BITS)
 _OCTAVES: tl.constexpr = tl.constexpr(mass.OCTAVES)

@@ -18,7 +18,7 @@ from auxkern.backends.triton.sampling import (
     filter_kernel,
     sum_kernel,
 )
-from auxkern.ops.mass import mass_shift
+from auxkern.core.mass import mass_shift
 from auxkern.ops.registry import Draws, HeadRows
 
 # Ten rounds of Philox for four ids, two logarithms: per id. Comparisons of a radix search: per id.

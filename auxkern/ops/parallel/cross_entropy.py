@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from auxkern.core.loss import RowSlopes, RowSums, row_loss
 from auxkern.ops.derivatives import refuse_second_derivatives
 from auxkern.ops.parallel.share import IGNORED, Share
 from auxkern.ops.parallel.vocabulary import local_ids
 from auxkern.ops.registry import NO_TARGET, Rows
-from auxkern.ops.rows import RowSlopes, RowSums, row_loss
 
 
 class GlobalRows(NamedTuple):

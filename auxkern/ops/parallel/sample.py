@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auxkern.ops.noise import first_largest, gumbel, random_bits
+from auxkern.core.noise import first_largest, gumbel, random_bits
 from auxkern.ops.parallel.vocabulary import VocabularyShard
 from auxkern.ops.registry import ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws
 

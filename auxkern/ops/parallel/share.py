@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.loss import RowSlopes, row_dtype
 from auxkern.ops import head_chunks, head_segments, logit_chunks
 from auxkern.ops.library import loaded
 from auxkern.ops.linear_cross_entropy import head_inputs, segment_inputs
 from auxkern.ops.parallel.vocabulary import VocabularyShard, local_ids, own_entries
 from auxkern.ops.parts import HEAD, HEAD_WITH_BIAS, LOGITS, SPARSE, TENSORS, Part, empty, flat_parts
 from auxkern.ops.registry import Rows
-from auxkern.ops.rows import RowSlopes, row_dtype
 
 IGNORED = -100  # a target that is ignored; those of this rank count from 0
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from auxkern.ops.groups import process_group_of
+from auxkern.core.terms import Head, Logits, Sparse, Term, as_terms
 from auxkern.ops.parallel.agreement import agreed
-from auxkern.terms import Head, Logits, Sparse, Term, as_terms
+from auxkern.ops.parallel.groups import process_group_of
 
 _Call = TypeVar("_Call")
 _Checked = TypeVar("_Checked")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from auxkern.terms import Head, Sparse, Term, as_number
+from auxkern.core.terms import Head, Sparse, Term, as_number
 
 
 def tensors_of(terms: Sequence[Term]) -> list[Tensor]:
