@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from auxkern import nn
+    from auxkern.backends.choice import Explanation, explain
     from auxkern.core.memory import GradientMemory
     from auxkern.core.terms import Head, Logits, Sparse
     from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
     from auxkern.ops.parallel.vocabulary import VocabularyShard
-    from auxkern.ops.registry import Explanation, explain
     from auxkern.ops.sample import Sample, sample
     from auxkern.ops.sampling_params import SamplingParams
 
@@ -42,7 +42,7 @@ __all__ = [
 # torch takes seconds to import, and a command that prints its usage, or is interrupted, needs none of it.
 _MODULES = {
     "CrossEntropyStats": "ops.cross_entropy",
-    "Explanation": "ops.registry",
+    "Explanation": "backends.choice",
     "GradientMemory": "core.memory",
     "Head": "core.terms",
     "Logits": "core.terms",
@@ -51,7 +51,7 @@ _MODULES = {
     "Sparse": "core.terms",
     "VocabularyShard": "ops.parallel.vocabulary",
     "cross_entropy": "ops.cross_entropy",
-    "explain": "ops.registry",
+    "explain": "backends.choice",
     "sample": "ops.sample",
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import auxkern
-from auxkern.ops import registry
+from auxkern.backends import choice
 
 _PACKAGES = ("triton", "transformers", "safetensors", "numpy", "liger-kernel", "cut-cross-entropy")
 
@@ -52,16 +52,16 @@ def describe() -> str:
     lines += [
         f"{device} {torch.cuda.get_device_name(device)}" for device in _devices() if device.type == "cuda"
     ]
-    reason = registry.refusal("cpu", torch.device("cpu"), (torch.float32,))
+    reason = choice.refusal("cpu", torch.device("cpu"), (torch.float32,))
     if reason is None:
-        native = registry.load("cpu")
+        native = choice.load("cpu")
         lines.append(f"native kernels: {native.isa}, {native.threading}, {native.path}")
     else:
         lines.append(f"native kernels: {reason}")
     lines.append("")
     for device in _devices():
         for dtypes in ((torch.float32,), (torch.float16, torch.float32), (torch.float64,)):
-            lines.append(str(registry.explain(device, *dtypes)))
+            lines.append(str(choice.explain(device, *dtypes)))
     return "\n".join(lines)
 
 

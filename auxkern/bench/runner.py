@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from auxkern.backends import choice
 from auxkern.bench import memory
 from auxkern.bench.cases import DTYPES, Case
 from auxkern.bench.machine import OtherWork
 from auxkern.bench.operators import Implementation, Operator
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, clock_for, measure_in_turns
-from auxkern.ops import registry
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def backends_for(
     if asked is not None:
         names = list(dict.fromkeys(asked))
         for name in names:
-            registry.choose(name, device, (dtype,))
-            if not hasattr(registry.load(name), kernel):
+            choice.choose(name, device, (dtype,))
+            if not hasattr(choice.load(name), kernel):
                 raise RuntimeError(f"backend {name!r} has no kernel for this operator")
         return names, []
-    reasons = {name: registry.refusal(name, device, (dtype,)) for name in registry.BACKENDS}
+    reasons = {name: choice.refusal(name, device, (dtype,)) for name in choice.BACKENDS}
     for name, reason in reasons.items():
-        if reason is None and not hasattr(registry.load(name), kernel):
+        if reason is None and not hasattr(choice.load(name), kernel):
             reasons[name] = "it has no kernel for this operator"
     fast = [name for name, reason in reasons.items() if reason is None and name != "reference"]
     if device.type == "cpu" and "triton" in fast:

@@ -17,7 +17,7 @@ import auxkern
 from auxkern.bench.cases import DTYPES, FILTERS, TEMPERATURE, Case, Filters
 from auxkern.bench.operators import Errors, Floor, Implementation, reading
 from auxkern.bench.peers import compiled_peers, is_installed
-from auxkern.core.noise import gumbel, random_bits
+from auxkern.core.draws import gumbel, random_bits
 
 _CHUNK_ELEMENTS = 2**21  # of a term, taken to float64 or to the reference at a time
 _CHECKED_TOKENS, _MOST_DRAWS = 1024, 16  # of a peer, whose draws differ from call to call

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,28 @@ class Logits:
     def tensors(self) -> dict[str, Tensor]:
         """Name and tensor of every input."""
         return {"values": self.values}
+
+    def as_rows(self, index: int = 0) -> Logits:
+        """The same logits as (outer, inner, V) without a copy: row n is [n // inner, n % inner].
+
+        Args:
+            index: of the term in its sum, for the message.
+
+        Raises:
+            ValueError: no strides of three dimensions describe them.
+        """
+        if self.values.dim() == 2:
+            return like(self, values=self.values[None])
+        return like(self, values=_strided_rows(f"terms[{index}].values", self.values))
+
+    def rows(self, rows: slice | Tensor) -> Logits:
+        """Some rows of ``as_rows()``: a view for a range where there is one outer index."""
+        values = self.values
+        if values.shape[0] == 1:
+            return like(self, values=values[:, rows], scale=_of_rows(self.scale, rows))
+        n = torch.arange(values.shape[0] * values.shape[1], device=values.device)[rows]
+        chosen = values[n // values.shape[1], n % values.shape[1]][None]
+        return like(self, values=chosen, scale=_of_rows(self.scale, rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +148,14 @@ class Head:
         inputs = {"hidden": self.hidden, "weight": self.weight}
         return inputs if self.bias is None else {**inputs, "bias": self.bias}
 
+    def as_rows(self, index: int = 0) -> Head:
+        """The same head of (N, D) hidden states."""
+        return self if self.hidden.dim() == 2 else like(self, hidden=_flat(self.hidden))
+
+    def rows(self, rows: slice | Tensor) -> Head:
+        """Some rows of ``as_rows()``."""
+        return like(self, hidden=self.hidden[rows], scale=_of_rows(self.scale, rows))
+
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
@@ -164,8 +194,28 @@ class Sparse:
         """Name and tensor of every input."""
         return {"ids": self.ids, "values": self.values}
 
+    def as_rows(self, index: int = 0) -> Sparse:
+        """The same entries as (N, K)."""
+        if self.ids.dim() == 2:
+            return self
+        return like(self, ids=_flat(self.ids), values=_flat(self.values))
+
+    def rows(self, rows: slice | Tensor) -> Sparse:
+        """Some rows of ``as_rows()``."""
+        return like(self, ids=self.ids[rows], values=self.values[rows])
+
 
 Term: TypeAlias = Logits | Head | Sparse
+_Kind = TypeVar("_Kind", bound="Logits | Head | Sparse")
+
+
+def is_dtensor(terms: Any) -> bool:
+    """Whether a tensor of these terms is a ``DTensor``; without importing those, which takes a second."""
+    listed = terms if isinstance(terms, (list, tuple)) else [terms]
+    tensors = [
+        x for t in listed for x in ([t] if isinstance(t, Tensor) else getattr(t, "tensors", {}).values())
+    ]
+    return any(type(tensor).__name__ == "DTensor" for tensor in tensors)
 
 
 def softcapped(z: Tensor, softcap: float | None) -> Tensor:
@@ -181,22 +231,58 @@ def as_number(value: Any) -> Any:
 
 
 def rows_of(term: Term, rows: Tensor) -> Term:
-    """The same term for some rows.
+    """The same term for some rows, of one leading dimension.
 
     Args:
         term: of rows (...).
         rows: (R,) int64 indices into the rows, flattened.
     """
-
-    def chosen(tensor: Tensor) -> Tensor:
-        return tensor.flatten(0, -2)[rows]
-
-    if isinstance(term, Sparse):
-        return Sparse(chosen(term.ids), chosen(term.values))
-    scale = term.scale.flatten()[rows] if isinstance(term.scale, Tensor) else term.scale
     if isinstance(term, Logits):
-        return Logits(chosen(term.values), scale, term.softcap)
-    return Head(chosen(term.hidden), term.weight, term.bias, scale, term.softcap)
+        return like(term, values=term.values.flatten(0, -2)[rows], scale=_of_rows(term.scale, rows))
+    return term.as_rows().rows(rows)
+
+
+def unchecked(kind: type[_Kind], **fields: Any) -> _Kind:
+    """A term of fields that fit each other, which are not looked at again."""
+    term = object.__new__(kind)
+    term.__dict__.update(fields)
+    return term
+
+
+def like(term: _Kind, **fields: Any) -> _Kind:
+    """The same term but for these fields, which fit the others."""
+    return unchecked(type(term), **{**term.__dict__, **fields})
+
+
+def _of_rows(scale: float | Tensor, rows: slice | Tensor) -> float | Tensor:
+    return scale.flatten()[rows] if isinstance(scale, Tensor) else scale
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _strided_rows(name: str, values: Tensor) -> Tensor:
+    """(..., V) as (outer, inner, V) without a copy."""
+    groups: list[tuple[int, int]] = []
+    for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        else:
+            groups.append((size, stride))
+    if len(groups) > 2:
+        raise ValueError(
+            f"{name} of shape {tuple(values.shape)} and strides {tuple(values.stride())} "
+            "cannot be read as rows without a copy; pass values.contiguous()"
+        )
+    while len(groups) < 2:
+        groups.insert(0, (1, 0))
+    (outer, outer_stride), (inner, inner_stride) = groups
+    return values.as_strided(
+        (outer, inner, values.shape[-1]), (outer_stride, inner_stride, values.stride(-1))
+    )
 
 
 def _float_tensor(name: str, tensor: Any, shape: str, dimensions: int) -> None:

@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from auxkern.nn import FrozenEmbedding, FrozenLinear
-from auxkern.ops.attention import attention, kernel_refusal
-from auxkern.ops.linear import kernel_for
+from auxkern.ops.attention import attention, attention_refusal
+from auxkern.ops.linear import linear_refusal
 
 ATTENTION = "auxkern"  # its name among transformers' attention functions
 _UNKNOWN = ("position_bias", "cache", "softcap")  # what the kernel would have to know of
@@ -21,7 +21,7 @@ _UNKNOWN = ("position_bias", "cache", "softcap")  # what the kernel would have t
 def native_refusal() -> str | None:
     """Why a model runs on this machine's CPU as it is; None if ``use_native_kernels`` makes it faster."""
     x = torch.empty(1, 1, dtype=torch.float32, device="cpu")
-    return None if kernel_for(x, x) is not None else "there are no native kernels for AVX2 or AVX-512 here"
+    return None if linear_refusal(x, x) is None else "there are no native kernels for AVX2 or AVX-512 here"
 
 
 def use_native_kernels(module: nn.Module) -> nn.Module:
@@ -93,7 +93,7 @@ def _attention(
         and dropout == 0.0
         and all(options.get(name) is None for name in _UNKNOWN)
         and (attention_mask is not None or T == 1 or (causal and T == P))
-        and kernel_refusal(query, key, value, attention_mask) is None
+        and attention_refusal(query, key, value, attention_mask) is None
     )
     if taken:
         scale = D**-0.5 if scaling is None else scaling

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from auxkern.ops import registry
-from auxkern.ops.derivatives import is_differentiated
-from auxkern.ops.torch_ops import implements
+from auxkern.backends.choice import choose
+from auxkern.ops.torch_ops import is_differentiated, operator
 
 
 def attention(
@@ -48,10 +45,7 @@ def attention(
             "attention makes no derivatives, but one of query, key and value asks for them; call it "
             "under torch.no_grad(), or torch.nn.functional.scaled_dot_product_attention instead"
         )
-    if not torch.compiler.is_compiling():
-        return _attention(query, key, value, mask, scale, backend or "")
-    found: Tensor = torch.ops.auxkern.attention(query, key, value, mask, scale, backend or "")
-    return found
+    return _attention(query, key, value, mask, scale, backend or "")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
@@ -77,34 +71,29 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         )
 
 
-def kernel_refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+def attention_refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
     """Why ``attention`` would leave these to torch; None if a native kernel takes them."""
-    _, reason = _kernel(query, key, value, mask, None)
-    return reason
+    return choose(None, query.device, (query.dtype, key.dtype)).attention_refusal(query, key, value, mask)
 
 
-def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: str | None
-) -> tuple[Any, str | None]:
-    kernel = registry.load(registry.choose(backend, query.device, (query.dtype, key.dtype)))
-    if not hasattr(kernel, "attention"):
-        return kernel, "it has no kernel for attention"
-    return kernel, kernel.attention_refusal(query, key, value, mask)
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: str
+) -> Tensor:
+    B, H, T, D = query.shape
+    return query.new_empty((B, T, H, D))
 
 
-torch.library.define(
-    "auxkern::attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str backend) -> Tensor",
+@operator(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str backend) -> Tensor",
+    _fake,
 )
-
-
-@implements("auxkern::attention")
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: str
 ) -> Tensor:
-    kernel, reason = _kernel(query, key, value, mask, backend or None)
+    kernel = choose(backend or None, query.device, (query.dtype, key.dtype))
+    reason = kernel.attention_refusal(query, key, value, mask)
     if reason is None:
-        out = _empty(query)
+        out = _fake(query, key, value, mask, scale, backend)
         kernel.attention(query, key, value, mask, scale, out)
         return out
     if backend not in ("", "reference"):
@@ -116,15 +105,3 @@ def _attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return z.transpose(1, 2).contiguous()
-
-
-@torch.library.register_fake("auxkern::attention")
-def _attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: str
-) -> Tensor:
-    return _empty(query)
-
-
-def _empty(query: Tensor) -> Tensor:
-    B, H, T, D = query.shape
-    return query.new_empty((B, T, H, D))

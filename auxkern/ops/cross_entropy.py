@@ -9,20 +9,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.core.checks import check_sparse_terms, checked_vocabulary, one_device, tensors_of
-from auxkern.core.loss import gradient_coefficients, row_dtype, row_loss
+from auxkern.backends.choice import backend_of
+from auxkern.core.loss import Loss
 from auxkern.core.memory import GradientMemory
-from auxkern.core.terms import INTEGER_DTYPES, Sparse, Term, as_number, as_terms
-from auxkern.ops import registry
-from auxkern.ops.dense_rows import dense_rows
-from auxkern.ops.derivatives import is_transformed, refuse_second_derivatives, refuse_transforms
-from auxkern.ops.library import check_target_range
-from auxkern.ops.linear_cross_entropy import linear_rows
+from auxkern.core.sums import (
+    check_sparse_terms,
+    checked_vocabulary,
+    layout_of,
+    one_device,
+    row_dtype,
+    tensors_of,
+)
+from auxkern.core.terms import INTEGER_DTYPES, Head, Term, as_number, as_terms, is_dtensor
+from auxkern.ops.dense import dense_rows
 from auxkern.ops.parallel.agreement import fingerprint
-from auxkern.ops.parallel.cross_entropy import Formula, rows_over_ranks
+from auxkern.ops.parallel.cross_entropy import rows_over_ranks
 from auxkern.ops.parallel.share import Share
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
-from auxkern.ops.parts import LOGITS, flat_inputs
+from auxkern.ops.torch_ops import Expected, check_target_range, is_transformed, loss_rows, refuse_transforms
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -143,7 +147,9 @@ def cross_entropy(
     """
     ignore_index, label_smoothing, z_loss = map(_number, (ignore_index, label_smoothing, z_loss))
     shift, vocab_size, chunk_rows, normalizer = map(_number, (shift, vocab_size, chunk_rows, normalizer))
-    group = group_of(process_group, terms)
+    group = None
+    if process_group is not None or is_dtensor(terms):
+        group = group_of(process_group, terms)
 
     def checked(terms: list[Term], vocab_size: int | None) -> _Problem:
         given = (*tensors_of(terms), target, token_weight, normalizer)
@@ -155,20 +161,21 @@ def cross_entropy(
         problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
         return problem._replace(transformed=transformed)
 
-    options = (ignore_index, label_smoothing, z_loss, return_stats)
+    asked = Loss(ignore_index, label_smoothing, z_loss, return_stats)
     if group is None:
         problem = checked(as_terms(terms), vocab_size)
         weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
+        rows: tuple[Tensor, ...]
         if problem.transformed:
-            found = dense_rows(problem.terms, problem.target, vocab_size, options)
+            rows = dense_rows(problem.terms, problem.target, vocab_size, asked)
         else:
-            expected = _expected_gradient(problem, weight, denominator, reduction)
-            found = _rows(problem, expected, options, chunk_rows, gradient_memory)
-        row, nll, lse, argmax, term_nll = found
+            gradient = _expected_gradient(problem, weight, denominator, reduction)
+            expected = None if gradient is None else Expected(gradient, gradient_memory)
+            call = (asked, chunk_rows, problem.vocab_size, problem.backend)
+            rows = loss_rows(problem.terms, problem.target, expected, *call)
     else:
-        named = zip(("ignore_index", "label_smoothing", "z_loss", "return_stats"), options, strict=True)
         facts = {
-            **dict(named),
+            **vars(asked),
             "reduction": reduction,
             "shift": shift,
             "normalizer": type(normalizer).__name__,
@@ -176,13 +183,9 @@ def cross_entropy(
         cut = CutVocabulary(group, process_group, vocab_size)
         problem, shard, V = _agreed(cut, terms, checked, facts, ignore_index)
         weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-        tensors, kinds, scales, softcaps = flat_inputs(problem.terms)
-        used = shard.used_sizes(V)[shard.rank]
-        share = Share(kinds, scales, softcaps, shard, used, chunk_rows, problem.backend)
-        formula = Formula(label_smoothing, z_loss, return_stats, V)
-        row, nll, lse, argmax, term_nll = rows_over_ranks(
-            share, tensors, problem.target, ignore_index, formula
-        )
+        share = Share(layout_of(problem.terms), shard, V, chunk_rows, problem.backend)
+        rows = rows_over_ranks(share, tensors_of(problem.terms), problem.target, asked)
+    row, nll, lse, argmax, term_nll = rows
     loss = row if weight is None else row * weight
     if reduction == "none":
         loss = loss.view(problem.shape)
@@ -323,18 +326,16 @@ def _check(
         token_weight=None if weight is None else weight.reshape(-1),
         shape=shape,
         vocab_size=checked_vocabulary(terms, vocab_size),
-        backend=_chosen(backend, [t for t in tensors_of(terms) if t.is_floating_point()]),
+        backend=_chosen(backend, terms),
     )
 
 
-def _chosen(backend: str | None, values: list[Tensor]) -> str:
+def _chosen(backend: str | None, terms: list[Term]) -> str:
     """The name of the backend to run; under torch.compile the name as asked for, "" for any.
 
     A graph holds no imports: the operators in it choose when they run.
     """
-    if torch.compiler.is_compiling():
-        return backend or ""
-    return registry.choose(backend, values[0].device, tuple(v.dtype for v in values))
+    return backend or "" if torch.compiler.is_compiling() else backend_of(backend, terms).name
 
 
 def _checked_weight(token_weight: Any, target: Tensor, terms: list[Term]) -> Tensor | None:
@@ -358,11 +359,6 @@ def _checked_weight(token_weight: Any, target: Tensor, terms: list[Term]) -> Ten
 def _shifted(rows: Tensor, fill: float) -> Tensor:
     """(..., T): entry t holds entry t + 1, the last holds ``fill``."""
     return torch.cat([rows[..., 1:], torch.full_like(rows[..., :1], fill)], dim=-1)
-
-
-def _vocabulary(values: Sequence[Tensor], vocab_size: int | None) -> int:
-    """V, read off the values where it is used: torch.compile does not carry open sizes to a backward."""
-    return values[0].shape[-1] if vocab_size is None else vocab_size
 
 
 def _weighting(
@@ -398,7 +394,7 @@ def _expected_gradient(
     if (
         reduction == "none"
         or torch.compiler.is_compiling()
-        or (problem.target.device.type != "cpu" and not registry.makes_logits_of_heads(problem.backend))
+        or (problem.target.device.type != "cpu" and not any(isinstance(t, Head) for t in problem.terms))
         or not torch.is_grad_enabled()
         or not any(t.requires_grad for t in tensors)
     ):
@@ -406,163 +402,3 @@ def _expected_gradient(
     one = torch.ones((), dtype=row_dtype(tensors), device=problem.target.device)
     each = (one if denominator is None else one / denominator).detach().expand(problem.target.shape)
     return each if weight is None else each * weight.detach()
-
-
-def _rows(
-    problem: _Problem,
-    expected: Tensor | None,
-    options: tuple[int, float, float, bool],
-    chunk_rows: int | None,
-    memory: GradientMemory | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not.
-
-    ``options`` are ignore_index, label_smoothing, z_loss and want_stats.
-    """
-    tensors, kinds, scales, softcaps = flat_inputs(problem.terms)
-    V, target, backend = problem.vocab_size, problem.target, problem.backend
-    if any(kind != LOGITS for kind in kinds):
-        V = V or next(t.vocabulary for t in problem.terms if not isinstance(t, Sparse))
-        return linear_rows(
-            tensors, kinds, scales, softcaps, target, expected, V, *options, chunk_rows, backend
-        )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        if expected is not None and not registry.makes_gradient_with_forward(backend):
-            expected = None
-        return _CrossEntropyRows.apply(
-            target, expected, scales, softcaps, V, *options, backend, memory, *tensors
-        )
-    ignore_index, label_smoothing, z_loss, want_stats = options
-    formula = (scales, softcaps, _vocabulary(tensors, V), ignore_index)
-    nll, row_max, log_sum, smooth, argmax, term_nll = torch.ops.auxkern.cross_entropy_forward(
-        tensors, target, *formula, label_smoothing > 0, want_stats, backend
-    )
-    lse = row_max + log_sum
-    return row_loss(nll, lse, smooth, label_smoothing, z_loss), nll, lse, argmax, term_nll
-
-
-class _CrossEntropyRows(torch.autograd.Function):
-    """The loss of each row, and its gradient with respect to logits.
-
-    A backend may make the gradient during the forward pass, while a row's logits are still in the
-    cache, for the incoming gradient that is expected. If another one comes, or backward runs a
-    second time, the gradient is computed afresh from the logits: it is never rescaled.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        target: Tensor,
-        expected: Tensor | None,
-        scales: list[float],
-        softcaps: list[float],
-        vocab_size: int | None,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        want_stats: bool,
-        backend: str,
-        memory: GradientMemory | None,
-        *values: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        needed = [i for i in range(len(values)) if ctx.needs_input_grad[len(_SETTINGS) + i]]
-        # Terms that see the same dz share one gradient tensor, as the two sides of a sum do.
-        ctx.sources = {
-            i: next(j for j in needed if _same_gradient(values, scales, softcaps, i, j)) for i in needed
-        }
-        ctx.settings = (scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend)
-        ctx.expected, ctx.ready = expected, None
-        formula = (scales, softcaps, _vocabulary(values, vocab_size), ignore_index)
-        if expected is None:
-            rows = torch.ops.auxkern.cross_entropy_forward(
-                values, target, *formula, label_smoothing > 0, want_stats, backend
-            )
-        else:
-            likes = [values[i] for i in _wanted(ctx)]
-            ctx.ready = [
-                x.new_empty(x.shape) if memory is None else memory.empty(x.shape, x.dtype) for x in likes
-            ]
-            rows = torch.ops.auxkern.cross_entropy_forward_gradient(
-                values,
-                target,
-                expected,
-                *formula,
-                label_smoothing,
-                z_loss,
-                want_stats,
-                _wanted(ctx),
-                ctx.ready,
-                backend,
-            )
-        nll, row_max, log_sum, smooth, argmax, term_nll = rows
-        lse = row_max + log_sum
-        row = row_loss(nll, lse, smooth, label_smoothing, z_loss)
-        if row is nll:
-            row = nll.clone()
-        ctx.save_for_backward(target, nll, row_max, log_sum, *values)
-        ctx.mark_non_differentiable(nll, lse, argmax, term_nll)
-        return row, nll, lse, argmax, term_nll
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        values = saved[4:]
-        with torch.no_grad():
-            gradients, ctx.ready = ctx.ready, None
-            if gradients is not None and not torch.equal(g, ctx.expected):
-                gradients = None  # freed before another one is made
-            if gradients is None:
-                gradients = _logits_gradients(ctx, g, *saved)
-        by_term = dict(zip(_wanted(ctx), gradients, strict=True))
-        found = tuple(by_term[ctx.sources[i]] if i in ctx.sources else None for i in range(len(values)))
-        return (None,) * len(_SETTINGS) + refuse_second_derivatives(found, (g, *values))
-
-
-def _logits_gradients(
-    ctx: Any, g: Tensor, target: Tensor, nll: Tensor, row_max: Tensor, log_sum: Tensor, *values: Tensor
-) -> list[Tensor]:
-    """Gradients of the wanted terms for the incoming gradient g (N,)."""
-    scales, softcaps, vocab_size, ignore_index, label_smoothing, z_loss, backend = ctx.settings
-    V = _vocabulary(values, vocab_size)
-    coefficients = gradient_coefficients(
-        g, nll, row_max, log_sum, target != ignore_index, label_smoothing, z_loss, V
-    )
-    return torch.ops.auxkern.cross_entropy_backward(
-        values, target, row_max, *coefficients, scales, softcaps, V, _wanted(ctx), backend
-    )
-
-
-# The arguments of _CrossEntropyRows.forward before the values.
-_SETTINGS = (
-    "target",
-    "expected",
-    "scales",
-    "softcaps",
-    "vocab_size",
-    "ignore_index",
-    "label_smoothing",
-    "z_loss",
-    "want_stats",
-    "backend",
-    "memory",
-)
-
-
-def _wanted(ctx: Any) -> list[int]:
-    """Indices of the terms whose gradient a backend has to write."""
-    return sorted(set(ctx.sources.values()))
-
-
-def _same_gradient(
-    values: Sequence[Tensor], scales: list[float], softcaps: list[float], i: int, j: int
-) -> bool:
-    """Whether two terms have equal gradients: a softcap's depends on the term's own values.
-
-    Sizes are compared, not hashed: a dictionary key would fix a size that torch.compile left open.
-    """
-    return i == j or (
-        softcaps[i] == softcaps[j] == 0
-        and scales[i] == scales[j]
-        and values[i].dtype == values[j].dtype
-        and values[i].shape[-1] == values[j].shape[-1]
-    )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from auxkern.core.checks import checked_vocabulary, one_device, tensors_of
-from auxkern.core.loss import row_dtype
-from auxkern.core.terms import Head, Logits, Sparse, as_terms, softcapped
-from auxkern.ops import logit_chunks
-from auxkern.ops.derivatives import is_differentiated
-from auxkern.ops.linear import kernel_for, product
-from auxkern.ops.torch_ops import apart_from_autocast
+from auxkern.backends.choice import choose
+from auxkern.backends.chunked import add_head
+from auxkern.core.loss import Loss
+from auxkern.core.sums import checked_vocabulary, one_device, row_dtype, tensors_of, vocabulary_of
+from auxkern.core.terms import Head, Logits, Sparse, Term, as_terms, softcapped
+from auxkern.ops.linear import product
+from auxkern.ops.torch_ops import apart_from_autocast, is_differentiated
 
 
 @apart_from_autocast
@@ -31,8 +32,7 @@ def dense_logits(terms: Any, *, vocab_size: int | None = None) -> Tensor:
     """
     terms = as_terms(terms)
     one_device(terms)
-    V = checked_vocabulary(terms, vocab_size)
-    V = V or next(term.vocabulary for term in terms if not isinstance(term, Sparse))
+    V = vocabulary_of(terms, checked_vocabulary(terms, vocab_size))
     dtype = row_dtype(tensors_of(terms))
     summed = [_scaled(term, V, dtype) for term in terms if not isinstance(term, Sparse)]
     total = summed[0]
@@ -58,5 +58,47 @@ def _products(head: Head, V: int, dtype: torch.dtype) -> Tensor:
         return product(head.hidden.to(dtype), head.weight[:V].to(dtype), bias)
     N = head.leading.numel()
     z = torch.empty((N, V), dtype=dtype, device=head.hidden.device)
-    logit_chunks.add_head(z, head, slice(0, N), V, 1.0, keep=False, kernel=kernel_for(z, head.weight))
+    backend = choose(None, z.device, (z.dtype, head.weight.dtype))
+    add_head(backend, z, head.as_rows(), 1.0, keep=False)
     return z.view(*head.leading, V)
+
+
+def dense_rows(
+    terms: Sequence[Term], target: Tensor, vocab_size: int | None, loss: Loss
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row, nll, lse, argmax and term_nll of (N,) targets from whole logits, by torch's own functions.
+
+    For derivatives that kernels lack: right in every mode of differentiation, of (N, V) memory.
+    """
+    counts = target != loss.ignore_index
+    whole = dense_logits(terms, vocab_size=vocab_size)
+    V = whole.shape[-1]
+    inside = (target >= 0) & (target < V)
+    y = torch.where(counts & inside, target, 0)
+    # Looking at the targets would end a trace: one outside of [0, V) makes its row NaN.
+    spoilt = torch.where(counts & ~inside, torch.nan, 0.0).to(whole.dtype)[:, None]
+
+    def read(z: Tensor) -> Tensor:
+        # A row that is ignored is not read: a NaN there must not reach a derivative.
+        return torch.where(counts[:, None], z.reshape(counts.shape[0], V), 0.0) + spoilt
+
+    def nll_of(z: Tensor) -> Tensor:
+        return torch.where(counts, -z.log_softmax(-1).gather(-1, y[:, None])[:, 0], 0.0)
+
+    z = read(whole)
+    nll, lse = nll_of(z), torch.where(counts, z.logsumexp(-1), 0.0)
+    smooth = torch.where(counts, -z.log_softmax(-1).mean(-1), 0.0) if loss.smooth else nll
+    row = loss.of_rows(nll, lse, smooth)
+    if not loss.stats:
+        none = z.new_empty(0)
+        return row, nll.detach(), lse.detach(), none.long(), none.view(0, 0)
+    argmax = torch.where(counts, z.argmax(-1), -1)
+    alone = [nll_of(read(_alone(term, V, whole))) for term in terms]
+    return row, nll.detach(), lse.detach(), argmax, torch.stack(alone).detach()
+
+
+def _alone(term: Term, V: int, like: Tensor) -> Tensor:
+    """(..., V) logits of a term alone; a sparse one's are 0 but for its ids."""
+    if isinstance(term, Sparse):
+        return torch.zeros_like(like).scatter_add(-1, term.ids.long(), term.values.to(like.dtype))
+    return dense_logits([term], vocab_size=V).to(like.dtype)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.ops import registry
-from auxkern.ops.derivatives import is_differentiated
-from auxkern.ops.torch_ops import apart_from_autocast, implements
+from auxkern.backends.choice import choose
+from auxkern.ops.torch_ops import apart_from_autocast, is_differentiated, operator
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -39,27 +38,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
             raise RuntimeError(f"backend={backend!r} makes no gradients of a linear layer; pass backend=None")
         _check(x, weight, bias)
         return _plain(x, weight, bias)
-    if not torch.compiler.is_compiling():
-        # A text takes hundreds of calls, and torch's dispatcher would cost each half as much again.
-        return _linear(x, weight, bias, backend or "")
-    y: Tensor = torch.ops.auxkern.linear(x, weight, bias, backend or "")
-    return y
+    return _linear(x, weight, bias, backend or "")
 
 
-def kernel_for(x: Tensor, weight: Tensor, backend: str | None = None) -> Any:
-    """A backend with a kernel for ``x @ weight.T`` in float32; None where torch's products are to be used.
-
-    Raises:
-        RuntimeError: the backend asked for by name cannot run.
-    """
-    name = registry.choose(backend, x.device, (x.dtype, weight.dtype))
-    kernel = registry.load(name)
-    if not hasattr(kernel, "linear"):
-        return None
-    reason = kernel.linear_refusal(x, weight)
-    if reason is not None and backend is not None and backend != "reference":
-        raise RuntimeError(f"backend={backend!r} cannot run: {reason}. Pass backend=None")
-    return None if reason is not None else kernel
+def linear_refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why ``linear`` would leave these to torch; None if a kernel takes them."""
+    return choose(None, x.device, (x.dtype, weight.dtype)).linear_refusal(x, weight)
 
 
 class _Product(torch.autograd.Function):
@@ -133,23 +117,22 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device} but x on {x.device}; move it there")
 
 
-torch.library.define("auxkern::linear", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    _check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@implements("auxkern::linear")
+@operator("linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _fake)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check(x, weight, bias)
-    kernel = kernel_for(x, weight, backend or None)
-    if kernel is None:
+    kernel = choose(backend or None, x.device, (x.dtype, weight.dtype))
+    reason = kernel.linear_refusal(x, weight)
+    if reason is not None:
+        if backend not in ("", "reference"):
+            raise RuntimeError(f"backend={backend!r} cannot run: {reason}. Pass backend=None")
         return _plain(x, weight, bias)
     N, K = weight.shape
     rows = x.reshape(-1, K)
     y = x.new_empty((rows.shape[0], N))
     kernel.linear(rows, weight, bias, y, False)
     return y.view(*x.shape[:-1], N)
-
-
-@torch.library.register_fake("auxkern::linear")
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    _check(x, weight, bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))

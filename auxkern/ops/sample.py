@@ -10,23 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.core.checks import check_sparse_ids, checked_vocabulary, one_device, tensors_of
-from auxkern.core.loss import row_dtype
-from auxkern.core.mass import SLACK
-from auxkern.core.terms import INTEGER_DTYPES, Head, Logits, Sparse, Term, as_number, as_terms
-from auxkern.ops import logit_chunks, registry
+from auxkern.backends.choice import backend_of
+from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
+from auxkern.core.sums import (
+    Sum,
+    check_rows,
+    check_sparse_ids,
+    checked_vocabulary,
+    one_device,
+    row_dtype,
+    tensors_of,
+    vocabulary_of,
+)
+from auxkern.core.terms import INTEGER_DTYPES, Logits, Sparse, Term, as_number, as_terms, is_dtensor
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
-from auxkern.ops.derivatives import is_transformed
-from auxkern.ops.library import as_rows
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.sample import drawn_over_ranks
-from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of, with_local_ids
-from auxkern.ops.registry import Draws, HeadRows
+from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of, with_own_entries
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.ops.torch_ops import apart_from_autocast
+from auxkern.ops.torch_ops import apart_from_autocast, is_transformed
 
 _NO_TOKEN = -1
+_PLAIN = SamplingParams()
 _CACHED_IDS = 2**18
 _LEAST = 2.0**-149  # float32's smallest number above 0
 
@@ -112,23 +118,22 @@ def sample(
         RuntimeError: the backend asked for cannot run.
     """
     seed, position, vocab_size, top_logprobs = map(as_number, (seed, position, vocab_size, top_logprobs))
-    params = SamplingParams() if params is None else params
+    params = _PLAIN if params is None else params
     asked = _Asked(params, seed, position, history, prompt, return_logprobs, top_logprobs, backend)
-    group = group_of(process_group, terms)
-    if group is not None:
-        return _over_ranks(terms, asked, CutVocabulary(group, process_group, vocab_size))
+    if process_group is not None or is_dtensor(terms):
+        group = group_of(process_group, terms)
+        if group is not None:
+            return _over_ranks(terms, asked, CutVocabulary(group, process_group, vocab_size))
     terms = as_terms(terms)
     leading = _checked_rows(terms, asked)
-    V = checked_vocabulary(terms, vocab_size)
-    V = V or next(t.vocabulary for t in terms if not isinstance(t, Sparse))
-    draws = _draws(terms, asked, V)
-    token, status, processed = _chunked(_backend(backend, terms), terms, draws, V, return_logprobs)
-    found = Sample(token.view(leading), status.view(leading))
+    V = vocabulary_of(terms, checked_vocabulary(terms, vocab_size))
+    drawn = _drawn(backend, terms, _draws(terms, asked, V), V, return_logprobs)
+    result = Sample(drawn.token.view(leading), drawn.status.view(leading))
     if return_logprobs:
-        found = _with_logprobs(found, terms, V, processed.view(leading))
+        result = _with_logprobs(result, terms, V, drawn.logprob.view(leading))
     if top_logprobs:
-        found = _with_top(found, terms, V, top_logprobs)
-    return found
+        result = _with_top(result, terms, V, top_logprobs)
+    return result
 
 
 @dataclass(frozen=True)
@@ -155,14 +160,7 @@ def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
         )
     if not isinstance(asked.params, SamplingParams):
         raise TypeError(f"params must be auxkern.SamplingParams or None, got {type(asked.params).__name__}")
-    leading = terms[0].leading
-    for index, term in enumerate(terms):
-        if term.leading != leading:
-            raise ValueError(
-                f"terms[{index}] has rows {tuple(term.leading)} but terms[0] has {tuple(leading)}; "
-                "give all terms the same rows"
-            )
-    return leading
+    return check_rows(terms)
 
 
 def _over_ranks(terms: Any, asked: _Asked, cut: CutVocabulary) -> Sample:
@@ -175,44 +173,36 @@ def _over_ranks(terms: Any, asked: _Asked, cut: CutVocabulary) -> Sample:
         return terms, {**facts, "seed": seed}
 
     def within(terms: list[Term], V: int) -> tuple[list[Term], Draws]:
-        _backend(asked.backend, terms)
-        draws = _draws(terms, asked, V)
-        # Sparse terms and scales of rows go into the logits.
-        ids, values = draws.added_ids[:, :0], draws.added[:, :0]
-        return terms, replace(draws, added_ids=ids, added=values, row_scales=[None])
+        backend_of(asked.backend, terms)
+        return terms, _draws(terms, asked, V)
 
     (given, draws), shard, V = cut.agreed(terms, checked, within)
     leading = given[0].leading
-    z = dense_logits(with_local_ids(given, shard), vocab_size=shard.used_sizes(V)[shard.rank])
+    # Sparse terms and scales of rows go into the logits.
+    z = dense_logits(with_own_entries(given, shard), vocab_size=shard.used_sizes(V)[shard.rank])
     z = z.reshape(leading.numel(), z.shape[-1])
     whole: list[Term] = []
     if _is_unfiltered(asked.params) and not asked.top_logprobs and asked.backend is None:
-        token, status, processed = drawn_over_ranks(z, draws, shard, asked.return_logprobs)
+        drawn = drawn_over_ranks(z, draws, shard, asked.return_logprobs)
     else:
         # What acts on all ids needs the logits of all.
         whole = [Logits(shard.whole(z)[:, :V].reshape(*leading, V))]
-        kernel = _backend(asked.backend, whole)
-        token, status, processed = _chunked(kernel, whole, draws, V, asked.return_logprobs)
-    found = Sample(token.view(leading), status.view(leading))
+        drawn = _drawn(asked.backend, whole, draws, V, asked.return_logprobs)
+    result = Sample(drawn.token.view(leading), drawn.status.view(leading))
     if asked.return_logprobs:
-        found = _with_logprobs(found, given, V, processed.view(leading), shard)
+        result = _with_logprobs(result, given, V, drawn.logprob.view(leading), shard)
     if asked.top_logprobs:
-        found = _with_top(found, whole, V, asked.top_logprobs)
-    return found
+        result = _with_top(result, whole, V, asked.top_logprobs)
+    return result
 
 
-def _backend(asked: str | None, terms: Sequence[Term]) -> Any:
-    floats = [t for t in tensors_of(terms) if t.is_floating_point()]
-    name = registry.choose(asked, floats[0].device, tuple(t.dtype for t in floats))
-    kernel = registry.load(name)
-    if hasattr(kernel, "sample"):
-        return kernel
-    if asked is not None:
-        raise RuntimeError(
-            f"backend={asked!r} cannot run: it has no kernel for sampling. Pass backend=None to choose "
-            "one that can"
-        )
-    return registry.load("reference")
+def _drawn(backend: str | None, terms: Sequence[Term], draws: Draws, V: int, want_logprob: bool) -> RowTokens:
+    """A token for each row."""
+    kernel, temperature = backend_of(backend, terms), draws["temperature"]
+    N = temperature.shape[0]
+    if N == 0:
+        return RowTokens(draws.seed, draws.seed.int(), temperature if want_logprob else temperature[:0])
+    return kernel.draw(Sum.of(terms, V), draws, want_logprob)
 
 
 def _per_row(name: str, value: Any, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -282,64 +272,32 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     _check_count(asked.top_logprobs, V)
     params, leading, (_, device) = asked.params, terms[0].leading, one_device(terms)
     N, dtype = leading.numel(), row_dtype(tensors_of(terms))
-
-    def row(name: str, value: Any = None) -> Tensor:
-        return _per_row(name, getattr(params, name) if value is None else value, N, dtype, device)
-
+    for term in terms:
+        if isinstance(term, Sparse):
+            _check_where_seen("Sparse.ids", term.ids, V)
+        elif isinstance(term.scale, Tensor):
+            _per_row("scale", term.scale, N, dtype, device)
     bias_ids, bias = _bias(params, N, V, dtype, device)
-    sparse = [t for t in terms if isinstance(t, Sparse)]
-    ids = [_row_ids("Sparse.ids", t.ids, leading, device) for t in sparse]
-    for listed in ids:
-        _check_where_seen("Sparse.ids", listed, V)
-    scales = [getattr(t, "scale", None) for t in terms if not isinstance(t, Sparse)]
     return Draws(
-        temperature=row("temperature"),
-        top_k=_per_row("top_k", _kept_count(params.top_k, V), N, torch.int64, device),
-        top_p=_per_row("top_p", _reached_share(params.top_p), N, torch.float64, device),
-        log_min_p=_per_row("min_p", _least_distance(params.min_p), N, dtype, device),
-        repetition=row("repetition_penalty"),
-        presence=row("presence_penalty"),
-        frequency=row("frequency_penalty"),
+        numbers={
+            number.name: _per_row(
+                number.param, number.taken(getattr(params, number.param), V), N, number.dtype or dtype, device
+            )
+            for number in ROW_NUMBERS
+        },
         seed=_integers("seed", asked.seed, N, device, each=True),
         position=_integers("position", asked.position, N, device),
         prompt=_row_ids("prompt", asked.prompt, leading, device),
         history=_row_ids("history", asked.history, leading, device),
-        added_ids=torch.cat([_row_ids("", None, leading, device), *ids], 1),
-        added=torch.cat([row("temperature")[:, None][:, :0], *(_values(t, N, dtype) for t in sparse)], 1),
         bias_ids=bias_ids,
         bias=bias,
-        row_scales=[row("scale", s) if isinstance(s, Tensor) else None for s in scales],
         plain=params.is_plain,
     )
-
-
-def _kept_count(top_k: int | Tensor, V: int) -> int | Tensor:
-    """From 1 on; V or more where all are kept."""
-    if isinstance(top_k, Tensor):
-        return torch.where(top_k <= 0, V, top_k.long())
-    return V if top_k <= 0 else min(top_k, V)
-
-
-def _reached_share(top_p: float | Tensor) -> float | Tensor:
-    if isinstance(top_p, Tensor):
-        return torch.where(top_p < 1, top_p.double() - SLACK, 1.0)
-    return top_p - SLACK if top_p < 1 else 1.0
-
-
-def _least_distance(min_p: float | Tensor) -> float | Tensor:
-    """log(min_p), less the slack of a ratio of two probabilities, which is twice that of one."""
-    if isinstance(min_p, Tensor):
-        return min_p.double().log() - 2 * SLACK
-    return math.log(min_p) - 2 * SLACK if min_p else -math.inf
 
 
 def _check_count(top_logprobs: Any, V: int) -> None:
     if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= V:
         raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to V = {V}")
-
-
-def _values(term: Sparse, N: int, dtype: torch.dtype) -> Tensor:
-    return term.values.reshape(N, term.values.shape[-1]).to(dtype)
 
 
 def _check_where_seen(name: str, ids: Tensor, V: int) -> None:
@@ -355,7 +313,7 @@ def _bias(
     if isinstance(bias, Sparse):
         ids = _row_ids("logit_bias.ids", bias.ids, torch.Size((N,)), device)
         _check_where_seen("logit_bias.ids", ids, V)
-        return ids, _values(bias, N, dtype)
+        return ids, bias.values.reshape(N, bias.values.shape[-1]).to(dtype).contiguous()
     listed = dict(bias or {})
     if not listed:
         return _row_ids("", None, torch.Size((N,)), device), torch.empty((N, 0), dtype=dtype, device=device)
@@ -367,102 +325,26 @@ def _bias(
     return ids, torch.tensor(list(listed.values()), dtype=dtype, device=device).expand(N, -1).contiguous()
 
 
-def _chunked(
-    kernel: Any, terms: Sequence[Term], draws: Draws, V: int, want_logprob: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, statuses and log-probabilities; heads' logits exist for a chunk of rows at a time."""
-    summed = [t for t in terms if not isinstance(t, Sparse)]
-    N = draws.temperature.shape[0]
-    if N == 0:
-        return draws.seed, draws.seed.int(), draws.temperature if want_logprob else draws.temperature[:0]
-    taken = _heads_taken(kernel, summed, draws)
-    if taken:
-        found: tuple[Tensor, Tensor, Tensor] = kernel.sample_heads(taken, V, draws, want_logprob)
-        return found
-    heads = any(isinstance(t, Head) for t in summed)
-    C = logit_chunks.default_chunk_rows(V, draws.seed.device) if heads else N
-    parts = []
-    for n in range(0, N, C):
-        rows = slice(n, min(n + C, N))
-        values, scales, softcaps, row_scales = _chunk(kernel, summed, draws, rows, V)
-        part = _rows_of(draws, rows, row_scales)
-        parts.append(kernel.sample(values, scales, softcaps, V, part, want_logprob))
-    token, status, logprob = (torch.cat(part) for part in zip(*parts, strict=True))
-    return token, status, logprob
-
-
-def _heads_taken(kernel: Any, terms: Sequence[Logits | Head], draws: Draws) -> list[HeadRows]:
-    """The heads for a backend that draws from them itself; none if it does not take this sum."""
-    if not hasattr(kernel, "sample_heads") or any(scale is not None for scale in draws.row_scales):
-        return []
-    heads = []
-    for term in terms:
-        if isinstance(term, Logits) or isinstance(term.scale, Tensor):
-            return []
-        hidden = term.hidden.reshape(term.leading.numel(), term.hidden.shape[-1])
-        heads.append(HeadRows(hidden, term.weight, term.bias, term.scale, term.softcap or 0.0))
-    return [] if kernel.heads_refusal(heads) else heads
-
-
-def _rows_of(draws: Draws, rows: slice, row_scales: list[Tensor | None]) -> Draws:
-    fields = {name: value[rows] for name, value in vars(draws).items() if isinstance(value, Tensor)}
-    return Draws(**fields, row_scales=row_scales, plain=draws.plain)
-
-
-def _chunk(
-    kernel: Any, terms: Sequence[Logits | Head], draws: Draws, rows: slice, V: int
-) -> tuple[list[Tensor], list[float], list[float], list[Tensor | None]]:
-    """What a kernel takes for some rows: logits as they are, heads that simply add up as one buffer."""
-    values: list[Tensor] = []
-    scales: list[float] = []
-    softcaps: list[float] = []
-    row_scales: list[Tensor | None] = []
-    shared: Tensor | None = None
-    dtype = draws.temperature.dtype
-    for index, (term, row_scale) in enumerate(zip(terms, draws.row_scales, strict=True)):
-        scale = 1.0 if isinstance(term.scale, Tensor) else term.scale
-        here = None if row_scale is None else row_scale[rows].contiguous()
-        if isinstance(term, Logits):
-            chunk = logit_chunks.rows_of_logits(as_rows(index, term.values), rows)
-        elif here is None and not term.softcap and shared is not None:
-            logit_chunks.add_head(shared, term, rows, V, scale, keep=True, kernel=kernel)
-            continue
-        else:
-            z = torch.empty((rows.stop - rows.start, V), dtype=dtype, device=draws.seed.device)
-            alone = here is not None or bool(term.softcap)
-            logit_chunks.add_head(z, term, rows, V, 1.0 if alone else scale, keep=False, kernel=kernel)
-            scale = scale if alone else 1.0
-            chunk = z[None]
-            shared = shared if alone else z
-        values.append(chunk)
-        scales.append(scale)
-        softcaps.append(term.softcap or 0.0)
-        row_scales.append(here)
-    return values, scales, softcaps, row_scales
-
-
 def _is_unfiltered(params: SamplingParams) -> bool:
     """Whether it is known, without a look at a tensor, that temperature is all that acts on a row."""
-    acts = ((params.repetition_penalty, 1.0), (params.presence_penalty, 0.0), (params.frequency_penalty, 0.0))
-    penalised = any(isinstance(value, Tensor) or value != off for value, off in acts)
-    return params.is_plain and not penalised and not params.logit_bias
+    return params.is_plain and not params.penalises and not params.logit_bias
 
 
 def _with_logprobs(
-    found: Sample, terms: Sequence[Term], V: int, processed: Tensor, shard: VocabularyShard | None = None
+    result: Sample, terms: Sequence[Term], V: int, processed: Tensor, shard: VocabularyShard | None = None
 ) -> Sample:
     _, stats = cross_entropy(
         [_scaled(t) for t in terms],
-        found.tokens,
+        result.tokens,
         ignore_index=_NO_TOKEN,
         reduction="none",
         vocab_size=V,
         return_stats=True,
         process_group=shard,
     )
-    missing = found.tokens == _NO_TOKEN
+    missing = result.tokens == _NO_TOKEN
     logprob, each = (torch.where(missing, torch.nan, -nll) for nll in (stats.nll, stats.term_nll))
-    return replace(found, logprob=logprob, processed_logprob=processed, term_logprobs=each)
+    return replace(result, logprob=logprob, processed_logprob=processed, term_logprobs=each)
 
 
 def _scaled(term: Term) -> Term:
@@ -472,13 +354,13 @@ def _scaled(term: Term) -> Term:
     return Logits(dense_logits([term]))
 
 
-def _with_top(found: Sample, terms: Sequence[Term], V: int, count: int) -> Sample:
+def _with_top(result: Sample, terms: Sequence[Term], V: int, count: int) -> Sample:
     z = dense_logits(terms, vocab_size=V)
     rows = z.reshape(-1, V)
     # On a CPU a few rows at a time, whose intermediates stay in the cache.
     size = max(1, _CACHED_IDS // V) if z.device.type == "cpu" else max(1, len(rows))
     ids = torch.cat([_largest(chunk, count) for chunk in rows.split(size)]).view(*z.shape[:-1], count)
-    return replace(found, top_ids=ids, top_logprobs=z.log_softmax(-1).gather(-1, ids))
+    return replace(result, top_ids=ids, top_logprobs=z.log_softmax(-1).gather(-1, ids))
 
 
 def _largest(z: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.draws import ROW_NUMBERS, RowNumber
 from auxkern.core.terms import INTEGER_DTYPES, Sparse, as_number
 from auxkern.ops.generation_config import settings_of
 
@@ -62,13 +63,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, as_number(getattr(self, field.name)))
-        self._check("temperature", 0.0, math.inf, closed=(True, False))
-        self._check("top_k", -1, math.inf, integer=True)
-        self._check("top_p", 0.0, 1.0)
-        self._check("min_p", 0.0, 1.0)
-        self._check("repetition_penalty", 0.0, math.inf, closed=(False, False))
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, -math.inf, math.inf, closed=(False, False))
+        for number in ROW_NUMBERS:
+            self._check(number)
         self._check_bias()
 
     @classmethod
@@ -91,34 +87,39 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Whether no filter acts on a row; numbers in tensors are not looked at, and may be filters."""
-        filters = ((self.top_k, (0, -1)), (self.top_p, (1,)), (self.min_p, (0,)))
         greedy = not isinstance(self.temperature, Tensor) and self.temperature == 0
-        return greedy or all(not isinstance(value, Tensor) and value in off for value, off in filters)
+        return greedy or not any(self._acts(number) for number in ROW_NUMBERS if number.filters)
 
-    def _check(
-        self,
-        name: str,
-        low: float,
-        high: float,
-        *,
-        closed: tuple[bool, bool] = (True, True),
-        integer: bool = False,
-    ) -> None:
-        value = getattr(self, name)
+    @property
+    def penalises(self) -> bool:
+        """Whether a penalty acts on a row; numbers in tensors are not looked at, and may be penalties."""
+        return any(self._acts(number) for number in ROW_NUMBERS if number.penalises)
+
+    def _acts(self, number: RowNumber) -> bool:
+        value = getattr(self, number.param)
+        return isinstance(value, Tensor) or value not in number.off
+
+    def _check(self, number: RowNumber) -> None:
+        name, low, high, closed = number.param, number.low, number.high, number.closed
+        value, integer = getattr(self, name), number.dtype == torch.int64
         allowed = f"{'[' if closed[0] else '('}{low}, {high}{']' if closed[1] else ')'}"
         if isinstance(value, Tensor):
             self._check_tensor(name, value, integer)
             if value.device.type != "cpu" or value.numel() == 0:
                 return
-            worst = value[~_inside(value, low, high, closed)]
+            outside = (value < low if closed[0] else value <= low) | (
+                value > high if closed[1] else value >= high
+            )
+            worst = value[outside | value.isnan()]
             if worst.numel():
                 raise ValueError(f"{name} holds {worst[0].item()}; it must lie in {allowed}")
             return
-        kinds = (int,) if integer else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
             kind = "an int" if integer else "a number"
             raise TypeError(f"{name} must be {kind} or a tensor (N,), got {type(value).__name__}")
-        if not bool(_inside(torch.tensor(float(value), dtype=torch.float64), low, high, closed)):
+        size = float(value)
+        above = size >= low if closed[0] else size > low
+        if not (above and (size <= high if closed[1] else size < high)):
             raise ValueError(f"{name} is {value}; it must lie in {allowed}")
 
     def _check_tensor(self, name: str, value: Tensor, integer: bool) -> None:
@@ -150,9 +151,3 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value < math.inf:
                 raise ValueError(f"logit_bias[{token}] is {value!r}; it must be a number below infinity")
         object.__setattr__(self, "logit_bias", listed)
-
-
-def _inside(value: Tensor, low: float, high: float, closed: tuple[bool, bool]) -> Tensor:
-    above = value >= low if closed[0] else value > low
-    below = value <= high if closed[1] else value < high
-    return above & below

@@ -1,13 +1,32 @@
-"""How a function becomes a ``torch.library`` operator: apart from autocast, without a derivative."""
+"""Between operators and torch: how one is declared, autocast, derivatives, the loss's Function."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from auxkern.backends.choice import choose
+from auxkern.core.backend import Backend
+from auxkern.core.loss import Loss, RowLosses, RowSlopes, RowSums
+from auxkern.core.memory import GradientMemory
+from auxkern.core.sums import (
+    Layout,
+    Sum,
+    check_sparse_terms,
+    empty,
+    layout_of,
+    row_dtype,
+    tensors_of,
+    vocabulary_of,
+)
+from auxkern.core.terms import Term
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -27,23 +46,58 @@ def apart_from_autocast(function: _Function) -> _Function:
     return apart  # type: ignore[return-value]
 
 
-def implements(name: str) -> Callable[[_Function], _Function]:
-    """Registers a function as the ``torch.library`` operator ``name``, on every device.
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Makes a function the ``torch.library`` operator of a schema, on every device.
 
     A kernel runs under the autocast of whoever calls the operator, which would round the products in it;
     so it is put apart. Autograd Functions call operators with gradients off. Where one is reached with
     gradients on, as by ``torch.func.grad`` in compiled code, torch would take its results for constants:
     to ask for a derivative there is an error.
+
+    What comes back calls the operator where a graph, a mode, a subclass of tensors or the profiler has to see
+    it, and else the function itself: torch's dispatcher would cost a small call half as much again.
+
+    Args:
+        schema: name, arguments and results, without the namespace.
+        fake: makes results without memory from the same arguments.
     """
 
-    def register(function: _Function) -> _Function:
+    def declare(function: _Function) -> _Function:
+        name, parenthesis, rest = schema.partition("(")
+        qualified = f"auxkern::{name}"
+        torch.library.define(qualified, parenthesis + rest)
         apart = apart_from_autocast(function)
-        torch.library.impl(name, "default")(apart)
-        if not getattr(torch.ops.auxkern, name.removeprefix("auxkern::")).default._schema.is_mutable:
-            torch.library.register_autograd(name, functools.partial(_refuse, name))
-        return apart
+        torch.library.impl(qualified, "default")(apart)
+        torch.library.register_fake(qualified)(fake)
+        torch.library.register_autograd(qualified, functools.partial(_refuse, qualified))
+        dispatched = getattr(torch.ops.auxkern, name)
 
-    return register
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return dispatched(*arguments) if _is_seen(arguments) else apart(*arguments)
+
+        return call  # type: ignore[return-value]
+
+    return declare
+
+
+def _is_seen(arguments: Iterable[Any]) -> bool:
+    """Whether something has to see a call as one operator."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd._profiler_enabled()
+    ):
+        return True
+    return any(
+        _is_seen(x) if isinstance(x, list) else isinstance(x, Tensor) and _dispatches(x) for x in arguments
+    )
+
+
+def _dispatches(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor.is_meta
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _refuse(name: str, *_: Any) -> Any:
@@ -59,3 +113,409 @@ def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, (tuple, list)):
         return next((x for x in map(_first_tensor, value) if x is not None), None)
     return _first_tensor(list(getattr(value, "tensors", {}).values()))
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether forward mode or a transform of ``torch.func`` (jvp, grad, vmap, ...) follows a tensor.
+
+    ``requires_grad`` tells neither; a kernel that reads the memory would drop tangents without a word.
+    """
+    # torch.compile, which cannot trace the first question, resolves the transforms itself.
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a derivative of any order or mode may be asked with respect to one of these."""
+    given = [t for t in tensors if t is not None]
+    return (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
+        map(is_transformed, given)
+    )
+
+
+def refuse_transforms(what: str) -> None:
+    """Raises RuntimeError for what takes no transform.
+
+    Args:
+        what: the argument that is in the way.
+    """
+    raise RuntimeError(
+        f"{what} takes no forward mode and no transforms of torch.func (jvp, jacfwd, grad, vmap, ...); "
+        "leave it out, or use torch.nn.functional.cross_entropy on auxkern.ops.dense.dense_logits(terms)"
+    )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient made with ``create_graph=True``: differentiating it again is an error.
+
+    torch's ``once_differentiable`` raises only if the incoming gradient requires one; otherwise a
+    penalty on this gradient would take it for a constant and train on a wrong derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError(
+            "auxkern.cross_entropy has no second derivatives; for a penalty on its gradient use "
+            "torch.nn.functional.cross_entropy on auxkern.ops.dense.dense_logits(terms)"
+        )
+
+
+def refuse_second_derivatives(
+    gradients: tuple[Tensor | None, ...], inputs: Iterable[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients as they are, but differentiating them again, under ``create_graph``, is an error.
+
+    torch.compile refuses second derivatives itself, and traces a backward under enabled gradients.
+
+    Args:
+        inputs: all that the gradients depend on, the incoming gradient among them.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return tuple(None if d is None else _OnceDifferentiable.apply(d, *inputs) for d in gradients)
+
+
+class _Call(NamedTuple):
+    """What an operator is told of a call beside tensors and V."""
+
+    layout: Layout
+    loss: Loss
+    chunk_rows: int | None
+
+
+def _encoded(terms: Sequence[Term], loss: Loss, chunk_rows: int | None) -> tuple[list[int], list[float]]:
+    """A ``_Call`` as numbers, which is what torch's operators take."""
+    kinds, scales, softcaps = layout_of(terms)
+    integers = [loss.ignore_index, int(loss.stats), chunk_rows or 0, *kinds]
+    return integers, [loss.label_smoothing, loss.z_loss, *scales, *softcaps]
+
+
+@lru_cache(256)
+def _decoded(integers: tuple[int, ...], numbers: tuple[float, ...]) -> _Call:
+    (ignore_index, stats, chunk_rows, *kinds), (smoothing, z_loss, *factors) = integers, numbers
+    scales, softcaps = factors[: len(kinds)], factors[len(kinds) :]
+    loss = Loss(ignore_index, smoothing, z_loss, bool(stats))
+    return _Call(Layout(tuple(kinds), tuple(scales), tuple(softcaps)), loss, chunk_rows or None)
+
+
+def loaded(backend: str, tensors: Sequence[Tensor]) -> Backend:
+    """The backend of that name, or for "" the first that can run on these tensors."""
+    dtypes = tuple([t.dtype for t in tensors if t.is_floating_point()])
+    return choose(backend or None, tensors[0].device, dtypes)
+
+
+def _checked_sum(call: _Call, tensors: Sequence[Tensor], target: Tensor, V: int) -> Sum:
+    """The sum; ids are checked where looking at them stops no device."""
+    result = call.layout.sum(tensors, V, call.chunk_rows)
+    if target.device.type == "cpu":
+        check_target_range(target, V, call.loss.ignore_index)
+        check_sparse_terms(result.terms, V)
+    return result
+
+
+def check_target_range(target: Tensor, V: int, ignore_index: int) -> None:
+    """Raises ValueError if an id of (N,) lies outside [0, V) and is not ``ignore_index``."""
+    if target.numel():
+        low, high = torch.aminmax(target)
+        if low >= 0 and high < V:
+            return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= V))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target[{row}] (flattened) is {int(target[row])}, outside [0, {V}); "
+            f"use ignore_index={ignore_index} for rows that do not count"
+        )
+
+
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _as_outputs(rows: RowLosses, loss: Loss) -> _Rows:
+    """Row, nll, lse, argmax, term_nll, row_max, log_sum; none of them is another."""
+    row = loss.of_rows(rows.nll, rows.lse, rows.smooth)
+    row = row.clone() if row is rows.nll else row
+    return row, rows.nll, rows.lse, rows.argmax, rows.term_nll, rows.row_max, rows.log_sum
+
+
+def _fake_losses(
+    tensors: list[Tensor], target: Tensor, integers: list[int], numbers: list[float], V: int, backend: str
+) -> _Rows:
+    call = _decoded(tuple(integers), tuple(numbers))
+    rows = RowLosses.empty(target, row_dtype(tensors), len(call.layout.kinds), call.loss)
+    return _as_outputs(rows, call.loss)
+
+
+@operator(
+    "losses(Tensor[] tensors, Tensor target, int[] integers, float[] numbers, SymInt V, str backend) -> "
+    "(Tensor row, Tensor nll, Tensor lse, Tensor argmax, Tensor term_nll, Tensor row_max, Tensor log_sum)",
+    _fake_losses,
+)
+def _losses(
+    tensors: list[Tensor], target: Tensor, integers: list[int], numbers: list[float], V: int, backend: str
+) -> _Rows:
+    if target.numel() == 0:
+        return _fake_losses(tensors, target, integers, numbers, V, backend)
+    call = _decoded(tuple(integers), tuple(numbers))
+    sum = _checked_sum(call, tensors, target, V)
+    rows = loaded(backend, tensors).losses(sum, target, call.loss, None, [{}] * len(sum.terms))
+    return _as_outputs(rows, call.loss)
+
+
+def _fake_gradients(tensors: list[Tensor], *arguments: Any) -> list[Tensor]:
+    return [tensors[i].new_empty(tensors[i].shape) for i in arguments[-2]]
+
+
+@operator(
+    "gradients(Tensor[] tensors, Tensor target, Tensor g, Tensor[] sums, int[] integers, float[] numbers, "
+    "SymInt V, int[] wanted, str backend) -> Tensor[]",
+    _fake_gradients,
+)
+def _gradients(
+    tensors: list[Tensor],
+    target: Tensor,
+    g: Tensor,
+    sums: list[Tensor],
+    integers: list[int],
+    numbers: list[float],
+    V: int,
+    wanted: list[int],
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of the tensors in ``wanted`` for the gradient g (N,) of the rows, of which sums are known."""
+    if target.numel() == 0:
+        return [torch.zeros_like(tensors[i]) for i in wanted]
+    call = _decoded(tuple(integers), tuple(numbers))
+    sum = call.layout.sum(tensors, V, call.chunk_rows)
+    kernel, loss = loaded(backend, tensors), replace(call.loss, stats=False)
+    result = Gradients(sum, tensors, wanted)
+    if sum.is_logits:
+        slopes = RowSlopes(g, RowSums(*sums), target != loss.ignore_index, loss, V)
+        kernel.gradients(sum, target, slopes, result.wanted)
+    else:
+        kernel.losses(sum, target, loss, g, result.wanted)
+    return result.rounded(tensors)
+
+
+class Gradients:
+    """Memory for the gradients of some of a sum's tensors.
+
+    Args:
+        tensors: as given, of any leading dimensions.
+        places: which of them, by their place in the list.
+        float32: whether gradients are multiplied before they are rounded to the tensors' dtypes.
+        memory: for gradients of logits.
+
+    Attributes:
+        wanted: as a backend takes it.
+        flat: by place, shaped like the tensors.
+    """
+
+    def __init__(
+        self,
+        sum: Sum,
+        tensors: Sequence[Tensor],
+        places: Sequence[int],
+        *,
+        float32: bool = False,
+        memory: GradientMemory | None = None,
+    ) -> None:
+        self.wanted: list[dict[str, Tensor]] = [{} for _ in sum.terms]
+        self.flat: dict[int, Tensor] = {}
+        named = list(sum.places())
+        for place in places:
+            x, (index, name) = tensors[place], named[place]
+            dtype = sum.dtype if float32 or name in ("weight", "bias") else x.dtype
+            if not sum.is_logits:
+                made = empty(x.shape, dtype, x.device)
+            else:
+                made = x.new_empty(x.shape) if memory is None else memory.empty(x.shape, x.dtype)
+            self.flat[place] = made
+            self.wanted[index][name] = made.view(sum.tensors[place].shape)
+
+    def rounded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What has been written, in the dtypes of the tensors."""
+        return [d.to(tensors[place].dtype) for place, d in self.flat.items()]
+
+
+class Expected(NamedTuple):
+    """The (N,) gradient of the rows that a backward is expected to bring, but for a factor.
+
+    ``memory`` is for gradients of logits that are made for it.
+    """
+
+    gradient: Tensor
+    memory: GradientMemory | None
+
+
+class _Ready(NamedTuple):
+    """Gradients that were made with the losses; ``rescales`` as in ``Route``."""
+
+    gradients: list[Tensor]
+    rescales: bool
+
+
+@apart_from_autocast
+def _with_gradients(
+    tensors: list[Tensor],
+    target: Tensor,
+    call: _Call,
+    V: int,
+    places: list[int],
+    backend: str,
+    asked: Expected,
+) -> tuple[_Rows, _Ready | None]:
+    """``_losses``, and gradients where the backend makes them with the losses; in eager mode."""
+    sum, kernel = _checked_sum(call, tensors, target, V), loaded(backend, tensors)
+    route = kernel.route(sum, call.loss)
+    if not route.fused:
+        return _as_outputs(
+            kernel.losses(sum, target, call.loss, None, [{}] * len(sum.terms)), call.loss
+        ), None
+    made = Gradients(sum, tensors, places, float32=route.rescales, memory=asked.memory)
+    rows = kernel.losses(sum, target, call.loss, asked.gradient, made.wanted)
+    gradients = list(made.flat.values()) if route.rescales else made.rounded(tensors)
+    return _as_outputs(rows, call.loss), _Ready(gradients, route.rescales)
+
+
+class _LossRows(torch.autograd.Function):
+    """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not.
+
+    A backend may make the gradient with the losses, while a row's logits are at hand, for the incoming
+    gradient that is expected. If another one comes, float32 gradients are multiplied: whatever comes is a
+    multiple of what was expected. Others, and those of a second backward, are computed afresh.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        target: Tensor,
+        expected: Expected | None,
+        integers: list[int],
+        numbers: list[float],
+        vocab_size: int | None,
+        backend: str,
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:
+        tensors = list(given)
+        needed = [i for i in range(len(tensors)) if ctx.needs_input_grad[_BEFORE + i]]
+        # Logits that see the same dz share one gradient tensor, as the two sides of a sum do.
+        kinds, factors = integers[3:], numbers[2:]
+        ctx.sources = {
+            i: next(
+                j for j in needed if i == j or (not any(kinds) and _same_gradient(tensors, factors, i, j))
+            )
+            for i in needed
+        }
+        ctx.expected, ctx.ready = expected, None
+        ctx.call = (integers, numbers, vocab_size, backend)
+        V = _vocabulary(tensors, kinds, vocab_size)
+        if expected is None or target.numel() == 0:
+            rows = _losses(tensors, target, integers, numbers, V, backend)
+        else:
+            call = _decoded(tuple(integers), tuple(numbers))
+            rows, ctx.ready = _with_gradients(tensors, target, call, V, _wanted(ctx), backend, expected)
+        row, nll, lse, argmax, term_nll, row_max, log_sum = rows
+        ctx.save_for_backward(target, nll, row_max, log_sum, *tensors)
+        ctx.mark_non_differentiable(nll, lse, argmax, term_nll)
+        return row, nll, lse, argmax, term_nll
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        target, nll, row_max, log_sum, *tensors = ctx.saved_tensors
+        integers, numbers, vocab_size, backend = ctx.call
+        with torch.no_grad():
+            ready, ctx.ready = ctx.ready, None
+            gradients = None if ready is None else _for_incoming(ready, g, ctx.expected.gradient)
+            del ready  # freed before others are made
+            if gradients is None:
+                V = _vocabulary(tensors, integers[3:], vocab_size)
+                sums = [nll, row_max, log_sum]
+                gradients = _gradients(tensors, target, g, sums, integers, numbers, V, _wanted(ctx), backend)
+            wanted = _wanted(ctx)
+            by_place = {i: d.to(tensors[i].dtype) for i, d in zip(wanted, gradients, strict=True)}
+        result = tuple(by_place[ctx.sources[i]] if i in ctx.sources else None for i in range(len(tensors)))
+        return (None,) * _BEFORE + refuse_second_derivatives(result, (g, *tensors))
+
+
+_BEFORE = 6  # arguments of _LossRows.forward before the tensors
+
+
+def _wanted(ctx: Any) -> list[int]:
+    """Places of the tensors whose gradient a backend has to write."""
+    return sorted(set(ctx.sources.values()))
+
+
+def _same_gradient(values: Sequence[Tensor], factors: Sequence[float], i: int, j: int) -> bool:
+    """Whether two terms of logits have equal gradients: a softcap's depends on the term's own values.
+
+    Sizes are compared, not hashed: a dictionary key would fix a size that torch.compile left open.
+
+    Args:
+        factors: scales and softcaps of all terms.
+    """
+    scales, softcaps = factors[: len(values)], factors[len(values) :]
+    return (
+        softcaps[i] == softcaps[j] == 0
+        and scales[i] == scales[j]
+        and values[i].dtype == values[j].dtype
+        and values[i].shape[-1] == values[j].shape[-1]
+    )
+
+
+def _vocabulary(tensors: Sequence[Tensor], kinds: Sequence[int], vocab_size: int | None) -> int:
+    """V, read off the tensors where it is used: torch.compile does not carry open sizes to a backward."""
+    return Layout.vocabulary(tensors, kinds) if vocab_size is None else vocab_size
+
+
+def _for_incoming(ready: _Ready, g: Tensor, expected: Tensor) -> list[Tensor] | None:
+    """The gradients that are ready, for the gradient g (N,) of the rows that came; None if they do not fit.
+
+    Comparing would stop a GPU, whose memory multiplies 20 times as fast as a CPU's.
+    """
+    if not ready.rescales:
+        return ready.gradients if torch.equal(g, expected) else None
+    if g.device.type == "cpu" and torch.equal(g, expected):
+        return ready.gradients
+    factor = _common_factor(g, expected)
+    return [d.mul_(factor) for d in ready.gradients]
+
+
+def _common_factor(g: Tensor, expected: Tensor) -> Tensor:
+    """(1,) f with g = f * expected, found where that is largest; 0 where nothing is expected."""
+    if expected.numel() == 0:
+        return expected.new_zeros(1)
+    row = expected.abs().argmax(keepdim=True)
+    largest = expected.gather(0, row)
+    return torch.where(largest == 0, 0.0, g.gather(0, row) / largest)
+
+
+def loss_rows(
+    terms: Sequence[Term],
+    target: Tensor,
+    expected: Expected | None,
+    loss: Loss,
+    chunk_rows: int | None,
+    vocab_size: int | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not.
+
+    Args:
+        target: (N,) int64, contiguous.
+        expected: None where a backward brings nothing or what cannot be foreseen.
+        backend: its name; "" for the first that can run.
+    """
+    tensors, (integers, numbers) = tensors_of(terms), _encoded(terms, loss, chunk_rows)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        result: tuple[Tensor, ...] = _LossRows.apply(
+            target, expected, integers, numbers, vocab_size, backend, *tensors
+        )
+        return result
+    V = vocabulary_of(terms, vocab_size)
+    return _losses(tensors, target, integers, numbers, V, backend)[:5]

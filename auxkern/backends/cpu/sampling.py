@@ -1,73 +1,56 @@
-"""Sampling on a CPU: what the native kernel takes of each row."""
+"""Draws from logits on a CPU."""
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_void_p
 
 import torch
 from torch import Tensor
 
-from auxkern.backends.cpu import library
-from auxkern.ops.registry import Draws
-
-# Of ``Draws`` and of ``library.Sampling``: one number for each row.
-_PER_ROW = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "log_min_p",
-    "repetition",
-    "presence",
-    "frequency",
-    "seed",
-    "position",
-)
+from auxkern.backends.chunked import RowKernels
+from auxkern.backends.cpu.abi import CRowIds, CSampling, Native, address, c_terms
+from auxkern.core.draws import Draws, RowTokens
+from auxkern.core.sums import Sum
 
 
-def draw(
-    native: ctypes.CDLL,
-    execution: library.Execution,
-    terms: ctypes.Array[library.Term],
-    V: int,
-    draws: Draws,
-    want_logprob: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``BackendWithSample.sample``; what ``terms`` point to is the caller's to keep."""
-    N = draws.temperature.shape[0]
-    # Bound to a name: a temporary would be freed before the kernel reads it.
-    given = {name: x.contiguous() for name, x in vars(draws).items() if isinstance(x, Tensor)}
-    scales = (c_void_p * len(terms))()
-    for i, scale in enumerate(draws.row_scales):
-        scales[i] = None if scale is None else scale.data_ptr()
-    sampling = library.Sampling(
-        **{name: given[name].data_ptr() for name in _PER_ROW},
-        prompt=_row_ids(given["prompt"]),
-        history=_row_ids(given["history"]),
-        added=_row_ids(given["added_ids"]),
-        bias=_row_ids(given["bias_ids"]),
-        added_values=given["added"].data_ptr(),
-        bias_values=given["bias"].data_ptr(),
-        row_scales=scales,
-    )
-    token = torch.empty(N, dtype=torch.int64, device="cpu")
-    status = torch.empty(N, dtype=torch.int32, device="cpu")
-    logprob = torch.empty(N if want_logprob else 0, dtype=torch.float32, device="cpu")
-    library.check(
-        native.auxkern_sample(
-            terms,
+class LogitDraws(Native, RowKernels):
+    """Tokens from logits that exist, beside sparse terms."""
+
+    def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
+        N, terms = draws.seed.shape[0], sum.logits
+        # Bound to names: a temporary would be freed before the kernel reads it.
+        added_ids, added = sum.entries()
+        scales = [term.scale.contiguous() if isinstance(term.scale, Tensor) else None for term in terms]
+        sampling = CSampling(
+            **{name: number.data_ptr() for name, number in draws.numbers.items()},
+            seed=draws.seed.data_ptr(),
+            position=draws.position.data_ptr(),
+            prompt=_row_ids(draws.prompt),
+            history=_row_ids(draws.history),
+            added=_row_ids(added_ids),
+            bias=_row_ids(draws.bias_ids),
+            added_values=added.data_ptr(),
+            bias_values=draws.bias.data_ptr(),
+            row_scales=(c_void_p * len(terms))(*map(address, scales)),
+        )
+        drawn = RowTokens(
+            token=torch.empty(N, dtype=torch.int64, device="cpu"),
+            status=torch.empty(N, dtype=torch.int32, device="cpu"),
+            logprob=torch.empty(N if want_logprob else 0, dtype=torch.float32, device="cpu"),
+        )
+        self.library.auxkern_sample(
+            c_terms(terms),
             len(terms),
             N,
-            V,
+            sum.V,
             sampling,
-            token.data_ptr(),
-            status.data_ptr(),
-            logprob.data_ptr() if want_logprob else None,
-            execution,
+            drawn.token.data_ptr(),
+            drawn.status.data_ptr(),
+            drawn.logprob.data_ptr() if want_logprob else None,
+            self.execution(),
         )
-    )
-    return token, status, logprob
+        return drawn
 
 
-def _row_ids(ids: Tensor) -> library.RowIds:
-    return library.RowIds(ids.data_ptr() or None, ids.shape[1])
+def _row_ids(ids: Tensor) -> CRowIds:
+    return CRowIds(ids.data_ptr() or None, ids.shape[1])

@@ -3,7 +3,7 @@
     lse[n]   = log sum_r exp lse_r[n]          over ranks r
     nll[n]   = lse[n] - z[n, target[n]]        the second from the rank that has the target
 
-A rank's rows say what its own ids add up to (``Rows``); a target is known to the rank that has it and to
+A rank's rows say what its own ids add up to (``RowLosses``); a target is known to the rank that has it and to
 no other (``NO_TARGET``), so nothing ever stands in for it. The ranks exchange a few numbers a row, once, and
 each makes the gradient of its own logits from the maximum and the sum over all ids.
 """
@@ -11,18 +11,16 @@ each makes the gradient of its own logits from the maximum and the sum over all 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from auxkern.core.loss import RowSlopes, RowSums, row_loss
-from auxkern.ops.derivatives import refuse_second_derivatives
+from auxkern.core.loss import NO_TARGET, Loss, RowLosses, RowSlopes, RowSums
 from auxkern.ops.parallel.share import IGNORED, Share
 from auxkern.ops.parallel.vocabulary import local_ids
-from auxkern.ops.registry import NO_TARGET, Rows
+from auxkern.ops.torch_ops import refuse_second_derivatives
 
 
 class GlobalRows(NamedTuple):
@@ -40,41 +38,24 @@ class GlobalRows(NamedTuple):
     term_nll: Tensor
 
 
-@dataclass(frozen=True)
-class Formula:
-    """What the loss of a row is, beside its logits.
-
-    Attributes:
-        label_smoothing, z_loss: as in ``cross_entropy``.
-        want_stats: whether ``argmax`` and ``term_nll`` are wanted.
-        vocab_size: V over all ranks.
-    """
-
-    label_smoothing: float
-    z_loss: float
-    want_stats: bool
-    vocab_size: int
-
-
-def rows_over_ranks(
-    share: Share, tensors: Sequence[Tensor], target: Tensor, ignore_index: int, formula: Formula
-) -> GlobalRows:
+def rows_over_ranks(share: Share, tensors: Sequence[Tensor], target: Tensor, loss: Loss) -> GlobalRows:
     """The rows of a sum that is cut over ranks; every rank calls it.
 
     Args:
         share: this rank's part.
         tensors: of its terms.
-        target: (N,) ids from 0 to V, or ignore_index. Of an id outside no rank knows, and its row is NaN.
+        target: (N,) ids from 0 to V, or ``loss.ignore_index``. Of an id outside no rank knows: its row is
+            NaN.
     """
-    counts = target != ignore_index
+    counts = target != loss.ignore_index
     here, ids = local_ids(target, share.shard)
     local = torch.where(counts, torch.where(here, ids, NO_TARGET), IGNORED)
     owner = share.shard.owner_of(target)
     with torch.autocast(target.device.type, enabled=False):
-        return GlobalRows(*_ShardedRows.apply(share, formula, local, owner, *tensors))
+        return GlobalRows(*_ShardedRows.apply(share, loss, local, owner, *tensors))
 
 
-def _columns(rows: Rows) -> list[Tensor]:
+def _columns(rows: RowLosses) -> list[Tensor]:
     return [rows.nll.double(), rows.row_max.double(), rows.log_sum.double()]
 
 
@@ -111,7 +92,7 @@ def _mean_distance(smooth_of: Tensor, of_ranks: Tensor, totals: RowSums, sizes: 
     """(N,) mean over all ids of lse - z, from each rank's over its own.
 
     Args:
-        smooth_of: (R, N) ``Rows.smooth``.
+        smooth_of: (R, N) ``RowLosses.smooth``.
         of_ranks: (R, 3, N) ``_columns``.
         sizes: (R,) ids of each rank.
     """
@@ -131,12 +112,10 @@ class _ShardedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, share: Share, formula: Formula, target: Tensor, owner: Tensor, *tensors: Tensor
+        ctx: Any, share: Share, loss: Loss, target: Tensor, owner: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        smoothing, stats, shard = formula.label_smoothing, formula.want_stats, share.shard
-        rows = share.rows(tensors, target, smoothing > 0, stats)
-        # Each term alone is a sum too.
-        alone = [one.rows(own, target, False, False) for one, own in share.terms(tensors)] if stats else []
+        smoothing, stats, shard = loss.smooth, loss.stats, share.shard
+        rows, *alone = share.rows(tensors, target, loss)
         columns = [c for one in (rows, *alone) for c in _columns(one)]
         columns += [rows.smooth.double()] if smoothing else []
         columns += [(rows.argmax + shard.first_id).double()] if stats else []
@@ -145,37 +124,34 @@ class _ShardedRows(torch.autograd.Function):
         rest = list(everyone[:, 3 * (1 + len(alone)) :].unbind(1))
         mean = sums.nll
         if smoothing:
-            used = torch.tensor(shard.used_sizes(formula.vocab_size), device=owner.device)
+            used = torch.tensor(shard.used_sizes(share.V), device=owner.device)
             mean = _mean_distance(rest.pop(0), everyone, sums, used)
         lse = sums.row_max + sums.log_sum
-        loss = row_loss(sums.nll, lse, mean, smoothing, formula.z_loss)
+        row = loss.of_rows(sums.nll, lse, mean)
         counts, dtype = target != IGNORED, rows.nll.dtype
         ctx.save_for_backward(target, *sums, *tensors)
-        ctx.share, ctx.formula = share, formula
+        ctx.share, ctx.loss = share, loss
         argmax, term_nll = owner.new_empty(0), sums.nll.new_empty(0, 0)
         if stats:
             best = everyone[:, 1].argmax(0, keepdim=True)
             argmax = torch.where(counts, rest[0].gather(0, best)[0].long(), -1)
             term_nll = torch.stack([torch.where(counts, one.nll, 0.0) for one in each])
-        row, nll, lse = (torch.where(counts, x, 0.0).to(dtype) for x in (loss, sums.nll, lse))
-        found = (row, nll, lse, argmax, term_nll.to(dtype))
-        ctx.mark_non_differentiable(*found[1:])
-        return found
+        row, nll, lse = (torch.where(counts, x, 0.0).to(dtype) for x in (row, sums.nll, lse))
+        ctx.mark_non_differentiable(nll, lse, argmax, term_nll := term_nll.to(dtype))
+        return row, nll, lse, argmax, term_nll
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        share, formula = ctx.share, ctx.formula
+        share, loss = ctx.share, ctx.loss
         target, nll, row_max, log_sum, *tensors = ctx.saved_tensors
         before = len(ctx.needs_input_grad) - len(tensors)
         wanted = [i for i in range(len(tensors)) if ctx.needs_input_grad[before + i]]
         sums, counts = RowSums(nll, row_max, log_sum), target != IGNORED
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            slopes = RowSlopes(
-                g.double(), sums, counts, formula.label_smoothing, formula.z_loss, formula.vocab_size
-            )
+            slopes = RowSlopes(g.double(), sums, counts, loss, share.V)
             made = share.gradients(tensors, target, slopes, wanted)
             for i in wanted:
-                if share.is_whole(i):
+                if share.is_whole(tensors, i):
                     dist.all_reduce(made[i], group=share.shard.group)
-        found = tuple(made[i].to(x.dtype).view(x.shape) if i in made else None for i, x in enumerate(tensors))
-        return (None,) * before + refuse_second_derivatives(found, (g, *tensors))
+        gradients = tuple(made[i].to(x.dtype) if i in made else None for i, x in enumerate(tensors))
+        return (None,) * before + refuse_second_derivatives(gradients, (g, *tensors))

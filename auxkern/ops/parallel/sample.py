@@ -5,14 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auxkern.core.noise import first_largest, gumbel, random_bits
+from auxkern.core.draws import (
+    ROW_EMPTY,
+    ROW_INFINITE,
+    ROW_NAN,
+    ROW_OK,
+    Draws,
+    RowTokens,
+    first_largest,
+    gumbel,
+    random_bits,
+)
 from auxkern.ops.parallel.vocabulary import VocabularyShard
-from auxkern.ops.registry import ROW_EMPTY, ROW_INFINITE, ROW_NAN, ROW_OK, Draws
 
 
-def drawn_over_ranks(
-    z: Tensor, draws: Draws, shard: VocabularyShard, want_logprob: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_over_ranks(z: Tensor, draws: Draws, shard: VocabularyShard, want_logprob: bool) -> RowTokens:
     """Token, status and log-probability of each row, without filters and penalties.
 
         token = argmax over v of (z[v] - max z) / temperature + noise[v],    max z over all ranks
@@ -27,7 +34,7 @@ def drawn_over_ranks(
         want_logprob: whether the last is wanted.
 
     Returns:
-        As ``BackendWithSample.sample``; the same bits on every rank.
+        As ``Backend.draw``; the same bits on every rank.
     """
     top_r, wrong = z.amax(-1), z.isnan().any(-1)
     tops, wrongs = shard.gathered(
@@ -39,8 +46,8 @@ def drawn_over_ranks(
     status = torch.where(top == -torch.inf, ROW_EMPTY, status)
     status = torch.where(wrongs.sum(0) > 0, ROW_NAN, status)
 
-    greedy = (draws.temperature == 0)[:, None]
-    d = (z - top[:, None]) / torch.where(greedy, 1.0, draws.temperature[:, None])
+    greedy = (draws["temperature"] == 0)[:, None]
+    d = (z - top[:, None]) / torch.where(greedy, 1.0, draws["temperature"][:, None])
     bits = random_bits(draws.seed, draws.position, z.shape[1], shard.first_id)
     score = torch.where(greedy, z, d + gumbel(bits).to(z.dtype)).nan_to_num(-torch.inf, torch.inf, -torch.inf)
     # A row of nothing but -inf has its first id; its status says that it is none.
@@ -52,7 +59,7 @@ def drawn_over_ranks(
     winner = scores.argmax(0, keepdim=True)
     token = torch.where(status == ROW_OK, ids.gather(0, winner)[0].long(), -1)
     if not want_logprob:
-        return token, status, z.new_empty(0)
+        return RowTokens(token, status, z.new_empty(0))
     logprob = rest[0].gather(0, winner)[0] - torch.logsumexp(rest[1], 0)
     logprob = torch.where(greedy[:, 0], 0.0, logprob)
-    return token, status, torch.where(status == ROW_OK, logprob, torch.nan).to(z.dtype)
+    return RowTokens(token, status, torch.where(status == ROW_OK, logprob, torch.nan).to(z.dtype))

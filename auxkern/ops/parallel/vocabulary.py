@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from auxkern.core.terms import Head, Logits, Sparse, Term, as_terms
+from auxkern.core.terms import Head, Logits, Sparse, Term, as_terms, like
 from auxkern.ops.parallel.agreement import agreed
 from auxkern.ops.parallel.groups import process_group_of
 
@@ -304,18 +304,15 @@ def _local(name: str, tensor: Any, dimension: int | None) -> tuple[Tensor, list[
     return tensor.to_local(), [tensor.device_mesh.get_group(i) for i in cuts]
 
 
-def with_local_ids(terms: Sequence[Term], shard: VocabularyShard) -> list[Term]:
-    """The terms, sparse ones with their ``own_entries``."""
-    return [
-        Sparse(*own_entries(term.ids, term.values, shard)) if isinstance(term, Sparse) else term
-        for term in terms
-    ]
-
-
-def own_entries(ids: Tensor, values: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Ids counted from this rank's first one, and values; entries of other ranks add 0 to id 0."""
-    here, ids = local_ids(ids, shard)
-    return ids, torch.where(here, values, 0.0)
+def with_own_entries(terms: Sequence[Term], shard: VocabularyShard) -> list[Term]:
+    """The terms, ids of sparse ones counted from this rank's first; entries of other ranks add 0 to that."""
+    result: list[Term] = []
+    for term in terms:
+        if isinstance(term, Sparse):
+            here, ids = local_ids(term.ids, shard)
+            term = like(term, ids=ids, values=torch.where(here, term.values, 0.0))
+        result.append(term)
+    return result
 
 
 def local_ids(ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:

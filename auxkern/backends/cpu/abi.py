@@ -1,0 +1,266 @@
+"""The shared library: its C signatures, status codes and execution settings."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Array, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.core.draws import ROW_NUMBERS
+from auxkern.core.terms import Logits
+
+ABI_VERSION = 5
+ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What the operators' own checks leave, and the way out.
+STATUS = {
+    1: "a size is out of its range, such as 2**31 ids in a draw; pass backend='reference'",
+    2: "this CPU lacks the instruction set asked for; make the backend with isa='best'",
+    3: "out of memory, of which each thread takes V floats; torch.set_num_threads takes fewer",
+}
+
+
+class CTerm(Structure):
+    _fields_ = [
+        ("values", c_void_p),
+        ("width", c_int64),
+        ("inner", c_int64),
+        ("stride_outer", c_int64),
+        ("stride_inner", c_int64),
+        ("stride_column", c_int64),
+        ("dtype", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class CGradient(Structure):
+    _fields_ = [
+        ("row_weight", c_void_p),
+        ("label_smoothing", c_float),
+        ("z_loss", c_float),
+        ("gradients", POINTER(c_void_p)),
+    ]
+
+
+class CHead(Structure):
+    _fields_ = [
+        ("hidden", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("weight_stride", c_int64),
+        ("D", c_int64),
+        ("dtype", c_int32),
+        ("scale", c_float),
+        ("back", c_void_p),
+        ("d_weight", c_void_p),
+        ("d_bias", c_void_p),
+    ]
+
+
+class CEntries(Structure):
+    _fields_ = [("count", c_int64), ("ids", c_void_p), ("rows", c_void_p)]
+
+
+class CHeadRows(Structure):
+    _fields_ = [
+        ("C", c_int64),
+        ("stride", c_int64),
+        ("targets", CEntries),
+        ("sparse", CEntries),
+        ("values", c_void_p),
+        ("live", c_void_p),
+        ("e", c_void_p),
+        ("segment_max", c_void_p),
+        ("segment_sum", c_void_p),
+        ("z_target", c_void_p),
+    ]
+
+
+class CHeadsGradient(Structure):
+    _fields_ = [
+        ("coefficient", c_void_p),
+        ("target_gradient", c_void_p),
+        ("d_values", c_void_p),
+        ("accumulate", c_int32),
+    ]
+
+
+class CLinear(Structure):
+    _fields_ = [
+        ("M", c_int64),
+        ("N", c_int64),
+        ("K", c_int64),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("x_stride", c_int64),
+        ("weight_stride", c_int64),
+        ("y_stride", c_int64),
+        ("dtype", c_int32),
+        ("accumulate", c_int32),
+    ]
+
+
+class CAttention(Structure):
+    _fields_ = [
+        *[(name, c_int64) for name in ("B", "T", "P", "D", "heads", "key_heads")],
+        ("query", c_void_p),
+        ("query_strides", c_int64 * 3),
+        ("key", c_void_p),
+        ("key_strides", c_int64 * 3),
+        ("value", c_void_p),
+        ("value_strides", c_int64 * 3),
+        ("mask", c_void_p),
+        ("mask_strides", c_int64 * 3),
+        ("scale", c_float),
+        ("out", c_void_p),
+    ]
+
+
+class CRowIds(Structure):
+    _fields_ = [("ids", c_void_p), ("width", c_int64)]
+
+
+class CSampling(Structure):
+    _fields_ = [
+        *[(number.name, c_void_p) for number in ROW_NUMBERS],
+        ("seed", c_void_p),
+        ("position", c_void_p),
+        ("prompt", CRowIds),
+        ("history", CRowIds),
+        ("added", CRowIds),
+        ("bias", CRowIds),
+        ("added_values", c_void_p),
+        ("bias_values", c_void_p),
+        ("row_scales", POINTER(c_void_p)),
+    ]
+
+
+class CExecution(Structure):
+    _fields_ = [("threads", c_int32), ("isa", c_int32), ("parallel", c_void_p)]
+
+
+class Native:
+    """The native library, at one instruction set.
+
+    Args:
+        isa: "best" (of this CPU), "generic", "avx2" or "avx512".
+        own_threads: start threads for each call even where torch's pool could be used.
+        own_products: make products here even in plain code, where a library's are twice as
+            fast (N 256, D 576 + 256, V 49,152: 952 ms and 520; with AVX2 413 and 497).
+
+    Raises:
+        OSError: the native library is missing, does not load, or is of another version.
+        ValueError: there is no such instruction set, or this CPU lacks it.
+    """
+
+    def __init__(self, isa: str = "best", *, own_threads: bool = False, own_products: bool = False) -> None:
+        if isa not in ISAS:
+            raise ValueError(f"isa is {isa!r}; choose one of {', '.join(map(repr, ISAS))}")
+        self.path = library_path()
+        self.library = _loaded(self.path)
+        if isa != "best" and not self.library.auxkern_has_isa(ISAS[isa]):
+            raise ValueError(f"isa is {isa!r}, which this CPU or build lacks; isa='best' runs anywhere")
+        number = ISAS[isa] or self.library.auxkern_best_isa()
+        self.isa = next(name for name, value in ISAS.items() if value == number)
+        self._parallel = None if own_threads else _torch_thread_pool()
+        self.threading = "own threads" if self._parallel is None else "torch's OpenMP pool"
+        faster = own_products or self.isa != "generic"
+        self.products_refusal = None if faster else "a library's products are faster than plain code"
+
+    def execution(self) -> CExecution:
+        """How a kernel runs."""
+        return CExecution(torch.get_num_threads(), ISAS[self.isa], self._parallel)
+
+
+def library_path() -> Path:
+    """The shared library that the build put into the package.
+
+    Raises:
+        OSError: it is not there.
+    """
+    folder = Path(__file__).resolve().parents[2] / "_native"
+    for name in ("libauxkern.so", "libauxkern.dylib"):
+        if (folder / name).exists():
+            return folder / name
+    raise OSError(f"the native library is not in {folder}; install auxkern again with `pip install .`")
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name in ("auxkern_abi_version", "auxkern_best_isa"):
+        getattr(library, name).restype = c_int32
+        getattr(library, name).argtypes = []
+    library.auxkern_has_isa.restype = c_int32
+    library.auxkern_has_isa.argtypes = [c_int32]
+    version = library.auxkern_abi_version()
+    if version != ABI_VERSION:
+        raise OSError(f"{path} has ABI version {version}, this auxkern needs {ABI_VERSION}; build it again")
+    for name, arguments in _kernels().items():
+        kernel = getattr(library, name)
+        kernel.restype, kernel.argtypes, kernel.errcheck = c_int32, [*arguments, POINTER(CExecution)], _check
+    return library
+
+
+def _kernels() -> dict[str, list[Any]]:
+    """The arguments of each kernel but for the last, which says how it runs."""
+    terms: list[Any] = [POINTER(CTerm), c_int32]
+    heads: list[Any] = [POINTER(CHead), c_int32, POINTER(CHeadRows), c_int64]
+    rows: list[Any] = [*terms, c_void_p, c_int64, c_int64]
+    return {
+        "auxkern_cross_entropy_forward": [*rows, c_int64, *[c_void_p] * 6, POINTER(CGradient)],
+        "auxkern_cross_entropy_backward": [*rows, *[c_void_p] * 5],
+        "auxkern_heads_forward": heads,
+        "auxkern_heads_backward": [*heads, POINTER(CHeadsGradient)],
+        "auxkern_linear_forward": [POINTER(CLinear)],
+        "auxkern_attention_forward": [POINTER(CAttention)],
+        "auxkern_sample": [*terms, c_int64, c_int64, POINTER(CSampling), *[c_void_p] * 3],
+    }
+
+
+def _check(status: int, *_: Any) -> int:
+    if status:
+        raise RuntimeError(f"the native kernel refused: {STATUS.get(status, f'status {status}')}")
+    return status
+
+
+def _torch_thread_pool() -> int | None:
+    """Address of the running OpenMP's ``GOMP_parallel``, None where there is none.
+
+    torch has loaded an OpenMP already. Its threads spin for a while after each of torch's own
+    parallel loops; threads of ours would wait for the cores that they hold.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
+    except (AttributeError, OSError):
+        return None
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor lies, which must have a name: a temporary is freed before a kernel reads it."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def float32(*shape: int) -> Tensor:
+    """Memory on the CPU; said in full, as the program's default dtype and device may be others."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def c_terms(terms: Sequence[Logits]) -> Array[CTerm]:
+    """Logits as kernels take them; a scale for each row is not among it."""
+    listed = (CTerm * len(terms))()
+    for c, term in zip(listed, terms, strict=True):
+        x = term.values
+        c.values = x.data_ptr()
+        c.width, c.inner = x.shape[2], x.shape[1]
+        c.stride_outer, c.stride_inner, c.stride_column = x.stride()
+        c.dtype, c.softcap = DTYPES[x.dtype], term.softcap or 0.0
+        c.scale = 1.0 if isinstance(term.scale, Tensor) else term.scale
+    return listed

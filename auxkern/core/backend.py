@@ -1,0 +1,116 @@
+"""What a backend is: the arithmetic of every operator, on checked inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from auxkern.core.draws import Draws, RowTokens
+from auxkern.core.loss import Loss, RowLosses, RowSlopes
+from auxkern.core.sums import Sum, Wanted
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way that a backend takes with a sum.
+
+    Attributes:
+        name: such as "segments" or "chunks of logits".
+        fused: whether gradients are made with the losses, for the incoming gradient that is expected.
+        rescales: whether these are float32, so that another incoming gradient, which is a multiple of the
+            one expected, may multiply them.
+        refusals: by the name of each faster way, why it is not taken.
+    """
+
+    name: str
+    fused: bool = False
+    rescales: bool = False
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backend(ABC):
+    """The arithmetic of every operator, on checked inputs.
+
+    ``wanted`` holds, for each term of a sum, contiguous memory for gradients by the name of the tensor. It is
+    written, not added to; rows that do not count get 0.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+        """Why this backend cannot run on these inputs; None if it can."""
+
+    @abstractmethod
+    def route(self, sum: Sum, loss: Loss) -> Route:
+        """The way that ``losses`` takes, and why it is not a faster one."""
+
+    @abstractmethod
+    def losses(
+        self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
+    ) -> RowLosses:
+        """What the loss of each row is made of and, with a weight, the gradients of sum_n weight[n] row[n].
+
+        Args:
+            sum: N rows of terms over V ids.
+            target: (N,) int64 in [0, V), ``loss.ignore_index`` or ``NO_TARGET``, contiguous.
+            loss: what is asked of each row.
+            weight: (N,) float32 or float64; None for no gradients.
+            wanted: where the gradients go.
+        """
+
+    @abstractmethod
+    def gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
+        """The gradients where what the rows' logits add up to is known, over more shards maybe.
+
+        Args:
+            sum: N rows of terms over V ids.
+            target: (N,) int64 in [0, V), or another id where the row's target is none of these; contiguous.
+            slopes: of the rows.
+            wanted: where the gradients go.
+        """
+
+    @abstractmethod
+    def draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
+        """A token for each of N >= 1 rows, as ``auxkern_sample`` in kernels/include/auxkern.h says."""
+
+    def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
+        """Why it leaves the product of x (M, K) and weight (N, K) to torch; None if it takes it."""
+        return "it has no kernel for linear layers"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, accumulate: bool) -> None:
+        """``y = x @ weight.T + bias``, plus what y held if ``accumulate``, summed in float32.
+
+        A row of y does not depend on the other rows.
+
+        Args:
+            x: (M, K) float32.
+            weight: (N, K) float32, float16 or bfloat16, that ``linear_refusal`` takes.
+            bias: (N,) or None.
+            y: (M, N) float32, rows contiguous, written.
+        """
+        raise NotImplementedError(self.linear_refusal(x, weight))
+
+    def attention_refusal(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+        """Why it leaves these to torch; None if it takes them."""
+        return "it has no kernel for attention"
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, out: Tensor
+    ) -> None:
+        """As ``auxkern.ops.attention.attention``.
+
+        A row does not depend on the others, nor on what it does not see.
+
+        Args:
+            query: (B, H, T, D) float32.
+            key, value: (B, G, P, D) float32.
+            mask: (B or 1, 1, T or 1, P or 1) bool; None: position t sees P - T + t + 1 columns.
+            scale: of the products.
+            out: (B, T, H, D) float32, contiguous, written.
+        """
+        raise NotImplementedError(self.attention_refusal(query, key, value, mask))

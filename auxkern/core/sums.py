@@ -1,0 +1,319 @@
+"""A sum of terms: N rows of logits over V ids, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from auxkern.core.memory import GradientMemory
+from auxkern.core.terms import Head, Logits, Sparse, Term, as_number, like, unchecked
+
+# For each term, by the name of its tensor, the memory that the gradient of this tensor is written to.
+Wanted: TypeAlias = Sequence[Mapping[str, Tensor]]
+
+Rows: TypeAlias = slice | Tensor  # some rows: a range, or (C,) indices
+
+_LARGE = 1 << 20  # bytes; less memory is at hand already, without a system call
+# How the tensors of each kind of term stand in a flat list.
+_LOGITS, _HEAD, _HEAD_WITH_BIAS, _SPARSE = range(4)
+_NAMES = (("values",), ("hidden", "weight"), ("hidden", "weight", "bias"), ("ids", "values"))
+
+
+def row_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any input is, float32 otherwise: the dtype that logits, rows and sums have."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """N rows of logits, z[n, v] = the sum of the terms, over the first V ids.
+
+    Attributes:
+        terms: as rows: ``Logits`` (outer, inner, >= V), row n at [n // inner, n % inner]; ``Head`` (N, D)
+            and (>= V, D); ``Sparse`` (N, K). A scale is a float or (N,).
+        V: ids.
+        chunk_rows: rows whose logits exist at a time, where they have to be made; None for a backend's
+            choice.
+    """
+
+    terms: tuple[Term, ...]
+    V: int
+    chunk_rows: int | None = None
+
+    @classmethod
+    def of(cls, terms: Sequence[Term], V: int) -> Sum:
+        """The sum of terms with equal leading dimensions, flattened to rows; scales of rows in its dtype.
+
+        Raises:
+            ValueError: logits cannot be read as rows without a copy.
+        """
+        rows: list[Term] = []
+        for index, term in enumerate(terms):
+            row = term.as_rows(index)
+            if not isinstance(row, Sparse) and isinstance(row.scale, Tensor):
+                scale = row.scale.reshape(-1).to(row_dtype(tensors_of(terms))).contiguous()
+                row = like(row, scale=scale)
+            rows.append(row)
+        return cls(tuple(rows), V)
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of every term but for scales, in order."""
+        return tensors_of(self.terms)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of logits, rows and sums."""
+        return row_dtype(self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Of every tensor."""
+        return self.tensors[0].device
+
+    @property
+    def N(self) -> int:
+        """Rows."""
+        return self.terms[0].leading.numel()
+
+    @cached_property
+    def is_logits(self) -> bool:
+        """Whether every term's logits exist already."""
+        return all(isinstance(term, Logits) for term in self.terms)
+
+    @property
+    def logits(self) -> list[Logits]:
+        """The terms whose logits exist."""
+        return [term for term in self.terms if isinstance(term, Logits)]
+
+    @property
+    def heads(self) -> list[Head]:
+        """The terms that are output embeddings."""
+        return [term for term in self.terms if isinstance(term, Head)]
+
+    @property
+    def sparse(self) -> list[Sparse]:
+        """The terms of a few ids."""
+        return [term for term in self.terms if isinstance(term, Sparse)]
+
+    def rows(self, rows: Rows) -> Sum:
+        """Some rows, by a range or by (C,) indices."""
+        return replace(self, terms=tuple([term.rows(rows) for term in self.terms]))
+
+    def alone(self) -> Iterator[Sum]:
+        """Each term as a sum of its own, in float64 if the whole sum is."""
+        for term in self.terms:
+            tensors = term.tensors
+            if self.dtype == torch.float64:
+                tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+            yield replace(self, terms=(like(term, **tensors),))
+
+    def places(self) -> Iterator[tuple[int, str]]:
+        """(term, name) of each of ``tensors``."""
+        for index, term in enumerate(self.terms):
+            for name in term.tensors:
+                yield index, name
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """(N, K) int64 ids and values of all sparse terms together; ids outside [0, V) count for nothing."""
+        sparse = self.sparse
+        if not sparse:
+            none = torch.empty((self.N, 0), dtype=self.dtype, device=self.device)
+            return none.long(), none
+        return (
+            torch.cat([term.ids.long() for term in sparse], 1),
+            torch.cat([term.values.to(self.dtype) for term in sparse], 1),
+        )
+
+
+class Layout(NamedTuple):
+    """The terms of a sum but for their tensors: plain values, which torch's operators take.
+
+    Attributes:
+        kinds: of each term.
+        scales: floats.
+        softcaps: 0 for none.
+    """
+
+    kinds: tuple[int, ...]
+    scales: tuple[float, ...]
+    softcaps: tuple[float, ...]
+
+    @staticmethod
+    def vocabulary(tensors: Sequence[Tensor], kinds: Sequence[int]) -> int:
+        """Ids of the first term that has a logit for every id, from flat tensors and the terms' kinds."""
+        first = 0
+        for kind in kinds:
+            if kind == _LOGITS:
+                return tensors[first].shape[-1]
+            if kind != _SPARSE:
+                return tensors[first + 1].shape[0]
+            first += len(_NAMES[kind])
+        raise ValueError("terms are all Sparse")
+
+    def sum(self, tensors: Sequence[Tensor], V: int, chunk_rows: int | None = None) -> Sum:
+        """The sum that has these tensors, in the order of ``Sum.tensors``."""
+        terms: list[Term] = []
+        first = 0
+        for index, (kind, scale, softcap) in enumerate(zip(*self, strict=True)):
+            names = _NAMES[kind]
+            own = dict(zip(names, tensors[first : first + len(names)], strict=True))
+            first += len(names)
+            cap = softcap or None
+            if kind == _LOGITS:
+                terms.append(unchecked(Logits, **own, scale=scale, softcap=cap).as_rows(index))
+            elif kind == _SPARSE:
+                terms.append(unchecked(Sparse, **own).as_rows())
+            else:
+                terms.append(unchecked(Head, **{"bias": None, **own}, scale=scale, softcap=cap).as_rows())
+        return Sum(tuple(terms), V, chunk_rows)
+
+
+def layout_of(terms: Sequence[Term]) -> Layout:
+    """The layout of terms whose scales are numbers."""
+    kinds, scales, softcaps = [], [], []
+    for term in terms:
+        if isinstance(term, Sparse):
+            kinds.append(_SPARSE)
+            scales.append(1.0)
+            softcaps.append(0.0)
+            continue
+        if isinstance(term, Logits):
+            kinds.append(_LOGITS)
+        else:
+            kinds.append(_HEAD if term.bias is None else _HEAD_WITH_BIAS)
+        scales.append(float(term.scale))
+        softcaps.append(term.softcap or 0.0)
+    return Layout(tuple(kinds), tuple(scales), tuple(softcaps))
+
+
+def tensors_of(terms: Sequence[Term]) -> list[Tensor]:
+    """Every tensor of every term, but for scales."""
+    return [tensor for term in terms for tensor in term.tensors.values()]
+
+
+def one_device(terms: Sequence[Term]) -> tuple[str, torch.device]:
+    """Name of the first tensor, and the device that all of them are on.
+
+    Raises:
+        ValueError: they are on several.
+    """
+    device = next(iter(terms[0].tensors.values())).device
+    for i, term in enumerate(terms):
+        for name, tensor in term.tensors.items():
+            if tensor.device != device:
+                first = next(iter(terms[0].tensors))
+                raise ValueError(
+                    f"terms[{i}].{name} is on {tensor.device} but terms[0].{first} is on {device}; move them "
+                    "to one device"
+                )
+    return f"terms[0].{next(iter(terms[0].tensors))}", device
+
+
+def check_rows(terms: Sequence[Term]) -> torch.Size:
+    """(...): the rows of all terms.
+
+    Raises:
+        ValueError: they differ.
+    """
+    leading = terms[0].leading
+    for index, term in enumerate(terms):
+        if term.leading != leading:
+            raise ValueError(
+                f"terms[{index}] has rows {tuple(term.leading)} but terms[0] has {tuple(leading)}; "
+                "give all terms the same rows"
+            )
+    return leading
+
+
+def vocabulary_of(terms: Sequence[Term], vocab_size: int | None) -> int:
+    """V: as ``checked_vocabulary`` gives it, or of the first term that has a logit for every id."""
+    return vocab_size or next(term.vocabulary for term in terms if not isinstance(term, Sparse))
+
+
+def check_sparse_ids(name: str, ids: Tensor, V: int) -> None:
+    """Raises ValueError if one of the ids lies outside [0, V); looks at them, which stops a GPU."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= V:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} holds {wrong}, outside [0, {V}); give padding id 0 and value 0")
+
+
+def check_sparse_terms(terms: Sequence[Term], V: int) -> None:
+    """``check_sparse_ids`` of every sparse term."""
+    for index, term in enumerate(terms):
+        if isinstance(term, Sparse):
+            check_sparse_ids(f"terms[{index}].ids", term.ids, V)
+
+
+def checked_vocabulary(terms: Sequence[Term], vocab_size: int | None) -> int | None:
+    """``vocab_size`` as given, once it fits every term.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is larger than a term's vocabulary, or None where these differ.
+    """
+    sizes = [
+        (f"terms[{index}].{'weight' if isinstance(term, Head) else 'values'}", term.vocabulary)
+        for index, term in enumerate(terms)
+        if not isinstance(term, Sparse)
+    ]
+    first, V = sizes[0]
+    smallest = min(size for _, size in sizes)
+    vocab_size = as_number(vocab_size)
+    if vocab_size is None:
+        for name, size in sizes:
+            if size != V:
+                raise ValueError(
+                    f"{name} has {size} ids but {first} has {V}; pass vocab_size={smallest} to use the "
+                    "shared ids only"
+                )
+    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    else:
+        V = vocab_size
+    if V < 1:
+        raise ValueError(f"the vocabulary has {V} ids; there must be at least 1")
+    for name, size in sizes:
+        if size < V:
+            raise ValueError(
+                f"vocab_size is {V} but {name} has {size} ids; pass vocab_size={smallest} or less"
+            )
+    return vocab_size
+
+
+def chunks_of_rows(counts: Tensor, C: int) -> list[Rows]:
+    """The rows of each chunk of C: slices, or indices where rows that do not count are left out.
+
+    Finding these would stop a GPU, so there they pass through, with zero gradients.
+
+    Args:
+        counts: (N,) bool.
+    """
+    N = counts.shape[0]
+    if counts.device.type == "cpu":
+        counted = counts.nonzero()[:, 0]
+        if counted.shape[0] < N:
+            return list(counted.split(C)) if counted.numel() else []
+    return [slice(n, min(n + C, N)) for n in range(0, N, C)]
+
+
+def clear(wanted: Wanted, first_id: int = 0) -> None:
+    """0 in memory for gradients; in that of weights and biases from ``first_id`` on."""
+    for gradients in wanted:
+        for name, gradient in gradients.items():
+            (gradient[first_id:] if name in ("weight", "bias") else gradient).zero_()
+
+
+def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for one call, in large pages on a CPU where there is much of it."""
+    if device.type == "cpu" and shape.numel() * dtype.itemsize >= _LARGE:
+        return GradientMemory().empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
