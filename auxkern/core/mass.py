@@ -3,7 +3,7 @@
 Which ids top-p keeps hangs on comparing sums. In floating point they depend on who adds what first, so that
 two backends, or two ways of one, would keep different sets where a sum lies at p. Here exp(d) is an integer
 that every backend makes bit by bit alike: one product and one conversion in floating point, the rest
-in integers. ``kernels/cpu/mass.h`` and ``backends/triton/mass.py`` do the same.
+in integers. ``kernels/cpu/mass.h`` and ``backends/triton/device/mass.py`` do the same.
 """
 
 from __future__ import annotations

@@ -14,12 +14,14 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import auxkern.backends.triton as package  # noqa: E402
-from auxkern.backends.triton import kernels, plans  # noqa: E402
+from auxkern.backends.triton import kernels  # noqa: E402
+from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.inspect import assembly, survey  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(plans.forward_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: nothing is compiled"
+    not isinstance(logits_loss.forward_kernel, triton.JITFunction),
+    reason="TRITON_INTERPRET=1: nothing is compiled",
 )
 
 
@@ -93,8 +95,8 @@ def _launches(B: int, T: int, *, few: bool = False) -> list[Any]:
     target = torch.empty(N, dtype=torch.int64, device="meta")
     row = torch.empty(N, device="meta")
     settings = ([1.0, 1.0], [0.0, 0.0], 50257)
-    forward = plans.forward([whole, sliced], target, *settings, -100, False, False, 132)[1]
-    gradient = plans.backward([whole, sliced], target, row, row, row, row, *settings, [1], 132)[1]
+    forward = logits_loss.forward([whole, sliced], target, *settings, -100, False, False, 132)[1]
+    gradient = logits_loss.backward([whole, sliced], target, row, row, row, row, *settings, [1], 132)[1]
     return [*forward, gradient]
 
 

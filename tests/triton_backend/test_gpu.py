@@ -332,9 +332,9 @@ def test_heads(widths, dtypes, N, V, options):
 
 @pytest.mark.parametrize("scheme", [True, False], ids=["one-write", "recompute"])
 def test_both_schemes_of_heads(scheme, monkeypatch):
-    from auxkern.backends.triton import head_plans
+    from auxkern.backends.triton.heads_loss import launches as heads_loss
 
-    monkeypatch.setattr(head_plans, "one_write", lambda *_: scheme)
+    monkeypatch.setattr(heads_loss, "one_write", lambda *_: scheme)
     heads, target = _heads(300, 50257, (768, 256), (B, B)), random_target(300, V=50257, device="cuda")
     found, exact = _head_step(heads, target)[1], _head_formula(heads, target)[1]
     for a, b in zip(found, exact, strict=True):

@@ -34,7 +34,9 @@ from auxkern import Logits
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from auxkern.backends.triton import BACKEND, numerics, plans  # noqa: E402
+from auxkern.backends.triton import BACKEND  # noqa: E402
+from auxkern.backends.triton.device import numerics  # noqa: E402
+from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -321,7 +323,7 @@ def test_splits_agree_with_the_formula(dtypes, multiprocessors):
     values = [x[None] for x in logits(dtypes, N, V)]
     terms, target = len(dtypes), torch.tensor([V - 1, IGNORE, 2049])
     settings = ([1.0] * terms, [0.0] * terms, V)
-    rows, launches = plans.forward(values, target, *settings, IGNORE, True, True, multiprocessors)
+    rows, launches = logits_loss.forward(values, target, *settings, IGNORE, True, True, multiprocessors)
     assert len(launches) == 2
     for launch in launches:
         launch.run()
@@ -334,7 +336,7 @@ def test_splits_agree_with_the_formula(dtypes, multiprocessors):
     ones = torch.where(target == IGNORE, 0.0, 1.0)
     coefficients = (ones * torch.exp(-rows.log_sum), 0 * ones, ones * torch.expm1(-rows.nll))
     wanted = list(range(terms))
-    gradients, launch = plans.backward(
+    gradients, launch = logits_loss.backward(
         values, target, rows.row_max, *coefficients, *settings, wanted, multiprocessors
     )
     launch.run()

@@ -22,7 +22,8 @@ from auxkern import Head, Logits
 
 triton = pytest.importorskip("triton")
 
-from auxkern.backends.triton import BACKEND, head_plans  # noqa: E402
+from auxkern.backends.triton import BACKEND  # noqa: E402
+from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
 from auxkern.ops.registry import HeadRows  # noqa: E402
 
 pytestmark = [
@@ -133,7 +134,7 @@ def test_shapes_and_dtypes(dtypes, N, V):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtypes", [(H, H), (D32, D32)], ids=["fp16", "fp32"])
 def test_both_schemes(dtypes, recompute, monkeypatch):
-    monkeypatch.setattr(head_plans, "one_write", lambda *_: not recompute)
+    monkeypatch.setattr(heads_loss, "one_write", lambda *_: not recompute)
     run(heads(33, 200, (48, 32), dtypes), targets(33, 200), label_smoothing=0.1, z_loss=1e-3)
 
 

@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from auxkern.backends.triton import BACKEND, configs, plans
-from auxkern.backends.triton.rows import alignment
+from auxkern.backends.triton import BACKEND, configs
+from auxkern.backends.triton.device.rows import alignment
+from auxkern.backends.triton.logits_loss import launches as logits_loss
 
 H, F = torch.float16, torch.float32
 
@@ -66,7 +67,7 @@ def test_nothing_is_allocated_for_a_frozen_term():
     row = torch.empty(4, device="meta")
     target = torch.empty(4, dtype=torch.int64, device="meta")
     settings = ([1.0, 1.0], [0.0, 0.0], 129, [1], 132)
-    gradients, launch = plans.backward(values, target, row, row, row, row, *settings)
+    gradients, launch = logits_loss.backward(values, target, row, row, row, row, *settings)
     assert [g.shape for g in gradients] == [(1, 4, 129)]
     assert len(launch.arguments["gradients"]) == 1
 

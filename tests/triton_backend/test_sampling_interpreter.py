@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from auxkern.backends.triton import BACKEND  # noqa: E402
-from auxkern.backends.triton.mass import masses  # noqa: E402
+from auxkern.backends.triton.device.mass import masses  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -13,7 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from auxkern.backends.triton import head_plans, plans, sampling_plans
+from auxkern.backends.triton.heads_loss import launches as heads_loss
+from auxkern.backends.triton.logits_draw import launches as logits_draw
+from auxkern.backends.triton.logits_loss import launches as logits_loss
 from auxkern.core.loss import RowSlopes, RowSums
 from auxkern.ops.registry import Draws, HeadGradients, HeadRows, Rows
 
@@ -34,7 +36,7 @@ class Triton:
         if torch.float64 in dtypes:
             return 'its kernels sum in float32; use backend="reference" for float64'
         # Kernels were decorated for one or the other when this package was imported.
-        interpreted = not isinstance(plans.forward_kernel, triton.JITFunction)
+        interpreted = not isinstance(logits_loss.forward_kernel, triton.JITFunction)
         if device.type == "cuda" or (device.type == "cpu" and interpreted):
             return None
         if device.type == "cpu":
@@ -53,7 +55,7 @@ class Triton:
         want_stats: bool,
     ) -> Rows:
         settings = (scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats)
-        rows, launches = plans.forward(values, target, *settings, _multiprocessors(target.device))
+        rows, launches = logits_loss.forward(values, target, *settings, _multiprocessors(target.device))
         with _on(target.device):
             for launch in launches:
                 launch.run()
@@ -74,7 +76,9 @@ class Triton:
     ) -> list[Tensor]:
         rows = (row_max, exp_coefficient, constant, target_gradient)
         settings = (scales, softcaps, vocab_size, wanted)
-        gradients, launch = plans.backward(values, target, *rows, *settings, _multiprocessors(target.device))
+        gradients, launch = logits_loss.backward(
+            values, target, *rows, *settings, _multiprocessors(target.device)
+        )
         with _on(target.device):
             launch.run()
         return gradients
@@ -90,7 +94,7 @@ class Triton:
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = draws.seed.device
         settings = (scales, softcaps, vocab_size, draws, want_logprob, _multiprocessors(device))
-        found, launches = sampling_plans.sample(values, *settings)
+        found, launches = logits_draw.sample(values, *settings)
         with _on(device):
             for launch in launches:
                 launch.run()
@@ -100,7 +104,7 @@ class Triton:
         self, heads: list[HeadRows], vocab_size: int, draws: Draws, want_logprob: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         settings = (vocab_size, draws, want_logprob, _float32_products())
-        found, launches = sampling_plans.sample_heads(heads, *settings)
+        found, launches = logits_draw.sample_heads(heads, *settings)
         with _on(draws.seed.device):
             for launch in launches:
                 launch.run()
@@ -109,7 +113,7 @@ class Triton:
     def heads_refusal(self, heads: list[HeadRows]) -> str | None:
         if heads[0].hidden.device.type == "cpu" and any(h.hidden.dtype == torch.bfloat16 for h in heads):
             return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
-        return head_plans.refusal(heads)
+        return heads_loss.refusal(heads)
 
     def heads_forward(
         self,
@@ -120,8 +124,8 @@ class Triton:
         want_smooth: bool,
         want_stats: bool,
     ) -> Rows:
-        summed = head_plans.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
-        rows, _, launches = head_plans.forward(summed, ignore_index, want_smooth, want_stats, None)
+        summed = heads_loss.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
+        rows, _, launches = heads_loss.forward(summed, ignore_index, want_smooth, want_stats, None)
         with _on(target.device):
             for launch in launches:
                 launch.run()
@@ -139,10 +143,10 @@ class Triton:
         want_stats: bool,
         wanted: list[int],
     ) -> tuple[Rows, HeadGradients]:
-        summed = head_plans.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
-        dtype = head_plans.gradient_dtype([heads[i] for i in wanted])
-        e = summed.buffer(head_plans.e_dtype(dtype)) if head_plans.one_write(summed, wanted) else None
-        rows, tops, launches = head_plans.forward(summed, ignore_index, label_smoothing > 0, want_stats, e)
+        summed = heads_loss.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
+        dtype = heads_loss.gradient_dtype([heads[i] for i in wanted])
+        e = summed.buffer(heads_loss.e_dtype(dtype)) if heads_loss.one_write(summed, wanted) else None
+        rows, tops, launches = heads_loss.forward(summed, ignore_index, label_smoothing > 0, want_stats, e)
         with _on(target.device):
             for launch in launches:
                 launch.run()
@@ -150,31 +154,31 @@ class Triton:
             slopes = RowSlopes(rows.nll, sums, counts, label_smoothing, z_loss, vocab_size)
             if e is None:
                 return rows, _gradients_made_again(summed, slopes, wanted, dtype)
-            per_row, unit = _unit_coefficients(slopes, head_plans.MAGNIFIED[dtype])
-            d, launch = head_plans.scale(summed, e, tops, *per_row, dtype)
+            per_row, unit = _unit_coefficients(slopes, heads_loss.MAGNIFIED[dtype])
+            d, launch = heads_loss.scale(summed, e, tops, *per_row, dtype)
             launch.run()
-        return rows, HeadGradients([d] * len(wanted), unit, head_plans.MAGNIFIED[dtype])
+        return rows, HeadGradients([d] * len(wanted), unit, heads_loss.MAGNIFIED[dtype])
 
     def heads_gradient(
         self, heads: list[HeadRows], target: Tensor, slopes: RowSlopes, vocab_size: int, wanted: list[int]
     ) -> HeadGradients:
-        summed = head_plans.heads_sum(heads, target, vocab_size, False, _float32_products())
+        summed = heads_loss.heads_sum(heads, target, vocab_size, False, _float32_products())
         with _on(target.device):
-            dtype = head_plans.gradient_dtype([heads[i] for i in wanted])
+            dtype = heads_loss.gradient_dtype([heads[i] for i in wanted])
             return _gradients_made_again(summed, slopes, wanted, dtype)
 
 
 def _gradients_made_again(
-    summed: head_plans.Sum, slopes: RowSlopes, wanted: list[int], dtype: torch.dtype
+    summed: heads_loss.Sum, slopes: RowSlopes, wanted: list[int], dtype: torch.dtype
 ) -> HeadGradients:
     """Gradients of the heads' products, from their hidden states."""
-    per_row, unit = _unit_coefficients(slopes, head_plans.MAGNIFIED[dtype])
+    per_row, unit = _unit_coefficients(slopes, heads_loss.MAGNIFIED[dtype])
     groups = [summed.slope_of(i) for i in wanted]
     distinct = list(dict.fromkeys(groups))
-    made, launch = head_plans.gradient(summed, *per_row, distinct, dtype)
+    made, launch = heads_loss.gradient(summed, *per_row, distinct, dtype)
     launch.run()
     products = [made[distinct.index(group)] for group in groups]
-    return HeadGradients(products, unit, head_plans.MAGNIFIED[dtype])
+    return HeadGradients(products, unit, heads_loss.MAGNIFIED[dtype])
 
 
 def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[tuple[Tensor, list[Tensor]], Tensor]:

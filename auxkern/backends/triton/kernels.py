@@ -14,23 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import head_cases, plans, sampling_cases
-from auxkern.backends.triton.cross_entropy import backward_kernel, combine_kernel, forward_kernel
-from auxkern.backends.triton.head_sampling import heads_draw_kernel
-from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.linear_cross_entropy import (
+from auxkern.backends.triton.heads_draw.kernels import heads_draw_kernel
+from auxkern.backends.triton.heads_loss import cases as heads_loss_cases
+from auxkern.backends.triton.heads_loss.kernels import (
     heads_combine_kernel,
     heads_forward_kernel,
     heads_gradient_kernel,
     heads_scale_kernel,
 )
-from auxkern.backends.triton.sampling import (
+from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.logits_draw import cases as logits_draw_cases
+from auxkern.backends.triton.logits_draw.kernels import (
     adjust_kernel,
     choose_kernel,
     draw_kernel,
     filter_kernel,
     sum_kernel,
 )
+from auxkern.backends.triton.logits_loss import launches as logits_loss
+from auxkern.backends.triton.logits_loss.kernels import backward_kernel, combine_kernel, forward_kernel
 
 VOCABULARIES = {"SmolLM2": 49152, "GPT-2": 50257, "Llama-3": 128256, "Gemma": 262144}
 _MULTIPROCESSORS = 132  # H100 SXM; decides how rows are split, not what is compiled
@@ -101,7 +103,7 @@ def _forward_launches(
     V, terms = VOCABULARIES[model], len(dtypes)
     values = _logits(rows, V, dtypes)
     settings = ([1.0] * terms, [cap] * terms, V, -100, smooth, stats)
-    return plans.forward(values, _target(rows), *settings, _MULTIPROCESSORS)[1]
+    return logits_loss.forward(values, _target(rows), *settings, _MULTIPROCESSORS)[1]
 
 
 def _forward_cases(model: str) -> Iterator[Case]:
@@ -132,7 +134,7 @@ def _backward_launch(
     values = _logits(_ROWS, V, dtypes)
     row = torch.empty(_ROWS, device="meta")
     settings = ([1.0] * terms, [cap] * terms, V - cut, wanted)
-    return plans.backward(values, _target(_ROWS), row, row, row, row, *settings, _MULTIPROCESSORS)[1]
+    return logits_loss.backward(values, _target(_ROWS), row, row, row, row, *settings, _MULTIPROCESSORS)[1]
 
 
 def _backward_cases(model: str) -> Iterator[Case]:
@@ -162,18 +164,30 @@ KERNELS = (
     Kernel(forward_kernel, _forward_cases, vectors=True),
     Kernel(combine_kernel, _combine_cases, vectors=False),
     Kernel(backward_kernel, _backward_cases, vectors=True),
-    Kernel(heads_forward_kernel, _of(head_cases.forward_cases, head_cases.ROWS), vectors=False, dot=True),
-    Kernel(heads_combine_kernel, _of(head_cases.combine_cases, head_cases.ROWS), vectors=False),
-    Kernel(heads_scale_kernel, _of(head_cases.scale_cases, head_cases.ROWS), vectors=False),
-    Kernel(heads_gradient_kernel, _of(head_cases.gradient_cases, head_cases.ROWS), vectors=False, dot=True),
-    Kernel(draw_kernel, _of(sampling_cases.draw_cases, sampling_cases.ROWS), vectors=True, any_row=False),
-    Kernel(choose_kernel, _of(sampling_cases.choose_cases, sampling_cases.ROWS), vectors=False),
-    Kernel(sum_kernel, _of(sampling_cases.sum_cases, sampling_cases.ROWS), vectors=True, any_row=False),
-    Kernel(adjust_kernel, _of(sampling_cases.adjust_cases, sampling_cases.ROWS), vectors=False),
-    Kernel(filter_kernel, _of(sampling_cases.filter_cases, sampling_cases.ROWS), vectors=False),
+    Kernel(
+        heads_forward_kernel,
+        _of(heads_loss_cases.forward_cases, heads_loss_cases.ROWS),
+        vectors=False,
+        dot=True,
+    ),
+    Kernel(heads_combine_kernel, _of(heads_loss_cases.combine_cases, heads_loss_cases.ROWS), vectors=False),
+    Kernel(heads_scale_kernel, _of(heads_loss_cases.scale_cases, heads_loss_cases.ROWS), vectors=False),
+    Kernel(
+        heads_gradient_kernel,
+        _of(heads_loss_cases.gradient_cases, heads_loss_cases.ROWS),
+        vectors=False,
+        dot=True,
+    ),
+    Kernel(
+        draw_kernel, _of(logits_draw_cases.draw_cases, logits_draw_cases.ROWS), vectors=True, any_row=False
+    ),
+    Kernel(choose_kernel, _of(logits_draw_cases.choose_cases, logits_draw_cases.ROWS), vectors=False),
+    Kernel(sum_kernel, _of(logits_draw_cases.sum_cases, logits_draw_cases.ROWS), vectors=True, any_row=False),
+    Kernel(adjust_kernel, _of(logits_draw_cases.adjust_cases, logits_draw_cases.ROWS), vectors=False),
+    Kernel(filter_kernel, _of(logits_draw_cases.filter_cases, logits_draw_cases.ROWS), vectors=False),
     Kernel(
         heads_draw_kernel,
-        _of(sampling_cases.head_draw_cases, sampling_cases.ROWS),
+        _of(logits_draw_cases.head_draw_cases, logits_draw_cases.ROWS),
         vectors=False,
         dot=True,
     ),

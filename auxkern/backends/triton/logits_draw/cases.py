@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from auxkern.backends.triton import sampling_plans
-from auxkern.backends.triton.head_cases import WIDTHS
+from auxkern.backends.triton.heads_loss.cases import WIDTHS
 from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.logits_draw import launches as logits_draw
 from auxkern.ops.registry import Draws, HeadRows
 
 ROWS = 64  # a decoding batch
@@ -55,7 +55,7 @@ def launches(
     scales = [torch.empty(ROWS, device="meta") if scaled else None for _ in dtypes]
     chosen = Draws(**{**vars(draws), "row_scales": scales})
     settings = ([1.0] * len(values), [0.0] * len(values), V, chosen, logprob, _MULTIPROCESSORS)
-    return sampling_plans.sample(values, *settings)[1]
+    return logits_draw.sample(values, *settings)[1]
 
 
 def draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
@@ -113,7 +113,7 @@ def head_launch(
         for D, dtype in zip(widths, dtypes, strict=True)
     ]
     draws = draws_of(plain=not write, rows=rows)
-    return sampling_plans.sample_heads(heads, V, draws, logprob, "ieee")[1][0]
+    return logits_draw.sample_heads(heads, V, draws, logprob, "ieee")[1][0]
 
 
 def head_draw_cases(V: int) -> Iterator[tuple[str, Launch]]:

@@ -2,7 +2,7 @@
 
 Forward: one program makes a tile of z, the dot products of every head in one float32 accumulator,
 and leaves its maximum, sum and so on; a second kernel combines the tiles of a row in fixed order.
-The target is left out of the sums, as in ``cross_entropy.py``: a sure row's nll does not cancel.
+The target is left out of the sums, as in ``logits_loss/kernels.py``: a sure row's nll does not cancel.
 
 Gradient, one-write: the forward also writes e = exp(z - m) in 16 bits, m the maximum of the row
 within the tile, so that e lies in [0, 1] whatever the logits; when the rows' sums are known, one
@@ -15,7 +15,9 @@ light pass turns e into dz. Gradient, recompute: the tile is made a second time 
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.cross_entropy import (
+from auxkern.backends.triton.device.numerics import tanh_slope
+from auxkern.backends.triton.device.rows import _decode
+from auxkern.backends.triton.logits_loss.kernels import (
     _NO_COLUMN,
     _NO_KEY,
     _NO_TARGET,
@@ -25,8 +27,6 @@ from auxkern.backends.triton.cross_entropy import (
     _pivot,
     _share,
 )
-from auxkern.backends.triton.numerics import tanh_slope
-from auxkern.backends.triton.rows import _decode
 
 
 @triton.jit

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs, head_plans
-from auxkern.backends.triton.head_sampling import heads_draw_kernel
+from auxkern.backends.triton import configs
+from auxkern.backends.triton.device.rows import VECTOR_BYTES, as_term
+from auxkern.backends.triton.heads_draw.kernels import heads_draw_kernel
+from auxkern.backends.triton.heads_loss import launches as heads_loss
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.rows import VECTOR_BYTES, as_term
-from auxkern.backends.triton.sampling import (
+from auxkern.backends.triton.logits_draw.kernels import (
     adjust_kernel,
     choose_kernel,
     draw_kernel,
@@ -115,7 +116,7 @@ def sample_heads(
     """As ``sample``, from output heads; ``precision`` of products of float32: "ieee" or "tf32"."""
     N = draws.temperature.shape[0]
     out, rows = _out(draws, want_logprob), _row_draws(draws)
-    summed = head_plans.heads_sum(heads, draws.seed, V, False, precision)
+    summed = heads_loss.heads_sum(heads, draws.seed, V, False, precision)
     config = configs.draw_tiles(summed.config, N)
     # No draw looks at a target.
     arguments = {name: value for name, value in summed.arguments.items() if name != "target"}
@@ -139,7 +140,7 @@ def sample_heads(
             "GROUP": config.group,
         },
         config.warps,
-        bytes_moved=head_plans.input_bytes(summed) + (4 * N * V if write else 0),
+        bytes_moved=heads_loss.input_bytes(summed) + (4 * N * V if write else 0),
         flops=N * V * (2 if write else _NOISE_FLOPS) + (0 if summed.half else products),
         num_stages=config.stages,
         tensor_flops=products if summed.half else 0,

@@ -1,6 +1,6 @@
 """The next token of each row from output heads: Gumbel-max in the epilogue of the products.
 
-A program makes a tile of z as for the loss (``linear_cross_entropy.py``), draws from it, and leaves the
+A program makes a tile of z as for the loss (``heads_loss/kernels.py``), draws from it, and leaves the
 tile's best; ``choose_kernel`` compares the tiles' bests. No logit is written, unless filters or
 penalties follow, which then work on a buffer in the L2 cache.
 """
@@ -11,19 +11,19 @@ penalties follow, which then work on a buffer in the L2 cache.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.linear_cross_entropy import (
+from auxkern.backends.triton.heads_loss.kernels import (
     _indices,
     _products,
     _shares_of,
     _sum_of,
     _tile_of_program,
 )
-from auxkern.backends.triton.sampling import _NO_ID, _pivot, gumbel
+from auxkern.backends.triton.logits_draw.kernels import _NO_ID, _pivot, gumbel
 
 
 @triton.jit
 def _noise(seed, position, start, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_N, BLOCK_V) Gumbel noise of ids from ``start``, as ``sampling._noise`` for each row."""
+    """(BLOCK_N, BLOCK_V) Gumbel noise of ids from ``start``: the noise of one row, for each row."""
     counter = (start // 4 + tl.arange(0, BLOCK_V // 4))[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
     zero = tl.zeros([BLOCK_N, BLOCK_V // 4], tl.uint32)
     low = zero + (position & 0xFFFFFFFF).to(tl.uint32)[:, None]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from auxkern.backends.triton import head_plans
+from auxkern.backends.triton.heads_loss import launches as heads_loss
 from auxkern.backends.triton.launch import Launch
 from auxkern.ops.registry import HeadRows
 
@@ -26,7 +26,7 @@ def heads_sum(
     cap: float = 0.0,
     stats: bool = False,
     scales: tuple[float, ...] = (1.0, 1.0, -1.0),
-) -> head_plans.Sum:
+) -> heads_loss.Sum:
     """``ROWS`` rows of a sum of heads, on tensors without memory."""
     heads = [
         HeadRows(
@@ -39,35 +39,35 @@ def heads_sum(
         for D, dtype, scale in zip(widths, dtypes, scales, strict=False)
     ]
     target = torch.empty(ROWS, dtype=torch.int64, device="meta")
-    return head_plans.heads_sum(heads, target, V, stats, "ieee")
+    return heads_loss.heads_sum(heads, target, V, stats, "ieee")
 
 
 def _row() -> torch.Tensor:
     return torch.empty(ROWS, device="meta")
 
 
-def forward_launches(heads: head_plans.Sum, *, smooth: bool = False, stats: bool = False) -> list[Launch]:
+def forward_launches(heads: heads_loss.Sum, *, smooth: bool = False, stats: bool = False) -> list[Launch]:
     """A forward pass without gradient."""
-    return head_plans.forward(heads, -100, smooth, stats, None)[2]
+    return heads_loss.forward(heads, -100, smooth, stats, None)[2]
 
 
-def one_write_launch(heads: head_plans.Sum) -> Launch:
+def one_write_launch(heads: heads_loss.Sum) -> Launch:
     """The forward kernel that writes e."""
     e = heads.buffer(_H if heads.half else _F)
-    return head_plans.forward(heads, -100, False, False, e)[2][0]
+    return heads_loss.forward(heads, -100, False, False, e)[2][0]
 
 
-def scale_launch(heads: head_plans.Sum, dtype: torch.dtype) -> Launch:
+def scale_launch(heads: heads_loss.Sum, dtype: torch.dtype) -> Launch:
     """The kernel that turns e into dz."""
     tops = torch.empty(heads.tiles, ROWS, device="meta")
-    e = heads.buffer(head_plans.e_dtype(dtype))
-    return head_plans.scale(heads, e, tops, _row(), (_row(), _row(), _row()), dtype)[1]
+    e = heads.buffer(heads_loss.e_dtype(dtype))
+    return heads_loss.scale(heads, e, tops, _row(), (_row(), _row(), _row()), dtype)[1]
 
 
-def gradient_launch(heads: head_plans.Sum, dtype: torch.dtype, wanted: tuple[int, ...] = (1,)) -> Launch:
+def gradient_launch(heads: heads_loss.Sum, dtype: torch.dtype, wanted: tuple[int, ...] = (1,)) -> Launch:
     """The kernel that makes dz from the hidden states again."""
     slopes = list(dict.fromkeys(heads.slope_of(i) for i in wanted))
-    return head_plans.gradient(heads, _row(), (_row(), _row(), _row()), slopes, dtype)[1]
+    return heads_loss.gradient(heads, _row(), (_row(), _row(), _row()), slopes, dtype)[1]
 
 
 def forward_cases(V: int) -> Iterator[tuple[str, Launch]]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.linear_cross_entropy import (
+from auxkern.backends.triton.device.rows import _code
+from auxkern.backends.triton.heads_loss.kernels import (
     heads_combine_kernel,
     heads_forward_kernel,
     heads_gradient_kernel,
     heads_scale_kernel,
 )
-from auxkern.backends.triton.rows import _code
+from auxkern.backends.triton.launch import Launch
 from auxkern.ops.registry import HeadRows, Rows
 
 MAX_HEADS = 4

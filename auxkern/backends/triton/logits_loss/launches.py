@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.cross_entropy import backward_kernel, combine_kernel, forward_kernel
+from auxkern.backends.triton.device.rows import alignment, as_term
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.rows import alignment, as_term
+from auxkern.backends.triton.logits_loss.kernels import backward_kernel, combine_kernel, forward_kernel
 from auxkern.ops.registry import Rows
 
 # Scale, add: per share. Maximum, difference, product, exp, add: per logit.

@@ -14,8 +14,14 @@ Backward: one pass, each gradient written once.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.numerics import log1p, tanh, tanh_slope
-from auxkern.backends.triton.rows import body_pointers, contiguous_width, head_columns, read, row_pointer
+from auxkern.backends.triton.device.numerics import log1p, tanh, tanh_slope
+from auxkern.backends.triton.device.rows import (
+    body_pointers,
+    contiguous_width,
+    head_columns,
+    read,
+    row_pointer,
+)
 from auxkern.ops.registry import NO_TARGET
 
 # Out of the running in an argmax.

@@ -13,10 +13,10 @@ are found by a radix search over the ordered bits of the logits: exact, and with
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.cross_entropy import shares_of
-from auxkern.backends.triton.mass import masses
-from auxkern.backends.triton.numerics import log1p
-from auxkern.backends.triton.rows import row_pointer
+from auxkern.backends.triton.device.mass import masses
+from auxkern.backends.triton.device.numerics import log1p
+from auxkern.backends.triton.device.rows import row_pointer
+from auxkern.backends.triton.logits_loss.kernels import shares_of
 
 _NO_ID: tl.constexpr = tl.constexpr(2**31 - 1)
 _UNIT: tl.constexpr = tl.constexpr(2.0**-32)

@@ -1,0 +1,1 @@
+"""Tokens drawn from a sum of output heads: the kernel, its launches, and the cases compiled ahead of time."""
