@@ -40,8 +40,8 @@ class Term(NamedTuple):
 
 def as_term(x: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Term:
     """The (outer, inner, V) tensor ``x`` as a kernel argument; a ``softcap`` of 0 is none."""
-    outer_stride, inner_stride, inner = _row_steps(x)
-    return Term(x, _code(outer_stride), _code(inner_stride), _code(inner), _code(x.stride(2)), scale, softcap)
+    outer_stride, inner_stride, inner, column_stride = map(encode, (*_row_steps(x), x.stride(2)))
+    return Term(x, outer_stride, inner_stride, inner, column_stride, scale, softcap)
 
 
 def _row_steps(x: Tensor) -> tuple[int, int, int]:
@@ -52,7 +52,8 @@ def _row_steps(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.shape[1]
 
 
-def _code(n: int) -> int:
+def encode(n: int) -> int:
+    """A stride or a size as kernels take it."""
     # Triton compiles anew for ints in tuples that are 1 or divisible by 16; odd ones above 1 are
     # neither, so no batch size or length compiles anything.
     return 2 * n + 3
@@ -122,7 +123,8 @@ def alignment(streams: list[Tensor]) -> Alignment:
 
 
 @triton.jit
-def _decode(code):
+def decode(code):
+    """The stride or size that ``encode`` made ``code`` of."""
     return (code >> 1) - 1
 
 
@@ -133,9 +135,9 @@ def row_pointer(term, row, ALIGNED: tl.constexpr = False):
     ALIGNED says that it is a multiple of 16 bytes, here and not in the caller, where the compiler
     would lose it with the call.
     """
-    inner = _decode(term.inner)
-    outer_offset = (row // inner).to(tl.int64) * _decode(term.outer_stride)
-    pointer = term.logits + outer_offset + (row % inner).to(tl.int64) * _decode(term.inner_stride)
+    inner = decode(term.inner)
+    outer_offset = (row // inner).to(tl.int64) * decode(term.outer_stride)
+    pointer = term.logits + outer_offset + (row % inner).to(tl.int64) * decode(term.inner_stride)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -144,7 +146,7 @@ def row_pointer(term, row, ALIGNED: tl.constexpr = False):
 @triton.jit
 def contiguous_width(term):
     """Columns in a row of a contiguous tensor."""
-    return _decode(term.inner_stride)
+    return decode(term.inner_stride)
 
 
 @triton.jit
@@ -159,7 +161,7 @@ def head_columns(term, row, G: tl.constexpr):
 @triton.jit
 def body_pointer(term, row, head, ALIGNED: tl.constexpr):
     """Pointer to [row, head]: what columns count from."""
-    pointer = row_pointer(term, row) + head.to(tl.int64) * _decode(term.column_stride)
+    pointer = row_pointer(term, row) + head.to(tl.int64) * decode(term.column_stride)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -178,5 +180,5 @@ def body_pointers(terms, row, head, ALIGNED: tl.constexpr):
 def read(term, pointer, columns, mask, UNIT: tl.constexpr):
     """values[row, columns] in float32, 0 where ``mask`` forbids; columns count from ``pointer``."""
     if not UNIT:
-        columns = columns.to(tl.int64) * _decode(term.column_stride)
+        columns = columns.to(tl.int64) * decode(term.column_stride)
     return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
 """The next token of each row from output heads: Gumbel-max in the epilogue of the products.
 
-A program makes a tile of z as for the loss (``heads_loss/kernels.py``), draws from it, and leaves the
+A program makes a tile of z as for the loss (``device/tiles.py``), draws from it, and leaves the
 tile's best; ``choose_kernel`` compares the tiles' bests. No logit is written, unless filters or
 penalties follow, which then work on a buffer in the L2 cache.
 """
@@ -11,14 +11,9 @@ penalties follow, which then work on a buffer in the L2 cache.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.heads_loss.kernels import (
-    _indices,
-    _products,
-    _shares_of,
-    _sum_of,
-    _tile_of_program,
-)
-from auxkern.backends.triton.logits_draw.kernels import _NO_ID, _pivot, gumbel
+from auxkern.backends.triton.device.draws import NO_ID, finite_pivot, gumbel
+from auxkern.backends.triton.device.terms import total_of
+from auxkern.backends.triton.device.tiles import group_shares, products_of, tile_indices, tile_of_program
 
 
 @triton.jit
@@ -47,13 +42,13 @@ def heads_draw_kernel(
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The draw from a tile (BLOCK_N rows, BLOCK_V ids) of z, or the tile itself if WRITE."""
-    block, tile = _tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
-    rows, columns, read_rows, read_ids = _indices(block, tile, N, V, BLOCK_N, BLOCK_V)
-    products = _products(
+    block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
+    rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    products = products_of(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
     )  # fmt: skip
-    z = _sum_of(_shares_of(groups, products, CAPPED))
+    z = total_of(group_shares(groups, products, CAPPED))
     nothing = -float("inf")
     z = tl.where((columns < V)[None, :], z, nothing)
     present = rows < N
@@ -70,11 +65,11 @@ def heads_draw_kernel(
         position = tl.load(draws.position + read_rows)
         noise = _noise(seed, position, tile * BLOCK_V, BLOCK_N, BLOCK_V)
         largest = tl.max(z, axis=1)
-        d = (z - _pivot(largest)[:, None]) / temperature[:, None]
+        d = (z - finite_pivot(largest)[:, None]) / temperature[:, None]
         score = tl.where(greedy[:, None], d, d + noise)
         top = tl.max(score, axis=1)
         winner = (score == top[:, None]) & (z > nothing)
-        token = tl.min(tl.where(winner, columns[None, :], _NO_ID), axis=1)
+        token = tl.min(tl.where(winner, columns[None, :], NO_ID), axis=1)
         of_token = tl.max(tl.where(columns[None, :] == token[:, None], d, nothing), axis=1)
         plane = N.to(tl.int64) * tiles
         at = rows.to(tl.int64) * tiles + tile

@@ -16,129 +16,24 @@ import triton
 import triton.language as tl
 
 from auxkern.backends.triton.device.numerics import tanh_slope
-from auxkern.backends.triton.device.rows import _decode
-from auxkern.backends.triton.logits_loss.kernels import (
-    _NO_COLUMN,
-    _NO_KEY,
-    _NO_TARGET,
-    _absent,
-    _fold_best,
-    _nll,
-    _pivot,
-    _share,
+from auxkern.backends.triton.device.softmax import (
+    NO_COLUMN,
+    NO_KEY,
+    NO_TARGET,
+    absent_logit,
+    fold_best,
+    nll_of,
+    pivot_of,
 )
-
-
-@triton.jit
-def _tile_of_program(program, row_blocks, tiles, GROUP: tl.constexpr):
-    """(row block, vocabulary tile): rows fastest within a group, so that a weight is read from L2."""
-    first = program // (GROUP * tiles) * GROUP
-    size = tl.minimum(row_blocks - first, GROUP)
-    within = program % (GROUP * tiles)
-    return first + within % size, within // size
-
-
-@triton.jit
-def _operand(pointer, stride, rows, EVEN: tl.constexpr):
-    """Pointers to column 0 of ``rows`` of a strided matrix."""
-    step = _decode(stride).to(tl.int64)
-    if EVEN:
-        step = tl.multiple_of(step, 8)
-    return pointer + rows.to(tl.int64) * step
-
-
-@triton.jit
-def _along(columns, stride, UNIT: tl.constexpr):
-    """Offsets of columns; int64 unless they are adjacent, for a weight stored (D, V) passes 2**31."""
-    if not UNIT:
-        columns = columns.to(tl.int64) * _decode(stride)
-    return columns
-
-
-@triton.jit
-def _product(
-    head, accumulator, rows, ids,
-    D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """accumulator (R, C) + hidden[rows] (R, D) @ weight[ids].T (D, C), in float32."""
-    a = _operand(head.hidden, head.hidden_stride, rows, EVEN)
-    b = _operand(head.weight, head.weight_stride, ids, EVEN)
-    k = tl.arange(0, BLOCK_D)
-    for d in range(0, D, BLOCK_D):
-        here = d + k
-        x_at = a[:, None] + _along(here, head.hidden_column, UNIT_HIDDEN)[None, :]
-        w_at = b[None, :] + _along(here, head.weight_column, UNIT_WEIGHT)[:, None]
-        if D % BLOCK_D == 0:
-            x = tl.load(x_at)
-            w = tl.load(w_at)
-        else:
-            x = tl.load(x_at, mask=(here < D)[None, :], other=0.0)
-            w = tl.load(w_at, mask=(here < D)[:, None], other=0.0)
-        if x.dtype != w.dtype:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        accumulator = tl.dot(x, w, accumulator, input_precision=PRECISION)
-    return accumulator
-
-
-@triton.jit
-def _products(
-    heads, rows, ids,
-    D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One (R, C) accumulator for each group of heads, in units of its last head's scale."""
-    products = ()
-    accumulator = tl.zeros([rows.shape[0], ids.shape[0]], tl.float32)
-    for i in tl.static_range(len(heads)):
-        if BEGINS[i]:
-            if i > 0:
-                products += (accumulator,)
-                accumulator = tl.zeros([rows.shape[0], ids.shape[0]], tl.float32)
-        elif RESCALED[i]:
-            accumulator *= heads[i].rescale
-        accumulator = _product(
-            heads[i], accumulator, rows, ids,
-            D[i], UNIT_HIDDEN[i], UNIT_WEIGHT[i], EVEN[i], BLOCK_D, PRECISION,
-        )  # fmt: skip
-        if BIAS[i]:
-            bias = tl.load(heads[i].bias + ids.to(tl.int64) * _decode(heads[i].bias_stride))
-            accumulator += bias.to(tl.float32)[None, :]
-    products += (accumulator,)
-    return products
-
-
-@triton.jit
-def _shares_of(groups, products, CAPPED: tl.constexpr):
-    shares = ()
-    for g in tl.static_range(len(groups)):
-        shares += (_share(groups[g], products[g], CAPPED[g]),)
-    return shares
-
-
-@triton.jit
-def _sum_of(shares):
-    z = shares[0]
-    for g in tl.static_range(1, len(shares)):
-        z += shares[g]
-    return z
-
-
-@triton.jit
-def _indices(block, tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(rows, columns, rows to read, ids to read): beyond the end the last one is read again."""
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    return rows, columns, tl.minimum(rows, N - 1), tl.minimum(columns, V - 1)
+from auxkern.backends.triton.device.terms import total_of
+from auxkern.backends.triton.device.tiles import group_shares, products_of, tile_indices, tile_of_program
 
 
 @triton.jit
 def _tile_softmax(z):
     """(maximum, sum of exp(z - maximum), exp(z - maximum)) of each row; -inf is left out."""
     top = tl.max(z, axis=1)
-    e = tl.exp(z - _pivot(top)[:, None])
+    e = tl.exp(z - pivot_of(top)[:, None])
     return top, tl.sum(e, axis=1), e
 
 
@@ -157,14 +52,14 @@ def heads_forward_kernel(
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a tile (BLOCK_N rows, BLOCK_V ids) of z, and exp(z - its maximum) if WRITE."""
-    block, tile = _tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
-    rows, columns, read_rows, read_ids = _indices(block, tile, N, V, BLOCK_N, BLOCK_V)
-    products = _products(
+    block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
+    rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    products = products_of(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
     )  # fmt: skip
-    shares = _shares_of(groups, products, CAPPED)
-    z = _sum_of(shares)
+    shares = group_shares(groups, products, CAPPED)
+    z = total_of(shares)
 
     present = rows < N
     y = tl.load(target + read_rows)
@@ -186,11 +81,11 @@ def heads_forward_kernel(
     here = present & (y >= tile * BLOCK_V) & (y < (tile + 1) * BLOCK_V) & (y < V)
     tl.store(partial.target + rows, tl.sum(tl.where(hit, z, 0.0), axis=1), mask=here)
     if SMOOTH:
-        gaps = tl.where(counted, _pivot(top)[:, None] - z, 0.0)
+        gaps = tl.where(counted, pivot_of(top)[:, None] - z, 0.0)
         tl.store(at + 2 * plane, tl.sum(gaps, axis=1), mask=present)
     if STATS:
-        nothing = (tl.full([BLOCK_N], _NO_KEY, tl.int32), tl.full([BLOCK_N], _NO_COLUMN, tl.int32))
-        key, column = _fold_best(nothing, z, columns[None, :], valid)
+        nothing = (tl.full([BLOCK_N], NO_KEY, tl.int32), tl.full([BLOCK_N], NO_COLUMN, tl.int32))
+        key, column = fold_best(nothing, z, columns[None, :], valid)
         best = partial.best + tile.to(tl.int64) * N + rows
         tl.store(best, key, mask=present)
         tl.store(best + plane, column, mask=present)
@@ -211,7 +106,7 @@ def _combined(at, plane, N, tiles, present, R: tl.constexpr, LANES: tl.constexpr
         mask = (first + lane < tiles)[:, None] & present[None, :]
         there = at[None, :] + (first + lane).to(tl.int64)[:, None] * N
         top = tl.maximum(top, tl.max(tl.load(there, mask, -float("inf")), axis=0))
-    pivot = _pivot(top)
+    pivot = pivot_of(top)
     total = tl.zeros([R], tl.float32)
     for first in range(0, tiles, LANES):
         mask = (first + lane < tiles)[:, None] & present[None, :]
@@ -235,7 +130,7 @@ def _combined_distance(
         # Of the target's tile one column was left out.
         its = (y // BLOCK_V == tile[:, None]).to(tl.int32)
         counted = (tl.minimum(BLOCK_V, V - tile * BLOCK_V)[:, None] - its).to(tl.float32)
-        moved = tl.load(there + 2 * plane, mask, 0.0) + counted * (pivot[None, :] - _pivot(tops))
+        moved = tl.load(there + 2 * plane, mask, 0.0) + counted * (pivot[None, :] - pivot_of(tops))
         distance += tl.sum(tl.where(mask, moved, 0.0), axis=0)
     return distance
 
@@ -243,16 +138,16 @@ def _combined_distance(
 @triton.jit
 def _combined_best(at, plane, N, tiles, present, R: tl.constexpr, LANES: tl.constexpr):
     """The lowest column of the largest key of R rows."""
-    key = tl.full([R], _NO_KEY, tl.int32)
-    column = tl.full([R], _NO_COLUMN, tl.int32)
+    key = tl.full([R], NO_KEY, tl.int32)
+    column = tl.full([R], NO_COLUMN, tl.int32)
     for first in range(0, tiles, LANES):
         tile = first + tl.arange(0, LANES)
         mask = (tile < tiles)[:, None] & present[None, :]
         there = at[None, :] + tile.to(tl.int64)[:, None] * N
-        keys = tl.load(there, mask, _NO_KEY)
+        keys = tl.load(there, mask, NO_KEY)
         top = tl.max(keys, axis=0)
-        columns = tl.load(there + plane, mask, _NO_COLUMN)
-        lowest = tl.min(tl.where(keys == top[None, :], columns, _NO_COLUMN), axis=0)
+        columns = tl.load(there + plane, mask, NO_COLUMN)
+        lowest = tl.min(tl.where(keys == top[None, :], columns, NO_COLUMN), axis=0)
         # Tiles come in order: an equal key later on has a higher column.
         column = tl.where(top > key, lowest, column)
         key = tl.maximum(key, top)
@@ -277,27 +172,27 @@ def heads_combine_kernel(
     plane = N.to(tl.int64) * tiles
     at = partial.sums + rows
     softmax = _combined(at, plane, N, tiles, present, R, LANES)
-    goal = tl.where(in_range, tl.load(partial.target + rows, in_range, 0.0), _absent(y))
-    nll, largest, log_sum = _nll(softmax, goal)
+    goal = tl.where(in_range, tl.load(partial.target + rows, in_range, 0.0), absent_logit(y))
+    nll, largest, log_sum = nll_of(softmax, goal)
     tl.store(out.nll + rows, tl.where(ignored, 0.0, nll), mask=present)
     row_max = tl.where(log_sum == log_sum, largest, float("nan"))
     tl.store(out.row_max + rows, tl.where(ignored, 0.0, row_max), mask=present)
     tl.store(out.log_sum + rows, tl.where(ignored, 0.0, log_sum), mask=present)
     if SMOOTH:
-        pivot = _pivot(softmax[0])
+        pivot = pivot_of(softmax[0])
         holder = tl.where(in_range, y, -BLOCK_V)[None, :]
         distance = _combined_distance(at, plane, N, V, tiles, holder, pivot, present, R, LANES, BLOCK_V)
         # Of a row with its target elsewhere the largest is the pivot.
-        distance += tl.where(y == _NO_TARGET, 0.0, (V - 1) * (largest - pivot) + (largest - goal))
+        distance += tl.where(y == NO_TARGET, 0.0, (V - 1) * (largest - pivot) + (largest - goal))
         tl.store(out.smooth + rows, tl.where(ignored, 0.0, log_sum + distance / V), mask=present)
     if STATS:
         column = _combined_best(partial.best + rows, plane, N, tiles, present, R, LANES)
         tl.store(out.argmax + rows, tl.where(ignored, -1, column).to(tl.int64), mask=present)
         for g in tl.static_range(GROUPS):
             its = tl.load(partial.target + (1 + g) * N.to(tl.int64) + rows, in_range, 0.0)
-            its = tl.where(in_range, its, _absent(y))
+            its = tl.where(in_range, its, absent_logit(y))
             softmax = _combined(at + (3 + 2 * g) * plane, plane, N, tiles, present, R, LANES)
-            term_nll, _, _ = _nll(softmax, its)
+            term_nll, _, _ = nll_of(softmax, its)
             there = out.term_nll + g * N.to(tl.int64) + rows
             tl.store(there, tl.where(ignored, 0.0, term_nll), mask=present)
 
@@ -352,13 +247,13 @@ def heads_gradient_kernel(
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dz of a tile, made from the hidden states again; times the slope of group SLOPES[j] if >= 0."""
-    block, tile = _tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
-    rows, columns, read_rows, read_ids = _indices(block, tile, N, V, BLOCK_N, BLOCK_V)
-    products = _products(
+    block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
+    rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    products = products_of(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
     )  # fmt: skip
-    z = _sum_of(_shares_of(groups, products, CAPPED))
+    z = total_of(group_shares(groups, products, CAPPED))
     present = rows < N
     row_max, e, c, t, live = _coefficients_of(coefficients, read_rows, present)
     y = tl.load(target + read_rows)

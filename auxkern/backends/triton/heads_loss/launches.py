@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.device.rows import _code
+from auxkern.backends.triton.device.rows import encode
 from auxkern.backends.triton.heads_loss.kernels import (
     heads_combine_kernel,
     heads_forward_kernel,
@@ -180,9 +180,9 @@ def _joins(previous: HeadRows, head: HeadRows) -> bool:
 
 def _as_head(head: HeadRows, rescale: float) -> _Head:
     bias = head.weight if head.bias is None else head.bias
-    hidden_stride, hidden_column = map(_code, head.hidden.stride())
-    weight_stride, weight_column = map(_code, head.weight.stride())
-    strides = (hidden_stride, hidden_column, weight_stride, weight_column, _code(bias.stride(0)))
+    hidden_stride, hidden_column = map(encode, head.hidden.stride())
+    weight_stride, weight_column = map(encode, head.weight.stride())
+    strides = (hidden_stride, hidden_column, weight_stride, weight_column, encode(bias.stride(0)))
     return _Head(head.hidden, head.weight, bias, *strides, rescale)
 
 

@@ -13,13 +13,11 @@ are found by a radix search over the ordered bits of the logits: exact, and with
 import triton
 import triton.language as tl
 
+from auxkern.backends.triton.device.draws import NO_ID, finite_pivot, gumbel
 from auxkern.backends.triton.device.mass import masses
-from auxkern.backends.triton.device.numerics import log1p
 from auxkern.backends.triton.device.rows import row_pointer
-from auxkern.backends.triton.logits_loss.kernels import shares_of
+from auxkern.backends.triton.device.terms import shares_of
 
-_NO_ID: tl.constexpr = tl.constexpr(2**31 - 1)
-_UNIT: tl.constexpr = tl.constexpr(2.0**-32)
 # registry.ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE
 _OK: tl.constexpr = tl.constexpr(0)
 _NAN: tl.constexpr = tl.constexpr(1)
@@ -27,17 +25,6 @@ _EMPTY: tl.constexpr = tl.constexpr(2)
 _INFINITE: tl.constexpr = tl.constexpr(3)
 # A radix search decides 4 bits at a time between 16 thresholds, in 8 steps.
 _DIGITS: tl.constexpr = tl.constexpr(16)
-
-
-@triton.jit
-def gumbel(bits):
-    """-log(-log1p(-u)) of u = (bits + 0.5) 2**-32; above a half from 1 - u, then the precise one."""
-    below = bits < 0x80000000
-    # Below 2**31 in either case, so that it may be converted as a signed number.
-    small = tl.where(below, bits, bits ^ 0xFFFFFFFF).to(tl.int32).to(tl.float32)
-    u = (small + 0.5) * _UNIT
-    w = tl.where(below, log1p(u / (1.0 - u)), -tl.log(u))
-    return -tl.log(w)
 
 
 @triton.jit
@@ -81,12 +68,6 @@ def _sum(
 
 
 @triton.jit
-def _pivot(largest):
-    """``largest``, or 0 where it is infinite: inf - inf must not arise."""
-    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-
-
-@triton.jit
 def _nans(z):
     return tl.max((z != z).to(tl.int32), axis=0)
 
@@ -121,7 +102,9 @@ def _merge(state, other):
 @triton.jit
 def _moved(state, largest, temperature):
     """``state`` relative to another largest logit."""
-    shift = tl.where(state[0] == -float("inf"), 0.0, (_pivot(state[0]) - _pivot(largest)) / temperature)
+    shift = tl.where(
+        state[0] == -float("inf"), 0.0, (finite_pivot(state[0]) - finite_pivot(largest)) / temperature
+    )
     return largest, state[1] + shift, state[2] + shift, state[3], state[4] * tl.exp(shift), state[5]
 
 
@@ -131,7 +114,7 @@ def _tile_draw(d, kept, ids, noise, largest, has_nan, LOGPROB: tl.constexpr):
     d = tl.where(kept, d, -float("inf"))
     score = d + noise
     top = tl.max(score, axis=0)
-    token = tl.min(tl.where((score == top) & kept, ids, _NO_ID), axis=0)
+    token = tl.min(tl.where((score == top) & kept, ids, NO_ID), axis=0)
     of_token = tl.max(tl.where(ids == token, d, -float("inf")), axis=0)
     total = 0.0
     if LOGPROB:
@@ -146,7 +129,7 @@ def _step(
     """``state`` after another tile."""
     noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
     largest = tl.maximum(state[0], tl.max(z, axis=0))
-    d = (z - _pivot(largest)) / temperature
+    d = (z - finite_pivot(largest)) / temperature
     tile = _tile_draw(d, z > -float("inf"), ids, noise, largest, _nans(z), LOGPROB)
     return _merge(_moved(state, largest, temperature), tile)
 
@@ -188,7 +171,7 @@ def draw_kernel(
     pointers = _row_pointers(terms, row, ALIGNED)
     begin, whole, end = _share_of_program(split, splits, V, BLOCK)
     nothing = -float("inf")
-    state = (nothing, nothing, nothing, _NO_ID, 0.0, 0)
+    state = (nothing, nothing, nothing, NO_ID, 0.0, 0)
     for start in range(begin, whole, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
         z = _sum(terms, row_scales, pointers, row, ids, V, UNIT, CAPPED, SCALED, True)
@@ -222,7 +205,7 @@ def choose_kernel(
     plane = N.to(tl.int64) * splits
     lane = tl.arange(0, LANES)
     nothing = -float("inf")
-    state = (nothing, nothing, nothing, _NO_ID, 0.0, 0.0)
+    state = (nothing, nothing, nothing, NO_ID, 0.0, 0.0)
     for first in range(0, splits, LANES):
         valid = first + lane < splits
         at = partial.floats + row * splits + first + lane
@@ -231,11 +214,11 @@ def choose_kernel(
         d = tl.load(at + 2 * plane, valid, nothing)
         total = tl.load(at + 3 * plane, valid, 0.0)
         nans = tl.load(at + 4 * plane, valid, 0.0)
-        ids = tl.load(partial.ids + row * splits + first + lane, valid, _NO_ID)
+        ids = tl.load(partial.ids + row * splits + first + lane, valid, NO_ID)
         largest = tl.maximum(state[0], tl.max(tile_largest, axis=0))
         tiles = _moved((tile_largest, score, d, ids, total, nans), largest, temperature)
         top = tl.max(tiles[1], axis=0)
-        token = tl.min(tl.where(tiles[1] == top, ids, _NO_ID), axis=0)
+        token = tl.min(tl.where(tiles[1] == top, ids, NO_ID), axis=0)
         of_token = tl.max(tl.where(ids == token, tiles[2], nothing), axis=0)
         best = (largest, top, of_token, token, tl.sum(tiles[4], axis=0), tl.max(nans, axis=0))
         state = _merge(_moved(state, largest, temperature), best)
@@ -392,10 +375,10 @@ def filter_kernel(
     top_p = tl.load(draws.top_p + row)
     log_min_p = tl.where(greedy, -float("inf"), tl.load(draws.log_min_p + row))
     largest, nans = _row_stats(z_row, stride, BLOCK)
-    pivot = _pivot(largest)
+    pivot = finite_pivot(largest)
 
     least = tl.zeros([], tl.uint32)  # the smallest key that is kept
-    equals = tl.full([], _NO_ID, tl.int32)  # how many of that key are kept, the lowest ids first
+    equals = tl.full([], NO_ID, tl.int32)  # how many of that key are kept, the lowest ids first
     if (top_k < V) & (greedy == 0):
         least, _ = _search(z_row, top_k, least, stride, pivot, temperature, shift, True, BLOCK)
     if (top_p < 1) & (greedy == 0):
@@ -412,7 +395,7 @@ def filter_kernel(
     seed = tl.load(draws.seed + row)
     position = tl.load(draws.position + row)
     nothing = -float("inf")
-    state = (largest, nothing, nothing, _NO_ID, 0.0, nans)
+    state = (largest, nothing, nothing, NO_ID, 0.0, nans)
     before = tl.zeros([], tl.int32)
     for start in range(0, stride, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)

@@ -14,7 +14,7 @@ Backward: one pass, each gradient written once.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.numerics import log1p, tanh, tanh_slope
+from auxkern.backends.triton.device.numerics import tanh_slope
 from auxkern.backends.triton.device.rows import (
     body_pointers,
     contiguous_width,
@@ -22,52 +22,23 @@ from auxkern.backends.triton.device.rows import (
     read,
     row_pointer,
 )
-from auxkern.ops.registry import NO_TARGET
-
-# Out of the running in an argmax.
-_NO_KEY: tl.constexpr = tl.constexpr(-(2**31))
-_NO_COLUMN: tl.constexpr = tl.constexpr(2**31 - 1)
-# A row whose target is among the ids of another shard: its logit here is -inf.
-_NO_TARGET: tl.constexpr = tl.constexpr(NO_TARGET)
-
-
-@triton.jit
-def _share(term, x, CAPPED: tl.constexpr):
-    """The term's share of z, from its value x."""
-    if CAPPED:
-        return term.scale * (term.softcap * tanh(x * (1.0 / term.softcap)))
-    return term.scale * x
-
-
-@triton.jit
-def shares_of(terms, pointers, columns, mask, UNIT: tl.constexpr, CAPPED: tl.constexpr):
-    """Each term's share of z at ``columns``, as a tuple; 0 where ``mask`` forbids to read."""
-    shares = ()
-    for i in tl.static_range(len(terms)):
-        x = read(terms[i], pointers[i], columns, mask, UNIT[i])
-        shares += (_share(terms[i], x, CAPPED[i]),)
-    return shares
-
-
-@triton.jit
-def total_of(shares):
-    total = shares[0]
-    for i in tl.static_range(1, len(shares)):
-        total += shares[i]
-    return total
-
-
-@triton.jit
-def _pivot(largest):
-    """``largest``, or 0 where there is no finite value yet: inf - inf must not arise."""
-    return tl.where(largest == -float("inf"), 0.0, largest)
+from auxkern.backends.triton.device.softmax import (
+    NO_COLUMN,
+    NO_KEY,
+    NO_TARGET,
+    absent_logit,
+    fold_best,
+    nll_of,
+    pivot_of,
+)
+from auxkern.backends.triton.device.terms import share_of, shares_of, total_of
 
 
 @triton.jit
 def _fold(softmax, z):
     """Add the columns of z (R, K) to R online softmaxes (largest, sum of exp(z - largest))."""
     largest = tl.maximum(softmax[0], tl.max(z, axis=1))
-    pivot = _pivot(largest)
+    pivot = pivot_of(largest)
     total = softmax[1] * tl.exp(softmax[0] - pivot) + tl.sum(tl.exp(z - pivot[:, None]), axis=1)
     return largest, total
 
@@ -81,24 +52,11 @@ def _fold_distance(distance, pivot, z, counted):
 
 
 @triton.jit
-def _fold_best(best, z, columns, valid):
-    """Add columns to (key of the largest, its lowest column); NaN is the largest, as in torch."""
-    # Floats ordered as ints; -0 becomes 0 before, for they tie.
-    bits = (z + 0.0).to(tl.int32, bitcast=True)
-    key = tl.where(z == z, bits ^ ((bits >> 31) & 0x7FFFFFFF), 2**31 - 1)
-    key = tl.where(valid, key, _NO_KEY)
-    top = tl.max(key, axis=1)
-    column = tl.min(tl.where(key == top[:, None], columns, _NO_COLUMN), axis=1)
-    better = (top > best[0]) | ((top == best[0]) & (column < best[1]))
-    return tl.where(better, top, best[0]), tl.where(better, column, best[1])
-
-
-@triton.jit
 def _empty_state(TERMS: tl.constexpr, R: tl.constexpr):
     """R lanes before any column: softmax of z, distance, best, softmax of each of I terms."""
     zero = tl.zeros([R], tl.float32)
     softmax = (zero - float("inf"), zero)
-    best = (tl.full([R], _NO_KEY, tl.int32), tl.full([R], _NO_COLUMN, tl.int32))
+    best = (tl.full([R], NO_KEY, tl.int32), tl.full([R], NO_COLUMN, tl.int32))
     terms = ()
     for _ in tl.static_range(TERMS):
         terms += (softmax,)
@@ -119,9 +77,9 @@ def _accumulate(
     best = state[2]
     per_term = state[3]
     if SMOOTH:
-        distance = _fold_distance(distance, (_pivot(state[0][0]), _pivot(softmax[0])), z, counted)
+        distance = _fold_distance(distance, (pivot_of(state[0][0]), pivot_of(softmax[0])), z, counted)
     if STATS:
-        best = _fold_best(best, z, columns, valid)
+        best = fold_best(best, z, columns, valid)
         per_term = ()
         for i in tl.static_range(len(shares)):
             share = tl.where(counted, shares[i], -float("inf"))
@@ -133,7 +91,7 @@ def _accumulate(
 def _meet(softmax):
     """The online softmaxes of all lanes as one."""
     largest = tl.max(softmax[0], axis=0)
-    return largest, tl.sum(softmax[1] * tl.exp(softmax[0] - _pivot(largest)), axis=0)
+    return largest, tl.sum(softmax[1] * tl.exp(softmax[0] - pivot_of(largest)), axis=0)
 
 
 @triton.jit
@@ -141,51 +99,27 @@ def _meet_all(state, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """``state`` of R lanes as the state of one."""
     softmax = _meet(state[0])
     distance = (0.0, 0.0)
-    best = (_NO_KEY, _NO_COLUMN)
+    best = (NO_KEY, NO_COLUMN)
     per_term = ()
     if SMOOTH:
-        moved = state[1][0] + state[1][1] * (_pivot(softmax[0]) - _pivot(state[0][0]))
+        moved = state[1][0] + state[1][1] * (pivot_of(softmax[0]) - pivot_of(state[0][0]))
         distance = (tl.sum(moved, axis=0), tl.sum(state[1][1], axis=0))
     if STATS:
         top = tl.max(state[2][0], axis=0)
-        best = (top, tl.min(tl.where(state[2][0] == top, state[2][1], _NO_COLUMN), axis=0))
+        best = (top, tl.min(tl.where(state[2][0] == top, state[2][1], NO_COLUMN), axis=0))
         for i in tl.static_range(len(state[3])):
             per_term += (_meet(state[3][i]),)
     return softmax, distance, best, per_term
 
 
 @triton.jit
-def _nll(softmax, target):
-    """(nll, max, log of the sum of exp(z - max)) of a row from its other columns and its target.
-
-    Of a row of nothing but -inf, max and log are -inf and the nll is NaN.
-    """
-    largest = tl.maximum(softmax[0], target)
-    pivot = _pivot(largest)
-    others = softmax[1] * tl.exp(softmax[0] - pivot)
-    on_top = (target >= softmax[0]) & (largest > -float("inf"))
-    # Where the target is not on top, the others hold at least the 1 of the largest.
-    excess = tl.where(on_top, others, (others - 1.0) + tl.exp(target - pivot))
-    log_sum = log1p(tl.where(largest < float("inf"), excess, float("nan")))
-    log_sum = tl.where(largest == -float("inf"), others - float("inf"), log_sum)
-    nll = tl.where(on_top, log_sum, (largest - target) + log_sum)
-    return nll, largest, log_sum
-
-
-@triton.jit
-def _absent(y):
-    """The logit of a target outside the vocabulary: -inf if another shard has it, else NaN."""
-    return tl.where(y == _NO_TARGET, -float("inf"), float("nan"))
-
-
-@triton.jit
 def _target_shares(terms, row, y, in_range, UNIT: tl.constexpr, CAPPED: tl.constexpr):
-    """(z[y], each term's share of it), ``_absent`` where the target is outside the vocabulary."""
+    """(z[y], each term's share of it), ``absent_logit`` where the target is outside the vocabulary."""
     pointers = ()
     for i in tl.static_range(len(terms)):
         pointers += (row_pointer(terms[i], row),)
     shares = shares_of(terms, pointers, y, in_range, UNIT, CAPPED)
-    return tl.where(in_range, total_of(shares), _absent(y)), shares
+    return tl.where(in_range, total_of(shares), absent_logit(y)), shares
 
 
 @triton.jit
@@ -196,18 +130,18 @@ def _write_row(
     """A row's results from the state of all its columns but the target."""
     in_range = (y >= 0) & (y < V) & (ignored == 0)
     target, shares = _target_shares(terms, row, y, in_range, UNIT, CAPPED)
-    nll, largest, log_sum = _nll(state[0], target)
+    nll, largest, log_sum = nll_of(state[0], target)
     tl.store(out.nll + row, tl.where(ignored, 0.0, nll))
     tl.store(out.row_max + row, tl.where(ignored, 0.0, tl.where(log_sum == log_sum, largest, float("nan"))))
     tl.store(out.log_sum + row, tl.where(ignored, 0.0, log_sum))
     if SMOOTH:
-        distance = state[1][0] + state[1][1] * (largest - _pivot(state[0][0]))
-        distance += tl.where(y == _NO_TARGET, 0.0, largest - target)
+        distance = state[1][0] + state[1][1] * (largest - pivot_of(state[0][0]))
+        distance += tl.where(y == NO_TARGET, 0.0, largest - target)
         tl.store(out.smooth + row, tl.where(ignored, 0.0, log_sum + distance / V))
     if STATS:
         tl.store(out.argmax + row, tl.where(ignored, -1, state[2][1]).to(tl.int64))
         for i in tl.static_range(len(terms)):
-            term_nll, _, _ = _nll(state[3][i], tl.where(in_range, shares[i], _absent(y)))
+            term_nll, _, _ = nll_of(state[3][i], tl.where(in_range, shares[i], absent_logit(y)))
             tl.store(out.term_nll + i * N.to(tl.int64) + row, tl.where(ignored, 0.0, term_nll))
 
 
@@ -245,7 +179,7 @@ def _load_partials(
         distance = (tl.load(at + 2 * plane, valid, 0.0), tl.load(at + 3 * plane, valid, 0.0))
     if STATS:
         where = partial.best + row * splits + lane
-        best = (tl.load(where, valid, _NO_KEY), tl.load(where + plane, valid, _NO_COLUMN))
+        best = (tl.load(where, valid, NO_KEY), tl.load(where + plane, valid, NO_COLUMN))
         per_term = ()
         for i in tl.static_range(TERMS):
             largest = tl.load(at + (4 + 2 * i) * plane, valid, -float("inf"))
@@ -303,7 +237,7 @@ def forward_kernel(
     ignored = y == ignore_index
     # An ignored row is a row without columns: nothing of it is read.
     head, body, width = _cut(terms, row, tl.where(ignored, 0, V), LEADER, G)
-    y_column = tl.where((y >= 0) & (y < V), y - head, _NO_COLUMN).to(tl.int32)
+    y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
     pointers = body_pointers(terms, row, head, ALIGNED)
 
     R: tl.constexpr = BLOCK // G
@@ -363,7 +297,7 @@ def _write_gradients(
     for i in tl.static_range(len(terms)):
         x = read(terms[i], pointers[i], columns, valid & (live != 0), UNIT[i])
         values += (x,)
-        z += _share(terms[i], x, CAPPED[i])
+        z += share_of(terms[i], x, CAPPED[i])
     dz = exp_coefficient * tl.exp(z - row_max) - constant
     dz = tl.where(columns == y, target_gradient, dz)
     for j in tl.static_range(len(gradients)):
@@ -414,7 +348,7 @@ def backward_kernel(
     y = tl.load(target + row)
 
     head, body, width = _cut(terms + gradients, row, V, LEADER, G)
-    y_column = tl.where((y >= 0) & (y < V), y - head, _NO_COLUMN).to(tl.int32)
+    y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
     pointers = body_pointers(terms, row, head, ALIGNED)
     out = body_pointers(gradients, row, head, ALIGNED_OUT)
     if split == 0:
