@@ -17,13 +17,15 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from auxkern.backends.triton import kernels  # noqa: E402
+from auxkern.backends.triton import cases, kernels  # noqa: E402
+from auxkern.backends.triton.launch import Launch  # noqa: E402
+from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from auxkern.inspect import __main__ as command  # noqa: E402
 from auxkern.inspect import assembly, survey, tables  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(kernels.forward_kernel, triton.JITFunction),
+    not isinstance(forward_kernel, triton.JITFunction),
     reason="TRITON_INTERPRET=1: nothing is compiled",
 )
 
@@ -35,14 +37,14 @@ def product(a, b, out, stride, SIZE: tl.constexpr):
     tl.store(out + rows * stride + columns, c)
 
 
-def _kernel(name: str) -> kernels.Kernel:
+def _kernel(name: str) -> cases.Kernel:
     return next(kernel for kernel in kernels.KERNELS if kernel.name == name)
 
 
-def _with_a_huge_tile(model: str) -> Iterator[kernels.Case]:
-    case = next(iter(_kernel("forward_kernel").cases(model)))
-    constants = case.launch.constants | {"BLOCK": 8192}
-    yield dataclasses.replace(case, launch=dataclasses.replace(case.launch, constants=constants, num_warps=1))
+def _with_a_huge_tile(V: int) -> Iterator[tuple[str, Launch]]:
+    label, launch = next(_kernel("forward_kernel").launches(V))
+    constants = launch.constants | {"BLOCK": 8192}
+    yield label, dataclasses.replace(launch, constants=constants, num_warps=1)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_resident_warps(target, registers, shared, warps, expected):
 
 
 def test_a_huge_tile_breaks_the_spill_rule(monkeypatch, capsys):
-    broken = dataclasses.replace(_kernel("forward_kernel"), cases=_with_a_huge_tile)
+    broken = dataclasses.replace(_kernel("forward_kernel"), launches=_with_a_huge_tile)
     monkeypatch.setattr(survey, "KERNELS", (broken,))
     survey._cases.cache_clear()
     try:
@@ -125,7 +127,7 @@ def test_command_prints_and_writes_json(tmp_path, capsys):
     first = content["findings"][0]
     assert first["made"]["registers"] > 0
     assert first["problems"] == []
-    assert [floor["model"] for floor in first["floors"]] == list(kernels.VOCABULARIES)
+    assert [floor["model"] for floor in first["floors"]] == list(cases.VOCABULARIES)
 
 
 def test_blocks_of_an_amd_loop_are_found_by_their_remarks():

@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    from auxkern.backends.triton.kernels import KERNELS, VOCABULARIES
+    from auxkern.backends.triton.cases import VOCABULARIES
+    from auxkern.backends.triton.kernels import KERNELS
 
     names = [kernel.name for kernel in KERNELS]
     for name in options.kernel or []:

@@ -9,7 +9,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 
-from auxkern.backends.triton.kernels import KERNELS, VOCABULARIES, Case, Kernel
+from auxkern.backends.triton.cases import VOCABULARIES, Case, Kernel
+from auxkern.backends.triton.kernels import KERNELS
 from auxkern.inspect.assembly import Assembly, read
 from auxkern.inspect.targets import TARGETS, Target
 
@@ -19,7 +20,7 @@ class Floor:
     """The least that one launch costs, whatever the kernel.
 
     Attributes:
-        model: key of ``kernels.VOCABULARIES``.
+        model: key of ``cases.VOCABULARIES``.
         rows: N.
         vocabulary: V.
         bytes_moved: of logits and gradients, each once.

@@ -14,18 +14,21 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import auxkern.backends.triton as package  # noqa: E402
-from auxkern.backends.triton import kernels  # noqa: E402
+from auxkern.backends.triton import cases, kernels  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
+from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 from auxkern.inspect import assembly, survey  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(logits_loss.forward_kernel, triton.JITFunction),
+    not isinstance(forward_kernel, triton.JITFunction),
     reason="TRITON_INTERPRET=1: nothing is compiled",
 )
 
 
-def _cases(kernel: kernels.Kernel) -> Iterator[tuple[str, kernels.Case]]:
+def _cases(kernel: cases.Kernel) -> Iterator[tuple[str, cases.Case]]:
     """Every case for one GPU, a few for the other two."""
     # GPT-2's 50,257 is odd: its rows begin anywhere.
     for case in kernel.cases("GPT-2" if kernel.any_row else "Llama-3"):
@@ -43,7 +46,7 @@ def _parameters() -> list[Any]:
     ]
 
 
-def _compiled(target: str, case: kernels.Case) -> Any:
+def _compiled(target: str, case: cases.Case) -> Any:
     gpu = TARGETS[target]
     return case.launch.compile(GPUTarget(gpu.backend, gpu.arch, gpu.warp))
 
@@ -71,14 +74,14 @@ def test_forward_keeps_a_row_in_one_program_without_barriers_in_its_loop():
             assert "convert_layout" not in loop
 
 
-def _named(name: str) -> kernels.Kernel:
+def _named(name: str) -> cases.Kernel:
     return next(kernel for kernel in kernels.KERNELS if kernel.name == name)
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
 def test_one_binary_serves_every_vocabulary(kernel):
     # Where rows must begin at a boundary, those of an odd vocabulary take another one.
-    models = [m for m, V in kernels.VOCABULARIES.items() if kernel.any_row or V % 8 == 0]
+    models = [m for m, V in cases.VOCABULARIES.items() if kernel.any_row or V % 8 == 0]
     hashes = [{case.label: _hash(case.launch) for case in kernel.cases(model)} for model in models]
     assert all(other == hashes[0] for other in hashes)
 
@@ -94,9 +97,9 @@ def _launches(B: int, T: int, *, few: bool = False) -> list[Any]:
     N = B * T
     target = torch.empty(N, dtype=torch.int64, device="meta")
     row = torch.empty(N, device="meta")
-    settings = ([1.0, 1.0], [0.0, 0.0], 50257)
-    forward = logits_loss.forward([whole, sliced], target, *settings, -100, False, False, 132)[1]
-    gradient = logits_loss.backward([whole, sliced], target, row, row, row, row, *settings, [1], 132)[1]
+    logits = LogitsSum([whole, sliced], [1.0, 1.0], [0.0, 0.0], 50257)
+    forward = logits_loss.forward(logits, target, -100, False, False, 132)[1]
+    gradient = logits_loss.backward(logits, target, Coefficients(row, row, row, row), [1], 132)[1]
     return [*forward, gradient]
 
 

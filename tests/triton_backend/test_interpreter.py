@@ -37,6 +37,8 @@ import triton.language as tl  # noqa: E402
 from auxkern.backends.triton import BACKEND  # noqa: E402
 from auxkern.backends.triton.device import numerics  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -322,8 +324,8 @@ def test_splits_agree_with_the_formula(dtypes, multiprocessors):
     N, V = 3, 5001
     values = [x[None] for x in logits(dtypes, N, V)]
     terms, target = len(dtypes), torch.tensor([V - 1, IGNORE, 2049])
-    settings = ([1.0] * terms, [0.0] * terms, V)
-    rows, launches = logits_loss.forward(values, target, *settings, IGNORE, True, True, multiprocessors)
+    summed = LogitsSum(values, [1.0] * terms, [0.0] * terms, V)
+    rows, launches = logits_loss.forward(summed, target, IGNORE, True, True, multiprocessors)
     assert len(launches) == 2
     for launch in launches:
         launch.run()
@@ -334,11 +336,11 @@ def test_splits_agree_with_the_formula(dtypes, multiprocessors):
     assert rows.argmax.tolist() == exact.argmax.tolist()
 
     ones = torch.where(target == IGNORE, 0.0, 1.0)
-    coefficients = (ones * torch.exp(-rows.log_sum), 0 * ones, ones * torch.expm1(-rows.nll))
-    wanted = list(range(terms))
-    gradients, launch = logits_loss.backward(
-        values, target, rows.row_max, *coefficients, *settings, wanted, multiprocessors
+    coefficients = Coefficients(
+        rows.row_max, ones * torch.exp(-rows.log_sum), 0 * ones, ones * torch.expm1(-rows.nll)
     )
+    wanted = list(range(terms))
+    gradients, launch = logits_loss.backward(summed, target, coefficients, wanted, multiprocessors)
     launch.run()
     for gradient, expected in zip(
         gradients,

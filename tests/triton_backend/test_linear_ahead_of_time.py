@@ -13,13 +13,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from auxkern.backends.triton.heads_loss import cases as heads_loss_cases  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
-from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
+from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import heads_sum  # noqa: E402
 from auxkern.inspect import assembly  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 from auxkern.ops.registry import HeadRows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(logits_loss.forward_kernel, triton.JITFunction),
+    not isinstance(forward_kernel, triton.JITFunction),
     reason="TRITON_INTERPRET=1: nothing is compiled",
 )
 
@@ -38,8 +40,8 @@ def made(target: str, launch: Launch) -> Any:
 
 @pytest.mark.parametrize("target", TENSOR_CORES)
 def test_16_bit_products_take_the_tensor_cores_of_every_target(target):
-    wide = heads_loss_cases.heads_sum(V, (4096, 512), (B, B))
-    narrow = heads_loss_cases.heads_sum(V, (256, 256), (H, H))
+    wide = heads_loss_cases.sum_of(V, (4096, 512), (B, B))
+    narrow = heads_loss_cases.sum_of(V, (256, 256), (H, H))
     for launch in (heads_loss_cases.one_write_launch(wide), heads_loss_cases.gradient_launch(narrow, H)):
         assert made(target, launch).tensor_core == (TENSOR_CORES[target],)
         assert launch.tensor_flops == 2 * heads_loss_cases.ROWS * V * sum(launch.constants["D"])
@@ -47,25 +49,25 @@ def test_16_bit_products_take_the_tensor_cores_of_every_target(target):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_float32_products_are_exact_unless_asked_otherwise(target):
-    heads = heads_loss_cases.heads_sum(V, (768, 256), (F, F))
+    heads = heads_loss_cases.sum_of(V, (768, 256), (F, F))
     for launch in (
         heads_loss_cases.one_write_launch(heads),
         heads_loss_cases.gradient_launch(heads, F),
         heads_loss_cases.forward_launches(
-            heads_loss_cases.heads_sum(V, (768, 256), (F, F), stats=True), stats=True
+            heads_loss_cases.sum_of(V, (768, 256), (F, F), stats=True), stats=True
         )[0],
     ):
         assert made(target, launch).tensor_core == ()
 
 
 def test_e_is_stored_16_bytes_at_a_time():
-    launch = heads_loss_cases.one_write_launch(heads_loss_cases.heads_sum(50257, (768, 256), (B, B)))
+    launch = heads_loss_cases.one_write_launch(heads_loss_cases.sum_of(50257, (768, 256), (B, B)))
     # 128 x 128 numbers of 2 bytes over 256 threads are 8 stores; the rest are a row's statistics.
     assert made("sm_90", launch).store_bytes.count(16) == 8
 
 
 def test_four_separate_accumulators_fit():
-    heads = heads_loss_cases.heads_sum(V, (768, 256, 256, 128), (B,) * 4, cap=20.0, scales=(1.0,) * 4)
+    heads = heads_loss_cases.sum_of(V, (768, 256, 256, 128), (B,) * 4, cap=20.0, scales=(1.0,) * 4)
     made("sm_90", heads_loss_cases.forward_launches(heads)[0])
     made("sm_90", heads_loss_cases.gradient_launch(heads, B, (0, 1, 2, 3)))
 
@@ -74,11 +76,12 @@ def _hashes(N: int) -> set[str]:
     """Of all launches for N rows of sliced hidden states."""
     hidden = [torch.empty(N + 5, D, dtype=B, device="meta")[:N] for D in (768, 256)]
     heads = [HeadRows(h, torch.empty(V, h.shape[1], dtype=B, device="meta"), None, 1.0, 0.0) for h in hidden]
-    summed = heads_loss.heads_sum(heads, torch.empty(N, dtype=torch.int64, device="meta"), V, False, "ieee")
-    row = torch.empty(N, device="meta")
-    _, tops, launches = heads_loss.forward(summed, -100, False, False, summed.buffer(H))
-    launches.append(heads_loss.scale(summed, summed.buffer(H), tops, row, (row,) * 3, B)[1])
-    launches.append(heads_loss.gradient(summed, row, (row,) * 3, [-1], B)[1])
+    summed = heads_sum(heads, V, False, "ieee")
+    target, row = torch.empty(N, dtype=torch.int64, device="meta"), torch.empty(N, device="meta")
+    coefficients = Coefficients(row, row, row, row)
+    _, tops, launches = heads_loss.forward(summed, target, -100, False, False, summed.buffer(H))
+    launches.append(heads_loss.scale(summed, target, summed.buffer(H), tops, coefficients, B)[1])
+    launches.append(heads_loss.gradient(summed, target, coefficients, [-1], B)[1])
     return {f"{launch.source().hash()} {launch.options}" for launch in launches}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,19 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from auxkern.backends.triton import kernels  # noqa: E402
+from auxkern.backends.triton.heads_draw import launches as heads_draw  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_draw import cases as logits_draw_cases  # noqa: E402
 from auxkern.backends.triton.logits_draw import launches as logits_draw  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
+from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import LogitsSum, heads_sum  # noqa: E402
 from auxkern.ops.registry import HeadRows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(logits_loss.forward_kernel, triton.JITFunction),
+    not isinstance(forward_kernel, triton.JITFunction),
     reason="TRITON_INTERPRET=1: nothing is compiled",
 )
 
@@ -45,35 +50,35 @@ def _strided_heads() -> Iterator[tuple[str, Launch]]:
     for dtype, cap in ((H, 0.0), (F32, 9.0)):
         target = _meta(N, dtype=torch.int64)
         for stats in (False, True):
-            summed = heads_loss.heads_sum(_heads(dtype, cap), target, V, stats, "ieee")
+            summed = heads_sum(_heads(dtype, cap), V, stats, "ieee")
             e = None if stats else summed.buffer(heads_loss.e_dtype(dtype))
-            for launch in heads_loss.forward(summed, -100, stats, stats, e)[2]:
+            for launch in heads_loss.forward(summed, target, -100, stats, stats, e)[2]:
                 yield f"{dtype} {cap} {stats}", launch
-        row = _meta(N)
-        yield f"{dtype} {cap}", heads_loss.gradient(summed, row, (row, row, row), [-1], dtype)[1]
+        coefficients = Coefficients(*[_meta(N)] * 4)
+        yield f"{dtype} {cap}", heads_loss.gradient(summed, target, coefficients, [-1], dtype)[1]
         for plain in (True, False):
             draws = logits_draw_cases.draws_of(plain=plain, rows=N)
             yield (
                 f"{dtype} {cap} {plain}",
-                logits_draw.sample_heads(_heads(dtype, cap), V, draws, True, "ieee")[1][0],
+                heads_draw.sample(_heads(dtype, cap), V, draws, True, "ieee")[1][0],
             )
 
 
 def _strided_logits() -> Iterator[tuple[str, Launch]]:
     """Four terms, columns apart, with all that can be asked."""
-    settings = ([1.0] * 4, [0.0, 3.0, 0.0, 0.0], V)
     for rows in (N, 4 * N * N):  # split over programs, and not
         values = [_meta(V, rows, dtype=dtype).T[None] for dtype in (H, F32, H, F32)]
+        logits = LogitsSum(values, [1.0] * 4, [0.0, 3.0, 0.0, 0.0], V)
         target, row = _meta(rows, dtype=torch.int64), _meta(rows)
-        for launch in logits_loss.forward(values, target, *settings, -100, True, True, 132)[1]:
+        for launch in logits_loss.forward(logits, target, -100, True, True, 132)[1]:
             yield f"{rows} rows", launch
-        backward = logits_loss.backward(values, target, row, row, row, row, *settings, [0, 1, 3], 132)[1]
+        backward = logits_loss.backward(logits, target, Coefficients(row, row, row, row), [0, 1, 3], 132)[1]
         yield f"{rows} rows", backward
     for plain in (True, False):
         draws = logits_draw_cases.draws_of(plain=plain, history=5, rows=N)
         draws = type(draws)(**{**vars(draws), "row_scales": [None, _meta(N), None, None]})
-        values = [v[:, :N] for v in values]
-        for launch in logits_draw.sample(values, *settings, draws, True, 132)[1]:
+        few = replace(logits, values=[v[:, :N] for v in logits.values])
+        for launch in logits_draw.sample(few, draws, True, 132)[1]:
             yield f"{plain}", launch
 
 

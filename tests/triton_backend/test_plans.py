@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 from auxkern.backends.triton import BACKEND, configs
 from auxkern.backends.triton.device.rows import alignment
 from auxkern.backends.triton.logits_loss import launches as logits_loss
+from auxkern.backends.triton.losses import Coefficients
+from auxkern.backends.triton.sums import LogitsSum
 
 H, F = torch.float16, torch.float32
 
@@ -66,8 +68,8 @@ def test_nothing_is_allocated_for_a_frozen_term():
     values = [logits(1, 4, 129, dtype=H), logits(1, 4, 129)]
     row = torch.empty(4, device="meta")
     target = torch.empty(4, dtype=torch.int64, device="meta")
-    settings = ([1.0, 1.0], [0.0, 0.0], 129, [1], 132)
-    gradients, launch = logits_loss.backward(values, target, row, row, row, row, *settings)
+    terms = LogitsSum(values, [1.0, 1.0], [0.0, 0.0], 129)
+    gradients, launch = logits_loss.backward(terms, target, Coefficients(row, row, row, row), [1], 132)
     assert [g.shape for g in gradients] == [(1, 4, 129)]
     assert len(launch.arguments["gradients"]) == 1
 

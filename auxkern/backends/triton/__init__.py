@@ -13,9 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
+from auxkern.backends.triton.heads_draw import launches as heads_draw
 from auxkern.backends.triton.heads_loss import launches as heads_loss
 from auxkern.backends.triton.logits_draw import launches as logits_draw
 from auxkern.backends.triton.logits_loss import launches as logits_loss
+from auxkern.backends.triton.logits_loss.kernels import forward_kernel
+from auxkern.backends.triton.losses import Coefficients
+from auxkern.backends.triton.sums import HeadsSum, LogitsSum, heads_refusal, heads_sum
 from auxkern.core.loss import RowSlopes, RowSums
 from auxkern.ops.registry import Draws, HeadGradients, HeadRows, Rows
 
@@ -36,7 +40,7 @@ class Triton:
         if torch.float64 in dtypes:
             return 'its kernels sum in float32; use backend="reference" for float64'
         # Kernels were decorated for one or the other when this package was imported.
-        interpreted = not isinstance(logits_loss.forward_kernel, triton.JITFunction)
+        interpreted = not isinstance(forward_kernel, triton.JITFunction)
         if device.type == "cuda" or (device.type == "cpu" and interpreted):
             return None
         if device.type == "cpu":
@@ -54,8 +58,9 @@ class Triton:
         want_smooth: bool,
         want_stats: bool,
     ) -> Rows:
-        settings = (scales, softcaps, vocab_size, ignore_index, want_smooth, want_stats)
-        rows, launches = logits_loss.forward(values, target, *settings, _multiprocessors(target.device))
+        logits = LogitsSum(values, scales, softcaps, vocab_size)
+        settings = (ignore_index, want_smooth, want_stats, _multiprocessors(target.device))
+        rows, launches = logits_loss.forward(logits, target, *settings)
         with _on(target.device):
             for launch in launches:
                 launch.run()
@@ -74,11 +79,10 @@ class Triton:
         vocab_size: int,
         wanted: list[int],
     ) -> list[Tensor]:
-        rows = (row_max, exp_coefficient, constant, target_gradient)
-        settings = (scales, softcaps, vocab_size, wanted)
-        gradients, launch = logits_loss.backward(
-            values, target, *rows, *settings, _multiprocessors(target.device)
-        )
+        logits = LogitsSum(values, scales, softcaps, vocab_size)
+        coefficients = Coefficients(row_max, exp_coefficient, constant, target_gradient)
+        multiprocessors = _multiprocessors(target.device)
+        gradients, launch = logits_loss.backward(logits, target, coefficients, wanted, multiprocessors)
         with _on(target.device):
             launch.run()
         return gradients
@@ -93,27 +97,27 @@ class Triton:
         want_logprob: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = draws.seed.device
-        settings = (scales, softcaps, vocab_size, draws, want_logprob, _multiprocessors(device))
-        found, launches = logits_draw.sample(values, *settings)
+        logits = LogitsSum(values, scales, softcaps, vocab_size)
+        tokens, launches = logits_draw.sample(logits, draws, want_logprob, _multiprocessors(device))
         with _on(device):
             for launch in launches:
                 launch.run()
-        return found
+        return tokens
 
     def sample_heads(
         self, heads: list[HeadRows], vocab_size: int, draws: Draws, want_logprob: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         settings = (vocab_size, draws, want_logprob, _float32_products())
-        found, launches = logits_draw.sample_heads(heads, *settings)
+        tokens, launches = heads_draw.sample(heads, *settings)
         with _on(draws.seed.device):
             for launch in launches:
                 launch.run()
-        return found
+        return tokens
 
     def heads_refusal(self, heads: list[HeadRows]) -> str | None:
         if heads[0].hidden.device.type == "cpu" and any(h.hidden.dtype == torch.bfloat16 for h in heads):
             return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
-        return heads_loss.refusal(heads)
+        return heads_refusal(heads)
 
     def heads_forward(
         self,
@@ -124,8 +128,8 @@ class Triton:
         want_smooth: bool,
         want_stats: bool,
     ) -> Rows:
-        summed = heads_loss.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
-        rows, _, launches = heads_loss.forward(summed, ignore_index, want_smooth, want_stats, None)
+        summed = heads_sum(heads, vocab_size, want_stats, _float32_products())
+        rows, _, launches = heads_loss.forward(summed, target, ignore_index, want_smooth, want_stats, None)
         with _on(target.device):
             for launch in launches:
                 launch.run()
@@ -143,45 +147,47 @@ class Triton:
         want_stats: bool,
         wanted: list[int],
     ) -> tuple[Rows, HeadGradients]:
-        summed = heads_loss.heads_sum(heads, target, vocab_size, want_stats, _float32_products())
+        summed = heads_sum(heads, vocab_size, want_stats, _float32_products())
         dtype = heads_loss.gradient_dtype([heads[i] for i in wanted])
         e = summed.buffer(heads_loss.e_dtype(dtype)) if heads_loss.one_write(summed, wanted) else None
-        rows, tops, launches = heads_loss.forward(summed, ignore_index, label_smoothing > 0, want_stats, e)
+        rows, tops, launches = heads_loss.forward(
+            summed, target, ignore_index, label_smoothing > 0, want_stats, e
+        )
         with _on(target.device):
             for launch in launches:
                 launch.run()
             sums = RowSums(rows.nll, rows.row_max, rows.log_sum)
             slopes = RowSlopes(rows.nll, sums, counts, label_smoothing, z_loss, vocab_size)
             if e is None:
-                return rows, _gradients_made_again(summed, slopes, wanted, dtype)
-            per_row, unit = _unit_coefficients(slopes, heads_loss.MAGNIFIED[dtype])
-            d, launch = heads_loss.scale(summed, e, tops, *per_row, dtype)
+                return rows, _gradients_made_again(summed, target, slopes, wanted, dtype)
+            coefficients, unit = _unit_coefficients(slopes, heads_loss.MAGNIFIED[dtype])
+            d, launch = heads_loss.scale(summed, target, e, tops, coefficients, dtype)
             launch.run()
         return rows, HeadGradients([d] * len(wanted), unit, heads_loss.MAGNIFIED[dtype])
 
     def heads_gradient(
         self, heads: list[HeadRows], target: Tensor, slopes: RowSlopes, vocab_size: int, wanted: list[int]
     ) -> HeadGradients:
-        summed = heads_loss.heads_sum(heads, target, vocab_size, False, _float32_products())
+        summed = heads_sum(heads, vocab_size, False, _float32_products())
         with _on(target.device):
             dtype = heads_loss.gradient_dtype([heads[i] for i in wanted])
-            return _gradients_made_again(summed, slopes, wanted, dtype)
+            return _gradients_made_again(summed, target, slopes, wanted, dtype)
 
 
 def _gradients_made_again(
-    summed: heads_loss.Sum, slopes: RowSlopes, wanted: list[int], dtype: torch.dtype
+    summed: HeadsSum, target: Tensor, slopes: RowSlopes, wanted: list[int], dtype: torch.dtype
 ) -> HeadGradients:
     """Gradients of the heads' products, from their hidden states."""
-    per_row, unit = _unit_coefficients(slopes, heads_loss.MAGNIFIED[dtype])
+    coefficients, unit = _unit_coefficients(slopes, heads_loss.MAGNIFIED[dtype])
     groups = [summed.slope_of(i) for i in wanted]
     distinct = list(dict.fromkeys(groups))
-    made, launch = heads_loss.gradient(summed, *per_row, distinct, dtype)
+    gradients, launch = heads_loss.gradient(summed, target, coefficients, distinct, dtype)
     launch.run()
-    products = [made[distinct.index(group)] for group in groups]
+    products = [gradients[distinct.index(group)] for group in groups]
     return HeadGradients(products, unit, heads_loss.MAGNIFIED[dtype])
 
 
-def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[tuple[Tensor, list[Tensor]], Tensor]:
+def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[Coefficients, Tensor]:
     """Coefficients of a dz that fits a 16-bit number, and the (N,) factor that it is short of.
 
     ``slopes.g`` is not looked at: it comes in when the products with hidden states and weights are done.
@@ -190,8 +196,8 @@ def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[tuple[Tenso
     steepness = (1.0 + (2 * slopes.z_loss * lse).abs()).float()
     # A row that is NaN says so in dz; its factor is finite, lest it spoil the other rows.
     steepness = torch.where(steepness.isfinite(), steepness, 1.0)
-    row_max, *coefficients = replace(slopes, g=magnified / steepness).coefficients(torch.float32)
-    return (row_max, coefficients), steepness
+    coefficients = replace(slopes, g=magnified / steepness).coefficients(torch.float32)
+    return Coefficients(*coefficients), steepness
 
 
 def _float32_products() -> str:

@@ -1,20 +1,28 @@
-"""Launches of the sampling kernels that stand for the rest; ``kernels.py`` registers them."""
+"""Launches of these kernels that stand for the rest; ``../kernels.py`` registers them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from auxkern.backends.triton.heads_loss.cases import WIDTHS
+from auxkern.backends.triton import cases
+from auxkern.backends.triton.cases import B, F, H, Kernel, named
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.logits_draw import launches as logits_draw
-from auxkern.ops.registry import Draws, HeadRows
+from auxkern.backends.triton.logits_draw import launches
+from auxkern.backends.triton.logits_draw.kernels import (
+    adjust_kernel,
+    choose_kernel,
+    draw_kernel,
+    filter_kernel,
+    sum_kernel,
+)
+from auxkern.backends.triton.sums import LogitsSum
+from auxkern.ops.registry import Draws
 
 ROWS = 64  # a decoding batch
-_MULTIPROCESSORS = 132  # H100 SXM; decides how rows are split, not what is compiled
-_H, _B, _F = torch.float16, torch.bfloat16, torch.float32
-_SUMS = {"bf16+bf16": (_B, _B), "fp16+fp32": (_H, _F), "fp32+fp32": (_F, _F), "bf16": (_B,)}
+_SUMS = ((B, B), (H, F), (F, F), (B,))
 
 
 def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS) -> Draws:
@@ -47,84 +55,48 @@ def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS) -> Draws:
     )
 
 
-def launches(
+def _launches(
     V: int, dtypes: tuple[torch.dtype, ...], draws: Draws, *, logprob: bool = False, scaled: bool = False
 ) -> list[Launch]:
     """The launches of one call on logits of these dtypes."""
-    values = [torch.empty(1, ROWS, V, dtype=dtype, device="meta") for dtype in dtypes]
-    scales = [torch.empty(ROWS, device="meta") if scaled else None for _ in dtypes]
-    chosen = Draws(**{**vars(draws), "row_scales": scales})
-    settings = ([1.0] * len(values), [0.0] * len(values), V, chosen, logprob, _MULTIPROCESSORS)
-    return logits_draw.sample(values, *settings)[1]
+    terms = len(dtypes)
+    logits = LogitsSum(cases.values_of(ROWS, V, dtypes), [1.0] * terms, [0.0] * terms, V)
+    scales = [cases.float_row(ROWS) if scaled else None for _ in dtypes]
+    draws = replace(draws, row_scales=scales)
+    return launches.sample(logits, draws, logprob, cases.MULTIPROCESSORS)[1]
 
 
-def draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    """Labels and launches of ``draw_kernel``."""
-    for name, dtypes in _SUMS.items():
-        yield name, launches(V, dtypes, draws_of(plain=True))[0]
-    yield "bf16+bf16, logprob", launches(V, (_B, _B), draws_of(plain=True), logprob=True)[0]
-    yield "fp16+fp32, row scales", launches(V, (_H, _F), draws_of(plain=True), scaled=True)[0]
+def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    plain = draws_of(plain=True)
+    for dtypes in _SUMS:
+        yield named(*dtypes), _launches(V, dtypes, plain)[0]
+    yield "bf16+bf16, logprob", _launches(V, (B, B), plain, logprob=True)[0]
+    yield "fp16+fp32, row scales", _launches(V, (H, F), plain, scaled=True)[0]
 
 
-def choose_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    """Of ``choose_kernel``."""
-    for logprob in (False, True):
-        label = "logprob" if logprob else "plain"
-        yield label, launches(V, (_B, _B), draws_of(plain=True), logprob=logprob)[1]
+def _choose_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    for label, logprob in (("plain", False), ("logprob", True)):
+        yield label, _launches(V, (B, B), draws_of(plain=True), logprob=logprob)[1]
 
 
-def sum_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    """Of ``sum_kernel``."""
-    for name, dtypes in _SUMS.items():
-        yield name, launches(V, dtypes, draws_of(plain=False))[0]
+def _sum_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    for dtypes in _SUMS:
+        yield named(*dtypes), _launches(V, dtypes, draws_of(plain=False))[0]
 
 
-def adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    """Of ``adjust_kernel``."""
-    yield "history", launches(V, (_B, _B), draws_of(plain=True, history=512))[1]
+def _adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    yield "history", _launches(V, (B, B), draws_of(plain=True, history=512))[1]
 
 
-def filter_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    """Of ``filter_kernel``."""
-    for logprob in (False, True):
-        label = "logprob" if logprob else "plain"
-        yield label, launches(V, (_B, _B), draws_of(plain=False), logprob=logprob)[-1]
+def _filter_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    for label, logprob in (("plain", False), ("logprob", True)):
+        yield label, _launches(V, (B, B), draws_of(plain=False), logprob=logprob)[-1]
 
 
-def head_launch(
-    V: int,
-    widths: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    *,
-    rows: int = ROWS,
-    cap: float = 0.0,
-    write: bool = False,
-    logprob: bool = False,
-) -> Launch:
-    """The launch that draws from heads, or that writes their logits."""
-    heads = [
-        HeadRows(
-            torch.empty(rows, D, dtype=dtype, device="meta"),
-            torch.empty(V, D, dtype=dtype, device="meta"),
-            None,
-            1.0,
-            cap,
-        )
-        for D, dtype in zip(widths, dtypes, strict=True)
-    ]
-    draws = draws_of(plain=not write, rows=rows)
-    return logits_draw.sample_heads(heads, V, draws, logprob, "ieee")[1][0]
-
-
-def head_draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    """Of ``heads_draw_kernel``."""
-    for name, widths in WIDTHS.items():
-        yield f"bf16 {name}", head_launch(V, widths, (_B, _B))
-    widths = WIDTHS["768+256"]
-    yield "fp16 768+256", head_launch(V, widths, (_H, _H))
-    yield "bf16, 16 rows", head_launch(V, widths, (_B, _B), rows=16)
-    yield "bf16, 512 rows", head_launch(V, widths, (_B, _B), rows=512)
-    yield "bf16, logprob", head_launch(V, widths, (_B, _B), logprob=True)
-    yield "bf16, writes z", head_launch(V, widths, (_B, _B), write=True)
-    yield "bf16, softcap", head_launch(V, widths, (_B, _B), cap=30.0)
-    yield "fp16+fp32", head_launch(V, widths, (_H, _F))
+KERNELS = (
+    Kernel(draw_kernel, _draw_cases, ROWS, vectors=True, any_row=False),
+    Kernel(choose_kernel, _choose_cases, ROWS),
+    Kernel(sum_kernel, _sum_cases, ROWS, vectors=True, any_row=False),
+    Kernel(adjust_kernel, _adjust_cases, ROWS),
+    Kernel(filter_kernel, _filter_cases, ROWS),
+)

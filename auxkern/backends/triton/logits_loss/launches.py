@@ -11,21 +11,12 @@ from auxkern.backends.triton import configs
 from auxkern.backends.triton.device.rows import alignment, as_term
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_loss.kernels import backward_kernel, combine_kernel, forward_kernel
+from auxkern.backends.triton.losses import Coefficients, loss_rows
+from auxkern.backends.triton.sums import LogitsSum, as_terms, term_constants
 from auxkern.ops.registry import Rows
 
 # Scale, add: per share. Maximum, difference, product, exp, add: per logit.
 _SHARE_FLOPS, _LOGIT_FLOPS = 2, 5
-
-
-class _Out(NamedTuple):
-    """``registry.Rows`` as a kernel takes it."""
-
-    nll: Tensor
-    row_max: Tensor
-    log_sum: Tensor
-    smooth: Tensor
-    argmax: Tensor
-    term_nll: Tensor
 
 
 class _Partial(NamedTuple):
@@ -36,11 +27,8 @@ class _Partial(NamedTuple):
 
 
 def forward(
-    values: list[Tensor],
+    logits: LogitsSum,
     target: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
     ignore_index: int,
     want_smooth: bool,
     want_stats: bool,
@@ -51,24 +39,17 @@ def forward(
     Args:
         multiprocessors: of the device; decides over how many programs a row is split.
     """
-    N, terms = target.shape[0], len(values)
-    cut = alignment(values)
+    N, terms, V = target.shape[0], len(logits.values), logits.vocab_size
+    cut = alignment(logits.values)
     config = configs.forward(terms, want_stats)
     block = config.block(cut.granule)
-    splits = configs.splits(N, -(-vocab_size // block), multiprocessors, config)
+    splits = configs.splits(N, -(-V // block), multiprocessors, config)
 
-    out = _Out(
-        nll=target.new_empty(N, dtype=torch.float32),
-        row_max=target.new_empty(N, dtype=torch.float32),
-        log_sum=target.new_empty(N, dtype=torch.float32),
-        smooth=target.new_empty(N if want_smooth else 0, dtype=torch.float32),
-        argmax=target.new_empty(N if want_stats else 0),
-        term_nll=target.new_empty((terms, N) if want_stats else (0, 0), dtype=torch.float32),
-    )
+    out = loss_rows(target, terms, want_smooth, want_stats)
     fields = 4 + 2 * terms if want_stats else 4 if want_smooth else 2
     shared = (N, splits) if splits > 1 else (0, 0)
     arguments = {
-        "terms": tuple(map(as_term, values, scales, softcaps)),
+        "terms": as_terms(logits),
         "target": target,
         "out": out,
         "partial": _Partial(
@@ -76,16 +57,11 @@ def forward(
             best=target.new_empty((2 if want_stats else 0, *shared), dtype=torch.int32),
         ),
         "N": N,
-        "V": vocab_size,
+        "V": V,
         "ignore_index": ignore_index,
         "splits": splits,
     }
-    constants = {
-        "UNIT": tuple(x.stride(2) == 1 for x in values),
-        "CAPPED": tuple(softcap > 0 for softcap in softcaps),
-        "SMOOTH": want_smooth,
-        "STATS": want_stats,
-    }
+    constants = term_constants(logits) | {"SMOOTH": want_smooth, "STATS": want_stats}
     launches = [
         Launch(
             forward_kernel,
@@ -93,8 +69,8 @@ def forward(
             arguments,
             constants | {"ALIGNED": cut.aligned, "LEADER": cut.leader, "G": cut.granule, "BLOCK": block},
             config.warps,
-            bytes_moved=N * vocab_size * sum(x.element_size() for x in values),
-            flops=N * vocab_size * (terms * _SHARE_FLOPS + _LOGIT_FLOPS),
+            bytes_moved=N * V * sum(x.element_size() for x in logits.values),
+            flops=N * V * (terms * _SHARE_FLOPS + _LOGIT_FLOPS),
         )
     ]
     if splits > 1:
@@ -107,60 +83,45 @@ def forward(
 
 
 def backward(
-    values: list[Tensor],
-    target: Tensor,
-    row_max: Tensor,
-    exp_coefficient: Tensor,
-    constant: Tensor,
-    target_gradient: Tensor,
-    scales: list[float],
-    softcaps: list[float],
-    vocab_size: int,
-    wanted: list[int],
-    multiprocessors: int,
+    logits: LogitsSum, target: Tensor, coefficients: Coefficients, wanted: list[int], multiprocessors: int
 ) -> tuple[list[Tensor], Launch]:
     """The launch of ``Backend.cross_entropy_backward`` and the gradients it fills.
 
     Args:
         multiprocessors: of the device; decides over how many programs a row is split.
     """
+    values, V = logits.values, logits.vocab_size
     N, terms = target.shape[0], len(values)
     gradients = [values[i].new_empty(values[i].shape) for i in wanted]
     cut = alignment(values + gradients)
     config = configs.backward(terms)
     block = config.block(cut.granule)
-    splits = configs.splits(N, -(-vocab_size // block), multiprocessors, config)
-    arguments = {
-        "terms": tuple(map(as_term, values, scales, softcaps)),
-        "gradients": tuple(map(as_term, gradients)),
-        "target": target,
-        "row_max": row_max,
-        "exp_coefficient": exp_coefficient,
-        "constant": constant,
-        "target_gradient": target_gradient,
-        "V": vocab_size,
-        "splits": splits,
-    }
-    constants = {
-        "WANTED": tuple(wanted),
-        "ALIGNED": cut.aligned[:terms],
-        "ALIGNED_OUT": cut.aligned[terms:],
-        "PADDED": tuple(g.shape[2] > vocab_size for g in gradients),
-        "UNIT": tuple(x.stride(2) == 1 for x in values),
-        "CAPPED": tuple(softcap > 0 for softcap in softcaps),
-        "LEADER": cut.leader,
-        "G": cut.granule,
-        "BLOCK": block,
-    }
-    moved = sum(vocab_size * x.element_size() for x in values)
+    splits = configs.splits(N, -(-V // block), multiprocessors, config)
+    moved = sum(V * x.element_size() for x in values)
     moved += sum(g.shape[2] * g.element_size() for g in gradients)
     launch = Launch(
         backward_kernel,
         (N, splits),
-        arguments,
-        constants,
+        {
+            "terms": as_terms(logits),
+            "gradients": tuple(map(as_term, gradients)),
+            "target": target,
+            **coefficients._asdict(),
+            "V": V,
+            "splits": splits,
+        },
+        term_constants(logits)
+        | {
+            "WANTED": tuple(wanted),
+            "ALIGNED": cut.aligned[:terms],
+            "ALIGNED_OUT": cut.aligned[terms:],
+            "PADDED": tuple(g.shape[2] > V for g in gradients),
+            "LEADER": cut.leader,
+            "G": cut.granule,
+            "BLOCK": block,
+        },
         config.warps,
         bytes_moved=N * moved,
-        flops=N * vocab_size * (terms * _SHARE_FLOPS + _LOGIT_FLOPS + 2 * len(wanted)),
+        flops=N * V * (terms * _SHARE_FLOPS + _LOGIT_FLOPS + 2 * len(wanted)),
     )
     return gradients, launch

@@ -1,0 +1,114 @@
+"""What stands for the launches of a kernel: one for each binary, on tensors without memory.
+
+The launches come from the planner that dispatch itself uses, so they cannot drift from what users run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.backends.triton.launch import Launch
+from auxkern.ops.registry import HeadRows
+
+VOCABULARIES = {"SmolLM2": 49152, "GPT-2": 50257, "Llama-3": 128256, "Gemma": 262144}
+MULTIPROCESSORS = 132  # H100 SXM; decides how rows are split, not what is compiled
+# D of a language model's and of an auxiliary model's hidden states.
+WIDTHS = {"768+256": (768, 256), "576+256": (576, 256), "4096+512": (4096, 512)}
+
+H, B, F = torch.float16, torch.bfloat16, torch.float32
+_SHORT = {H: "fp16", B: "bf16", F: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch that stands for many.
+
+    Attributes:
+        label: what is special about it, such as "fp16+fp32, smooth".
+        model: key of ``VOCABULARIES``.
+        rows: N.
+        launch: as dispatch would launch it.
+    """
+
+    label: str
+    model: str
+    rows: int
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered kernel.
+
+    Attributes:
+        function: the ``triton.jit`` entry point.
+        launches: yields labels and representative launches for V ids.
+        rows: N of the launches.
+        vectors: whether, on contiguous logits, its traffic must move 16 bytes at a time.
+        dot: whether it multiplies matrices and must use tensor cores.
+        any_row: whether ``vectors`` holds for rows that begin anywhere, not only at 16-byte boundaries.
+    """
+
+    function: Any
+    launches: Callable[[int], Iterator[tuple[str, Launch]]]
+    rows: int
+    vectors: bool = False
+    dot: bool = False
+    any_row: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.function.fn.__name__
+
+    def cases(self, model: str) -> Iterator[Case]:
+        """The launches for a model of ``VOCABULARIES``."""
+        for label, launch in self.launches(VOCABULARIES[model]):
+            yield Case(label, model, self.rows, launch)
+
+
+def named(*dtypes: torch.dtype) -> str:
+    """How a label names the dtypes of terms."""
+    names = [_SHORT[dtype] for dtype in dtypes]
+    return f"{len(names)} x {names[0]}" if len(names) > 2 else "+".join(names)
+
+
+def float_row(rows: int) -> Tensor:
+    """(N,) float32."""
+    return torch.empty(rows, device="meta")
+
+
+def target_of(rows: int) -> Tensor:
+    """(N,) targets."""
+    return torch.empty(rows, dtype=torch.int64, device="meta")
+
+
+def values_of(rows: int, V: int, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """(1, N, V) logits of these dtypes."""
+    return [torch.empty(1, rows, V, dtype=dtype, device="meta") for dtype in dtypes]
+
+
+def heads_of(
+    rows: int,
+    V: int,
+    widths: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    *,
+    cap: float = 0.0,
+    scales: Sequence[float] = (1.0, 1.0, -1.0),
+) -> list[HeadRows]:
+    """Heads of these widths and dtypes."""
+    return [
+        HeadRows(
+            torch.empty(rows, D, dtype=dtype, device="meta"),
+            torch.empty(V, D, dtype=dtype, device="meta"),
+            None,
+            scale,
+            cap,
+        )
+        for D, dtype, scale in zip(widths, dtypes, scales, strict=False)
+    ]

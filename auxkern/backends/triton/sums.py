@@ -1,0 +1,236 @@
+"""Sums of terms as kernels take them: from checked tensors to what their launches have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from auxkern.backends.triton import configs
+from auxkern.backends.triton.device.rows import Term, as_term, encode
+from auxkern.backends.triton.launch import Launch
+from auxkern.ops.registry import HeadRows
+
+MAX_HEADS = 4
+HALF = (torch.float16, torch.bfloat16)
+# An accumulator passes from one scale to the next by their ratio, unless that is extreme.
+_MOST_RESCALING = 2.0**20
+
+
+@dataclass(frozen=True)
+class LogitsSum:
+    """N rows of a sum of logits.
+
+    Attributes:
+        values: terms of (outer, inner, V or more), outer * inner = N.
+        scales, softcaps: of each term; a soft cap of 0 is none.
+        vocab_size: V.
+    """
+
+    values: list[Tensor]
+    scales: list[float]
+    softcaps: list[float]
+    vocab_size: int
+
+
+def as_terms(logits: LogitsSum) -> tuple[Term, ...]:
+    """The terms as kernel arguments."""
+    return tuple(map(as_term, logits.values, logits.scales, logits.softcaps))
+
+
+def term_constants(logits: LogitsSum) -> dict[str, Any]:
+    """The constants of every kernel that reads the terms."""
+    return {
+        "UNIT": tuple(x.stride(2) == 1 for x in logits.values),
+        "CAPPED": tuple(softcap > 0 for softcap in logits.softcaps),
+    }
+
+
+class _Head(NamedTuple):
+    """A head as kernels take it; strides are coded, in elements."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor  # the weight where there is none
+    hidden_stride: int
+    hidden_column: int
+    weight_stride: int
+    weight_column: int
+    bias_stride: int
+    rescale: float  # of what the accumulator holds before this head
+
+
+class _Group(NamedTuple):
+    """Heads that share an accumulator."""
+
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True)
+class HeadsSum:
+    """A sum of heads as the tile kernels take it.
+
+    Attributes:
+        arguments, constants: of every kernel that makes tiles.
+        config: its launch configuration.
+        group_of: the accumulator of each head, in the order given.
+        N, V, width: rows, ids, sum of the heads' D.
+        half: whether every product has 16-bit operands.
+    """
+
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    config: configs.TileConfig
+    group_of: list[int]
+    N: int
+    V: int
+    width: int
+    half: bool
+
+    def slope_of(self, head: int) -> int:
+        """The group whose soft cap's slope a head's gradient takes; -1 if it has none."""
+        group = self.group_of[head]
+        return group if self.constants["CAPPED"][group] else -1
+
+    @property
+    def tiles(self) -> int:
+        """Vocabulary tiles."""
+        return -(-self.V // self.config.ids)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of hidden states and weights, each once."""
+        itemsizes = [(h.hidden.element_size(), h.weight.element_size()) for h in self.arguments["heads"]]
+        return sum(
+            D * (self.N * hidden + self.V * weight)
+            for D, (hidden, weight) in zip(self.constants["D"], itemsizes, strict=True)
+        )
+
+    def buffer(self, dtype: torch.dtype) -> Tensor:
+        """Uninitialised (N, tiles * BLOCK_V): as wide as whole tiles, so that stores need no mask."""
+        hidden: Tensor = self.arguments["heads"][0].hidden
+        return hidden.new_empty((self.N, self.tiles * self.config.ids), dtype=dtype)
+
+    def launch(
+        self,
+        kernel: Any,
+        arguments: dict[str, Any],
+        constants: dict[str, Any],
+        *,
+        bytes_moved: int,
+        logit_flops: int,
+        tiles: int | None = None,
+    ) -> Launch:
+        """A launch of a kernel that makes tiles.
+
+        Args:
+            arguments, constants: of this kernel beside those of every one.
+            logit_flops: operations per logit beside the products.
+            tiles: made of each row, where they are more than hold the V ids.
+        """
+        config = self.config
+        blocks = -(-self.N // config.rows)
+        tiles = self.tiles if tiles is None else tiles
+        shape = {"BLOCK_N": config.rows, "BLOCK_V": config.ids, "BLOCK_D": config.width}
+        products = 2 * self.N * self.V * self.width
+        return Launch(
+            kernel,
+            (blocks * tiles,),
+            self.arguments | {"row_blocks": blocks, "tiles": tiles} | arguments,
+            self.constants | shape | {"GROUP": config.group} | constants,
+            config.warps,
+            bytes_moved=bytes_moved,
+            flops=self.N * self.V * logit_flops + (0 if self.half else products),
+            num_stages=config.stages,
+            tensor_flops=products if self.half else 0,
+        )
+
+
+def heads_refusal(heads: Sequence[HeadRows]) -> str | None:
+    """Why no kernel takes this sum of heads; None if one does."""
+    if len(heads) > MAX_HEADS:
+        return f"there are {len(heads)} heads; kernels take {MAX_HEADS} at most"
+    if any(head.hidden.shape[1] == 0 for head in heads):
+        return "a head has hidden states of width 0"
+    return None
+
+
+def _order(heads: Sequence[HeadRows], separate: bool) -> list[int]:
+    """Heads without a soft cap first: those share an accumulator."""
+    indices = range(len(heads))
+    return list(indices) if separate else sorted(indices, key=lambda i: heads[i].softcap > 0)
+
+
+def _joins(previous: HeadRows, head: HeadRows) -> bool:
+    """Whether a head's products can be added to what the previous head's accumulator holds."""
+    if previous.softcap or head.softcap or not previous.scale or not head.scale:
+        return False
+    return 1 / _MOST_RESCALING <= abs(previous.scale / head.scale) <= _MOST_RESCALING
+
+
+def _as_head(head: HeadRows, rescale: float) -> _Head:
+    bias = head.weight if head.bias is None else head.bias
+    hidden_stride, hidden_column = map(encode, head.hidden.stride())
+    weight_stride, weight_column = map(encode, head.weight.stride())
+    strides = (hidden_stride, hidden_column, weight_stride, weight_column, encode(bias.stride(0)))
+    return _Head(head.hidden, head.weight, bias, *strides, rescale)
+
+
+def _even(head: HeadRows) -> bool:
+    """Whether rows of both operands begin at multiples of 8 elements."""
+    return head.hidden.stride(0) % 8 == 0 and head.weight.stride(0) % 8 == 0
+
+
+def heads_sum(heads: Sequence[HeadRows], V: int, separate: bool, precision: str) -> HeadsSum:
+    """The sum of 1 to 4 heads as the kernels take it.
+
+    Args:
+        separate: whether each head needs an accumulator of its own.
+        precision: of products of float32: "ieee" or "tf32".
+    """
+    order = _order(heads, separate)
+    begins, rescales, group_of = [], [], [0] * len(heads)
+    groups: list[_Group] = []
+    previous: HeadRows | None = None
+    for i in order:
+        head = heads[i]
+        joins = previous is not None and not separate and _joins(previous, head)
+        begins.append(not joins)
+        rescales.append(previous.scale / head.scale if joins and previous is not None else 1.0)
+        # A group counts in units of its last head's scale.
+        group = _Group(head.scale, head.softcap)
+        groups[-1:] = [group] if joins else [*groups[-1:], group]
+        group_of[i] = len(groups) - 1
+        previous = head
+    ordered = [heads[i] for i in order]
+    N = heads[0].hidden.shape[0]
+    half = all(h.hidden.dtype == h.weight.dtype and h.weight.dtype in HALF for h in heads)
+    return HeadsSum(
+        arguments={
+            "heads": tuple(map(_as_head, ordered, rescales)),
+            "groups": tuple(groups),
+            "N": N,
+            "V": V,
+        },
+        constants={
+            "D": tuple(h.hidden.shape[1] for h in ordered),
+            "UNIT_HIDDEN": tuple(h.hidden.stride(1) == 1 for h in ordered),
+            "UNIT_WEIGHT": tuple(h.weight.stride(1) == 1 for h in ordered),
+            "EVEN": tuple(map(_even, ordered)),
+            "BIAS": tuple(h.bias is not None for h in ordered),
+            "BEGINS": tuple(begins),
+            "RESCALED": tuple(r != 1.0 for r in rescales),
+            "CAPPED": tuple(g.softcap > 0 for g in groups),
+            "PRECISION": precision,
+        },
+        config=configs.tiles(len(groups), half),
+        group_of=group_of,
+        N=N,
+        V=V,
+        width=sum(h.hidden.shape[1] for h in heads),
+        half=half,
+    )
