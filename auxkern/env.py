@@ -54,7 +54,9 @@ def describe() -> str:
     ]
     reason = choice.refusal("cpu", torch.device("cpu"), (torch.float32,))
     if reason is None:
-        native = choice.load("cpu")
+        # Importing it loads the library, which may be missing.
+        from auxkern.backends.cpu import BACKEND as native
+
         lines.append(f"native kernels: {native.isa}, {native.threading}, {native.path}")
     else:
         lines.append(f"native kernels: {reason}")

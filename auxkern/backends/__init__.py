@@ -1,1 +1,1 @@
-"""Arithmetic only: each module holds one BACKEND that follows ``auxkern.ops.registry.Backend``."""
+"""Arithmetic only: each module holds one BACKEND that is an ``auxkern.core.backend.Backend``."""

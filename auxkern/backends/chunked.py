@@ -39,9 +39,11 @@ class RowKernels(Backend):
 
     Attributes:
         fuses: whether its kernels make gradients of logits with their losses, in place where asked.
+        heads_way: name of the faster way that it has for sums of nothing but heads; "" for none.
     """
 
     fuses = False
+    heads_way = ""
 
     @abstractmethod
     def logits_losses(
@@ -60,16 +62,45 @@ class RowKernels(Backend):
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         """``draw`` of a sum whose logits exist, beside sparse terms."""
 
+    def heads_refusal(self, sum: Sum) -> str | None:
+        """Why ``heads_way`` does not take a sum of nothing but heads; None if it does."""
+        return "it has no kernels for heads"
+
+    def heads_losses(
+        self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
+    ) -> RowLosses:
+        """``losses`` of heads that ``heads_refusal`` takes."""
+        raise NotImplementedError(self.heads_refusal(sum))
+
+    def heads_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
+        """``gradients`` of heads that ``heads_refusal`` takes."""
+        raise NotImplementedError(self.heads_refusal(sum))
+
+    def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
+        """``draw`` from heads that ``heads_refusal`` takes."""
+        raise NotImplementedError(self.heads_refusal(sum))
+
     def route(self, sum: Sum, loss: Loss) -> Route:
         if sum.is_logits:
             return Route("logits", fused=self.fuses)
-        return Route("chunks of logits", fused=sum.device.type == "cpu")
+        reason = self._heads_refusal(sum)
+        if reason is None:
+            return Route(self.heads_way, fused=True, rescales=True)
+        refusals = {self.heads_way: reason} if self.heads_way else {}
+        return Route("chunks of logits", fused=sum.device.type == "cpu", refusals=refusals)
+
+    def _heads_refusal(self, sum: Sum) -> str | None:
+        if len(sum.heads) < len(sum.terms):
+            return "there are other terms beside the heads"
+        return self.heads_refusal(sum)
 
     def losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
         if sum.is_logits:
             return self._with_gradients(sum, target, loss, weight, wanted)
+        if self._heads_refusal(sum) is None:
+            return self.heads_losses(sum, target, loss, weight, wanted)
         result = RowLosses.empty(target, sum.dtype, len(sum.terms), loss).cleared()
         clear(wanted)
         chunks = _Chunks(
@@ -85,6 +116,9 @@ class RowKernels(Backend):
         return result
 
     def gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
+        if self._heads_refusal(sum) is None:
+            self.heads_gradients(sum, target, slopes, wanted)
+            return
         coefficients = slopes.coefficients(sum.dtype)
         if sum.is_logits:
             self.logits_gradients(sum, target, coefficients, wanted)
@@ -111,6 +145,8 @@ class RowKernels(Backend):
     def draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         if not sum.heads:
             return self.logits_draw(sum, draws, want_logprob)
+        if self._heads_refusal(sum) is None:
+            return self.heads_draw(sum, draws, want_logprob)
         C = self._rows_of(sum)
         slices = [slice(n, min(n + C, sum.N)) for n in range(0, sum.N, C)]
         chunks = _Chunks(self, sum, slices, False, draws=True)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton.launch import Launch
-from auxkern.ops.registry import HeadRows
+from auxkern.core.loss import Coefficients
+from auxkern.core.sums import Sum
+from auxkern.core.terms import Head, Logits, unchecked
 
 VOCABULARIES = {"SmolLM2": 49152, "GPT-2": 50257, "Llama-3": 128256, "Gemma": 262144}
 MULTIPROCESSORS = 132  # H100 SXM; decides how rows are split, not what is compiled
@@ -87,9 +89,17 @@ def target_of(rows: int) -> Tensor:
     return torch.empty(rows, dtype=torch.int64, device="meta")
 
 
-def values_of(rows: int, V: int, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """(1, N, V) logits of these dtypes."""
-    return [torch.empty(1, rows, V, dtype=dtype, device="meta") for dtype in dtypes]
+def coefficients_of(rows: int) -> Coefficients:
+    """Of rows' gradients."""
+    return Coefficients(*[float_row(rows)] * 4)
+
+
+def logits_of(
+    rows: int, V: int, dtypes: Sequence[torch.dtype], *, cap: float | None = None, scale: float | Tensor = 1.0
+) -> Sum:
+    """A sum of (1, N, V) logits of these dtypes."""
+    values = [torch.empty(1, rows, V, dtype=dtype, device="meta") for dtype in dtypes]
+    return Sum(tuple(unchecked(Logits, values=x, scale=scale, softcap=cap) for x in values), V)
 
 
 def heads_of(
@@ -98,17 +108,17 @@ def heads_of(
     widths: Sequence[int],
     dtypes: Sequence[torch.dtype],
     *,
-    cap: float = 0.0,
+    cap: float | None = None,
     scales: Sequence[float] = (1.0, 1.0, -1.0),
-) -> list[HeadRows]:
-    """Heads of these widths and dtypes."""
-    return [
-        HeadRows(
+) -> Sum:
+    """A sum of heads of these widths and dtypes."""
+    heads = [
+        Head(
             torch.empty(rows, D, dtype=dtype, device="meta"),
             torch.empty(V, D, dtype=dtype, device="meta"),
-            None,
-            scale,
-            cap,
+            scale=scale,
+            softcap=cap,
         )
         for D, dtype, scale in zip(widths, dtypes, scales, strict=False)
     ]
+    return Sum(tuple(heads), V)

@@ -1,15 +1,26 @@
-"""A kernel launch as a value: run it, or compile it ahead of time for a GPU that is not there."""
+"""A kernel launch as a value: run it, or compile it ahead of time for a GPU that is not there.
+
+Beside it stands what terms and rows are as arguments of kernels; ``device/rows.py`` reads them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+
+from auxkern.core.terms import Logits
+
+VECTOR_BYTES = 16
+MAX_SPLITS = 128  # programs that may share a row; the width of the kernel that combines them
+_UNBOUNDED = 2**30 - 2  # an inner size that no row number reaches; its code is an int32
 
 _TYPES = {
     torch.float16: "fp16",
@@ -98,3 +109,154 @@ def _mark_aligned(path: tuple[int, ...], value: Any, attributes: dict[tuple[int,
             _mark_aligned((*path, index), part, attributes)
     elif isinstance(value, Tensor) and value.data_ptr() % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
+
+
+def run(launches: Iterable[Launch], device: torch.device) -> None:
+    """Launch in order."""
+    # Triton launches on the current device, whatever device its tensors are on.
+    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+        for launch in launches:
+            launch.run()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a device; they decide over how many programs a row is split."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(rows: int, tiles: int, multiprocessors: int, programs: int) -> int:
+    """Programs that share one row: enough to give every multiprocessor so many programs.
+
+    Args:
+        rows: N.
+        tiles: tiles in a row; no program gets less than one.
+        multiprocessors: of the device.
+        programs: wanted per multiprocessor.
+    """
+    wanted = -(-multiprocessors * programs // rows)
+    return max(1, min(wanted, tiles, MAX_SPLITS))
+
+
+class LogitsArgument(NamedTuple):
+    """A term, or a gradient, as kernels take it: [n // inner, n % inner, v] of a strided tensor."""
+
+    logits: Any  # Tensor
+    outer_stride: int  # coded, in elements, like the three that follow
+    inner_stride: int
+    inner: int
+    column_stride: int
+    scale: float
+    softcap: float
+
+
+def as_argument(x: Tensor, scale: float = 1.0, softcap: float = 0.0) -> LogitsArgument:
+    """The (outer, inner, V) tensor ``x`` as kernels take it; a ``softcap`` of 0 is none."""
+    outer_stride, inner_stride, inner, column_stride = map(encode, (*_row_steps(x), x.stride(2)))
+    return LogitsArgument(x, outer_stride, inner_stride, inner, column_stride, scale, softcap)
+
+
+def _row_steps(x: Tensor) -> tuple[int, int, int]:
+    """(outer stride, inner stride, inner size)."""
+    # With one outer index the inner size is N: fixed instead, so that no kernel depends on N.
+    if x.shape[0] == 1:
+        return 0, x.stride(1), _UNBOUNDED
+    return x.stride(0), x.stride(1), x.shape[1]
+
+
+def encode(n: int) -> int:
+    """A stride or a size as kernels take it."""
+    # Triton compiles anew for ints in tuples that are 1 or divisible by 16; odd ones above 1 are
+    # neither, so no batch size or length compiles anything.
+    return 2 * n + 3
+
+
+class Alignment(NamedTuple):
+    """Which streams can be read or written 16 bytes at a time.
+
+    Attributes:
+        leader: index of the stream at whose boundaries rows are cut; -1 if no stream has adjacent
+            columns.
+        aligned: per stream, whether its rows begin as far from a boundary as the leader's.
+        granule: columns that a vector of the narrowest aligned stream holds.
+    """
+
+    leader: int
+    aligned: tuple[bool, ...]
+    granule: int
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Where the rows of one stream begin, in elements from a multiple of 16 bytes."""
+
+    first: int
+    outer: int
+    inner: int
+    inner_size: int
+    lanes: int  # elements in 16 bytes
+
+    def modulo(self, lanes: int) -> tuple[int, int, int, int]:
+        """Equal for streams whose rows all begin equally far from a boundary of ``lanes``."""
+        outer, inner, size = self.outer % lanes, self.inner % lanes, self.inner_size
+        if size == _UNBOUNDED or outer == inner * size % lanes:
+            outer = size = 0
+        return self.first % lanes, outer, inner, size
+
+
+def alignment(streams: list[Tensor]) -> Alignment:
+    """Choose the boundaries that let the most bytes move in whole vectors.
+
+    Args:
+        streams: (outer, inner, V) tensors, read or written.
+    """
+    steps = {}
+    for index, x in enumerate(streams):
+        if x.stride(2) == 1:
+            first, lanes = x.data_ptr() // x.element_size(), VECTOR_BYTES // x.element_size()
+            # A single row goes nowhere, whatever its strides say.
+            by_row = _row_steps(x) if x.shape[0] * x.shape[1] > 1 else (0, 0, _UNBOUNDED)
+            steps[index] = _Steps(first, *by_row, lanes)
+    best, chosen = -1, Alignment(-1, (False,) * len(streams), 8)
+    # The narrowest dtypes first: mostly one of them serves all, and the search is over.
+    for leader, its in sorted(steps.items(), key=lambda item: -item[1].lanes):
+        aligned = tuple(
+            i in steps
+            and steps[i].lanes <= its.lanes
+            and steps[i].modulo(steps[i].lanes) == its.modulo(steps[i].lanes)
+            for i in range(len(streams))
+        )
+        gain = sum(x.element_size() for x, yes in zip(streams, aligned, strict=True) if yes)
+        if gain > best:
+            best, chosen = gain, Alignment(leader, aligned, its.lanes)
+        if all(aligned):
+            break
+    return chosen
+
+
+def as_arguments(terms: Sequence[Logits]) -> tuple[LogitsArgument, ...]:
+    """Logits as kernels take them; a scale for each row is not among it."""
+    return tuple(
+        [
+            as_argument(t.values, 1.0 if isinstance(t.scale, Tensor) else t.scale, t.softcap or 0.0)
+            for t in terms
+        ]
+    )
+
+
+def term_constants(terms: Sequence[Logits]) -> dict[str, Any]:
+    """The constants of every kernel that reads these terms."""
+    return {
+        "UNIT": tuple(t.values.stride(2) == 1 for t in terms),
+        "CAPPED": tuple(t.softcap is not None for t in terms),
+    }
+
+
+class LossRows(NamedTuple):
+    """``RowLosses`` as kernels take them."""
+
+    nll: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    smooth: Tensor
+    argmax: Tensor
+    term_nll: Tensor

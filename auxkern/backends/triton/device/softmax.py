@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 
 from auxkern.backends.triton.device.numerics import log1p
-from auxkern.ops import registry
+from auxkern.core import loss
 
 # Out of the running in an argmax.
 NO_KEY: tl.constexpr = tl.constexpr(-(2**31))
 NO_COLUMN: tl.constexpr = tl.constexpr(2**31 - 1)
 # A row whose target is among the ids of another shard: its logit here is -inf.
-NO_TARGET: tl.constexpr = tl.constexpr(registry.NO_TARGET)
+NO_TARGET: tl.constexpr = tl.constexpr(loss.NO_TARGET)
 
 
 @triton.jit

@@ -20,13 +20,13 @@ def _launch(
     dtypes: Sequence[torch.dtype],
     *,
     rows: int = ROWS,
-    cap: float = 0.0,
+    cap: float | None = None,
     write: bool = False,
     logprob: bool = False,
 ) -> Launch:
     """The launch that draws from heads, or that writes their logits."""
     heads = cases.heads_of(rows, V, widths, dtypes, cap=cap)
-    return launches.sample(heads, V, draws_of(plain=not write, rows=rows), logprob, "ieee")[1][0]
+    return launches.plan(heads, draws_of(plain=not write, rows=rows), logprob, "ieee")[1][0]
 
 
 def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:

@@ -8,6 +8,7 @@ import torch
 
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import WIDTHS, B, F, H, Kernel, named
+from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches
 from auxkern.backends.triton.heads_loss.kernels import (
     heads_combine_kernel,
@@ -16,8 +17,7 @@ from auxkern.backends.triton.heads_loss.kernels import (
     heads_scale_kernel,
 )
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.losses import Coefficients
-from auxkern.backends.triton.sums import HeadsSum, heads_sum
+from auxkern.core.loss import Loss
 
 ROWS = 4096  # a chunk
 
@@ -27,40 +27,38 @@ def sum_of(
     widths: Sequence[int],
     dtypes: Sequence[torch.dtype],
     *,
-    cap: float = 0.0,
+    cap: float | None = None,
     stats: bool = False,
     scales: Sequence[float] = (1.0, 1.0, -1.0),
 ) -> HeadsSum:
     """``ROWS`` rows of a sum of heads."""
-    return heads_sum(cases.heads_of(ROWS, V, widths, dtypes, cap=cap, scales=scales), V, stats, "ieee")
-
-
-def _coefficients() -> Coefficients:
-    return Coefficients(*[cases.float_row(ROWS)] * 4)
+    heads = cases.heads_of(ROWS, V, widths, dtypes, cap=cap, scales=scales).heads
+    return heads_sum(heads, V, stats, "ieee")
 
 
 def forward_launches(heads: HeadsSum, *, smooth: bool = False, stats: bool = False) -> list[Launch]:
     """A forward pass without gradient."""
-    return launches.forward(heads, cases.target_of(ROWS), -100, smooth, stats, None)[2]
+    loss = Loss(label_smoothing=0.1 if smooth else 0.0, stats=stats)
+    return launches.forward(heads, cases.target_of(ROWS), loss, None)[2]
 
 
 def one_write_launch(heads: HeadsSum) -> Launch:
     """The forward kernel that writes e."""
     e = heads.buffer(H if heads.half else F)
-    return launches.forward(heads, cases.target_of(ROWS), -100, False, False, e)[2][0]
+    return launches.forward(heads, cases.target_of(ROWS), Loss(), e)[2][0]
 
 
 def scale_launch(heads: HeadsSum, dtype: torch.dtype) -> Launch:
     """The kernel that turns e into dz."""
     tops = torch.empty(heads.tiles, ROWS, device="meta")
     e = heads.buffer(launches.e_dtype(dtype))
-    return launches.scale(heads, cases.target_of(ROWS), e, tops, _coefficients(), dtype)[1]
+    return launches.scale(heads, cases.target_of(ROWS), e, tops, cases.coefficients_of(ROWS), dtype)[1]
 
 
 def gradient_launch(heads: HeadsSum, dtype: torch.dtype, wanted: tuple[int, ...] = (1,)) -> Launch:
     """The kernel that makes dz from the hidden states again."""
     slopes = list(dict.fromkeys(heads.slope_of(i) for i in wanted))
-    return launches.gradient(heads, cases.target_of(ROWS), _coefficients(), slopes, dtype)[1]
+    return launches.gradient(heads, cases.target_of(ROWS), cases.coefficients_of(ROWS), slopes, dtype)[1]
 
 
 def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
+from auxkern.backends.triton.heads import HALF, HeadsSum
 from auxkern.backends.triton.heads_loss.kernels import (
     heads_combine_kernel,
     heads_forward_kernel,
     heads_gradient_kernel,
     heads_scale_kernel,
 )
-from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.losses import Coefficients, loss_rows
-from auxkern.backends.triton.sums import HALF, HeadsSum
-from auxkern.ops.registry import HeadRows, Rows
+from auxkern.backends.triton.launch import Launch, LossRows
+from auxkern.core.loss import Coefficients, Loss, RowLosses
+from auxkern.core.terms import Head
 
 # Scale, maximum, difference, exp, add: per logit, beside the products.
 _LOGIT_FLOPS = 6
@@ -37,7 +37,7 @@ class _Partial(NamedTuple):
     target: Tensor  # (1 or 1 + G, N) float32
 
 
-def gradient_dtype(heads: Sequence[HeadRows]) -> torch.dtype:
+def gradient_dtype(heads: Sequence[Head]) -> torch.dtype:
     """What dz is rounded to for these heads: their dtype if it is 16-bit and they agree, else float32."""
     dtypes = {x.dtype for head in heads for x in (head.hidden, head.weight)}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -60,15 +60,15 @@ def one_write(heads: HeadsSum, wanted: Sequence[int]) -> bool:
 
 
 def forward(
-    heads: HeadsSum, target: Tensor, ignore_index: int, want_smooth: bool, want_stats: bool, e: Tensor | None
-) -> tuple[Rows, Tensor, list[Launch]]:
+    heads: HeadsSum, target: Tensor, loss: Loss, e: Tensor | None
+) -> tuple[RowLosses, Tensor, list[Launch]]:
     """The launches of a forward pass, in order, the rows they fill, and the tiles' (tiles, N) maxima.
 
     Args:
-        heads: separate if ``want_stats``.
+        heads: separate if the loss wants stats.
         e: ``heads.buffer(...)`` that receives exp(z - the tile's maximum), or None.
     """
-    N = heads.N
+    N, want_smooth, want_stats = heads.N, loss.smooth, loss.stats
     groups = len(heads.arguments["groups"])
     fields = 3 + 2 * groups if want_stats else 3 if want_smooth else 2
     partial = _Partial(
@@ -76,7 +76,7 @@ def forward(
         best=target.new_empty((2 if want_stats else 0, heads.tiles, N), dtype=torch.int32),
         target=target.new_empty((1 + groups if want_stats else 1, N), dtype=torch.float32),
     )
-    out = loss_rows(target, groups, want_smooth, want_stats)
+    rows = RowLosses.empty(target, torch.float32, groups, loss)
     options = {"SMOOTH": want_smooth, "STATS": want_stats}
     tiles = heads.launch(
         heads_forward_kernel,
@@ -92,10 +92,10 @@ def forward(
         {
             "target": target,
             "partial": partial,
-            "out": out,
+            "out": LossRows(*rows[:-1]),
             "N": N,
             "V": heads.V,
-            "ignore_index": ignore_index,
+            "ignore_index": loss.ignore_index,
             "tiles": heads.tiles,
         },
         options
@@ -109,7 +109,7 @@ def forward(
         bytes_moved=4 * sizes,
         flops=2 * sizes,
     )
-    return Rows(*out), partial.sums[0], [tiles, combine]
+    return rows, partial.sums[0], [tiles, combine]
 
 
 def scale(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -18,8 +17,7 @@ from auxkern.backends.triton.logits_draw.kernels import (
     filter_kernel,
     sum_kernel,
 )
-from auxkern.backends.triton.sums import LogitsSum
-from auxkern.ops.registry import Draws
+from auxkern.core.draws import ROW_NUMBERS, Draws
 
 ROWS = 64  # a decoding batch
 _SUMS = ((B, B), (H, F), (F, F), (B,))
@@ -35,22 +33,13 @@ def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS) -> Draws:
         return torch.empty(rows, *shape, dtype=torch.int64, device="meta")
 
     return Draws(
-        temperature=floats(),
-        top_k=integers(),
-        top_p=floats().double(),
-        log_min_p=floats(),
-        repetition=floats(),
-        presence=floats(),
-        frequency=floats(),
+        numbers={number.name: floats().to(number.dtype or F) for number in ROW_NUMBERS},
         seed=integers(),
         position=integers(),
         prompt=integers(0),
         history=integers(history),
-        added_ids=integers(0),
-        added=floats(0),
         bias_ids=integers(0),
         bias=floats(0),
-        row_scales=[],
         plain=plain,
     )
 
@@ -59,11 +48,9 @@ def _launches(
     V: int, dtypes: tuple[torch.dtype, ...], draws: Draws, *, logprob: bool = False, scaled: bool = False
 ) -> list[Launch]:
     """The launches of one call on logits of these dtypes."""
-    terms = len(dtypes)
-    logits = LogitsSum(cases.values_of(ROWS, V, dtypes), [1.0] * terms, [0.0] * terms, V)
-    scales = [cases.float_row(ROWS) if scaled else None for _ in dtypes]
-    draws = replace(draws, row_scales=scales)
-    return launches.sample(logits, draws, logprob, cases.MULTIPROCESSORS)[1]
+    scale = cases.float_row(ROWS) if scaled else 1.0
+    logits = cases.logits_of(ROWS, V, dtypes, scale=scale)
+    return launches.plan(logits, draws, logprob, cases.MULTIPROCESSORS)[1]
 
 
 def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:

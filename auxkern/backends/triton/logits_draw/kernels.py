@@ -18,7 +18,7 @@ from auxkern.backends.triton.device.mass import masses
 from auxkern.backends.triton.device.rows import row_pointer
 from auxkern.backends.triton.device.terms import shares_of
 
-# registry.ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE
+# ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE of core/draws.py
 _OK: tl.constexpr = tl.constexpr(0)
 _NAN: tl.constexpr = tl.constexpr(1)
 _EMPTY: tl.constexpr = tl.constexpr(2)

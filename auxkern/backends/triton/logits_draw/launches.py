@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.device.rows import VECTOR_BYTES
-from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.launch import (
+    MAX_SPLITS,
+    VECTOR_BYTES,
+    Launch,
+    as_arguments,
+    multiprocessors,
+    run,
+    splits,
+    term_constants,
+)
 from auxkern.backends.triton.logits_draw.kernels import (
     adjust_kernel,
     choose_kernel,
@@ -18,30 +28,17 @@ from auxkern.backends.triton.logits_draw.kernels import (
     filter_kernel,
     sum_kernel,
 )
-from auxkern.backends.triton.sums import LogitsSum, as_terms, term_constants
+from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
 from auxkern.core.mass import mass_shift
-from auxkern.ops.registry import Draws
+from auxkern.core.sums import Sum
 
 # Ten rounds of Philox for four ids, two logarithms: per id. Comparisons of a radix search: per id.
 NOISE_FLOPS, _SEARCH_FLOPS = 40, 2 * 8 * 16
 
 
-class RowDraws(NamedTuple):
-    """``registry.Draws`` as kernels take them."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    log_min_p: Tensor
-    repetition: Tensor
-    presence: Tensor
-    frequency: Tensor
-    seed: Tensor
-    position: Tensor
-    added_ids: Tensor
-    added: Tensor
-    bias_ids: Tensor
-    bias: Tensor
+_PER_ROW = ("seed", "position", "added_ids", "added", "bias_ids", "bias")
+# What a draw is given, as kernels take it.
+RowDraws: Any = namedtuple("RowDraws", [*(number.name for number in ROW_NUMBERS), *_PER_ROW])
 
 
 class PartialDraws(NamedTuple):
@@ -49,12 +46,6 @@ class PartialDraws(NamedTuple):
 
     floats: Tensor  # (5, N, splits) float32
     ids: Tensor  # (N, splits) int32
-
-
-class RowTokens(NamedTuple):
-    token: Tensor  # (N,) int64
-    status: Tensor  # (N,) int32
-    logprob: Tensor  # (N,) float32, or nothing
 
 
 class _Seen(NamedTuple):
@@ -79,19 +70,21 @@ class Drawing:
     draws: Draws
     V: int
     want_logprob: bool
-    rows: RowDraws
+    rows: Any
     tokens: RowTokens
 
     @classmethod
-    def of(cls, draws: Draws, V: int, want_logprob: bool) -> Drawing:
+    def of(cls, sum: Sum, draws: Draws, want_logprob: bool) -> Drawing:
+        """A draw from this sum, of which it takes the sparse terms."""
         N = draws.seed.shape[0]
-        rows = RowDraws(*(getattr(draws, name).contiguous() for name in RowDraws._fields))
+        per_row = (draws.seed, draws.position, *sum.entries(), draws.bias_ids, draws.bias)
+        rows = RowDraws(*[draws[number.name] for number in ROW_NUMBERS], *per_row)
         tokens = RowTokens(
             draws.seed.new_empty(N),
             draws.seed.new_empty(N, dtype=torch.int32),
             draws.seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
         )
-        return cls(draws, V, want_logprob, rows, tokens)
+        return cls(draws, sum.V, want_logprob, rows, tokens)
 
     @property
     def N(self) -> int:
@@ -109,8 +102,8 @@ class Drawing:
 
     @property
     def _adjusts(self) -> bool:
-        draws = self.draws
-        return any(t.shape[1] for t in (draws.prompt, draws.history, draws.added_ids, draws.bias_ids))
+        listed = (self.draws.prompt, self.draws.history, self.rows.added_ids, self.rows.bias_ids)
+        return any(ids.shape[1] for ids in listed)
 
     def logits(self) -> Tensor:
         """Uninitialised (N, padded) float32, or nothing where no logits are written."""
@@ -135,7 +128,7 @@ class Drawing:
             choose_kernel,
             (N,),
             {"draws": self.rows, "partial": partial, "out": self.tokens, "N": N, "splits": parts},
-            {"LOGPROB": self.want_logprob, "LANES": configs.MAX_SPLITS},
+            {"LOGPROB": self.want_logprob, "LANES": MAX_SPLITS},
             1,
             bytes_moved=24 * N * parts,
             flops=8 * N * parts,
@@ -178,28 +171,37 @@ class Drawing:
         )
 
 
-def sample(
-    logits: LogitsSum, draws: Draws, want_logprob: bool, multiprocessors: int
-) -> tuple[RowTokens, list[Launch]]:
+class LogitsDraw(RowKernels):
+    """Tokens from logits that exist, beside sparse terms."""
+
+    def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
+        device = draws.seed.device
+        tokens, launches = plan(sum, draws, want_logprob, multiprocessors(device))
+        run(launches, device)
+        return tokens
+
+
+def plan(logits: Sum, draws: Draws, want_logprob: bool, processors: int) -> tuple[RowTokens, list[Launch]]:
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
-        multiprocessors: of the device; decides over how many programs a row is split.
+        processors: of the device; they decide over how many programs a row is split.
     """
-    values, V = logits.values, logits.vocab_size
-    drawing = Drawing.of(draws, V, want_logprob)
+    terms, V = logits.logits, logits.V
+    values, scales = [t.values for t in terms], [t.scale for t in terms]
+    drawing = Drawing.of(logits, draws, want_logprob)
     N, config = drawing.N, configs.SAMPLE
-    splits = configs.splits(N, -(-V // config.block), multiprocessors, config)
-    unused = draws.temperature
+    programs = splits(N, -(-V // config.block), processors, config.programs)
+    unused = draws["temperature"]
     arguments = {
-        "terms": as_terms(logits),
-        "row_scales": tuple(unused if scale is None else scale for scale in draws.row_scales),
+        "terms": as_arguments(terms),
+        "row_scales": tuple(scale if isinstance(scale, Tensor) else unused for scale in scales),
         "V": V,
-        "splits": splits,
+        "splits": programs,
     }
-    constants = term_constants(logits) | {
+    constants = term_constants(terms) | {
         "ALIGNED": tuple(map(_is_aligned, values)),
-        "SCALED": tuple(scale is not None for scale in draws.row_scales),
+        "SCALED": tuple(isinstance(scale, Tensor) for scale in scales),
         "BLOCK": config.block,
     }
     read = N * V * sum(x.element_size() for x in values)
@@ -207,7 +209,7 @@ def sample(
         z = drawing.logits()
         written = Launch(
             sum_kernel,
-            (N, splits),
+            (N, programs),
             arguments | {"z_out": z, "stride": z.shape[1]},
             constants,
             config.warps,
@@ -215,10 +217,10 @@ def sample(
             flops=2 * N * V * len(values),
         )
         return drawing.tokens, [written, *drawing.from_logits(z)]
-    partial = drawing.partial(splits)
+    partial = drawing.partial(programs)
     drawn = Launch(
         draw_kernel,
-        (N, splits),
+        (N, programs),
         arguments | {"draws": drawing.rows, "partial": partial, "N": N},
         constants | {"LOGPROB": want_logprob},
         config.warps,

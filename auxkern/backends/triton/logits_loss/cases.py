@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,51 +12,54 @@ from auxkern.backends.triton.cases import B, F, H, Kernel, named
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_loss import launches
 from auxkern.backends.triton.logits_loss.kernels import backward_kernel, combine_kernel, forward_kernel
-from auxkern.backends.triton.losses import Coefficients
-from auxkern.backends.triton.sums import LogitsSum
+from auxkern.core.loss import Loss
 
+_PLAIN, _FULL = Loss(), Loss(label_smoothing=0.1, stats=True)
 _ROWS, _FEW_ROWS = 8192, 4  # a training batch, and one whose rows are split
 _SUMS = ((H,), (B,), (F,), (H, H), (B, B), (F, F), (H, F), (B, F), (B,) * 3, (H,) * 8)
 
 
-def _logits(rows: int, V: int, dtypes: tuple[torch.dtype, ...], cap: float) -> LogitsSum:
-    terms = len(dtypes)
-    return LogitsSum(cases.values_of(rows, V, dtypes), [1.0] * terms, [cap] * terms, V)
-
-
 def _forward_launches(
-    V: int, rows: int, dtypes: tuple[torch.dtype, ...], *, cap: float = 0.0, smooth: bool = False,
-    stats: bool = False,
-) -> list[Launch]:  # fmt: skip
-    logits, target = _logits(rows, V, dtypes, cap), cases.target_of(rows)
-    return launches.forward(logits, target, -100, smooth, stats, cases.MULTIPROCESSORS)[1]
+    V: int, rows: int, dtypes: tuple[torch.dtype, ...], *, cap: float | None = None, loss: Loss = _PLAIN
+) -> list[Launch]:
+    logits, target = cases.logits_of(rows, V, dtypes, cap=cap), cases.target_of(rows)
+    return launches.forward(logits, target, loss, cases.MULTIPROCESSORS)[1]
 
 
 def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
     for dtypes in _SUMS:
         yield named(*dtypes), _forward_launches(V, _ROWS, dtypes)[0]
     for label, options in (
-        ("softcap", {"cap": 30.0}),
-        ("smooth", {"smooth": True}),
-        ("stats", {"stats": True}),
-        ("smooth, stats", {"smooth": True, "stats": True}),
+        ("softcap", (30.0, _PLAIN)),
+        ("smooth", (None, Loss(label_smoothing=0.1))),
+        ("stats", (None, Loss(stats=True))),
+        ("smooth, stats", (None, _FULL)),
     ):
         for dtypes in ((B, B), (H, F)):
-            yield f"{named(*dtypes)}, {label}", _forward_launches(V, _ROWS, dtypes, **options)[0]
+            launch = _forward_launches(V, _ROWS, dtypes, cap=options[0], loss=options[1])[0]
+            yield f"{named(*dtypes)}, {label}", launch
 
 
 def _combine_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "fp16+fp32", _forward_launches(V, _FEW_ROWS, (H, F))[1]
-    yield "fp16+fp32, smooth, stats", _forward_launches(V, _FEW_ROWS, (H, F), smooth=True, stats=True)[1]
+    yield "fp16+fp32, smooth, stats", _forward_launches(V, _FEW_ROWS, (H, F), loss=_FULL)[1]
 
 
 def _backward_launch(
-    V: int, dtypes: tuple[torch.dtype, ...], wanted: list[int], *, cap: float = 0.0, cut: int = 0
+    V: int,
+    dtypes: tuple[torch.dtype, ...],
+    places: Sequence[int],
+    *,
+    cap: float | None = None,
+    cut: int = 0,
 ) -> Launch:
-    logits, target = _logits(_ROWS, V, dtypes, cap), cases.target_of(_ROWS)
-    logits = replace(logits, vocab_size=V - cut)
-    coefficients = Coefficients(*[cases.float_row(_ROWS)] * 4)
-    return launches.backward(logits, target, coefficients, wanted, cases.MULTIPROCESSORS)[1]
+    logits = replace(cases.logits_of(_ROWS, V, dtypes, cap=cap), V=V - cut)
+    wanted = [
+        {"values": torch.empty_like(term.values)} if i in places else {}
+        for i, term in enumerate(logits.logits)
+    ]
+    rows, target = cases.coefficients_of(_ROWS), cases.target_of(_ROWS)
+    return launches.backward(logits, target, rows, wanted, cases.MULTIPROCESSORS)
 
 
 def _backward_cases(V: int) -> Iterator[tuple[str, Launch]]:

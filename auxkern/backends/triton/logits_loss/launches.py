@@ -7,13 +7,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.device.rows import alignment, as_term
-from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.launch import (
+    MAX_SPLITS,
+    Launch,
+    LossRows,
+    alignment,
+    as_argument,
+    as_arguments,
+    multiprocessors,
+    run,
+    splits,
+    term_constants,
+)
 from auxkern.backends.triton.logits_loss.kernels import backward_kernel, combine_kernel, forward_kernel
-from auxkern.backends.triton.losses import Coefficients, loss_rows
-from auxkern.backends.triton.sums import LogitsSum, as_terms, term_constants
-from auxkern.ops.registry import Rows
+from auxkern.core.loss import Coefficients, Loss, RowLosses
+from auxkern.core.sums import Sum, Wanted
 
 # Scale, add: per share. Maximum, difference, product, exp, add: per logit.
 _SHARE_FLOPS, _LOGIT_FLOPS = 2, 5
@@ -26,95 +36,101 @@ class _Partial(NamedTuple):
     best: Tensor  # (2, N, splits) int32
 
 
-def forward(
-    logits: LogitsSum,
-    target: Tensor,
-    ignore_index: int,
-    want_smooth: bool,
-    want_stats: bool,
-    multiprocessors: int,
-) -> tuple[Rows, list[Launch]]:
-    """The launches of ``Backend.cross_entropy_forward``, in order, and the rows they fill.
+class LogitsLoss(RowKernels):
+    """Losses and gradients of logits that exist."""
+
+    def logits_losses(
+        self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
+    ) -> RowLosses:
+        rows, launches = forward(sum, target, loss, multiprocessors(target.device))
+        run(launches, target.device)
+        return rows.summed()
+
+    def logits_gradients(self, sum: Sum, target: Tensor, rows: Coefficients, wanted: Wanted) -> None:
+        run([backward(sum, target, rows, wanted, multiprocessors(target.device))], target.device)
+
+
+def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[RowLosses, list[Launch]]:
+    """The launches of ``logits_losses``, in order, and the rows they fill.
 
     Args:
-        multiprocessors: of the device; decides over how many programs a row is split.
+        processors: of the device; they decide over how many programs a row is split.
     """
-    N, terms, V = target.shape[0], len(logits.values), logits.vocab_size
-    cut = alignment(logits.values)
-    config = configs.forward(terms, want_stats)
-    block = config.block(cut.granule)
-    splits = configs.splits(N, -(-V // block), multiprocessors, config)
+    terms, N, V = logits.logits, target.shape[0], logits.V
+    values, want_smooth, want_stats = [t.values for t in terms], loss.smooth, loss.stats
+    cut = alignment(values)
+    config = _first_that_fits(configs.FORWARD_STATS if want_stats else configs.FORWARD, len(terms))
+    block = _block(config, cut.granule)
+    programs = splits(N, -(-V // block), processors, config.programs)
 
-    out = loss_rows(target, terms, want_smooth, want_stats)
-    fields = 4 + 2 * terms if want_stats else 4 if want_smooth else 2
-    shared = (N, splits) if splits > 1 else (0, 0)
+    rows = RowLosses.empty(target, torch.float32, len(terms), loss)
+    fields = 4 + 2 * len(terms) if want_stats else 4 if want_smooth else 2
+    shared = (N, programs) if programs > 1 else (0, 0)
     arguments = {
-        "terms": as_terms(logits),
+        "terms": as_arguments(terms),
         "target": target,
-        "out": out,
+        "out": LossRows(*rows[:-1]),
         "partial": _Partial(
             sums=target.new_empty((fields, *shared), dtype=torch.float32),
             best=target.new_empty((2 if want_stats else 0, *shared), dtype=torch.int32),
         ),
         "N": N,
         "V": V,
-        "ignore_index": ignore_index,
-        "splits": splits,
+        "ignore_index": loss.ignore_index,
+        "splits": programs,
     }
-    constants = term_constants(logits) | {"SMOOTH": want_smooth, "STATS": want_stats}
+    constants = term_constants(terms) | {"SMOOTH": want_smooth, "STATS": want_stats}
     launches = [
         Launch(
             forward_kernel,
-            (N, splits),
+            (N, programs),
             arguments,
             constants | {"ALIGNED": cut.aligned, "LEADER": cut.leader, "G": cut.granule, "BLOCK": block},
             config.warps,
-            bytes_moved=N * V * sum(x.element_size() for x in logits.values),
-            flops=N * V * (terms * _SHARE_FLOPS + _LOGIT_FLOPS),
+            bytes_moved=N * V * sum(x.element_size() for x in values),
+            flops=N * V * (len(terms) * _SHARE_FLOPS + _LOGIT_FLOPS),
         )
     ]
-    if splits > 1:
-        lanes = {"LANES": configs.MAX_SPLITS}
-        sizes = fields * N * splits
+    if programs > 1:
+        lanes = {"LANES": MAX_SPLITS}
+        sizes = fields * N * programs
         launches.append(
             Launch(combine_kernel, (N,), arguments, constants | lanes, 1, bytes_moved=4 * sizes, flops=sizes)
         )
-    return Rows(*out), launches
+    return rows, launches
 
 
-def backward(
-    logits: LogitsSum, target: Tensor, coefficients: Coefficients, wanted: list[int], multiprocessors: int
-) -> tuple[list[Tensor], Launch]:
-    """The launch of ``Backend.cross_entropy_backward`` and the gradients it fills.
+def backward(logits: Sum, target: Tensor, rows: Coefficients, wanted: Wanted, processors: int) -> Launch:
+    """The launch of ``logits_gradients``.
 
     Args:
-        multiprocessors: of the device; decides over how many programs a row is split.
+        processors: of the device; they decide over how many programs a row is split.
     """
-    values, V = logits.values, logits.vocab_size
-    N, terms = target.shape[0], len(values)
-    gradients = [values[i].new_empty(values[i].shape) for i in wanted]
+    terms, N, V = logits.logits, target.shape[0], logits.V
+    values, places = [t.values for t in terms], [i for i, gradient in enumerate(wanted) if gradient]
+    gradients = [wanted[i]["values"] for i in places]
     cut = alignment(values + gradients)
-    config = configs.backward(terms)
-    block = config.block(cut.granule)
-    splits = configs.splits(N, -(-V // block), multiprocessors, config)
+    config = _first_that_fits(configs.BACKWARD, len(terms))
+    block = _block(config, cut.granule)
+    programs = splits(N, -(-V // block), processors, config.programs)
     moved = sum(V * x.element_size() for x in values)
     moved += sum(g.shape[2] * g.element_size() for g in gradients)
-    launch = Launch(
+    return Launch(
         backward_kernel,
-        (N, splits),
+        (N, programs),
         {
-            "terms": as_terms(logits),
-            "gradients": tuple(map(as_term, gradients)),
+            "terms": as_arguments(terms),
+            "gradients": tuple(map(as_argument, gradients)),
             "target": target,
-            **coefficients._asdict(),
+            **rows._asdict(),
             "V": V,
-            "splits": splits,
+            "splits": programs,
         },
-        term_constants(logits)
+        term_constants(terms)
         | {
-            "WANTED": tuple(wanted),
-            "ALIGNED": cut.aligned[:terms],
-            "ALIGNED_OUT": cut.aligned[terms:],
+            "WANTED": tuple(places),
+            "ALIGNED": cut.aligned[: len(terms)],
+            "ALIGNED_OUT": cut.aligned[len(terms) :],
             "PADDED": tuple(g.shape[2] > V for g in gradients),
             "LEADER": cut.leader,
             "G": cut.granule,
@@ -122,6 +138,14 @@ def backward(
         },
         config.warps,
         bytes_moved=N * moved,
-        flops=N * V * (terms * _SHARE_FLOPS + _LOGIT_FLOPS + 2 * len(wanted)),
+        flops=N * V * (len(terms) * _SHARE_FLOPS + _LOGIT_FLOPS + 2 * len(places)),
     )
-    return gradients, launch
+
+
+def _first_that_fits(table: dict[int, configs.Config], terms: int) -> configs.Config:
+    return next(config for limit, config in table.items() if terms <= limit)
+
+
+def _block(config: configs.Config, granule: int) -> int:
+    """Columns in a tile, where a vector holds ``granule`` of them."""
+    return config.vectors * config.warps * configs.WARP * granule

@@ -1,4 +1,4 @@
-"""Sums of terms as kernels take them: from checked tensors to what their launches have in common."""
+"""Sums of heads as kernels take them: what the launches of those that make tiles have in common."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.device.rows import Term, as_term, encode
-from auxkern.backends.triton.launch import Launch
-from auxkern.ops.registry import HeadRows
+from auxkern.backends.triton.launch import Launch, encode
+from auxkern.core.terms import Head
 
 MAX_HEADS = 4
 HALF = (torch.float16, torch.bfloat16)
@@ -20,36 +19,7 @@ HALF = (torch.float16, torch.bfloat16)
 _MOST_RESCALING = 2.0**20
 
 
-@dataclass(frozen=True)
-class LogitsSum:
-    """N rows of a sum of logits.
-
-    Attributes:
-        values: terms of (outer, inner, V or more), outer * inner = N.
-        scales, softcaps: of each term; a soft cap of 0 is none.
-        vocab_size: V.
-    """
-
-    values: list[Tensor]
-    scales: list[float]
-    softcaps: list[float]
-    vocab_size: int
-
-
-def as_terms(logits: LogitsSum) -> tuple[Term, ...]:
-    """The terms as kernel arguments."""
-    return tuple(map(as_term, logits.values, logits.scales, logits.softcaps))
-
-
-def term_constants(logits: LogitsSum) -> dict[str, Any]:
-    """The constants of every kernel that reads the terms."""
-    return {
-        "UNIT": tuple(x.stride(2) == 1 for x in logits.values),
-        "CAPPED": tuple(softcap > 0 for softcap in logits.softcaps),
-    }
-
-
-class _Head(NamedTuple):
+class _HeadArgument(NamedTuple):
     """A head as kernels take it; strides are coded, in elements."""
 
     hidden: Tensor
@@ -150,59 +120,67 @@ class HeadsSum:
         )
 
 
-def heads_refusal(heads: Sequence[HeadRows]) -> str | None:
+def heads_refusal(heads: Sequence[Head]) -> str | None:
     """Why no kernel takes this sum of heads; None if one does."""
     if len(heads) > MAX_HEADS:
         return f"there are {len(heads)} heads; kernels take {MAX_HEADS} at most"
     if any(head.hidden.shape[1] == 0 for head in heads):
         return "a head has hidden states of width 0"
+    if any(isinstance(head.scale, Tensor) for head in heads):
+        return "a head has a scale for each row"
+    if heads[0].hidden.device.type == "cpu" and any(h.hidden.dtype == torch.bfloat16 for h in heads):
+        return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
     return None
 
 
-def _order(heads: Sequence[HeadRows], separate: bool) -> list[int]:
+def _scale(head: Head) -> float:
+    return float(head.scale)
+
+
+def _order(heads: Sequence[Head], separate: bool) -> list[int]:
     """Heads without a soft cap first: those share an accumulator."""
     indices = range(len(heads))
-    return list(indices) if separate else sorted(indices, key=lambda i: heads[i].softcap > 0)
+    return list(indices) if separate else sorted(indices, key=lambda i: bool(heads[i].softcap))
 
 
-def _joins(previous: HeadRows, head: HeadRows) -> bool:
+def _joins(previous: Head, head: Head) -> bool:
     """Whether a head's products can be added to what the previous head's accumulator holds."""
     if previous.softcap or head.softcap or not previous.scale or not head.scale:
         return False
-    return 1 / _MOST_RESCALING <= abs(previous.scale / head.scale) <= _MOST_RESCALING
+    return 1 / _MOST_RESCALING <= abs(_scale(previous) / _scale(head)) <= _MOST_RESCALING
 
 
-def _as_head(head: HeadRows, rescale: float) -> _Head:
+def _as_head(head: Head, rescale: float) -> _HeadArgument:
     bias = head.weight if head.bias is None else head.bias
     hidden_stride, hidden_column = map(encode, head.hidden.stride())
     weight_stride, weight_column = map(encode, head.weight.stride())
     strides = (hidden_stride, hidden_column, weight_stride, weight_column, encode(bias.stride(0)))
-    return _Head(head.hidden, head.weight, bias, *strides, rescale)
+    return _HeadArgument(head.hidden, head.weight, bias, *strides, rescale)
 
 
-def _even(head: HeadRows) -> bool:
+def _even(head: Head) -> bool:
     """Whether rows of both operands begin at multiples of 8 elements."""
     return head.hidden.stride(0) % 8 == 0 and head.weight.stride(0) % 8 == 0
 
 
-def heads_sum(heads: Sequence[HeadRows], V: int, separate: bool, precision: str) -> HeadsSum:
+def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | None = None) -> HeadsSum:
     """The sum of 1 to 4 heads as the kernels take it.
 
     Args:
         separate: whether each head needs an accumulator of its own.
-        precision: of products of float32: "ieee" or "tf32".
+        precision: of products of float32: "ieee" or "tf32"; None for what torch is told.
     """
     order = _order(heads, separate)
     begins, rescales, group_of = [], [], [0] * len(heads)
     groups: list[_Group] = []
-    previous: HeadRows | None = None
+    previous: Head | None = None
     for i in order:
         head = heads[i]
         joins = previous is not None and not separate and _joins(previous, head)
         begins.append(not joins)
-        rescales.append(previous.scale / head.scale if joins and previous is not None else 1.0)
+        rescales.append(_scale(previous) / _scale(head) if joins and previous is not None else 1.0)
         # A group counts in units of its last head's scale.
-        group = _Group(head.scale, head.softcap)
+        group = _Group(_scale(head), head.softcap or 0.0)
         groups[-1:] = [group] if joins else [*groups[-1:], group]
         group_of[i] = len(groups) - 1
         previous = head
@@ -225,12 +203,27 @@ def heads_sum(heads: Sequence[HeadRows], V: int, separate: bool, precision: str)
             "BEGINS": tuple(begins),
             "RESCALED": tuple(r != 1.0 for r in rescales),
             "CAPPED": tuple(g.softcap > 0 for g in groups),
-            "PRECISION": precision,
+            "PRECISION": precision or _float32_products(),
         },
-        config=configs.tiles(len(groups), half),
+        config=_tiles(len(groups), half),
         group_of=group_of,
         N=N,
         V=V,
         width=sum(h.hidden.shape[1] for h in heads),
         half=half,
     )
+
+
+def _tiles(accumulators: int, half: bool) -> configs.TileConfig:
+    """Configuration of the kernels that make tiles of logits.
+
+    Args:
+        accumulators: that a program holds.
+        half: whether every product has 16-bit operands.
+    """
+    return (configs.TILES_HALF if half else configs.TILES_FLOAT).get(accumulators, configs.TILES_MANY)
+
+
+def _float32_products() -> str:
+    """How float32 operands are multiplied: exactly, unless torch is told that TF32 will do."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

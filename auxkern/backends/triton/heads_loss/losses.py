@@ -1,0 +1,220 @@
+"""Losses and gradients of sums of output heads: rows by chunks, gradients by products.
+
+Kernels leave, of each chunk of C rows, the gradient of the heads' products for one unit of each
+row's loss. It lies in [-1, 1], whatever the loss is multiplied by, so that 16 bits hold it; what it
+has to be multiplied by stays in float32 until the products with hidden states and weights are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from auxkern.backends.chunked import RowKernels
+from auxkern.backends.triton.heads import HeadsSum, heads_refusal, heads_sum
+from auxkern.backends.triton.heads_loss import launches
+from auxkern.backends.triton.launch import run
+from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
+from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear
+from auxkern.core.terms import Head
+
+_CHUNK_BYTES = 512 << 20
+_BLOCK_IDS = 8192  # ids of a weight or of a gradient that are converted to float32 at a time
+
+
+@dataclass(frozen=True)
+class _Products:
+    """The gradient of a sum of heads with respect to their products, for one unit of each row's loss.
+
+    d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is ``scale * unit[n] * dz[i][n, v] / magnified``.
+    """
+
+    dz: list[Tensor]  # of each head in question (C, V), 16-bit or float32; one tensor may stand for more
+    unit: Tensor  # (C,) float32, finite; 1 without z-loss
+    magnified: float  # a power of 2 that keeps the products above underflow
+
+
+class HeadsLoss(RowKernels):
+    """Sums of nothing but heads, whose logits are made tile by tile and never held as a whole."""
+
+    heads_way = "tiles"
+
+    def heads_refusal(self, sum: Sum) -> str | None:
+        return heads_refusal(sum.heads)
+
+    def heads_losses(
+        self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
+    ) -> RowLosses:
+        result = RowLosses.empty(target, torch.float32, len(sum.terms), loss).cleared()
+        clear(wanted)
+        asking = [i for i, gradients in enumerate(wanted) if gradients]
+        chunks = chunks_of_rows(target != loss.ignore_index, sum.chunk_rows or _chunk_rows(sum))
+        if weight is None or not asking:
+            for rows in chunks:
+                tiles = heads_sum(sum.rows(rows).heads, sum.V, loss.stats)
+                losses, _, kernels = launches.forward(tiles, target[rows].contiguous(), loss, None)
+                run(kernels, target.device)
+                result.store(rows, losses.summed())
+            return result
+        gradients = _Gradients.of(sum, wanted, asking, weight)
+        for rows in chunks:
+            some, y, factor = sum.rows(rows), target[rows].contiguous(), weight[rows]
+            counts = (y != loss.ignore_index) & (factor != 0)
+            losses, products = _with_products(some, y, counts, loss, asking)
+            result.store(rows, losses)
+            gradients.add(some, rows, products, torch.where(counts, factor, 0.0))
+        gradients.rescale()
+        return result
+
+    def heads_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
+        clear(wanted)
+        asking = [i for i, gradients in enumerate(wanted) if gradients]
+        weight = torch.where(slopes.counts, slopes.g, 0.0).float()
+        gradients = _Gradients.of(sum, wanted, asking, weight)
+        for rows in chunks_of_rows(slopes.counts, sum.chunk_rows or _chunk_rows(sum)):
+            some, factor = sum.rows(rows), weight[rows]
+            counts = slopes.counts[rows] & (factor != 0)
+            tiles, dtype = heads_sum(some.heads, sum.V, False), _gradient_dtype(some, asking)
+            y = target[rows].contiguous()
+            products = _made_again(tiles, y, slopes.rows(rows, counts), asking, dtype)
+            gradients.add(some, rows, products, torch.where(counts, factor, 0.0))
+        gradients.rescale()
+
+
+def _chunk_rows(sum: Sum) -> int:
+    """Rows whose (C, V) gradient takes about 512 MiB, 64 at least: 2 bytes a logit, or 4 in float32."""
+    half = all(x.dtype.itemsize == 2 for head in sum.heads for x in (head.hidden, head.weight))
+    return max(64, _CHUNK_BYTES // ((2 if half else 4) * sum.V) // 64 * 64)
+
+
+def _gradient_dtype(sum: Sum, asking: list[int]) -> torch.dtype:
+    return launches.gradient_dtype([sum.heads[i] for i in asking])
+
+
+def _with_products(
+    sum: Sum, target: Tensor, counts: Tensor, loss: Loss, asking: list[int]
+) -> tuple[RowLosses, _Products]:
+    """The rows of a chunk, and the gradients of the products of the heads in ``asking``.
+
+    Args:
+        counts: (C,) bool: not ignored, and of a weight that is not 0.
+    """
+    tiles, dtype = heads_sum(sum.heads, sum.V, loss.stats), _gradient_dtype(sum, asking)
+    e = tiles.buffer(launches.e_dtype(dtype)) if launches.one_write(tiles, asking) else None
+    losses, tops, kernels = launches.forward(tiles, target, loss, e)
+    run(kernels, target.device)
+    slopes = RowSlopes(losses.nll, losses.sums, counts, loss, sum.V)
+    if e is None:
+        return losses.summed(), _made_again(tiles, target, slopes, asking, dtype)
+    magnified = launches.MAGNIFIED[dtype]
+    coefficients, unit = _unit_coefficients(slopes, magnified)
+    d, launch = launches.scale(tiles, target, e, tops, coefficients, dtype)
+    run([launch], target.device)
+    return losses.summed(), _Products([d] * len(asking), unit, magnified)
+
+
+def _made_again(
+    tiles: HeadsSum, target: Tensor, slopes: RowSlopes, asking: list[int], dtype: torch.dtype
+) -> _Products:
+    """Gradients of the heads' products, from their hidden states."""
+    magnified = launches.MAGNIFIED[dtype]
+    coefficients, unit = _unit_coefficients(slopes, magnified)
+    groups = [tiles.slope_of(i) for i in asking]
+    distinct = list(dict.fromkeys(groups))
+    gradients, launch = launches.gradient(tiles, target, coefficients, distinct, dtype)
+    run([launch], target.device)
+    return _Products([gradients[distinct.index(group)] for group in groups], unit, magnified)
+
+
+def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[Coefficients, Tensor]:
+    """Coefficients of a dz that fits a 16-bit number, and the (C,) factor that it is short of.
+
+    ``slopes.g`` is not looked at: it comes in when the products with hidden states and weights are done.
+    """
+    lse = slopes.sums.row_max + slopes.sums.log_sum
+    steepness = (1.0 + (2 * slopes.loss.z_loss * lse).abs()).float()
+    # A row that is NaN says so in dz; its factor is finite, lest it spoil the other rows.
+    steepness = torch.where(steepness.isfinite(), steepness, 1.0)
+    return replace(slopes, g=magnified / steepness).coefficients(torch.float32), steepness
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Where the gradients of a sum of heads are collected, over its chunks.
+
+    Attributes:
+        wanted: of each head.
+        asking: the heads that want any.
+        largest: 0-d, of the rows' weights. Gradients of weights and biases are short of it until ``rescale``,
+            so that a row's share is exact in 16 bits where rows weigh the same.
+    """
+
+    wanted: Wanted
+    asking: list[int]
+    largest: Tensor
+
+    @classmethod
+    def of(cls, sum: Sum, wanted: Wanted, asking: list[int], weight: Tensor) -> _Gradients:
+        """For rows of this weight (N,)."""
+        largest = weight.abs().amax()
+        return cls(wanted, asking, torch.where(largest == 0, 1.0, largest))
+
+    def add(self, sum: Sum, rows: Rows, products: _Products, weight: Tensor) -> None:
+        """Bring the gradients of a chunk's products to the heads' inputs, for rows of this weight (C,)."""
+        # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
+        share = torch.where(weight != 0, weight / self.largest * products.unit, 0.0)
+        for i, dz in zip(self.asking, products.dz, strict=True):
+            head = sum.heads[i]
+            factor = float(head.scale) / products.magnified
+            if "hidden" in self.wanted[i]:
+                d_hidden = self.wanted[i]["hidden"]
+                back = _times(dz, head.weight[: sum.V])
+                back *= (share * self.largest * factor)[:, None]
+                d_hidden[rows] = back.to(d_hidden.dtype)
+            _add_to_weights(self.wanted[i], head, dz, share, factor)
+
+    def rescale(self) -> None:
+        """Give gradients of weights and biases the factor that ``add`` left out."""
+        for gradients in self.wanted:
+            for name in ("weight", "bias"):
+                if name in gradients:
+                    gradients[name].mul_(self.largest)
+
+
+def _add_to_weights(
+    gradients: Mapping[str, Tensor], head: Head, dz: Tensor, share: Tensor, factor: float
+) -> None:
+    V = dz.shape[1]
+    if "weight" in gradients:
+        # A row without gradient may hold NaN, and NaN times 0 is not 0.
+        hidden = torch.where(share[:, None] == 0, 0.0, head.hidden * share[:, None])
+        _add_transposed(gradients["weight"][:V], dz, hidden.to(dz.dtype), factor)
+    if "bias" in gradients:
+        for v in range(0, V, _BLOCK_IDS):
+            block = dz[:, v : v + _BLOCK_IDS].float() * share[:, None]
+            gradients["bias"][v : min(v + _BLOCK_IDS, V)].add_(block.sum(0), alpha=factor)
+
+
+def _times(dz: Tensor, weight: Tensor) -> Tensor:
+    """(C, D) float32 = dz (C, V) @ weight (V, D), summed in float32."""
+    if dz.dtype == weight.dtype == torch.float32:
+        return dz @ weight
+    if dz.dtype == weight.dtype and dz.is_cuda:
+        return torch.mm(dz, weight, out_dtype=torch.float32)
+    back = torch.zeros((dz.shape[0], weight.shape[1]), device=dz.device)
+    for v in range(0, weight.shape[0], _BLOCK_IDS):
+        back.addmm_(dz[:, v : v + _BLOCK_IDS].float(), weight[v : v + _BLOCK_IDS].float())
+    return back
+
+
+def _add_transposed(d_weight: Tensor, dz: Tensor, hidden: Tensor, factor: float) -> None:
+    """d_weight (V, D) float32 += factor * dz (C, V).T @ hidden (C, D), summed in float32."""
+    if dz.dtype == torch.float32:
+        d_weight.addmm_(dz.T, hidden, alpha=factor)
+    elif dz.is_cuda:
+        torch.addmm(d_weight, dz.T, hidden, out_dtype=torch.float32, alpha=factor, out=d_weight)
+    else:
+        d_weight.addmm_(dz.T.float(), hidden.float(), alpha=factor)
