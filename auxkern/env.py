@@ -55,8 +55,9 @@ def describe() -> str:
     reason = choice.refusal("cpu", torch.device("cpu"), (torch.float32,))
     if reason is None:
         # Importing it loads the library, which may be missing.
-        from auxkern.backends.cpu import BACKEND as native
+        from auxkern.backends import cpu
 
+        native = cpu.BACKEND
         lines.append(f"native kernels: {native.isa}, {native.threading}, {native.path}")
     else:
         lines.append(f"native kernels: {reason}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ NOISE_FLOPS, _SEARCH_FLOPS = 40, 2 * 8 * 16
 
 _PER_ROW = ("seed", "position", "added_ids", "added", "bias_ids", "bias")
 # What a draw is given, as kernels take it.
-RowDraws: Any = namedtuple("RowDraws", [*(number.name for number in ROW_NUMBERS), *_PER_ROW])
+RowDraws: Any = cast(Any, namedtuple)("RowDraws", [*(number.name for number in ROW_NUMBERS), *_PER_ROW])
 
 
 class PartialDraws(NamedTuple):
