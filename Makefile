@@ -34,9 +34,10 @@ test-slow: $(RAY)
 # The ends of the ranges in pyproject.toml, each in a virtual environment of its own.
 OLDEST ?= transformers==5.17.0 torch==2.11.* triton==3.6.*
 NEWEST ?= transformers torch triton
-ENDS := tests/test_pair.py tests/test_pair_generation.py tests/test_pair_trainer.py tests/test_pointer.py \
-	tests/test_generate_options.py tests/test_generate_and_engine.py tests/test_engine.py \
-	tests/test_engine_families.py tests/test_engine_faults.py tests/test_training_loop.py
+ENDS := tests/model/test_pair.py tests/model/test_pair_generation.py tests/model/test_pointer.py \
+	tests/model/test_generate_options.py tests/generation/test_generate_and_engine.py \
+	tests/generation/test_engine.py tests/generation/test_engine_families.py \
+	tests/generation/test_engine_faults.py tests/training/test_pair_trainer.py tests/training/test_training_loop.py
 
 test-oldest: PACKAGES = $(OLDEST)
 test-newest: PACKAGES = $(NEWEST)
@@ -53,7 +54,7 @@ $(OLD_TRANSFORMERS): $(INSTALLED)
 
 test-old-transformers: $(OLD_TRANSFORMERS)
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -q -n 2 \
-		$(or $(ARGS),tests/test_pair_generation.py tests/test_generate_and_engine.py)
+		$(or $(ARGS),tests/model/test_pair_generation.py tests/generation/test_generate_and_engine.py)
 
 # On a GPU machine, with the python3 that is there.
 test-gpu:

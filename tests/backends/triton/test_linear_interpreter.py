@@ -1,0 +1,326 @@
+"""The kernels of output heads on the CPU, through Triton's interpreter, on small shapes.
+
+Runs in a process with ``TRITON_INTERPRET=1``, as ``test_interpreter.py`` does;
+``test_interpreted.py`` starts it. The interpreter cannot multiply bfloat16 matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import auxkern
+from auxkern import Head, Logits
+from tests.support import shares
+from tests.support.cases import IGNORE
+
+triton = pytest.importorskip("triton")
+
+from auxkern.backends.triton import BACKEND  # noqa: E402
+from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
+from auxkern.ops.registry import HeadRows  # noqa: E402
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1",
+        reason="needs TRITON_INTERPRET=1 before Triton is imported; test_interpreted.py sets it",
+    ),
+]
+
+H, B, D32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def heads(
+    N: int, V: int, widths: Any, dtypes: Any, *, scales: Any = (), softcaps: Any = (), biases: Any = ()
+) -> list[Head]:
+    """Random heads; a missing scale is 1, a missing softcap and bias None."""
+    source = torch.Generator().manual_seed(N + V)
+
+    def random(dtype: torch.dtype, *shape: int) -> Tensor:
+        return (0.8 * torch.randn(shape, generator=source)).to(dtype)
+
+    made = []
+    for i, (D, dtype) in enumerate(zip(widths, dtypes, strict=True)):
+        bias = random(dtype, V) if i < len(biases) and biases[i] else None
+        scale = scales[i] if i < len(scales) else 1.0
+        softcap = softcaps[i] if i < len(softcaps) else None
+        made.append(Head(random(dtype, N, D), random(dtype, V, D), bias, scale, softcap))
+    return made
+
+
+def targets(N: int, V: int) -> Tensor:
+    y = torch.randint(V, (N,), generator=torch.Generator().manual_seed(N))
+    y[1::4] = IGNORE
+    return y
+
+
+def exact(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
+    """(loss, gradients, z, shares) by the textbook formula in float64."""
+    z_loss, weight = options.pop("z_loss", 0.0), options.pop("token_weight", None)
+    reduction, V = options.pop("reduction", "mean"), options.pop("vocab_size", None)
+    leaves = [[t.detach().double().requires_grad_() for t in h.tensors.values()] for h in given]
+    shares = []
+    for head, (hidden, matrix, *bias) in zip(given, leaves, strict=True):
+        x = hidden @ matrix.T + (bias[0] if bias else 0.0)
+        if head.softcap is not None:
+            x = head.softcap * torch.tanh(x / head.softcap)
+        shares.append(head.scale * x[:, :V])
+    z = sum(shares)
+    row = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORE, **options)
+    counts = (y != IGNORE).double()
+    row = row + z_loss * z.logsumexp(-1) ** 2 * counts
+    w = counts if weight is None else counts * weight.double()
+    loss = row * w if reduction == "none" else (row * w).sum()
+    loss = loss / w.sum() if reduction == "mean" else loss
+    loss.backward(None if grad is None else grad.double())
+    return loss.detach(), [x.grad for leaf in leaves for x in leaf], z.detach(), [s.detach() for s in shares]
+
+
+def ours(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
+    """(loss, gradients, stats or None) of the Triton backend."""
+    leaves = [{k: t.detach().clone().requires_grad_() for k, t in h.tensors.items()} for h in given]
+    terms = [Head(**leaf, scale=h.scale, softcap=h.softcap) for leaf, h in zip(leaves, given, strict=True)]
+    out = auxkern.cross_entropy(terms, y, backend="triton", **options)
+    loss, stats = out if options.get("return_stats") else (out, None)
+    loss.backward(grad)
+    return loss.detach(), [x.grad for leaf in leaves for x in leaf.values()], stats
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Within ``tolerance`` of the largest entry: sums of many entries have its rounding."""
+    assert not bool(found.isnan().any())
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=tolerance * max(float(expected.abs().max()), 1e-3)
+    )
+
+
+# A gradient is rounded to float16 once as e, once as dz and once as the result.
+TOLERANCE = {H: 3 * 2.0**-11, D32: 2e-6}
+
+
+def run(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
+    loss, gradients, stats = ours(given, y, grad, **options)
+    options = {k: v for k, v in options.items() if k not in ("return_stats", "chunk_rows")}
+    expected, exact_gradients, z, shares = exact(given, y, grad, **options)
+    close(loss, expected, 1e-6)
+    inputs = [x for head in given for x in head.tensors.values()]
+    for x, gradient, right in zip(inputs, gradients, exact_gradients, strict=True):
+        assert gradient.dtype == x.dtype
+        close(gradient, right, TOLERANCE[x.dtype])
+    if stats is not None:
+        counts = y != IGNORE
+        close(stats.lse[counts], z.logsumexp(-1)[counts], 1e-6)
+        assert torch.equal(stats.argmax, torch.where(counts, z.argmax(-1), -1))
+        for found, share in zip(stats.term_nll, shares, strict=True):
+            close(found, F.cross_entropy(share, y, ignore_index=IGNORE, reduction="none"), 2e-6)
+
+
+@pytest.mark.parametrize("V", [1, 7, 127, 129, 200])
+@pytest.mark.parametrize("N", [1, 33])
+@pytest.mark.parametrize("dtypes", [(D32, D32), (H, H), (H, D32)], ids=["fp32", "fp16", "fp16+fp32"])
+def test_shapes_and_dtypes(dtypes, N, V):
+    run(heads(N, V, (48, 16), dtypes), targets(N, V))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtypes", [(H, H), (D32, D32)], ids=["fp16", "fp32"])
+def test_both_schemes(dtypes, recompute, monkeypatch):
+    monkeypatch.setattr(heads_loss, "one_write", lambda *_: not recompute)
+    run(heads(33, 200, (48, 32), dtypes), targets(33, 200), label_smoothing=0.1, z_loss=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "sum"},
+        {"label_smoothing": 0.3},
+        {"z_loss": 0.05},
+        {"chunk_rows": 4},
+        {"token_weight": torch.tensor([0.0, 1.0, 2.5, 0.125, 1.0, 1.0, 0.5, 2.0, 1.0])},
+        {"reduction": "none", "grad": torch.linspace(-2, 6000, 9)},
+        {"return_stats": True},
+        {"return_stats": True, "label_smoothing": 0.1, "z_loss": 1e-3},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+@pytest.mark.parametrize("dtype", [H, D32], ids=["fp16", "fp32"])
+def test_options(dtype, options):
+    given = heads(9, 131, (32, 16), (dtype, dtype), biases=(1, 0))
+    run(given, targets(9, 131), **options)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scales": (1.0, 0.7, -0.7)},
+        {"scales": (1.0, 0.0, 2.0)},
+        {"scales": (1e-9, 1.0, -3.0), "biases": (1, 1, 1)},
+        {"softcaps": (None, 3.0, None), "biases": (0, 1, 1)},
+        {"softcaps": (2.0, None, 5.0), "scales": (2.0, 1.0, -1.0)},
+        {"softcaps": (2.0, 1.0, 5.0)},
+    ],
+    ids=str,
+)
+def test_three_heads(settings, stats):
+    given = heads(9, 131, (48, 16, 32), (D32,) * 3, **settings)
+    run(given, targets(9, 131), return_stats=stats, label_smoothing=0.1)
+
+
+def test_four_heads_share_one_accumulator_and_five_go_another_way():
+    given = heads(5, 67, (16,) * 5, (H,) * 5)
+    run(given[:4], targets(5, 67))
+    run(given, targets(5, 67))
+    rows = [HeadRows(h.hidden, h.weight, h.bias, h.scale, 0.0) for h in given]
+    assert BACKEND.heads_refusal(rows[:4]) is None
+    assert "5 heads" in BACKEND.heads_refusal(rows)
+
+
+def test_wide_heads_take_several_steps_and_a_remainder():
+    run(heads(5, 67, (200, 75), (D32, D32)), targets(5, 67))
+
+
+def test_strides_and_a_shared_vocabulary():
+    given = heads(9, 140, (32, 16), (D32, D32))
+    first = Head(given[0].hidden.T.contiguous().T, given[0].weight.T.contiguous().T)
+    sliced = Head(torch.randn(9, 40)[:, 3:19], torch.randn(150, 40)[5:145, 1:17])
+    run([first, sliced], targets(9, 131), vocab_size=131)
+
+
+def test_a_sure_target_keeps_its_digits():
+    hidden = torch.tensor([[8.0], [17.0], [40.0]]).repeat(1, 16) / 16
+    weight = torch.zeros(130, 16)
+    weight[77] = 1.0
+    given = [Head(hidden, weight)]
+    y = torch.tensor([77, 77, 77])
+    loss, _, _ = ours(given, y, torch.ones(3), reduction="none")
+    # Written as lse - z, float64 has no digit left where z is 40.
+    right = torch.log1p(129 * torch.exp(-hidden.double().sum(-1)))
+    torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_a_common_offset_changes_nothing(offset):
+    given = heads(5, 131, (16,), (D32,))
+    shifted = Head(given[0].hidden, given[0].weight, torch.full((131,), offset))
+    y = targets(5, 131)
+    plain, moved = ours(given, y)[0], ours([shifted], y)[0]
+    # z is rounded to float32 at 1e4.
+    torch.testing.assert_close(plain, moved, rtol=0, atol=2 * abs(offset) * 2.0**-23)
+
+
+def test_small_gradients_survive_float16():
+    N, V = 64, 8192
+    given = heads(N, V, (16, 16), (H, H))
+    y = targets(N, V)
+    grad = torch.tensor(65536.0)
+    _, found, _ = ours(given, y, grad)
+    _, right, _, _ = exact(given, y, grad)
+    for a, b in zip(found, right, strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < 2**-10
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, -3.0, 65536.0])
+@pytest.mark.parametrize("dtype", [H, D32], ids=["fp16", "fp32"])
+def test_the_gradient_of_the_forward_pass_serves_any_factor(dtype, factor):
+    weight = torch.tensor([0.0, 1.0, 2.5, 0.125, 1.0, 1.0, 0.5, 2.0, 1.0])
+    given = heads(9, 131, (32, 16), (dtype, dtype), biases=(1, 0))
+    given = [Head(h.hidden, h.weight / 64, h.bias) for h in given]
+    run(given, targets(9, 131), torch.tensor(factor), token_weight=weight)
+
+
+def test_two_backwards_of_one_graph():
+    given = heads(9, 131, (32, 16), (D32, D32))
+    leaves = [x.requires_grad_() for head in given for x in head.tensors.values()]
+    loss = auxkern.cross_entropy(given, targets(9, 131), backend="triton")
+    loss.backward(torch.tensor(2.0), retain_graph=True)
+    first = [x.grad.clone() for x in leaves]
+    loss.backward(torch.tensor(-1.0))
+    for x, before in zip(leaves, first, strict=True):
+        torch.testing.assert_close(x.grad, before / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_bad_rows_spoil_nothing_but_themselves():
+    given = heads(5, 131, (16, 16), (D32, D32))
+    given[0].hidden[1] = math.nan  # ignored
+    given[0].hidden[3] = math.nan
+    y = torch.tensor([3, IGNORE, 130, 5, 0])
+    loss, gradients, _ = ours(given, y, torch.ones(5), reduction="none")
+    assert loss.isnan().tolist() == [False, False, False, True, False]
+    assert gradients[0].isnan().any(-1).tolist() == [False, False, False, True, False]
+    assert bool((gradients[2][1] == 0).all())
+    # Of no weight, the row is as good as ignored.
+    weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
+    _, gradients, _ = ours(given, y, weight, reduction="none")
+    assert not any(bool(g.isnan().any()) for g in gradients)
+
+
+def test_infinite_logits():
+    given = heads(3, 300, (16,), (D32,))
+    bias = torch.full((300,), -math.inf)
+    bias[130:140] = 0.5
+    row = ours([Head(given[0].hidden, given[0].weight, bias)], torch.tensor([130, 139, 5]), torch.ones(3),
+               reduction="none")[0]  # fmt: skip
+    assert row.isinf().tolist() == [False, False, True]
+    assert not bool(row.isnan().any())
+
+
+def test_all_rows_ignored():
+    loss, gradients, _ = ours(heads(4, 67, (16,), (D32,)), torch.full((4,), IGNORE))
+    assert float(loss) == 0
+    assert all(bool((g == 0).all()) for g in gradients)
+
+
+def test_runs_are_bitwise_equal():
+    given, y = heads(33, 200, (48, 16), (H, H)), targets(33, 200)
+    first, again = ours(given, y), ours(given, y)
+    assert torch.equal(first[0], again[0])
+    assert all(map(torch.equal, first[1], again[1]))
+
+
+def test_bfloat16_is_left_to_the_library_in_the_interpreter():
+    head = HeadRows(torch.zeros(1, 16, dtype=B), torch.zeros(1, 16), None, 1.0, 0.0)
+    assert "interpreter" in BACKEND.heads_refusal([head])
+    run(heads(5, 67, (16,), (D32,)), targets(5, 67))
+
+
+@pytest.mark.parametrize("name", [name for name in shares.CASES if name != "bfloat16 logits"])
+def test_a_shard_is_what_its_ids_add_up_to(name):
+    shares.check("triton", name, smoothing=0.1 if "everything" in name or name == "heads" else 0.0)
+
+
+@pytest.mark.parametrize("lower", [B, H], ids=str)
+@pytest.mark.parametrize("dtypes", [(D32, D32), (H, H), (H, D32)], ids=["fp32", "fp16", "fp16+fp32"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_autocast_changes_nothing(softcap, dtypes, lower):
+    given, y = heads(9, 200, (48, 16), dtypes, softcaps=(softcap, softcap), biases=(True,)), targets(9, 200)
+    outside = ours(given, y)
+    with torch.autocast("cpu", dtype=lower):
+        under = ours(given, y)
+    assert torch.equal(under[0], outside[0])
+    assert all(map(torch.equal, under[1], outside[1]))
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_zero_times_an_infinite_logit_is_nan(stats):
+    """In a head's bias and in logits, as on every backend; a capped term of scale 0 takes no part."""
+    given, bias = heads(3, 40, (16,), (D32,))[0], torch.zeros(40)
+    bias[7] = -math.inf
+    y = torch.tensor([1, 2, 3])
+    for scaled in (Head(given.hidden, given.weight, bias, 0.0), Logits(bias.expand(3, 40), 0.0)):
+        out = auxkern.cross_entropy(
+            [given, scaled], y, reduction="none", return_stats=stats, backend="triton"
+        )
+        assert bool((out[0] if stats else out).isnan().all())
+    capped = Logits(bias.expand(3, 40), 0.0, softcap=2.0)
+    alone, both = (auxkern.cross_entropy(t, y, backend="triton") for t in (given, [given, capped]))
+    close(both, alone.double(), 1e-6)

@@ -1,0 +1,118 @@
+"""A small module in the place of a pair, for tests of the training loop; run as a script it trains and dies.
+
+``stand_in.py OUTPUT POINT`` trains with ``SETTINGS`` and kills itself (SIGKILL) at POINT:
+"step" in the middle of a step, "save" while a checkpoint is half-written.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
+
+from auxkern.training.collator import AuxCollator
+from auxkern.training.loop import TrainResult, train
+from auxkern.training.progress import Progress
+from auxkern.training.settings import LoopSettings
+
+V, D = 23, 8
+SETTINGS: dict[str, Any] = {
+    "steps": 11,
+    "batch_size": 3,
+    "gradient_accumulation": 2,
+    "learning_rate": 0.05,
+    "warmup_steps": 2,
+    "log_every": 2,
+    "eval_every": 4,
+    "save_every": 3,
+    "seed": 5,
+}
+
+
+class StandIn(nn.Module):
+    """Next token from the last one; dropout, so that it shows which random numbers were drawn."""
+
+    def __init__(self, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(D, V)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor, **_: Any
+    ) -> CausalLMOutput:
+        z = self.head(self.dropout(self.embedding(input_ids)))[:, :-1]
+        nll = F.cross_entropy(z.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return CausalLMOutput(loss=nll / num_items_in_batch)
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_file(self.state_dict(), Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text("{}")
+
+
+class DyingStandIn(StandIn):
+    """Killed in the middle of its 9th step, or of its second saving."""
+
+    def __init__(self, point: str) -> None:
+        super().__init__()
+        self.point, self.forwards, self.savings = point, 0, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
+        self.forwards += self.training
+        if self.point == "step" and self.forwards == 2 * 8 + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(*args, **kwargs)
+
+    def save_pretrained(self, folder: Path) -> None:
+        super().save_pretrained(folder)
+        self.savings += 1
+        if self.point == "save" and self.savings == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def examples(count: int = 10, seed: int = 0, step: int = 1) -> list[dict[str, list[int]]]:
+    """Sequences of 3 to 9 ids that count upwards by ``step``; a prompt of 0 to 2 tokens is not learned."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length, first, prompt = (
+            int(torch.randint(low, high, (), generator=generator)) for low, high in ((3, 10), (0, V), (0, 3))
+        )
+        ids = [(first + step * i) % V for i in range(length)]
+        made.append(
+            {
+                "input_ids": ids,
+                "labels": [-100] * (1 + prompt) + ids[1 + prompt :],
+                "condition_ids": ids[:1],
+            }
+        )
+    return made
+
+
+def run(
+    output: Path, model: nn.Module | None = None, progress: Progress | None = None, **changes: Any
+) -> TrainResult:
+    """Trains a stand-in on ``examples()``."""
+    return train(
+        StandIn() if model is None else model,
+        examples(),
+        LoopSettings(output=str(output), **{**SETTINGS, **changes}),
+        collate=AuxCollator(0),
+        validation=examples(5, seed=1),
+        progress=progress,
+    )
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), DyingStandIn(sys.argv[2]))
