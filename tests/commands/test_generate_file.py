@@ -19,11 +19,10 @@ import pytest
 
 from auxkern.commands import generate
 from auxkern.generation import Completion, Engine
+from tests.support.launching import ROOT, environment
 from tests.support.limits import limited_files
 from tests.support.request_files import ordered, request_options, write_requests
 from tests.support.tiny_pair import save_tiny_pair
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _start(options: list[str]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "auxkern.commands.generate", *options]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command,
+        env=environment(OMP_NUM_THREADS="1"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def _killed_and_resumed(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 
 from auxkern.generation import BatchMapper, Engine, Request
 from auxkern.model import open_pair
+from tests.support.launching import ROOT
 from tests.support.tiny_pair import save_tiny_pair
 
 DEFAULTS = {"max_new_tokens": 12, "seed": 3}
@@ -126,7 +125,7 @@ def test_a_local_ray_writes_what_the_engine_writes(folder: str, monkeypatch: pyt
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     rows = records(500)
-    here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])]), "OMP_NUM_THREADS": "1"}
+    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # Two more than the mappers hold: what cuts the table up needs some too.
     ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": here})
     try:

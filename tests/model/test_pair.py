@@ -2,10 +2,8 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from auxkern.model import AuxiliaryOutput, AuxTunedConfig, AuxTunedForCausalLM, 
 from auxkern.model.base import check_output_head, output_head, run_base
 from auxkern.model.native import use_native_kernels
 from auxkern.ops.dense import dense_logits
+from tests.support.launching import environment
 from tests.support.pairs import DECODER, PAIRS, V, ragged_batch, tiny_lm, tiny_pair, with_two_more
 
 
@@ -172,9 +171,8 @@ def test_saved_and_loaded_in_a_new_process_the_logits_are_the_same(tmp_path, kin
 
     batch = _without_labels(ragged_batch())
     save_file(batch, tmp_path / "batch")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", _LOAD, tmp_path / "aux", tmp_path / "batch", tmp_path / "logits"]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    subprocess.run(command, check=True, env=environment(), capture_output=True)
     with torch.no_grad():
         assert torch.equal(load_file(tmp_path / "logits")["logits"], model(**batch).logits)
 

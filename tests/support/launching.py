@@ -1,18 +1,27 @@
-"""Processes that torchrun, accelerate or a test starts together."""
+"""Processes that torchrun, accelerate or a test starts together, and the way of a rank to its group."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from tests.support.ranks import LOOPBACK
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
+# A machine without a network may not know its own name.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that imports this package and these tests."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
 def launch(world: int, arguments: list[str], *, accelerate: bool = False) -> subprocess.Popen[str]:
@@ -22,10 +31,9 @@ def launch(world: int, arguments: list[str], *, accelerate: bool = False) -> sub
         # Its other launchers start one process on a machine without GPUs; the script asks for the CPU.
         command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(world)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = {**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", *command, *arguments],
-        env=environment,
+        env=environment(**LOOPBACK, OMP_NUM_THREADS="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -39,18 +47,41 @@ def outputs(process: subprocess.Popen[str], seconds: float = 240) -> tuple[str, 
     return out, err
 
 
-def run_ranks(script: str, folder: Path, world: int, seconds: float = 240) -> list[Any]:
-    """What each of ``python SCRIPT FOLDER RANK WORLD`` saved as FOLDER/RANK.pt, once all ended well."""
-    environment = {**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT)}
+def run_ranks(
+    part: Callable[[Path, int, int], Any], folder: Path, world: int, seconds: float = 240
+) -> list[Any]:
+    """What ``part(folder, rank, world)`` returned in the process of each rank, once all ended well."""
+    place = [__name__, part.__module__, part.__name__, str(folder)]
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(folder), str(rank), str(world)],
+            [sys.executable, "-m", *place, str(rank), str(world)],
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment(**LOOPBACK),
         )
         for rank in range(world)
     ]
     errors = [process.communicate(timeout=seconds)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@contextmanager
+def group_of(folder: Path, rank: int, world: int) -> Iterator[Any]:
+    """The group of processes that meet in ``folder``."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def main(module: str, name: str, place: str, number: str, count: str) -> None:
+    """One of the processes of ``run_ranks``."""
+    folder, rank, world = Path(place), int(number), int(count)
+    part = getattr(import_module(module), name)
+    torch.set_num_threads(1)
+    with group_of(folder, rank, world):
+        torch.save(part(folder, rank, world), folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

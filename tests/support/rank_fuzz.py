@@ -1,13 +1,11 @@
 """Random calls over a cut vocabulary against the formulas in float64, in each of several processes.
 
-``rank_fuzz.py FOLDER RANK WORLD`` reads FOLDER/calls, "FIRST LAST", and writes the sentences
-about what was wrong to FOLDER/RANK.pt. Every rank makes the same call from its number.
+Every rank makes the same call from its number.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, SamplingParams, Sparse, VocabularyShard
+from tests.support.ranks import cut
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What a mask puts beside the logits. Two of the least finite numbers add up to -inf.
@@ -245,20 +244,6 @@ def _products(head: Head) -> Tensor:
 # --- over ranks ---------------------------------------------------------------------------------
 
 
-def cut(term: Any, ids: slice) -> Any:
-    """A rank's part of a term, of leaves of its own."""
-
-    def leaf(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-    if isinstance(term, Sparse):
-        return Sparse(term.ids, leaf(term.values))
-    if isinstance(term, Logits):
-        return Logits(leaf(term.values[..., ids]), term.scale, term.softcap)
-    bias = None if term.bias is None else leaf(term.bias[ids])
-    return Head(leaf(term.hidden), leaf(term.weight[ids]), bias, term.scale, term.softcap)
-
-
 def _differs(ours: Tensor, exact: Tensor, bound: Tensor | float) -> bool:
     # The least numbers of float32 add up to -inf there.
     ours, exact = ours.double(), exact.to(ours.dtype).double()
@@ -369,18 +354,12 @@ def wrong_with_draw(number: int, rank: int, world: int, group: Any) -> list[str]
     return [f"draw {number}, rank {rank} of {world}: {sentence}" for sentence in wrong]
 
 
-def main(folder: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+def rank_result(folder: Path, rank: int, world: int) -> list[str]:
+    """What was wrong with the calls that FOLDER/calls names, "FIRST LAST"."""
     first, last = map(int, (folder / "calls").read_text().split())
     wrong: list[str] = []
     for number in range(first, last):
         wrong += wrong_with(number, rank, world, dist.group.WORLD)
         if number % 5 == 0:
             wrong += wrong_with_draw(number, rank, world, dist.group.WORLD)
-    torch.save(wrong, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    return wrong

@@ -1,12 +1,7 @@
-"""What ranks say of calls that one of them, or all, must refuse.
-
-``rank_refusals.py FOLDER RANK WORLD`` writes what each call raised or returned to
-FOLDER/RANK.pt.
-"""
+"""What ranks say of calls that one of them, or all, must refuse."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,9 +112,8 @@ class Calls:
         }
 
 
-def main(folder: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+def rank_result(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """What each call raised or returned."""
     calls = Calls(rank, dist.group.WORLD)
     found = {}
     for name, call in calls.all().items():
@@ -128,9 +122,4 @@ def main(folder: Path, rank: int, world: int) -> None:
             found[name] = result.detach() if isinstance(result, torch.Tensor) else result
         except (TypeError, ValueError, RuntimeError) as error:
             found[name] = error
-    torch.save({"found": found, "whole": calls.whole, "target": calls.target}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    return {"found": found, "whole": calls.whole, "target": calls.target}

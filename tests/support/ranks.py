@@ -1,11 +1,7 @@
-"""Cases of a vocabulary that is cut over ranks, and the process that computes one rank's part of them.
-
-``ranks.py FOLDER RANK WORLD`` writes what the rank found of every case to FOLDER/RANK.pt.
-"""
+"""Cases of a vocabulary that is cut over ranks, and what one rank computes of them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,25 +12,20 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sparse, VocabularyShard
+from tests.support.cases import generator
 
 V, N = 101, 24
-# A machine without a network may not know its own name.
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 Case = tuple[list[Any], Tensor, dict[str, Any]]
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def _leaf(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0, grad: bool = True) -> Tensor:
-    made = scale * torch.randn(*shape, generator=_generator(seed), dtype=torch.float64)
+    made = scale * torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
     return made.to(dtype).requires_grad_(grad)
 
 
 def _target(seed: int = 0, shape: tuple[int, ...] = (N,)) -> Tensor:
-    return torch.randint(0, V, shape, generator=_generator(seed))
+    return torch.randint(0, V, shape, generator=generator(seed))
 
 
 def logits_case(dtype: torch.dtype) -> Case:
@@ -67,7 +58,7 @@ def everything_case(dtype: torch.dtype) -> Case:
         "label_smoothing": 0.1,
         "z_loss": 1e-3,
         "shift": True,
-        "token_weight": torch.rand(B, T, generator=_generator(6), dtype=torch.float64).to(dtype),
+        "token_weight": torch.rand(B, T, generator=generator(6), dtype=torch.float64).to(dtype),
     }
     return terms, _target(7, (B, T)), options
 
@@ -172,22 +163,17 @@ def sizes(world: int) -> list[int]:
 
 
 def cut(term: Any, ids: slice) -> Any:
-    """A rank's part of a term; its gradients are the part's own."""
+    """A rank's part of a term, of leaves of its own."""
 
-    def part(tensor: Tensor | None, dimension: int) -> Tensor | None:
-        if tensor is None:
-            return None
-        chosen = tensor[..., ids] if dimension < 0 else tensor[ids]
-        return chosen.detach().clone().requires_grad_(tensor.requires_grad)
-
-    def whole(tensor: Tensor) -> Tensor:
+    def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
     if isinstance(term, Sparse):
-        return Sparse(term.ids, whole(term.values))
+        return Sparse(term.ids, leaf(term.values))
     if isinstance(term, Logits):
-        return Logits(part(term.values, -1), term.scale, term.softcap)
-    return Head(whole(term.hidden), part(term.weight, 0), part(term.bias, 0), term.scale, term.softcap)
+        return Logits(leaf(term.values[..., ids]), term.scale, term.softcap)
+    bias = None if term.bias is None else leaf(term.bias[ids])
+    return Head(leaf(term.hidden), leaf(term.weight[ids]), bias, term.scale, term.softcap)
 
 
 def result(terms: list[Any], target: Tensor, options: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -201,9 +187,7 @@ def result(terms: list[Any], target: Tensor, options: dict[str, Any], **more: An
     return {"loss": loss.detach(), "stats": stats and stats._asdict(), "gradients": gradients}
 
 
-def main(folder: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+def rank_result(folder: Path, rank: int, world: int) -> dict[str, Any]:
     first = sum(sizes(world)[:rank])
     ids = slice(first, first + sizes(world)[rank])
     shard = VocabularyShard.of(dist.group.WORLD, sizes(world)[rank])
@@ -218,9 +202,4 @@ def main(folder: Path, rank: int, world: int) -> None:
         drawing, settings = draw_case(name)
         draws[name] = drawn([cut(term, ids) for term in drawing], settings, process_group=shard)
     known = (shard.first_id, shard.size, shard.vocab_size)
-    torch.save({"shard": known, "cases": found, "draws": draws}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    return {"shard": known, "cases": found, "draws": draws}

@@ -1,14 +1,13 @@
-"""A small module in the place of a pair, for tests of the training loop; run as a script it trains and dies.
-
-``stand_in.py OUTPUT POINT`` trains with ``SETTINGS`` and kills itself (SIGKILL) at POINT:
-"step" in the middle of a step, "save" while a checkpoint is half-written.
-"""
+"""A small module in the place of a pair, for tests of the training loop; as a process it trains and dies."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
+from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import TrainResult, train
 from auxkern.training.progress import Progress
 from auxkern.training.settings import LoopSettings
+from tests.support.launching import environment
 
 V, D = 23, 8
+TIMES = ("seconds", "tokens_per_second", "seconds_left")
 SETTINGS: dict[str, Any] = {
     "steps": 11,
     "batch_size": 3,
@@ -112,6 +114,38 @@ def run(
         validation=examples(5, seed=1),
         progress=progress,
     )
+
+
+class At(Progress):
+    """Does something after a step."""
+
+    def __init__(self, step: int, action: Callable[[], None]) -> None:
+        self.step, self.action = step, action
+
+    def advance(self, done: int) -> None:
+        if done == self.step:
+            self.action()
+
+
+def bits(output: Path) -> dict[str, bytes]:
+    """Bytes of the weights and the optimizer's state after the last step, and of the best weights."""
+    last = output / f"checkpoint-{checkpoint_steps(output)[-1]}"
+    paths = (last / "model.safetensors", last / "optimizer.safetensors", output / "model.safetensors")
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+
+
+def log(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def run_in_a_process(output: Path, point: str) -> subprocess.CompletedProcess[str]:
+    """``run`` in a process that kills itself (SIGKILL) at a point.
+
+    "step" is in the middle of a step, "save" while a checkpoint is half-written; at "never" it goes on.
+    """
+    command = [sys.executable, "-m", __name__, str(output), point]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
 if __name__ == "__main__":

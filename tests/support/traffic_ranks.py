@@ -1,11 +1,7 @@
-"""One of several processes, and the bytes that it hands to collectives.
-
-``traffic_ranks.py FOLDER RANK WORLD`` writes what the rank found to FOLDER/RANK.pt.
-"""
+"""One of several processes, and the bytes that it hands to collectives."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +95,10 @@ def step_traffic(
     return {**found, "calls": traffic.calls, "forward passes of the base": len(passes)}
 
 
-def main(folder: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+def rank_result(folder: Path, rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (world,))
     shard = VocabularyShard.of(dist.group.WORLD, V // world)
-    found = {
+    return {
         "loss": loss_traffic(shard, rank),
         "draw": draw_traffic(shard),
         "filtered draw": draw_traffic(shard, params=auxkern.SamplingParams(top_k=5)),
@@ -114,9 +108,3 @@ def main(folder: Path, rank: int, world: int) -> None:
         "sharded base": step_traffic(folder / "base", mesh, shard=("base",)),
         "sharded auxiliary": step_traffic(folder / "auxiliary", mesh, shard=("auxiliary",)),
     }
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

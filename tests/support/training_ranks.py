@@ -1,8 +1,4 @@
-"""Training runs that several processes share, and the process that is one of their ranks.
-
-``training_ranks.py FOLDER RANK WORLD`` makes every run of ``RUNS`` in FOLDER/NAME, and writes
-what else the rank found to FOLDER/RANK.pt.
-"""
+"""Training runs that several processes share, and what one of their ranks does."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import copy
 import os
 import resource
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,9 +184,8 @@ def _sharded_by_accelerate(folder: Path, mesh: Any) -> dict[str, Any]:
     return {**found, "gradients": gradients, "sharded": sharded, "sharded base": of_base}
 
 
-def main(folder: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+def rank_result(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Makes every run of ``RUNS`` in FOLDER/NAME; what else the rank found."""
     mesh = init_device_mesh("cpu", (world,))
     found: dict[str, Any] = {
         "stopped": _stopped(folder / "stopped", rank),
@@ -214,9 +208,4 @@ def main(folder: Path, rank: int, world: int) -> None:
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in again.lm.parameters())
     found["fingerprints"] = {fingerprint(again.lm), fingerprint(whole)}
     found["base"] = held, sum(parameter.numel() for parameter in whole.parameters())
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    return found

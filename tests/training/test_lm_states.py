@@ -25,6 +25,7 @@ from auxkern.training import lm_states
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, data_fingerprint
 from auxkern.training.lm_states import LMStates, announce_size, cache_lm_states, states_folder
+from tests.support.launching import environment
 from tests.support.tiny import tiny_lm
 
 LAYERS = [2, 0]
@@ -207,8 +208,8 @@ def fill_the_disk(folder: str) -> None:
 
 def in_a_process(call: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", f"from tests.training import test_lm_states; test_lm_states.{call}"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        [sys.executable, "-c", f"from {__name__} import *; {call}"],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

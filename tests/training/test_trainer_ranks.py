@@ -16,7 +16,7 @@ from tests.support.pairs import tiny_lm
 @pytest.mark.parametrize("accelerate", [False, True], ids=["torchrun", "accelerate"])
 @pytest.mark.parametrize("modes", [[], ["shard-base"]], ids=["copies", "sharded base"])
 def test_two_processes_make_the_steps_of_one(tmp_path: Path, accelerate: bool, modes: list[str]) -> None:
-    arguments = [trainer_ranks.__file__, str(tmp_path / "two"), *modes]
+    arguments = ["-m", trainer_ranks.__name__, str(tmp_path / "two"), *modes]
     process = launch(2, arguments, accelerate=accelerate)
     alone = trainer_ranks.trained(tmp_path / "one", accumulation=6)
     outputs(process)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +16,8 @@ from torch.nn import functional as F
 from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import DataOrder, ExampleSet, TrainingInterrupted, fingerprint_of, train
-from auxkern.training.progress import Progress
 from auxkern.training.settings import LoopSettings, learning_rate_at
-from tests.support import stand_in
-from tests.support.stand_in import SETTINGS, StandIn, examples, run
-
-SCRIPT = Path(stand_in.__file__)
-TIMES = ("seconds", "tokens_per_second", "seconds_left")
-
-
-def bits(output: Path) -> dict[str, bytes]:
-    """Bytes of the weights and the optimizer's state after the last step, and of the best weights."""
-    last = output / f"checkpoint-{checkpoint_steps(output)[-1]}"
-    paths = (last / "model.safetensors", last / "optimizer.safetensors", output / "model.safetensors")
-    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
-
-
-def log(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-class At(Progress):
-    """Does something after a step."""
-
-    def __init__(self, step: int, action: Callable[[], None]) -> None:
-        self.step, self.action = step, action
-
-    def advance(self, done: int) -> None:
-        if done == self.step:
-            self.action()
+from tests.support.stand_in import SETTINGS, At, StandIn, bits, examples, log, run, run_in_a_process
 
 
 def interrupt() -> None:
@@ -185,9 +154,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(
     point: str, tmp_path: Path, uninterrupted: Path
 ) -> None:
     output = tmp_path / "killed"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(output), point], capture_output=True, text=True, check=False
-    )
+    done = run_in_a_process(output, point)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint_steps(output) == ([6, 8] if point == "step" else [3])
     run(output, resume=True)

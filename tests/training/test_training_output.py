@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,22 +13,8 @@ from pathlib import Path
 import pytest
 
 from auxkern.training.checkpoint import check_output, checkpoint_steps
-from tests.support import stand_in
-from tests.support.stand_in import run
-from tests.training.test_training_loop import At, bits, log
-
-SCRIPT = Path(stand_in.__file__)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file grows beyond ``size`` bytes: the same failure as a quota, without a disk to fill."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from tests.support.limits import limited_files
+from tests.support.stand_in import At, bits, log, run, run_in_a_process
 
 
 def whole_again(output: Path, uninterrupted: Path) -> None:
@@ -67,7 +50,7 @@ def test_a_second_run_in_the_same_folder_is_refused(resume: bool, tmp_path: Path
 
 def test_the_lock_goes_with_a_process_that_is_killed(tmp_path: Path, uninterrupted: Path) -> None:
     output = tmp_path / "killed"
-    done = subprocess.run([sys.executable, str(SCRIPT), str(output), "step"], check=False)
+    done = run_in_a_process(output, "step")
     assert done.returncode == -signal.SIGKILL
     whole_again(output, uninterrupted)
 
@@ -77,8 +60,7 @@ def test_another_process_is_refused_too(tmp_path: Path) -> None:
     said = []
 
     def second() -> None:
-        command = [sys.executable, str(SCRIPT), str(output), "never"]
-        said.append(subprocess.run(command, capture_output=True, text=True, check=False).stderr)
+        said.append(run_in_a_process(output, "never").stderr)
 
     run(output, progress=At(2, second))
     assert "ValueError: another process writes to" in said[0]
@@ -99,7 +81,7 @@ def test_a_full_disk_is_one_sentence_and_a_whole_checkpoint(
 ) -> None:
     output = tmp_path / "out"
     # Room for lines of the log but not for weights, or for neither.
-    limit = files_of_at_most(1000 if at == "weights" else 300)
+    limit = limited_files(1000 if at == "weights" else 300)
     what = "checkpoint-6" if at == "weights" else "the log"
     with (
         pytest.raises(

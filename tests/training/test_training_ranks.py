@@ -29,7 +29,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The folder in which 2 or 4 processes made all runs."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
     run(folder / "ended by ranks", "ended by ranks", steps=6)
-    run_ranks(training_ranks.__file__, folder, world, 300)
+    run_ranks(training_ranks.rank_result, folder, world, 300)
     return folder
 
 

@@ -13,7 +13,7 @@ from tests.support.launching import run_ranks
 def found(folder: Path, world: int, first: int, last: int) -> list[str]:
     """What the ranks say was wrong with the calls of these numbers."""
     (folder / "calls").write_text(f"{first} {last}")
-    return [line for lines in run_ranks(rank_fuzz.__file__, folder, world, seconds=3600) for line in lines]
+    return [line for lines in run_ranks(rank_fuzz.rank_result, folder, world, seconds=3600) for line in lines]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[type[Exception], str]] = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(rank_refusals.__file__, tmp_path_factory.mktemp("refusals"), 2, seconds=120)
+    return run_ranks(rank_refusals.rank_result, tmp_path_factory.mktemp("refusals"), 2, seconds=120)
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

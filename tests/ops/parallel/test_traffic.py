@@ -19,7 +19,7 @@ AGREEMENT = ("allgather", 3 * NUMBER)
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the first of two processes found; the other found the same."""
     folder = tmp_path_factory.mktemp("traffic")
-    first, other = run_ranks(traffic_ranks.__file__, folder, WORLD)
+    first, other = run_ranks(traffic_ranks.rank_result, folder, WORLD)
     assert first == other
     return dict(first)
 

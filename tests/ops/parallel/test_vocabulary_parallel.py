@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import auxkern
 from auxkern import Head, VocabularyShard
 from tests.support import ranks
-from tests.support.launching import run_ranks
+from tests.support.launching import LOOPBACK, group_of, run_ranks
 
 WORLDS = (2, 4)
 
@@ -23,7 +22,7 @@ WORLDS = (2, 4)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    return run_ranks(ranks.__file__, folder, world)
+    return run_ranks(ranks.rank_result, folder, world)
 
 
 def test_a_shard_knows_its_ids(found: list[dict[str, Any]]) -> None:
@@ -106,13 +105,11 @@ def test_every_rank_draws_the_token_of_one_process(found: list[dict[str, Any]], 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A group of one process: this one."""
-    meeting = tmp_path_factory.mktemp("alone") / "meeting"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ranks.LOOPBACK.items():
+        for name, value in LOOPBACK.items():
             patch.setenv(name, value)
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-        yield dist.group.WORLD
-        dist.destroy_process_group()
+        with group_of(tmp_path_factory.mktemp("alone"), 0, 1) as group:
+            yield group
 
 
 def _head() -> Head:
