@@ -16,8 +16,7 @@ from auxkern.bench import __main__ as bench
 from auxkern.bench import generate, generate_peers, generate_plot, generate_report, report
 from auxkern.bench.generate_report import GenerateRun, Throughput
 from auxkern.model import TextFormat
-from tests.support.pairs import tiny_lm_for, tiny_pair
-from tests.support.tiny import byte_tokenizer
+from tests.support.tiny import byte_tokenizer, tiny_lm_for, tiny_pair
 
 SHARES = {"LM": 0.7, "heads": 0.125, "auxiliary": 0.1, "sampling": 0.05, "rest": 0.025}
 

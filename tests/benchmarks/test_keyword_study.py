@@ -36,7 +36,7 @@ from benchmarks.keyword.record import comparisons, study_record
 from benchmarks.keyword.runs import Workplace, train_method
 from benchmarks.keyword.scheduling import run_all
 from benchmarks.keyword.tuning import chosen
-from tests.support.tiny_pair import AUXILIARY, WORDS, save_tokenizer, tiny_lm
+from tests.support.tiny import DECODER, WORDS, word_lm, word_tokenizer
 
 TRAINED = [method for method in METHODS if method.trained]
 PAIRS = [method for method in TRAINED if method.kind in ("pair", "from scratch")]
@@ -46,8 +46,8 @@ PAIRS = [method for method in TRAINED if method.kind in ("pair", "from scratch")
 def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
     """Sentences of four words, one of them the keyword, for a base of three layers."""
     folder = tmp_path_factory.mktemp("study")
-    tiny_lm().save_pretrained(folder / "base")
-    save_tokenizer(folder / "base")
+    word_lm().save_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
     draw = random.Random(0)
     records = []
     for keyword in WORDS:
@@ -58,7 +58,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
         shouted = [word for word in words if word != keyword]
         records.append({"condition": keyword, "text": " ".join([keyword.upper(), *shouted])})
     (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    pair = {**PRESETS["cpu"].pair, "auxiliary_config": AUXILIARY, "lm_layers": [1, 3]}
+    pair = {**PRESETS["cpu"].pair, "auxiliary_config": DECODER, "lm_layers": [1, 3]}
     return dataclasses.replace(
         PRESETS["cpu"],
         base=str(folder / "base"),
@@ -85,7 +85,7 @@ def place(preset: Preset, tmp_path: Path) -> Workplace:
 
 def model_of(preset: Preset, name: str) -> Any:
     method = BY_NAME[name]
-    lm = tiny_lm()
+    lm = word_lm()
     return new_pair(preset, method, lm, 0) if method in PAIRS else new_fine_tuned(preset, method, lm, 0)
 
 
@@ -125,10 +125,10 @@ def test_a_study_trains_on_sentences_that_hold_their_keyword(place: Workplace) -
 
 
 def test_a_base_that_knows_nothing_leaves_the_auxiliary_alone() -> None:
-    lm = uniform_lm(tiny_lm())
+    lm = uniform_lm(word_lm())
     logits = lm(input_ids=torch.tensor([[0, 5, 9]])).logits
     assert not logits.any()
-    assert logits.shape[-1] == tiny_lm().config.vocab_size
+    assert logits.shape[-1] == word_lm().config.vocab_size
 
 
 def test_a_fine_tuned_lm_has_the_loss_of_transformers(preset: Preset) -> None:
@@ -149,7 +149,7 @@ def test_lora_trains_its_matrices_and_nothing_else(preset: Preset) -> None:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names
     assert all("lora_" in name for name in names)
-    assert trainable(model_of(preset, "full")) == sum(p.numel() for p in tiny_lm().parameters())
+    assert trainable(model_of(preset, "full")) == sum(p.numel() for p in word_lm().parameters())
 
 
 @pytest.mark.parametrize("name", [method.name for method in TRAINED])

@@ -17,7 +17,7 @@ import auxkern
 from auxkern import cli
 from auxkern.commands import evaluate, generate, train
 from auxkern.core.files import replace_file
-from tests.support.tiny_pair import save_tiny_pair
+from tests.support.tiny import save_tiny_pair
 
 LINES = [{"condition": f"w{i}", "text": f"w{i} w{i + 1} w{i + 2}"} for i in range(6)]
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from auxkern import cli
 from auxkern.commands import generate
 from auxkern.model import AuxTunedForCausalLM, TextFormat
-from tests.support.tiny_pair import WORDS, save_tiny_pair, save_tokenizer, tiny_lm
+from tests.support.tiny import WORDS, save_tiny_pair, word_lm, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_sample_is_what_its_seed_draws(folder: Path) -> None:
 
 def test_greedy_without_the_auxiliary_is_the_base(folder: Path) -> None:
     (record,) = run(folder, "--greedy", "--aux-scale", "0", "--prompt", "w9", "--max-new-tokens", "12")
-    lm = tiny_lm()
+    lm = word_lm()
     ids = lm.generate(torch.tensor([[0, 4 + 9]]), do_sample=False, max_new_tokens=12)
     words = AutoTokenizer.from_pretrained(folder.parent / "base").decode(ids[0], skip_special_tokens=True)
     assert record["prompt"] + record["text"] == words
@@ -164,8 +164,8 @@ def test_a_base_that_moved_is_found_by_option(
 def test_another_base_is_refused_unless_allowed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_lm(seed=7).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path)
+    word_lm(seed=7).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
     assert generate.main([str(folder), "--condition", "w1", "--base", str(tmp_path)]) == 2
     assert "fingerprint" in capsys.readouterr().err
     assert len(run(folder, "--base", str(tmp_path), "--allow-other-base", "--max-new-tokens", "5")) == 1

@@ -22,7 +22,7 @@ from auxkern.generation import Completion, Engine
 from tests.support.launching import ROOT, environment
 from tests.support.limits import limited_files
 from tests.support.request_files import ordered, request_options, write_requests
-from tests.support.tiny_pair import save_tiny_pair
+from tests.support.tiny import save_tiny_pair
 
 
 @pytest.fixture(scope="module")

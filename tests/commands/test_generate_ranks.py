@@ -16,7 +16,7 @@ from auxkern.commands import evaluate, generate
 from auxkern.generation import Completion, CompletionWriter
 from tests.support.launching import launch, outputs
 from tests.support.request_files import ordered, request_options, write_requests
-from tests.support.tiny_pair import save_tiny_pair
+from tests.support.tiny import save_tiny_pair
 
 
 @pytest.fixture(scope="module")

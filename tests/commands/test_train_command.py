@@ -18,9 +18,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from auxkern import cli
 from auxkern.commands.train import main
@@ -32,6 +31,7 @@ from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.loop import train
 from auxkern.training.settings import LoopSettings, TrainSettings, settings_from
 from tests.support.launching import launch, outputs
+from tests.support.tiny import tiny_lm, word_tokenizer
 
 WORDS = [f"w{i}" for i in range(60)]
 PAIR = {
@@ -52,23 +52,9 @@ DATA = {"base": "b", "output": "o", "train_file": "t", "validation_file": "v"}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    ids = {word: index for index, word in enumerate(["<eos>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(
-        folder
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    word_tokenizer(WORDS, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    tiny_lm(initializer_range=0.02, **ids).save_pretrained(folder)
     return folder
 
 

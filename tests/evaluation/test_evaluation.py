@@ -19,7 +19,7 @@ from auxkern.model.text import Example
 from auxkern.tasks.keywords import split_by_keyword
 from auxkern.training.examples import EncodedExamples
 from auxkern.training.lm_states import cache_lm_states
-from tests.support.tiny_pair import WORDS, V, save_tiny_pair, tiny_lm, tiny_pair
+from tests.support.tiny import WORDS, V, save_tiny_pair, tiny_pair, word_lm
 
 FLOAT32_MEAN = 2e-6  # relative: nll of a few nats, logits of both sides summed in another order
 PAIRS: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def three(report: NllReport) -> list[float]:
 
 @pytest.mark.parametrize("fields", PAIRS.values(), ids=PAIRS)
 def test_nll_is_the_textbooks(fields: dict[str, Any]) -> None:
-    model, examples = tiny_pair(tiny_lm(), **fields), encoded()
+    model, examples = tiny_pair("own head", word_lm(), **fields), encoded()
     report = evaluate_nll(model, examples)
     tokens, expected = textbook(model, examples)
     assert (report.tokens, report.sequences) == (tokens, len(examples))
@@ -92,20 +92,20 @@ def test_nll_is_the_textbooks(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("batch_tokens", [1, 17, 10_000])
 def test_batches_change_nothing(batch_tokens: int) -> None:
-    model, examples = tiny_pair(tiny_lm(), pointer=True, lm_layers=[2]), encoded()
+    model, examples = tiny_pair("own head", word_lm(), pointer=True, lm_layers=[2]), encoded()
     report = evaluate_nll(model, examples, batch_tokens=batch_tokens)
     assert three(report) == pytest.approx(three(evaluate_nll(model, examples)), rel=FLOAT32_MEAN)
 
 
 def test_a_mixing_weight_of_zero_leaves_the_base() -> None:
-    report = evaluate_nll(tiny_pair(tiny_lm(), aux_scale=0.8), encoded(), aux_scale=0.0)
+    report = evaluate_nll(tiny_pair("own head", word_lm(), aux_scale=0.8), encoded(), aux_scale=0.0)
     assert report.pair_nll == pytest.approx(report.lm_nll, rel=FLOAT32_MEAN)
     assert report.aux_nll == pytest.approx(math.log(V))
 
 
 def test_cached_states_stand_in_for_the_base(tmp_path: Path) -> None:
-    lm, examples = tiny_lm(), encoded()
-    model = tiny_pair(lm, pointer=True, lm_layers=[1, 3])
+    lm, examples = word_lm(), encoded()
+    model = tiny_pair("own head", lm, pointer=True, lm_layers=[1, 3])
     expected = evaluate_nll(model, examples)
     states = cache_lm_states(lm, examples, tmp_path, layers=[1, 3], dtype=torch.float32)
     runs: list[int] = []
@@ -117,18 +117,18 @@ def test_cached_states_stand_in_for_the_base(tmp_path: Path) -> None:
 
 
 def test_states_of_other_layers_or_data_are_refused(tmp_path: Path) -> None:
-    lm, examples = tiny_lm(), encoded()
+    lm, examples = word_lm(), encoded()
     states = cache_lm_states(lm, examples, tmp_path, layers=[1])
     with pytest.raises(ValueError, match=r"hold the layers \[1\], but the auxiliary reads \[2\]"):
-        evaluate_nll(tiny_pair(lm, lm_layers=[2]), examples, lm_states=states)
+        evaluate_nll(tiny_pair("own head", lm, lm_layers=[2]), examples, lm_states=states)
     with pytest.raises(ValueError, match="data set"):
-        evaluate_nll(tiny_pair(lm, lm_layers=[1]), encoded(3), lm_states=states)
+        evaluate_nll(tiny_pair("own head", lm, lm_layers=[1]), encoded(3), lm_states=states)
     with pytest.raises(ValueError, match="hold no logits"):
-        evaluate_nll(tiny_pair(lm, lm_layers=[1], lm_term="logits"), examples, lm_states=states)
+        evaluate_nll(tiny_pair("own head", lm, lm_layers=[1], lm_term="logits"), examples, lm_states=states)
 
 
 def test_progress_counts_every_token_and_dropout_is_off_meanwhile() -> None:
-    model, examples = tiny_pair(tiny_lm(), dropout=0.5).train(), encoded()
+    model, examples = tiny_pair("own head", word_lm(), dropout=0.5).train(), encoded()
     seen: list[tuple[int, int]] = []
 
     def progress(done: int, total: int) -> None:
@@ -145,7 +145,7 @@ def test_progress_counts_every_token_and_dropout_is_off_meanwhile() -> None:
 
 
 def test_the_mode_is_put_back_after_an_error() -> None:
-    model = tiny_pair(tiny_lm()).train()
+    model = tiny_pair("own head", word_lm()).train()
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -156,7 +156,7 @@ def test_the_mode_is_put_back_after_an_error() -> None:
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
-    model = tiny_pair(tiny_lm())
+    model = tiny_pair("own head", word_lm())
     silent = EncodedExamples([{"input_ids": [0, 5], "labels": [-100, -100], "condition_ids": [5]}])
     long = EncodedExamples([{"input_ids": [5] * 65, "labels": [-100] + [5] * 64, "condition_ids": [5]}])
     for examples, message in (
@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 
 def test_nan_is_an_error_that_says_whose() -> None:
-    model = tiny_pair(tiny_lm())
+    model = tiny_pair("own head", word_lm())
     torch.nn.init.constant_(model.head.weight, math.nan)
     with pytest.raises(FloatingPointError, match="auxiliary alone is nan"):
         evaluate_nll(model, encoded())

@@ -15,7 +15,7 @@ from auxkern.commands import evaluate
 from auxkern.evaluation.slor import UnigramCounts
 from auxkern.model.text import Example, TextFormat
 from auxkern.tasks.keywords import split_by_keyword
-from tests.support.tiny_pair import WORDS, V, save_tiny_pair
+from tests.support.tiny import WORDS, V, save_tiny_pair
 
 FLOAT32_SUM = 2e-5  # absolute, in nats per token: float32 logits of another shape of batch
 SAMPLES = ("--samples", "20", "--max-new-tokens", "8")

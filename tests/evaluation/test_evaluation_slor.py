@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from auxkern.evaluation import slor as module
 from auxkern.evaluation.slor import SlorScores, UnigramCounts, slor, tokenizer_fingerprint
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import TextFormat
-from tests.support.tiny_pair import WORDS, V, save_tokenizer, tiny_lm
+from tests.support.tiny import WORDS, V, word_lm, word_tokenizer
 
 FLOAT32_SUM = 2e-5  # absolute, in nats per token: float32 logits of another shape of batch
 TEXTS = ["w1 w2 w3", "w90", "", "w5 w5 w5 w5 w5 w5", "w7 w1", "w2 w3 w4 w5"]
@@ -25,7 +25,7 @@ SOURCE = ["w1 w1 w1 w2", "w5 w5", ""]
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
+    word_tokenizer().save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -74,7 +74,7 @@ def test_many_ids_are_counted_in_parts() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 @pytest.mark.parametrize("lm_term", ["head", "logits"])
 def test_slor_is_the_formula(form: TextFormat, batch_size: int, lm_term: str) -> None:
-    lm = tiny_lm()
+    lm = word_lm()
     found = slor(lm, form, TEXTS, counts_of(form), batch_size=batch_size, lm_term=lm_term)
     expected = [by_formula(lm, text) if text else None for text in TEXTS]
     assert found.values[2] is None
@@ -88,7 +88,7 @@ def test_slor_is_the_formula(form: TextFormat, batch_size: int, lm_term: str) ->
 
 
 def test_a_uniform_lm_against_uniform_counts_is_zero(form: TextFormat) -> None:
-    lm = tiny_lm()
+    lm = word_lm()
     torch.nn.init.zeros_(lm.lm_head.weight)
     nothing = UnigramCounts.of_texts([], form, V, source="nothing")
     found = slor(lm, form, ["w1 w2 w3", "w9"], nothing)
@@ -97,7 +97,7 @@ def test_a_uniform_lm_against_uniform_counts_is_zero(form: TextFormat) -> None:
 
 
 def test_a_prompt_is_read_and_not_scored(form: TextFormat) -> None:
-    lm = tiny_lm()
+    lm = word_lm()
     found = slor(lm, form, ["w1 w2", "w1 w2"], counts_of(form), prompts=["w8 w9 w10", ""])
     expected = [by_formula(lm, "w1 w2", "w8 w9 w10"), by_formula(lm, "w1 w2")]
     assert found.values == pytest.approx(expected, abs=FLOAT32_SUM)
@@ -106,7 +106,7 @@ def test_a_prompt_is_read_and_not_scored(form: TextFormat) -> None:
 
 
 def test_fewer_ids_than_the_lm_has(form: TextFormat) -> None:
-    lm = tiny_lm()
+    lm = word_lm()
     found = slor(lm, form, ["w1 w2 w3"], counts_of(form, 90))
     assert found.values == pytest.approx([by_formula(lm, "w1 w2 w3", vocab_size=90)], abs=FLOAT32_SUM)
     with pytest.raises(ValueError, match=r"text 1 has the id 94, outside \[0, 90\)"):
@@ -114,7 +114,7 @@ def test_fewer_ids_than_the_lm_has(form: TextFormat) -> None:
 
 
 def test_a_text_is_cut_as_in_training(tokenizer: Any) -> None:
-    lm, short = tiny_lm(), TextFormat(tokenizer, max_length=4)
+    lm, short = word_lm(), TextFormat(tokenizer, max_length=4)
     counts = counts_of(short)
     assert counts.tokens == 6, "counts are of whole texts"
     found = slor(lm, short, ["w1 w2 w3 w4 w5", "w1 w2 w3"], counts)
@@ -125,7 +125,7 @@ def test_a_text_is_cut_as_in_training(tokenizer: Any) -> None:
 
 
 def test_it_says_which_lm_and_which_counts(form: TextFormat) -> None:
-    lm, counts = tiny_lm(), counts_of(form)
+    lm, counts = word_lm(), counts_of(form)
     found = slor(lm, form, ["w1"], counts)
     assert found.lm_fingerprint == fingerprint(lm)
     assert (found.counts_source, found.counts_fingerprint) == ("six words", counts.data_fingerprint)
@@ -163,7 +163,7 @@ def test_files_that_hold_no_counts_are_refused(tmp_path: Path) -> None:
 def test_counts_of_another_tokenizer_are_refused(form: TextFormat) -> None:
     other = UnigramCounts.of_ids([[5]], V, source="", tokenizer_fingerprint="f" * 64)
     with pytest.raises(ValueError, match="count the source again"):
-        slor(tiny_lm(), form, ["w1"], other)
+        slor(word_lm(), form, ["w1"], other)
 
 
 def test_a_tokenizers_fingerprint_is_of_what_it_does(tokenizer: Any, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_tokenizers_fingerprint_is_of_what_it_does(tokenizer: Any, tmp_path: P
 
 def test_vocabulary_sized_products_are_never_whole(form: TextFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """The LM's own output embedding does not run, so no (B, T, V) logits come from it."""
-    lm, ran = tiny_lm(), []
+    lm, ran = word_lm(), []
     lm.lm_head.register_forward_hook(lambda *_: ran.append(1))
     slor(lm, form, TEXTS, counts_of(form))
     assert not ran
@@ -188,16 +188,7 @@ def test_vocabulary_sized_products_are_never_whole(form: TextFormat, monkeypatch
 
 
 def test_dropout_is_off_meanwhile_and_progress_counts_texts(form: TextFormat) -> None:
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        attention_dropout=0.5,
-        max_position_embeddings=64,
-    )
-    lm = LlamaForCausalLM(config).train()
+    lm = word_lm(attention_dropout=0.5).train()
     seen: list[tuple[int, int]] = []
 
     def progress(done: int, total: int) -> None:
@@ -213,7 +204,7 @@ def test_dropout_is_off_meanwhile_and_progress_counts_texts(form: TextFormat) ->
 
 
 def test_nan_is_an_error_that_names_the_text(form: TextFormat) -> None:
-    lm = tiny_lm()
+    lm = word_lm()
     with torch.no_grad():
         lm.model.embed_tokens.weight[4 + 7] = math.nan
     with pytest.raises(FloatingPointError, match="log-probability of text 4 is nan"):
@@ -221,12 +212,12 @@ def test_nan_is_an_error_that_names_the_text(form: TextFormat) -> None:
 
 
 def test_texts_without_one_that_can_be_scored(form: TextFormat) -> None:
-    found = slor(tiny_lm(), form, ["", ""], counts_of(form))
+    found = slor(word_lm(), form, ["", ""], counts_of(form))
     assert found.values == (None, None)
     assert found.empty == 2
     with pytest.raises(ValueError, match="all 2 texts are empty"):
         _ = found.mean
-    assert slor(tiny_lm(), form, [], counts_of(form)) == SlorScores(
+    assert slor(word_lm(), form, [], counts_of(form)) == SlorScores(
         (), (), (), (), found.lm_fingerprint, found.counts_source, found.counts_fingerprint
     )
 
@@ -248,7 +239,7 @@ def test_what_cannot_be_scored_is_refused(
 ) -> None:
     options = {"texts": ["w1"], **changes}
     with pytest.raises(error, match=message):
-        slor(tiny_lm(), form, options.pop("texts"), counts_of(form), **options)
+        slor(word_lm(), form, options.pop("texts"), counts_of(form), **options)
 
 
 @pytest.mark.parametrize(

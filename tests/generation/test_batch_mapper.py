@@ -10,7 +10,7 @@ import pytest
 from auxkern.generation import BatchMapper, Engine, Request
 from auxkern.model import open_pair
 from tests.support.launching import ROOT
-from tests.support.tiny_pair import save_tiny_pair
+from tests.support.tiny import save_tiny_pair
 
 DEFAULTS = {"max_new_tokens": 12, "seed": 3}
 SHAPE: dict[str, Any] = {"slots": 4, "max_length": 40, "max_condition": 8, "device": "cpu"}

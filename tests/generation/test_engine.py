@@ -10,8 +10,7 @@ from auxkern.generation.scheduler import closing_moves
 from auxkern.generation.slots import SlotTable
 from auxkern.model import TextFormat
 from auxkern.ops.sampling_params import SamplingParams
-from tests.support.pairs import DECODER, PAIRS, tiny_lm_for, tiny_pair, with_two_more
-from tests.support.tiny import byte_tokenizer
+from tests.support.tiny import DECODER, PAIRS, byte_tokenizer, tiny_lm_for, tiny_pair, with_two_more
 
 KINDS = [kind for kind in PAIRS if PAIRS[kind].get("lm_term") != "logits"]
 TOKENIZER = byte_tokenizer()

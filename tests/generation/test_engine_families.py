@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from auxkern.generation import Engine, Request
 from auxkern.model import AuxTunedForCausalLM, TextFormat
-from tests.support.pairs import DECODER, tiny_pair
-from tests.support.tiny import byte_tokenizer
+from tests.support.tiny import DECODER, byte_tokenizer, tiny_pair
 
 TOKENIZER = byte_tokenizer()
 TEXT = TextFormat(TOKENIZER)

@@ -10,8 +10,7 @@ import auxkern.generation
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat
 from auxkern.ops.sampling_params import SamplingParams
-from tests.support.pairs import DECODER, tiny_lm_for, tiny_pair, with_two_more
-from tests.support.tiny import byte_tokenizer
+from tests.support.tiny import DECODER, byte_tokenizer, tiny_lm_for, tiny_pair, with_two_more
 
 TEXT = TextFormat(byte_tokenizer())
 HERE = auxkern.generation.__path__[0]

@@ -6,8 +6,7 @@ import torch
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat
 from auxkern.ops.sampling_params import SamplingParams
-from tests.support.pairs import tiny_lm_for, tiny_pair
-from tests.support.tiny import byte_tokenizer
+from tests.support.tiny import byte_tokenizer, tiny_lm_for, tiny_pair
 
 TOKENIZER = byte_tokenizer()
 TOKENIZER.add_special_tokens({"extra_special_tokens": ["<|im_end|>", "<|eot|>"]})

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from auxkern.model import AuxTunedForCausalLM, fingerprint
 from auxkern.model.fingerprints import weights_fingerprint
-from tests.support.pairs import DECODER, tiny_lm, tiny_pair
+from tests.support.tiny import DECODER, tiny_lm, tiny_pair
 
 
 def with_settings(**settings):

@@ -13,7 +13,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from tests.support.pairs import one_of, prompts, tiny_pair
+from tests.support.batches import one_of, prompts
+from tests.support.tiny import tiny_pair
 
 NEW = 8
 

@@ -10,7 +10,8 @@ from auxkern.model import fingerprint, load_base, native, use_native_kernels
 from auxkern.nn import FrozenEmbedding, FrozenLinear
 from auxkern.ops import registry
 from auxkern.ops.attention import attention
-from tests.support.pairs import D_LM, PAIRS, V, ragged_batch, tiny_lm, tiny_pair
+from tests.support.batches import ragged_batch
+from tests.support.tiny import D_LM, PAIRS, V, tiny_lm, tiny_pair
 
 SMALL = {
     "vocab_size": V,

@@ -14,8 +14,9 @@ from auxkern.model import AuxiliaryOutput, AuxTunedConfig, AuxTunedForCausalLM, 
 from auxkern.model.base import check_output_head, output_head, run_base
 from auxkern.model.native import use_native_kernels
 from auxkern.ops.dense import dense_logits
+from tests.support.batches import ragged_batch
 from tests.support.launching import environment
-from tests.support.pairs import DECODER, PAIRS, V, ragged_batch, tiny_lm, tiny_pair, with_two_more
+from tests.support.tiny import DECODER, PAIRS, V, tiny_lm, tiny_pair, with_two_more
 
 
 def _without_labels(batch):

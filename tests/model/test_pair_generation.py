@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from tests.support.pairs import DECODER, EOS, PAD, PAIRS, one_of, prompts, tiny_lm, tiny_pair, with_two_more
+from tests.support.batches import one_of, prompts
+from tests.support.tiny import DECODER, EOS, PAD, PAIRS, tiny_lm, tiny_pair, with_two_more
 
 NEW = 10
 

@@ -5,8 +5,8 @@ import torch
 
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat
-from tests.support.pairs import ragged_batch, tiny_lm, tiny_lm_for, tiny_pair
-from tests.support.tiny import byte_tokenizer
+from tests.support.batches import ragged_batch
+from tests.support.tiny import byte_tokenizer, tiny_lm, tiny_lm_for, tiny_pair
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import torch
 
 from auxkern.model.auxiliary import AuxiliaryInputs
 from auxkern.model.pointer import Pointer
-from tests.support.pairs import PAD
+from tests.support.tiny import PAD
 
 
 def _inputs(ids, mask, condition, condition_mask, lm_scores):

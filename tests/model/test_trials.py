@@ -15,7 +15,8 @@ from auxkern.model import AuxiliaryOutput, AuxTunedForCausalLM
 from auxkern.model.refusals import check_auxiliary, check_base
 from auxkern.model.trials import Reading, Trial, trial_ids
 from auxkern.model.twins import WINDOW, tiny_copy
-from tests.support.pairs import DECODER, PAIRS, V, prompts, ragged_batch, tiny_lm, tiny_pair
+from tests.support.batches import prompts, ragged_batch
+from tests.support.tiny import DECODER, PAIRS, V, tiny_lm, tiny_pair
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 MAMBA2 = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 4, "chunk_size": 8}

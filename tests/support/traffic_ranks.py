@@ -18,7 +18,8 @@ from auxkern.model.sharding import shard_auxiliary, shard_base
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import train
 from auxkern.training.settings import LoopSettings
-from tests.support.pairs import PAD, texts, tiny_pair
+from tests.support.batches import texts
+from tests.support.tiny import PAD, tiny_pair
 
 N, V, D_LM, D_AUX = 24, 100, 16, 8
 KIND = "shared head, features, pointer"

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from auxkern.model.sharding import shard_base
 from auxkern.training.collator import AuxCollator
-from tests.support.pairs import PAD, texts, tiny_pair
+from tests.support.batches import texts
+from tests.support.tiny import PAD, tiny_pair
 
 KIND = "shared head, features, pointer"
 

@@ -25,7 +25,8 @@ from auxkern.model.sharding import shard_auxiliary, shard_base
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import TrainingInterrupted, TrainResult, train
 from auxkern.training.settings import LoopSettings
-from tests.support.pairs import PAD, ragged_batch, texts, tiny_pair
+from tests.support.batches import ragged_batch, texts
+from tests.support.tiny import PAD, tiny_pair
 
 KIND = "shared head, features, pointer"
 SETTINGS: dict[str, Any] = {

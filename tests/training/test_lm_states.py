@@ -45,9 +45,14 @@ def sequences(count: int = 40) -> EncodedExamples:
     )
 
 
+def frozen_lm(**options: Any) -> Any:
+    """Its states are of the order of 1: tolerances are absolute."""
+    return freeze(tiny_lm(initializer_range=0.02, **options))
+
+
 def cached(folder: Path, lm: Any = None, **options: Any) -> LMStates:
     options = {"layers": LAYERS, "base_fingerprint": BASE, **SIZES, **options}
-    return cache_lm_states(tiny_lm() if lm is None else lm, sequences(), folder, **options)
+    return cache_lm_states(frozen_lm() if lm is None else lm, sequences(), folder, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -78,7 +83,7 @@ def alone(lm: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("batch_tokens", [24, 2048])  # no padding; much of it
 def test_states_are_those_of_each_sequence_alone(tmp_path, batch_tokens):
-    lm, encoded = tiny_lm(), sequences()
+    lm, encoded = frozen_lm(), sequences()
     states = cached(tmp_path, lm, dtype=torch.float32, batch_tokens=batch_tokens)
     assert len(states) == len(encoded)
     for i in range(len(encoded)):
@@ -110,7 +115,7 @@ def test_the_states_of_no_layers_are_the_final_ones(tmp_path):
 
 
 def test_every_sequence_runs_once_and_reading_runs_none(tmp_path, monkeypatch):
-    lm, encoded = tiny_lm(), sequences()
+    lm, encoded = frozen_lm(), sequences()
     monkeypatch.setattr(lm_states, "check_output_head", lambda lm: None)  # runs two tokens
     probe = Forwards(lm)
     states = cached(tmp_path, lm)
@@ -139,7 +144,7 @@ def test_batches_are_full_and_not_padded():
 
 
 def test_the_size_is_announced(tmp_path):
-    lm, encoded = tiny_lm(), sequences()
+    lm, encoded = frozen_lm(), sequences()
     for dtype in (torch.float16, torch.float32):
         announced = announce_size(encoded, lm, LAYERS, dtype)
         folder = tmp_path / str(dtype)
@@ -247,7 +252,7 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
 
 
 def test_what_does_not_fit_float16_is_refused_by_name(tmp_path):
-    lm = tiny_lm()
+    lm = frozen_lm()
     with torch.no_grad():
         lm.model.layers[1].mlp.down_proj.weight.mul_(1e9)
     with pytest.raises(ValueError, match=r'layer 2 .* reached .* beyond the 6\.55e\+04 .* dtype="bfloat16"'):
@@ -291,18 +296,18 @@ def test_other_data_base_layers_and_formats_are_refused(tmp_path, monkeypatch):
 
 
 def test_the_base_is_known_by_its_weights(tmp_path):
-    lm = tiny_lm()
+    lm = frozen_lm()
     cached(tmp_path, lm, base_fingerprint=None)
     LMStates.open(tmp_path, sequences(), fingerprint(lm), LAYERS)
     with pytest.raises(ValueError, match="base's fingerprint"):
-        cached(tmp_path, tiny_lm(seed=1), base_fingerprint=None)
+        cached(tmp_path, frozen_lm(seed=1), base_fingerprint=None)
 
 
 def test_strange_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"index\.json is missing"):
         LMStates.open(tmp_path, sequences(), BASE, LAYERS)
     cached(tmp_path / "a")
-    cached(tmp_path / "b", tiny_lm(), layers=[1, 0])
+    cached(tmp_path / "b", frozen_lm(), layers=[1, 0])
     shard = tmp_path / "a" / "shard-00001.safetensors"
     whole = shard.read_bytes()
     shutil.copy(tmp_path / "b" / shard.name, shard)
@@ -335,8 +340,8 @@ def test_strange_files_are_refused(tmp_path):
         ({"dtype": torch.int8}, "dtype is int8"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
         ({"shard_tokens": 0}, "shard_tokens is 0"),
-        ({"lm": tiny_lm(max_position_embeddings=11)}, "sequence 11 has 12 tokens, .* positions for 11"),
-        ({"lm": tiny_lm().train()}, "training mode"),
+        ({"lm": frozen_lm(max_position_embeddings=11)}, "sequence 11 has 12 tokens, .* positions for 11"),
+        ({"lm": frozen_lm().train()}, "training mode"),
     ],
 )
 def test_refuses_before_it_writes(tmp_path, options, message):
@@ -349,7 +354,7 @@ def test_refuses_before_it_writes(tmp_path, options, message):
 def test_nothing_to_run_is_refused(tmp_path, ids):
     items = [] if ids is None else [{"input_ids": [1]}, {"input_ids": ids}]
     with pytest.raises(ValueError, match=r"encoded is empty|input_ids of item 1 are empty"):
-        cache_lm_states(tiny_lm(), items, tmp_path, layers=[], base_fingerprint=BASE)
+        cache_lm_states(frozen_lm(), items, tmp_path, layers=[], base_fingerprint=BASE)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -393,7 +398,7 @@ def test_folders_differ_where_states_do(tmp_path):
 
 
 def test_a_head_that_is_not_understood_is_refused(tmp_path):
-    lm = tiny_lm()
+    lm = frozen_lm()
     check_output_head(lm)
     lm.config.logit_scale = 2.0  # says what Llama does not do
     with pytest.raises(ValueError, match="is not its logits"):

@@ -10,7 +10,8 @@ from transformers import Trainer, TrainingArguments
 from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import train
 from auxkern.training.settings import LoopSettings
-from tests.support.pairs import PAD, texts, tiny_lm, tiny_pair
+from tests.support.batches import texts
+from tests.support.tiny import PAD, tiny_lm, tiny_pair
 
 STEPS = 12
 KIND = "shared head, features, pointer"

@@ -10,7 +10,7 @@ import torch
 from auxkern.model import AuxTunedForCausalLM
 from tests.support import trainer_ranks
 from tests.support.launching import launch, outputs
-from tests.support.pairs import tiny_lm
+from tests.support.tiny import tiny_lm
 
 
 @pytest.mark.parametrize("accelerate", [False, True], ids=["torchrun", "accelerate"])

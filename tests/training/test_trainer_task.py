@@ -13,7 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from auxkern.model import AuxTunedForCausalLM
 from auxkern.training.collator import AuxCollator
-from tests.support.pairs import BOS, DECODER, EOS, PAD, V, ragged_batch, texts, tiny_lm, tiny_pair
+from tests.support.batches import ragged_batch, texts
+from tests.support.tiny import BOS, DECODER, EOS, PAD, V, tiny_lm, tiny_pair
 
 KIND = "shared head, features, pointer"
 

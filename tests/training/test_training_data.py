@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from auxkern.commands.train import main
@@ -26,8 +26,7 @@ from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.loop import train
 from auxkern.training.settings import LoopSettings, TrainSettings, read_yaml
 from auxkern.training.wording import PLAIN, SPACED, wording_of
-from tests.support.pairs import DECODER, EOS, PAD, T5, V, tiny_pair
-from tests.support.tiny import byte_tokenizer
+from tests.support.tiny import DECODER, EOS, PAD, T5, V, byte_tokenizer, tiny_lm_for, tiny_pair
 
 WORDS = ("rain", "river", "stone", "light", "garden", "window", "winter", "summer")
 SENTENCES = [
@@ -51,19 +50,9 @@ def word_tokenizer() -> Any:
 
 
 def save_base(folder: Path, tokenizer: Any, **options: Any) -> None:
-    settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **options,
-    }
     logging.disable_progress_bar()  # standard error belongs to the command
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    settings = {"max_position_embeddings": 64, "pad_token_id": None, **options}
+    tiny_lm_for(tokenizer, **settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -15,8 +15,9 @@ from auxkern.model.native import native_refusal
 from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.ranks import Ranks
 from tests.support import training_ranks
+from tests.support.batches import ragged_batch
 from tests.support.launching import run_ranks
-from tests.support.pairs import ragged_batch, tiny_lm
+from tests.support.tiny import tiny_lm
 from tests.support.training_ranks import new_pair, run
 
 TIMES = ("seconds", "tokens_per_second", "seconds_left", "measured")
