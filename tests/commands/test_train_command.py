@@ -31,17 +31,11 @@ from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.loop import train
 from auxkern.training.settings import LoopSettings, TrainSettings, settings_from
 from tests.support.launching import launch, outputs
-from tests.support.tiny import tiny_lm, word_tokenizer
+from tests.support.tiny import DECODER, tiny_lm, word_tokenizer
 
 WORDS = [f"w{i}" for i in range(60)]
 PAIR = {
-    "auxiliary_config": {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    },
+    "auxiliary_config": {**DECODER, "num_hidden_layers": 1},
     "lm_layers": [1],
     "dropout": 0.1,
     "pointer": True,

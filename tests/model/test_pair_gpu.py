@@ -6,13 +6,12 @@ import torch
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat
 from tests.support.batches import ragged_batch
-from tests.support.tiny import byte_tokenizer, tiny_lm, tiny_lm_for, tiny_pair
+from tests.support.tiny import KIND, byte_tokenizer, tiny_lm, tiny_lm_for, tiny_pair
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-KIND = "shared head, features, pointer"
 
 
 def _on_gpu(batch):

@@ -54,6 +54,10 @@ PAIRS: dict[str, dict[str, Any]] = {
 }
 
 
+# The one of most parts.
+KIND = "shared head, features, pointer"
+
+
 def byte_tokenizer(start: str | None = START, end: str | None = END, padding: str | None = PADDING) -> Any:
     """An id for every byte, 0 to 255 in the order of ByteLevel's alphabet, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

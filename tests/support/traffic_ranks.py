@@ -19,10 +19,9 @@ from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import train
 from auxkern.training.settings import LoopSettings
 from tests.support.batches import texts
-from tests.support.tiny import PAD, tiny_pair
+from tests.support.tiny import KIND, PAD, tiny_pair
 
 N, V, D_LM, D_AUX = 24, 100, 16, 8
-KIND = "shared head, features, pointer"
 
 
 class Traffic(TorchDispatchMode):

@@ -13,9 +13,7 @@ from transformers import Trainer, TrainingArguments
 from auxkern.model.sharding import shard_base
 from auxkern.training.collator import AuxCollator
 from tests.support.batches import texts
-from tests.support.tiny import PAD, tiny_pair
-
-KIND = "shared head, features, pointer"
+from tests.support.tiny import KIND, PAD, tiny_pair
 
 
 def trained(folder: Path, *, accumulation: int, shard: bool = False, **options: Any) -> Any:

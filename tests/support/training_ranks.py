@@ -26,9 +26,8 @@ from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import TrainingInterrupted, TrainResult, train
 from auxkern.training.settings import LoopSettings
 from tests.support.batches import ragged_batch, texts
-from tests.support.tiny import PAD, tiny_pair
+from tests.support.tiny import KIND, PAD, tiny_pair
 
-KIND = "shared head, features, pointer"
 SETTINGS: dict[str, Any] = {
     "steps": 12,
     "batch_size": 2,

@@ -11,10 +11,9 @@ from auxkern.training.collator import AuxCollator
 from auxkern.training.loop import train
 from auxkern.training.settings import LoopSettings
 from tests.support.batches import texts
-from tests.support.tiny import PAD, tiny_lm, tiny_pair
+from tests.support.tiny import KIND, PAD, tiny_lm, tiny_pair
 
 STEPS = 12
-KIND = "shared head, features, pointer"
 
 
 def _arguments(folder, **options):

@@ -14,9 +14,7 @@ from transformers import Trainer, TrainingArguments
 from auxkern.model import AuxTunedForCausalLM
 from auxkern.training.collator import AuxCollator
 from tests.support.batches import ragged_batch, texts
-from tests.support.tiny import BOS, DECODER, EOS, PAD, V, tiny_lm, tiny_pair
-
-KIND = "shared head, features, pointer"
+from tests.support.tiny import BOS, DECODER, EOS, KIND, PAD, V, tiny_lm, tiny_pair
 
 
 def counting(count: int = 12) -> list[dict[str, list[int]]]:
