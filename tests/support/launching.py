@@ -21,7 +21,8 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 def environment(**more: str) -> dict[str, str]:
     """Of a process that imports this package and these tests."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def launch(world: int, arguments: list[str], *, accelerate: bool = False) -> subprocess.Popen[str]:
