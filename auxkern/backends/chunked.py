@@ -150,8 +150,10 @@ class RowKernels(Backend):
         C = self._rows_of(sum)
         slices = [slice(n, min(n + C, sum.N)) for n in range(0, sum.N, C)]
         chunks = _Chunks(self, sum, slices, False, draws=True)
+        if len(slices) == 1:
+            return self.logits_draw(chunks.logits(slices[0]), draws, want_logprob)
         parts = [self.logits_draw(chunks.logits(rows), draws.rows(rows), want_logprob) for rows in slices]
-        return parts[0] if len(parts) == 1 else RowTokens(*map(torch.cat, zip(*parts, strict=True)))
+        return RowTokens(*map(torch.cat, zip(*parts, strict=True)))
 
     def _rows_of(self, sum: Sum) -> int:
         """Rows of a chunk."""

@@ -278,7 +278,7 @@ def _check_options(
 
 
 def _check(
-    terms: Any,
+    terms: list[Term],
     target: Any,
     token_weight: Any,
     normalizer: float | Tensor | None,
@@ -287,7 +287,6 @@ def _check(
     vocab_size: int | None,
     backend: str | None,
 ) -> _Problem:
-    terms = as_terms(terms)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor of ids, got {type(target).__name__}")
     if target.dtype not in INTEGER_DTYPES:
@@ -371,14 +370,16 @@ def _weighting(
         # An ignored row's weight is not read: a NaN there must not reach the loss.
         weight = torch.where(counts, weight, 0.0)
         counts = counts & (weight != 0)
-    if normalizer is None:
-        if reduction != "mean":
-            return weight, None
-        normalizer = counts.sum() if weight is None else weight.sum()
-    if not isinstance(normalizer, Tensor):
-        return weight, float(normalizer)
+    if normalizer is None and reduction != "mean":
+        return weight, None
     dtype = row_dtype(tensors_of(problem.terms))
-    # No row counts: the sum is 0, and 0 / 0 would turn "nothing" into NaN.
+    # Where no row counts the sum is 0, and 0 / 0 would turn "nothing" into NaN.
+    if normalizer is None and weight is None:
+        return None, counts.sum().clamp(min=1).to(dtype)
+    if normalizer is None and weight is not None:
+        normalizer = weight.sum()
+    if not isinstance(normalizer, Tensor):
+        return weight, normalizer if normalizer is None else float(normalizer)
     return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
 
 

@@ -221,7 +221,7 @@ def _checked_sum(call: _Call, tensors: Sequence[Tensor], target: Tensor, V: int)
 def check_target_range(target: Tensor, V: int, ignore_index: int) -> None:
     """Raises ValueError if an id of (N,) lies outside [0, V) and is not ``ignore_index``."""
     if target.numel():
-        low, high = torch.aminmax(target)
+        low, high = (int(x) for x in torch.aminmax(target))
         if low >= 0 and high < V:
             return
     wrong = (target != ignore_index) & ((target < 0) | (target >= V))
