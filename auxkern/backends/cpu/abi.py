@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Array, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.core.backend import Backend
 from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.terms import Logits
 
@@ -147,7 +148,7 @@ class CExecution(Structure):
     _fields_ = [("threads", c_int32), ("isa", c_int32), ("parallel", c_void_p)]
 
 
-class Native:
+class Native(Backend):
     """The native library, at one instruction set.
 
     Args:
@@ -174,6 +175,14 @@ class Native:
         self.threading = "own threads" if self._parallel is None else "torch's OpenMP pool"
         faster = own_products or self.isa != "generic"
         self.products_refusal = None if faster else "a library's products are faster than plain code"
+
+    def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+        if device.type != "cpu":
+            return f"its kernels run on CPU tensors, these are on {device}"
+        for dtype in dtypes:
+            if dtype not in DTYPES:
+                return f"it has no kernels for {dtype}; the reference backend has"
+        return None
 
     def execution(self) -> CExecution:
         """How a kernel runs."""

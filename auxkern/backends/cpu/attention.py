@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.cpu.abi import CAttention, Native
-from auxkern.core.backend import Backend
 
 _WIDTH = 16  # what a head's width is a multiple of, for every instruction set
 
 
-class CachedAttention(Native, Backend):
+class CachedAttention(Native):
     """Attention that reads only the columns that a position sees."""
 
     def attention_refusal(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:

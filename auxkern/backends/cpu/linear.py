@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.cpu.abi import DTYPES, CLinear, Native, address
-from auxkern.core.backend import Backend
 
 
-class Products(Native, Backend):
+class Products(Native):
     """Products with weights of fp32 or half precision, summed in float32."""
 
     def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:

@@ -16,10 +16,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from auxkern.backends.chunked import RowKernels
+from auxkern.backends.triton.device.rows import decode
 from auxkern.core.terms import Logits
 
 VECTOR_BYTES = 16
 MAX_SPLITS = 128  # programs that may share a row; the width of the kernel that combines them
+_OLDEST = (3, 6)
 _UNBOUNDED = 2**30 - 2  # an inner size that no row number reaches; its code is an int32
 
 _TYPES = {
@@ -109,6 +112,31 @@ def _mark_aligned(path: tuple[int, ...], value: Any, attributes: dict[tuple[int,
             _mark_aligned((*path, index), part, attributes)
     elif isinstance(value, Tensor) and value.data_ptr() % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+class TritonKernels(RowKernels):
+    """What the families of kernels have in common."""
+
+    def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+        if _version() < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            return f"Triton {triton.__version__} is older than {oldest}; pip install 'triton>={oldest}'"
+        if torch.float64 in dtypes:
+            return 'its kernels sum in float32; use backend="reference" for float64'
+        # Kernels were decorated for one or the other when this package was imported.
+        interpreted = not isinstance(decode, triton.JITFunction)
+        if device.type == "cuda" or (device.type == "cpu" and interpreted):
+            return None
+        if device.type == "cpu":
+            return "its kernels need a GPU; set TRITON_INTERPRET=1 before Python starts to interpret them"
+        return f"its kernels run on CUDA and ROCm GPUs, not on {device.type!r}"
+
+    def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
+        return "it leaves linear layers to the library of the device"
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:

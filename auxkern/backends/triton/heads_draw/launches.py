@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton.heads import heads_sum
 from auxkern.backends.triton.heads_draw.kernels import heads_draw_kernel
-from auxkern.backends.triton.launch import Launch, run
+from auxkern.backends.triton.launch import Launch, TritonKernels, run
 from auxkern.backends.triton.logits_draw.launches import NOISE_FLOPS, Drawing
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
 
 
-class HeadsDraw(RowKernels):
+class HeadsDraw(TritonKernels):
     """Tokens from nothing but heads, their logits not written where no filter reads them."""
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:

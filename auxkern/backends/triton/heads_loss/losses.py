@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton.heads import HeadsSum, heads_refusal, heads_sum
 from auxkern.backends.triton.heads_loss import launches
-from auxkern.backends.triton.launch import run
+from auxkern.backends.triton.launch import TritonKernels, run
 from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear
 from auxkern.core.terms import Head
@@ -37,7 +36,7 @@ class _Products:
     magnified: float  # a power of 2 that keeps the products above underflow
 
 
-class HeadsLoss(RowKernels):
+class HeadsLoss(TritonKernels):
     """Sums of nothing but heads, whose logits are made tile by tile and never held as a whole."""
 
     heads_way = "tiles"

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.launch import (
     MAX_SPLITS,
     VECTOR_BYTES,
     Launch,
+    TritonKernels,
     as_arguments,
     multiprocessors,
     run,
@@ -171,7 +171,7 @@ class Drawing:
         )
 
 
-class LogitsDraw(RowKernels):
+class LogitsDraw(TritonKernels):
     """Tokens from logits that exist, beside sparse terms."""
 
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:

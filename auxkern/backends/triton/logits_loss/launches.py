@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.launch import (
     MAX_SPLITS,
     Launch,
     LossRows,
+    TritonKernels,
     alignment,
     as_argument,
     as_arguments,
@@ -36,7 +36,7 @@ class _Partial(NamedTuple):
     best: Tensor  # (2, N, splits) int32
 
 
-class LogitsLoss(RowKernels):
+class LogitsLoss(TritonKernels):
     """Losses and gradients of logits that exist."""
 
     def logits_losses(
