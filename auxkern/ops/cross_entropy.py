@@ -175,7 +175,10 @@ def cross_entropy(
             rows = loss_rows(problem.terms, problem.target, expected, *call)
     else:
         facts = {
-            **vars(asked),
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "return_stats": return_stats,
             "reduction": reduction,
             "shift": shift,
             "normalizer": type(normalizer).__name__,
