@@ -26,7 +26,7 @@ from auxkern.core.sums import (
     tensors_of,
     vocabulary_of,
 )
-from auxkern.core.terms import Term
+from auxkern.core.terms import Logits, Term
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -308,7 +308,8 @@ class Gradients:
     Args:
         tensors: as given, of any leading dimensions.
         places: which of them, by their place in the list.
-        float32: whether gradients are multiplied before they are rounded to the tensors' dtypes.
+        float32: whether gradients are multiplied before they are rounded to the tensors' dtypes, but for
+            those of logits, which never are.
         memory: for gradients of logits.
 
     Attributes:
@@ -330,7 +331,8 @@ class Gradients:
         named = list(sum.places())
         for place in places:
             x, (index, name) = tensors[place], named[place]
-            dtype = sum.dtype if float32 or name in ("weight", "bias") else x.dtype
+            wide = name in ("weight", "bias") or (float32 and not isinstance(sum.terms[index], Logits))
+            dtype = sum.dtype if wide else x.dtype
             if not sum.is_logits:
                 made = empty(x.shape, dtype, x.device)
             else:
