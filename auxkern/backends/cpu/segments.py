@@ -97,6 +97,8 @@ class Segments(Native, RowKernels):
             return f"{asked} needs the logits themselves"
         if sum.logits:
             return "there are logits beside the heads"
+        if not heads:
+            return "there are no heads"
         if len(heads) > MAX_HEADS:
             return f"there are {len(heads)} heads; kernels take {MAX_HEADS} at most"
         for head in heads:
