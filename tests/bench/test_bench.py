@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("rich")
 
+from auxkern.backends import choice
 from auxkern.bench import __main__ as bench
 from auxkern.bench import memory, real, report, tables
 from auxkern.bench.cases import Case, select_cases
@@ -33,13 +34,12 @@ from auxkern.bench.results import (
 from auxkern.bench.runner import Effort, backends_for, measure_inputs
 from auxkern.bench.timing import Call, WallClock, measure_in_turns, summary
 from auxkern.core.files import replace_file
-from auxkern.ops import registry
 from auxkern.tasks.smollm2 import load_smollm2
 
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.0, min_rounds=2, max_rounds=2)
 N, V = 6, 131
-CPU_REFUSAL = registry.refusal("cpu", CPU, (torch.float32,))
+CPU_REFUSAL = choice.refusal("cpu", CPU, (torch.float32,))
 
 
 def made_inputs(dtype=torch.float32):

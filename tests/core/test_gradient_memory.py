@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import auxkern
-from auxkern.ops import registry
+from auxkern.backends import choice
 
 needs_native = pytest.mark.skipif(
-    registry.refusal("cpu", torch.device("cpu"), (torch.float32,)) is not None,
+    choice.refusal("cpu", torch.device("cpu"), (torch.float32,)) is not None,
     reason="the native library is not built",
 )
 

@@ -11,13 +11,10 @@ from torch import Tensor
 import auxkern
 from auxkern import SamplingParams
 from auxkern.core.mass import COEFFICIENTS, SLACK, mass_shift, masses
-from auxkern.ops import registry
 from tests.support.cases import available_backends, device_of
 from tests.support.nuclei import kept_count, rows, with_edges
 
-backends = pytest.mark.parametrize(
-    "backend", [p for p in available_backends() if hasattr(registry.load(p.values[0]), "sample")]
-)
+backends = pytest.mark.parametrize("backend", available_backends())
 
 
 def kept(row: Tensor, params: SamplingParams, backend: str, draws: int = 600) -> set[int]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, Qwen2Config
 
+from auxkern.backends import choice
 from auxkern.model import fingerprint, load_base, native, use_native_kernels
 from auxkern.nn import FrozenEmbedding, FrozenLinear
-from auxkern.ops import registry
 from auxkern.ops.attention import attention
 from tests.support.batches import ragged_batch
 from tests.support.tiny import D_LM, PAIRS, V, tiny_lm, tiny_pair
@@ -179,15 +179,15 @@ def test_a_base_is_loaded_with_them(tmp_path):
 
 def test_without_kernels_a_base_is_loaded_as_it_is(tmp_path, monkeypatch):
     LMS["llama"]().half().save_pretrained(tmp_path)
-    chosen = registry._import
+    chosen = choice._import
     monkeypatch.setattr(
-        registry, "_import", lambda name: "OSError: it is not there" if name == "cpu" else chosen(name)
+        choice, "_import", lambda name: "OSError: it is not there" if name == "cpu" else chosen(name)
     )
-    registry.explain.cache_clear()
+    choice._explained.cache_clear()
     try:
         assert type(load_base(str(tmp_path)).base_model.layers[0].mlp.up_proj) is torch.nn.Linear
         with pytest.raises(RuntimeError, match="no native kernels for AVX2 or AVX-512 here; leave the model"):
             load_base(str(tmp_path), native=True)
     finally:
         monkeypatch.undo()
-        registry.explain.cache_clear()
+        choice._explained.cache_clear()

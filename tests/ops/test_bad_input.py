@@ -373,7 +373,7 @@ def test_refusal(name: str) -> None:
 @pytest.mark.parametrize("name", ["triton", "cpu", "reference"])
 def test_a_named_backend_runs_or_raises_with_its_reason(name: str) -> None:
     """No silent fallback from a named choice."""
-    reason = auxkern.ops.registry.refusal(name, Z.device, (Z.dtype,))
+    reason = auxkern.backends.choice.refusal(name, Z.device, (Z.dtype,))
     if reason is None:
         assert bool(call(backend=name).isfinite())
     else:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits, Sparse
-from auxkern.ops.logit_chunks import default_chunk_rows
+from auxkern.backends.chunked import default_chunk_rows
+from auxkern.core.loss import Loss
+from auxkern.ops.torch_ops import _encoded
 from tests.support.cases import IGNORE, available_backends, device_of, generator, peak_extra_bytes
 
 N, V, D_LM, D_AUX, K = 23, 301, 13, 7, 3
@@ -297,11 +299,12 @@ def test_opcheck(backend: str) -> None:
     ours = {k: v.detach() for k, v in inputs(torch.float32, device_of(backend)).items()}
     tensors = [ours["h_lm"], ours["w_lm"], ours["h_aux"], ours["w_aux"], ours["ids"], ours["values"]]
     y, weight = targets(device_of(backend)), torch.rand(N, device=device_of(backend))
-    for row_weight, wanted in ((None, []), (weight, [2, 3, 5])):
-        settings = ([1.0, 0.5, 1.0], [0.0, 0.0, 0.0], V, IGNORE, 0.1, 0.01, False, wanted, 8, backend)
-        torch.library.opcheck(
-            torch.ops.auxkern.linear_cross_entropy.default, (tensors, [1, 1, 3], y, row_weight, *settings)
-        )
+    terms = [Head(*tensors[:2]), Head(*tensors[2:4], scale=0.5), Sparse(*tensors[4:])]
+    settings = (*_encoded(terms, Loss(IGNORE, 0.1, 0.01), 8), V)
+    torch.library.opcheck(torch.ops.auxkern.losses.default, (tensors, y, *settings, backend))
+    sums = [torch.rand(N, generator=generator(i)).to(weight.device) for i in range(3)]
+    arguments = (tensors, y, weight, sums, *settings, [2, 3, 5], backend)
+    torch.library.opcheck(torch.ops.auxkern.gradients.default, arguments)
 
 
 def test_gradcheck() -> None:

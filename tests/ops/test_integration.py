@@ -1,4 +1,4 @@
-"""How the operator lives with PyTorch: dispatcher, compiler, autocast, modules, training, registry."""
+"""How the operator lives with PyTorch: dispatcher, compiler, autocast, modules, training, choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.ops import registry
+from auxkern.backends import choice
+from auxkern.core.loss import Loss
+from auxkern.ops.torch_ops import _encoded
 from tests.support.cases import (
     available_backends,
     check,
@@ -40,7 +42,7 @@ def fresh_compiler() -> Iterator[None]:
 # --- the dispatcher ---------------------------------------------------------------------------
 
 V = 37
-SCALES, SOFTCAPS = [0.5, 2.0], [0.0, 5.0]
+SCALES, SOFTCAPS = [0.5, 2.0], [None, 5.0]
 
 
 def operator_inputs(device: str) -> tuple[list[Tensor], Tensor]:
@@ -51,43 +53,51 @@ def operator_inputs(device: str) -> tuple[list[Tensor], Tensor]:
     return values, random_target(6, V=V, device=device, ignored=0.3)
 
 
+def encoded(values: list[Tensor], loss: Loss) -> tuple[list[int], list[float]]:
+    return _encoded(list(map(auxkern.Logits, values, SCALES, SOFTCAPS)), loss, None)
+
+
+def gradient_arguments(
+    values: list[Tensor], target: Tensor, loss: Loss, wanted: list[int], backend: str
+) -> tuple[Any, ...]:
+    row_weight, *sums = (torch.rand(6, generator=generator(i)).to(target.device) for i in range(4))
+    return values, target, row_weight, sums, *encoded(values, loss), V, wanted, backend
+
+
 @backends
 @pytest.mark.parametrize("wants", [(False, False), (True, True)])
-def test_opcheck_forward(backend: str, wants: tuple[bool, bool]) -> None:
+def test_opcheck_losses(backend: str, wants: tuple[bool, bool]) -> None:
     values, target = operator_inputs(device_of(backend))
-    arguments = (values, target, SCALES, SOFTCAPS, V, -100, *wants, backend)
-    torch.library.opcheck(torch.ops.auxkern.cross_entropy_forward.default, arguments)
+    loss = Loss(label_smoothing=0.1 if wants[0] else 0.0, stats=wants[1])
+    arguments = (values, target, *encoded(values, loss), V, backend)
+    torch.library.opcheck(torch.ops.auxkern.losses.default, arguments)
 
 
 @backends
 @pytest.mark.parametrize("wanted", [[], [1], [0, 1]])
-def test_opcheck_backward(backend: str, wanted: list[int]) -> None:
+def test_opcheck_gradients(backend: str, wanted: list[int]) -> None:
     values, target = operator_inputs(device_of(backend))
-    coefficients = [torch.rand(6, generator=generator(i)).to(target.device) for i in range(4)]
-    arguments = (values, target, *coefficients, SCALES, SOFTCAPS, V, wanted, backend)
-    torch.library.opcheck(torch.ops.auxkern.cross_entropy_backward.default, arguments)
+    arguments = gradient_arguments(values, target, Loss(), wanted, backend)
+    torch.library.opcheck(torch.ops.auxkern.gradients.default, arguments)
 
 
 @backends
 @pytest.mark.parametrize("wanted", [[1], [0, 1]])
 @pytest.mark.parametrize("options", [(0.0, 0.0, False), (0.1, 0.01, True)])
-def test_opcheck_forward_gradient(
+def test_opcheck_gradients_of_every_loss(
     backend: str, wanted: list[int], options: tuple[float, float, bool]
 ) -> None:
-    if not registry.makes_gradient_with_forward(backend):
-        pytest.skip(f"{backend} makes its gradients in the backward pass")
     values, target = operator_inputs(device_of(backend))
-    row_weight = torch.rand(6, generator=generator(0)).to(target.device)
-    gradients = [torch.empty_like(values[i]) for i in wanted]
-    arguments = (values, target, row_weight, SCALES, SOFTCAPS, V, -100, *options, wanted, gradients, backend)
-    torch.library.opcheck(torch.ops.auxkern.cross_entropy_forward_gradient.default, arguments)
+    arguments = gradient_arguments(values, target, Loss(-100, *options), wanted, backend)
+    torch.library.opcheck(torch.ops.auxkern.gradients.default, arguments)
 
 
 @backends
 def test_an_empty_batch_passes_the_dispatcher(backend: str) -> None:
     values, target = [torch.empty(0, V)], torch.empty(0, dtype=torch.int64)
-    arguments = (values, target, [1.0], [0.0], V, -100, True, True, backend)
-    torch.library.opcheck(torch.ops.auxkern.cross_entropy_forward.default, arguments)
+    loss = Loss(label_smoothing=0.1, stats=True)
+    arguments = (values, target, *_encoded([auxkern.Logits(values[0])], loss, None), V, backend)
+    torch.library.opcheck(torch.ops.auxkern.losses.default, arguments)
 
 
 def test_meta_tensors_give_shapes_without_arithmetic() -> None:
@@ -392,14 +402,14 @@ def test_one_term_needs_no_list() -> None:
     assert torch.equal(auxkern.cross_entropy((z,), y), want)
 
 
-# --- the registry -----------------------------------------------------------------------------
+# --- the choice -------------------------------------------------------------------------------
 
 
 def test_the_native_backend_is_built_and_chosen() -> None:
     """Without this, a build that failed would leave its tests out in silence."""
     explanation = auxkern.explain("cpu", torch.float32)
     assert explanation.backend == "cpu", str(explanation)
-    assert registry.choose(None, torch.device("cpu"), (torch.float16, torch.bfloat16)) == "cpu"
+    assert choice.choose(None, torch.device("cpu"), (torch.float16, torch.bfloat16)).name == "cpu"
 
 
 def test_explain_says_why_not() -> None:
@@ -420,7 +430,7 @@ def test_explain_takes_a_device_or_its_name() -> None:
 @pytest.mark.parametrize("name", ["cuda", "", "Reference", "cpu "])
 def test_an_unknown_backend_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match="'triton', 'cpu', 'reference'"):
-        registry.choose(name, torch.device("cpu"), (torch.float32,))
+        choice.choose(name, torch.device("cpu"), (torch.float32,))
 
 
 def test_the_choice_is_what_runs() -> None:
@@ -464,7 +474,7 @@ def test_env_prints_versions_and_the_choice() -> None:
     assert done.returncode == 0, done.stderr
     assert torch.__version__ in done.stdout
     assert auxkern.__version__ in done.stdout
-    for name in registry.BACKENDS:
+    for name in choice.BACKENDS:
         assert name in done.stdout
 
 

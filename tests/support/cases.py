@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.ops import registry
+from auxkern.backends import choice
 
 FLOAT32_ULP = 2.0**-24  # relative rounding error of float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,10 +52,10 @@ def available_backends(*dtypes: torch.dtype) -> list[Any]:
     Triton joins on a CUDA device, marked ``gpu``. Its interpreter is tested in tests/backends/triton.
     """
     listed = []
-    for name in registry.BACKENDS:
+    for name in choice.BACKENDS:
         if name == "triton" and not torch.cuda.is_available():
             continue
-        if registry.refusal(name, torch.device(device_of(name)), dtypes or (torch.float32,)) is None:
+        if choice.refusal(name, torch.device(device_of(name)), dtypes or (torch.float32,)) is None:
             listed.append(pytest.param(name, marks=[pytest.mark.gpu] if name == "triton" else [], id=name))
     return listed
 

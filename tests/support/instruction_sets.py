@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from auxkern.ops import registry
+from auxkern.backends import choice
 
 try:
-    from auxkern.backends.cpu import ISAS, Cpu
+    from auxkern.backends.cpu import Cpu
+    from auxkern.backends.cpu.abi import ISAS
 except OSError as error:  # as on a GPU machine, where nothing was built; elsewhere another test fails
     pytest.skip(str(error), allow_module_level=True)
 
@@ -22,6 +23,6 @@ def substituted(isa: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Cp
         backend = Cpu(isa, **options)
     except ValueError as missing:
         pytest.skip(str(missing))
-    chosen = registry._import
-    monkeypatch.setattr(registry, "_import", lambda name: backend if name == "cpu" else chosen(name))
+    chosen = choice._import
+    monkeypatch.setattr(choice, "_import", lambda name: backend if name == "cpu" else chosen(name))
     return backend

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from auxkern import Head, Logits, Sparse, VocabularyShard
-from auxkern.core.loss import RowSlopes, RowSums
+from auxkern.core.loss import NO_TARGET, Loss, RowSlopes, RowSums
+from auxkern.core.sums import layout_of, tensors_of
 from auxkern.ops.parallel.share import IGNORED, Share
-from auxkern.ops.parts import flat_inputs
-from auxkern.ops.registry import NO_TARGET
 
 N, V, SIZES = 12, 60, (23, 37)
 
@@ -104,9 +103,8 @@ def check(backend: str, name: str, device: str = "cpu", smoothing: float = 0.0) 
         local = torch.where((target >= first) & (target < first + size), target - first, NO_TARGET)
         local = torch.where(target == IGNORED, IGNORED, local)
         terms = [_cut(term, ids) for term in whole]
-        tensors, *listed = flat_inputs(terms)
-        shard = VocabularyShard(None, rank, SIZES)
-        share = Share(*listed, shard, size, 5, backend)
+        tensors = tensors_of(terms)
+        share = Share(layout_of(terms), VocabularyShard(None, rank, SIZES), V, 5, backend)
         _check_rows(share, tensors, local, z[:, ids], smoothing)
         _check_gradients(share, tensors, local, z, g, ids, smoothing)
         first += size
@@ -120,7 +118,7 @@ def _moved(term: Logits | Head | Sparse, device: str) -> Logits | Head | Sparse:
 
 
 def _check_rows(share: Share, tensors: list[Tensor], local: Tensor, z: Tensor, smoothing: float) -> None:
-    rows = share.rows(tensors, local, smoothing > 0, True)
+    rows = share.rows(tensors, local, Loss(label_smoothing=smoothing, stats=True))[0]
     counts, here = (local != IGNORED).cpu(), (local >= 0).cpu()
     top = z.amax(-1)
     log_sum = (z - top.masked_fill(top == -torch.inf, 0)[:, None]).logsumexp(-1)
@@ -152,7 +150,7 @@ def _check_gradients(
     y = (torch.arange(N) * 7 % V)[:, None]
     sums = RowSums(lse - z.gather(1, y)[:, 0], top, lse - top)
     sums = RowSums(*(x.masked_fill(~finite, 0).to(local.device) for x in sums))
-    slopes = RowSlopes(g.to(local.device), sums, counts, smoothing, 0.01, V)
+    slopes = RowSlopes(g.to(local.device), sums, counts, Loss(IGNORED, smoothing, 0.01), V)
     one = torch.zeros(N, V, dtype=torch.float64).scatter(1, y, 1.0)
     dz = (1 + 0.02 * lse)[:, None] * (z - lse[:, None]).exp() - (1 - smoothing) * one - smoothing / V
     dz = torch.where(counts.cpu()[:, None], g[:, None] * dz, 0.0)[:, ids]
@@ -172,7 +170,7 @@ def _check_gradients(
 def _products(share: Share, leaves: list[Tensor], ids: slice) -> Tensor:
     """(N, ids) sum of the terms from float64 leaves, with -inf read as 0: it has no gradient."""
     total, first = torch.zeros(N, ids.stop - ids.start, dtype=torch.float64), 0
-    for kind, scale, softcap in zip(share.kinds, share.scales, share.softcaps, strict=True):
+    for kind, scale, softcap in zip(*share.layout, strict=True):
         if kind == 0:
             x, used = leaves[first], 1
             x = torch.where(x.isfinite(), x, 0.0)

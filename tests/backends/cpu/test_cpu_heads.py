@@ -15,7 +15,9 @@ from torch import Tensor
 import auxkern
 from auxkern import Head, Sparse
 from auxkern.backends.cpu import Cpu
-from auxkern.backends.cpu.heads import IDS
+from auxkern.backends.cpu.segments import IDS
+from auxkern.core.loss import Loss
+from auxkern.core.sums import Sum
 from tests.support.cases import generator
 from tests.support.instruction_sets import EACH, substituted
 
@@ -205,8 +207,8 @@ def test_a_scaled_loss_is_not_computed_again(kernels, monkeypatch):
     terms, y = two_heads(20, 301, 9, 5, H, H), ids(20, 301)
     exact = torch.autograd.grad(F.cross_entropy(dense(terms, 301), y) * 1024, leaves(terms))
     calls = []
-    forward = Cpu.segments_forward
-    monkeypatch.setattr(Cpu, "segments_forward", lambda *a: calls.append(1) or forward(*a))
+    forward = Cpu._forward
+    monkeypatch.setattr(Cpu, "_forward", lambda *a: calls.append(1) or forward(*a))
     made = torch.autograd.grad(auxkern.cross_entropy(terms, y, backend="cpu") * 1024, leaves(terms))
     assert calls == [1]
     for d, want in zip(made, exact, strict=True):
@@ -214,5 +216,6 @@ def test_a_scaled_loss_is_not_computed_again(kernels, monkeypatch):
 
 
 def test_plain_code_leaves_products_to_the_library_unless_told(monkeypatch):
-    assert Cpu("generic").segments_refusal([]) is not None
-    assert Cpu("generic", own_products=True).segments_refusal([]) is None
+    heads = Sum.of(two_heads(3, 5, 9, 5), 5)
+    assert Cpu("generic").route(heads, Loss()).name != "segments"
+    assert Cpu("generic", own_products=True).route(heads, Loss()).name == "segments"

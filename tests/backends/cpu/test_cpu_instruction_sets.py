@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from auxkern.backends.chunked import RowKernels
 from auxkern.backends.reference import BACKEND as REFERENCE
-from auxkern.ops.registry import Rows
+from auxkern.core.backend import Backend
+from auxkern.core.loss import Coefficients, Loss, RowLosses
+from auxkern.core.sums import Sum
+from auxkern.core.terms import Logits
 from tests.support.cases import (
     DTYPES,
     FLOAT32_ULP,
@@ -19,7 +23,8 @@ from tests.support.cases import (
 )
 
 try:
-    from auxkern.backends.cpu import ISAS, Cpu
+    from auxkern.backends.cpu import Cpu
+    from auxkern.backends.cpu.abi import ISAS
 except OSError as error:  # as on a GPU machine, where nothing was built; elsewhere another test fails
     pytest.skip(str(error), allow_module_level=True)
 
@@ -34,14 +39,31 @@ def cpu(request: pytest.FixtureRequest) -> Cpu:
         pytest.skip(str(error))
 
 
+def sum_of(values: list[Tensor], scales: list[float], caps: list[float]) -> Sum:
+    terms = [Logits(x, scale, cap or None) for x, scale, cap in zip(values, scales, caps, strict=True)]
+    return Sum(tuple(terms), values[0].shape[-1])
+
+
 def rows_of(
-    backend: Cpu, values: list[Tensor], target: Tensor, scales: list[float], caps: list[float]
-) -> Rows:
-    V = values[0].shape[-1]
-    return backend.cross_entropy_forward(values, target, scales, caps, V, -100, True, True)
+    backend: Backend, values: list[Tensor], target: Tensor, scales: list[float], caps: list[float]
+) -> RowLosses:
+    loss = Loss(label_smoothing=0.1, stats=True)
+    return backend.losses(sum_of(values, scales, caps), target, loss, None, [{}] * len(values))
 
 
-def assert_rows_close(got: Rows, want: Rows) -> None:
+def gradients_of(
+    backend: RowKernels, logits: Sum, target: Tensor, rows: Coefficients, places: list[int]
+) -> list[Tensor]:
+    """Of the values of the terms in ``places``."""
+    wanted = [
+        {"values": torch.empty_like(term.values)} if i in places else {}
+        for i, term in enumerate(logits.logits)
+    ]
+    backend.logits_gradients(logits, target, rows, wanted)
+    return [wanted[i]["values"] for i in places]
+
+
+def assert_rows_close(got: RowLosses, want: RowLosses) -> None:
     for name in ("nll", "row_max", "log_sum", "smooth", "term_nll"):
         # float32 holds 2e-7 of the logits, which reach 1e4 in the hard cases.
         torch.testing.assert_close(
@@ -58,10 +80,10 @@ def test_widths_and_dtypes(cpu: Cpu, dtype: torch.dtype, V: int) -> None:
     assert_rows_close(rows, rows_of(REFERENCE, [v.double() for v in values], target, scales, caps))
 
     coefficients = [torch.rand(5, generator=generator(i)) for i in range(3)]
-    arguments = (target, rows.row_max, *coefficients, scales, caps, V, [0, 2])
-    got = cpu.cross_entropy_backward(values, *arguments)
-    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-    want = REFERENCE.cross_entropy_backward([v.double() for v in values], *wide)
+    arguments = Coefficients(rows.row_max, *coefficients)
+    got = gradients_of(cpu, sum_of(values, scales, caps), target, arguments, [0, 2])
+    wide = sum_of([v.double() for v in values], scales, caps)
+    want = gradients_of(REFERENCE, wide, target, Coefficients(*[a.double() for a in arguments]), [0, 2])
     for one, other in zip(got, want, strict=True):
         counts = target >= 0
         rounding = torch.finfo(dtype).eps / 2 + 64 * FLOAT32_ULP
@@ -91,7 +113,7 @@ def test_own_threads_give_the_same_bits() -> None:
     values, target = [random_logits(1, 67, 5003)], random_target(67, V=5003)
     pooled = rows_of(Cpu(), values, target, [1.0], [0.0])
     own = rows_of(Cpu(own_threads=True), values, target, [1.0], [0.0])
-    for one, other in zip(pooled.tensors(), own.tensors(), strict=True):
+    for one, other in zip(pooled, own, strict=True):
         assert torch.equal(one, other)
 
 
@@ -114,9 +136,9 @@ def test_gradients_larger_than_the_caches_equal_small_ones(cpu: Cpu, dtype: torc
         count = part.stop - part.start
         memory = torch.full((count * V + offset,), torch.nan, dtype=dtype)
         out = memory[offset:].view(1, count, V)
-        settings = ([0.5], [0.0], V, -100, 0.1, 0.01, False, [0], [out])
-        chunk = [v[:, part] for v in values]
-        cpu.cross_entropy_forward_gradient(chunk, target[part], weight[part], *settings)
+        chunk = sum_of([v[:, part] for v in values], [0.5], [0.0])
+        loss = Loss(label_smoothing=0.1, z_loss=0.01)
+        cpu.losses(chunk, target[part], loss, weight[part], [{"values": out}])
         return out
 
     large = gradient(slice(0, rows))
