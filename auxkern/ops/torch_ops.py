@@ -96,7 +96,7 @@ def _is_seen(arguments: Iterable[Any]) -> bool:
 
 def _dispatches(tensor: Tensor) -> bool:
     if type(tensor) in (Tensor, torch.nn.Parameter):
-        return tensor.is_meta
+        return tensor.is_meta or tensor.is_neg()
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -373,6 +373,8 @@ def _with_gradients(
     asked: Expected,
 ) -> tuple[_Rows, _Ready | None]:
     """``_losses``, and gradients where the backend makes them with the losses; in eager mode."""
+    # As torch's dispatcher would: the memory of a lazy negation holds what is to be negated.
+    tensors = [t.resolve_neg() for t in tensors]
     sum, kernel = _checked_sum(call, tensors, target, V), loaded(backend, tensors)
     route = kernel.route(sum, call.loss)
     if not route.fused:

@@ -371,6 +371,12 @@ def test_an_imaginary_part_that_is_a_lazy_negation(backend: str) -> None:
     assert lazy.is_neg()
     got = auxkern.cross_entropy([lazy], y, backend=backend)
     assert torch.equal(got, auxkern.cross_entropy([-x.imag], y, backend=backend))
+    x.requires_grad_()
+    gradients = [
+        torch.autograd.grad(auxkern.cross_entropy([imaginary], y, backend=backend), x)[0]
+        for imaginary in (x.conj().imag, -x.imag)
+    ]
+    assert torch.equal(*gradients)
 
 
 # --- gradients only for what asks -------------------------------------------------------------
