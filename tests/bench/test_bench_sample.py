@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
-from auxkern.core.noise import gumbel, random_bits
 from transformers.generation import logits_process as warpers
 
 import auxkern
@@ -22,6 +21,7 @@ from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Measured, Result, Run, Timing
 from auxkern.bench.runner import Effort, backends_for, measure_inputs
 from auxkern.bench.sample import OPERATOR, inputs_of, kept_logprob, ours
+from auxkern.core.draws import gumbel, random_bits
 
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.0, min_rounds=2, max_rounds=2)
