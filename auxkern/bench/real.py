@@ -18,7 +18,7 @@ from auxkern.bench.cases import OPERATORS
 from auxkern.bench.operators import Operator
 from auxkern.bench.results import CaseResult
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_inputs
-from auxkern.tasks.smollm2 import load_smollm2
+from auxkern.model.smollm2 import load_smollm2
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
 
 T = 16  # positions per sentence; shorter ones are padded

@@ -277,7 +277,7 @@ def _without_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
 
 def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     """Both data sets with the base's states, computed where they are not on disk yet."""
-    from auxkern.tasks.smollm2 import cache_folder
+    from auxkern.model.smollm2 import cache_folder
     from auxkern.training.examples import data_fingerprint
     from auxkern.training.lm_states import announce_size, cache_lm_states, states_folder
 

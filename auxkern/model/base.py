@@ -40,7 +40,7 @@ def _folder(name_or_path: str) -> str:
         if name_or_path.startswith("pip:"):
             raise ValueError(f"the base {name_or_path!r} is not known; {PACKAGED!r} is the only package")
         return name_or_path
-    from auxkern.tasks.smollm2 import smollm2_folder
+    from auxkern.model.smollm2 import smollm2_folder
 
     return str(smollm2_folder())
 
