@@ -12,7 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from auxkern.generation.request import Sequence
 from auxkern.generation.scheduler import closing_moves
 from auxkern.generation.slots import SlotTable
-from auxkern.model.auxiliary import AuxiliaryCache
+from auxkern.model.interface import AuxiliaryCache
 
 _OF_CONDITION = ("memory", "keys", "stretches")
 

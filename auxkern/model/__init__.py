@@ -5,10 +5,10 @@ Importing it registers ``AuxTunedForCausalLM`` with transformers' Auto classes, 
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from auxkern.model.auxiliary import AuxiliaryInputs, AuxiliaryModule, AuxiliaryOutput
 from auxkern.model.base import load_base, load_tokenizer
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import fingerprint
+from auxkern.model.interface import AuxiliaryInputs, AuxiliaryModule, AuxiliaryOutput
 from auxkern.model.modeling import AuxTunedForCausalLM
 from auxkern.model.native import use_native_kernels
 from auxkern.model.opening import open_pair

@@ -1,10 +1,8 @@
-"""Auxiliary models: what they are given, what they return, and the two that come with the package."""
+"""The two auxiliary models that come with the package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,70 +10,9 @@ from transformers import AutoModel, DynamicCache, EncoderDecoderCache
 
 from auxkern.model.base import cache_argument, counts_positions, mask_with_cache, positions_of
 from auxkern.model.config import AuxTunedConfig
+from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.pointer import Coverage, Pointer
-
-
-@dataclass
-class AuxiliaryInputs:
-    """What an auxiliary model sees. B sequences, T new tokens after P past ones, K condition tokens.
-
-    Attributes:
-        input_ids: (B, T) int64 new tokens of the text.
-        attention_mask: (B, P + T) int64, 1 for real tokens; padding may be on either side.
-        condition_ids, condition_mask: (B, K) int64; K may be 0.
-        lm_states: (B, T, L, D_lm) the base's hidden states at the new tokens, for ``config.lm_layers``.
-        lm_embedding: (V, D_lm) the base's frozen input embedding.
-        lm_scores: (B, T, K) the base's own logits of the condition's tokens, for a pointer that reads
-            them; else None.
-        cache: what the module returned for the past tokens; None at the first call.
-        use_cache: whether it must return a cache.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    condition_ids: Tensor
-    condition_mask: Tensor
-    lm_states: Tensor
-    lm_embedding: Tensor
-    lm_scores: Tensor | None = None
-    cache: Any = None
-    use_cache: bool = False
-
-
-@dataclass
-class AuxiliaryOutput:
-    """What an auxiliary model returns.
-
-    Attributes:
-        hidden: (B, T, D) final hidden states; the pair's head makes logits of them.
-        pointer: (B, T, K) what to add to the logits of the condition's tokens, or None.
-        end: (B, T) what to add to the logit of the end token, where there is a condition, or None.
-        cache: for the next call; it has ``reorder_cache(rows)``, which takes (B',) int64 indices and
-            keeps these sequences. None without ``use_cache``.
-    """
-
-    hidden: Tensor
-    pointer: Tensor | None = None
-    end: Tensor | None = None
-    cache: Any = None
-
-    def positions(self, chosen: Callable[[Tensor], Tensor]) -> AuxiliaryOutput:
-        """The same choice of positions of each part, without the cache."""
-        pointer = None if self.pointer is None else chosen(self.pointer)
-        return AuxiliaryOutput(chosen(self.hidden), pointer, None if self.end is None else chosen(self.end))
-
-
-class AuxiliaryModule(Protocol):
-    """A module of any kind that can be an auxiliary, with ``architecture="custom"``.
-
-    ``hidden_size`` is the width D of what it returns. Its output at a position may depend on the
-    text up to there, on the condition, and on nothing else.
-    """
-
-    hidden_size: int
-
-    def __call__(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput: ...
 
 
 class InputVectors(nn.Module):
@@ -121,32 +58,6 @@ class InputVectors(nn.Module):
     def condition(self, inputs: AuxiliaryInputs) -> Tensor:
         """(B, K, D)"""
         return self.dropout(self._vectors(inputs.condition_ids, inputs) + self.condition_type)
-
-
-@dataclass
-class AuxiliaryCache:
-    """Keys and values of the text so far, and what was made of the condition, once.
-
-    Attributes:
-        attention: a transformers cache.
-        mask: (B, columns of the cache) int64, 1 where it holds a real token.
-        memory: (B, K, D) states of the condition, for cross-attention; None in a decoder.
-        keys: (B, K, d) the pointer's keys; None without one.
-        stretches: (B, K, 2) of the pointer's ``Coverage``; None without a pointer.
-    """
-
-    attention: Any
-    mask: Tensor
-    memory: Tensor | None
-    keys: Tensor | None
-    stretches: Tensor | None
-
-    def reorder_cache(self, rows: Tensor) -> None:
-        self.attention.reorder_cache(rows)
-        self.mask = self.mask[rows]
-        self.memory = None if self.memory is None else self.memory[rows]
-        self.keys = None if self.keys is None else self.keys[rows]
-        self.stretches = None if self.stretches is None else self.stretches[rows]
 
 
 class _Order(NamedTuple):

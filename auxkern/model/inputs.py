@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from auxkern.model.auxiliary import AuxiliaryInputs
+from auxkern.model.interface import AuxiliaryInputs
 
 
 class PairInputs:

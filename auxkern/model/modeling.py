@@ -14,7 +14,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from auxkern.core.terms import Head, Logits, Sparse, Term, rows_of
 from auxkern.model import base, fitting, refusals
 from auxkern.model.auxiliary import (
-    AuxiliaryOutput,
     DecoderAuxiliary,
     EncoderDecoderAuxiliary,
     build_auxiliary,
@@ -25,6 +24,7 @@ from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
+from auxkern.model.interface import AuxiliaryOutput
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.mixing import merged, row_scale, scattered
 from auxkern.model.native import use_native_kernels

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from auxkern.model.interface import AuxiliaryInputs
 from auxkern.model.layers import ZeroLinear, row_products
-
-if TYPE_CHECKING:
-    from auxkern.model.auxiliary import AuxiliaryInputs
 
 # Logits of language models lie around 10, and differ by about as much.
 _LM_LOGIT, _SPREAD = 10.0, 10.0

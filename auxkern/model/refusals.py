@@ -13,9 +13,10 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from auxkern.model import base, twins
-from auxkern.model.auxiliary import AuxiliaryInputs, build_auxiliary
+from auxkern.model.auxiliary import build_auxiliary
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import computing_fields
+from auxkern.model.interface import AuxiliaryInputs
 from auxkern.model.trials import LENGTH, PADDING, Reading, Trial, trial_ids
 
 _log = logging.getLogger(__name__)

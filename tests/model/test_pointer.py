@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from auxkern.model.auxiliary import AuxiliaryInputs
+from auxkern.model.interface import AuxiliaryInputs
 from auxkern.model.pointer import Pointer
 from tests.support.tiny import PAD
 
