@@ -108,10 +108,10 @@ class Engine:
             return SlotTable(slots, columns, model.device, fixed=recordable and record is not None)
 
         self._table = table(max_length, True)
-        self._lanes = {
-            name: Lane(name, table(max_length + max_condition, model.counts_positions(name)), max_condition)
-            for name in model.auxiliary_names
-        }
+        self._lanes = {}
+        for name in model.auxiliary_names:
+            columns, recordable = max_length + max_condition, model.auxiliary_traits(name).counts_positions
+            self._lanes[name] = Lane(name, table(columns, recordable), max_condition)
         self._condition = torch.zeros(2, slots, max_condition, dtype=torch.int64, device=model.device)
         self._drawer = Drawer(model)
         model.eval()
@@ -452,7 +452,11 @@ class Engine:
         check_drawable(request, self.model.config.vocab_size)
         inputs = self.text_format.prompts([request.condition], [request.prompt])
         condition = inputs["condition_ids"][0].tolist() if request.auxiliary is not None else []
-        if request.auxiliary is not None and not condition and self.model.needs_condition(request.auxiliary):
+        if (
+            request.auxiliary is not None
+            and not condition
+            and self.model.auxiliary_traits(request.auxiliary).needs_condition
+        ):
             raise ValueError(
                 f"the condition has no tokens, but the encoder of auxiliary {request.auxiliary!r} needs one; "
                 "give a condition"

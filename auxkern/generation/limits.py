@@ -112,7 +112,7 @@ def refusal(model: Any, sequence: Sequence) -> str | None:
     positions = getattr(model.transformer_config(name), "max_position_embeddings", None)
     text, condition = len(sequence.prompt_ids) + sequence.max_new_tokens, len(sequence.condition_ids)
     # An encoder-decoder reads the condition apart.
-    needed = text + condition if not model.needs_condition(name) else max(text, condition)
+    needed = text + condition if not model.auxiliary_traits(name).needs_condition else max(text, condition)
     if positions is not None and needed > positions:
         return (
             f"condition, prompt and max_new_tokens take {needed} positions, but auxiliary {name!r} has "

@@ -10,7 +10,7 @@ from transformers import AutoModel, DynamicCache, EncoderDecoderCache
 
 from auxkern.model.base import cache_argument, counts_positions, mask_with_cache, positions_of
 from auxkern.model.config import AuxTunedConfig
-from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput
+from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput, AuxiliaryTraits
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.pointer import Coverage, Pointer
 
@@ -93,22 +93,64 @@ def _padding_first(mask: Tensor) -> _Order:
     return _Order(real.sort(1).values[:, spare:], positions[:, spare:], (places - spare).clamp_min(0))
 
 
-class DecoderAuxiliary(nn.Module):
-    """A decoder-only transformer whose input is the condition, then the text."""
+class TransformerAuxiliary(AuxiliaryTraits, nn.Module):
+    """A transformer of any kind between input vectors and, where the config has one, a pointer."""
 
     def __init__(self, config: AuxTunedConfig) -> None:
         super().__init__()
         body = config.body_config()
         self.hidden_size: int = body.hidden_size
-        self.body = _without_embedding(body)
+        # Without the table of embeddings: it is given vectors.
+        body.vocab_size, body.pad_token_id = 1, 0
+        self.body: Any = AutoModel.from_config(body)
+        self.body.set_input_embeddings(None)
         self.inputs = InputVectors(config, self.hidden_size)
-        self.pointer = _pointer(config, self.hidden_size)
+        self.pointer: Pointer | None = None
+        if config.pointer:
+            reads, exact = config.pointer_reads_lm, bool(config.from_lm_layers)
+            self.pointer = Pointer(self.hidden_size, config.pointer_size, reads_lm=reads, exact=exact)
         self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def transformer_config(self) -> Any:
+        return self.body.config
+
+    @property
+    def input_vectors(self) -> nn.Module:
+        return self.inputs.embedded
+
+    def _text(self, inputs: AuxiliaryInputs) -> tuple[Tensor, Coverage | None]:
+        """(B, T, D) the text's input vectors, and what of the condition stands in it, which they are told."""
+        if self.pointer is None:
+            return self.inputs.text(inputs, None), None
+        coverage = self.pointer.coverage(inputs, None if inputs.cache is None else inputs.cache.stretches)
+        return self.inputs.text(inputs, self.pointer.marks(coverage)), coverage
+
+    def _keys(self, condition: Tensor) -> Tensor | None:
+        """The pointer's keys of the condition's states (B, K, D)."""
+        return None if self.pointer is None else self.pointer.keys(condition)
+
+    def _output(
+        self, hidden: Tensor, inputs: AuxiliaryInputs, coverage: Coverage | None, cache: AuxiliaryCache
+    ) -> AuxiliaryOutput:
+        """With the pointer's part, and what it keeps."""
+        scores = end = None
+        if self.pointer is not None and coverage is not None and cache.keys is not None:
+            hidden, scores, end = self.pointer(hidden, cache.keys, inputs, coverage)
+            cache.stretches = coverage.stretches
+        return AuxiliaryOutput(hidden, scores, end, cache if inputs.use_cache else None)
+
+
+class DecoderAuxiliary(TransformerAuxiliary):
+    """A decoder-only transformer whose input is the condition, then the text."""
+
+    @property
+    def counts_positions(self) -> bool:
+        return counts_positions(self.body)
 
     def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
         first, T = inputs.cache is None, inputs.input_ids.shape[1]
-        coverage, marks = _coverage(self.pointer, inputs)
-        vectors = self.inputs.text(inputs, marks)
+        vectors, coverage = self._text(inputs)
         mask = inputs.attention_mask[:, -T:]
         if first:
             vectors = torch.cat([self.inputs.condition(inputs), vectors], 1)
@@ -117,7 +159,7 @@ class DecoderAuxiliary(nn.Module):
         else:
             mask = torch.cat([inputs.cache.mask, mask], 1)
         options: dict[str, Any] = {"use_cache": inputs.use_cache}
-        if counts_positions(self.body):
+        if self.counts_positions:
             options["position_ids"] = positions_of(mask)[:, -vectors.shape[1] :]
         if not first:
             options[cache_argument(self.body)] = inputs.cache.attention
@@ -128,23 +170,16 @@ class DecoderAuxiliary(nn.Module):
         hidden = order.restore(hidden) if first else hidden
         # At the first call the condition's states stand before the text's.
         condition, hidden = hidden.split([hidden.shape[1] - T, T], 1)
-        keys = None
-        if self.pointer is not None:
-            keys = self.pointer.keys(condition) if first else inputs.cache.keys
-        return _output(self.pointer, hidden, inputs, coverage, attention, mask, None, keys)
+        keys = self._keys(condition) if first else inputs.cache.keys
+        return self._output(hidden, inputs, coverage, AuxiliaryCache(attention, mask, None, keys, None))
 
 
-class EncoderDecoderAuxiliary(nn.Module):
+class EncoderDecoderAuxiliary(TransformerAuxiliary):
     """An encoder reads the condition; a decoder over the text attends to it (the T5 family)."""
 
-    def __init__(self, config: AuxTunedConfig) -> None:
-        super().__init__()
-        body = config.body_config()
-        self.hidden_size: int = body.d_model
-        self.body = _without_embedding(body)
-        self.inputs = InputVectors(config, self.hidden_size)
-        self.pointer = _pointer(config, self.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+    @property
+    def needs_condition(self) -> bool:
+        return True
 
     def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
         first = inputs.cache is None
@@ -152,16 +187,18 @@ class EncoderDecoderAuxiliary(nn.Module):
             memory = self.body.encoder(
                 inputs_embeds=self.inputs.condition(inputs), attention_mask=inputs.condition_mask
             ).last_hidden_state
-            keys = None if self.pointer is None else self.pointer.keys(memory)
-            attention = self._new_cache() if inputs.use_cache else None
+            keys, attention = self._keys(memory), None
+            if inputs.use_cache:
+                own, crossed = (DynamicCache(config=self.body.config) for _ in range(2))
+                attention = EncoderDecoderCache(own, crossed)
         else:
             memory, keys, attention = inputs.cache.memory, inputs.cache.keys, inputs.cache.attention
-        coverage, marks = _coverage(self.pointer, inputs)
+        vectors, coverage = self._text(inputs)
         mask = inputs.attention_mask[:, -inputs.input_ids.shape[1] :]
         mask = mask if first else torch.cat([inputs.cache.mask, mask], 1)
         options = {} if attention is None else {cache_argument(self.body.decoder): attention}
         output = self.body.decoder(
-            inputs_embeds=self.inputs.text(inputs, marks),
+            inputs_embeds=vectors,
             attention_mask=mask,
             encoder_hidden_states=memory,
             encoder_attention_mask=inputs.condition_mask,
@@ -169,53 +206,7 @@ class EncoderDecoderAuxiliary(nn.Module):
             **options,
         )
         hidden = self.dropout(output.last_hidden_state)
-        return _output(self.pointer, hidden, inputs, coverage, attention, mask, memory, keys)
-
-    def _new_cache(self) -> EncoderDecoderCache:
-        config = self.body.config
-        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-
-
-def _pointer(config: AuxTunedConfig, D: int) -> Pointer | None:
-    if not config.pointer:
-        return None
-    reads, exact = config.pointer_reads_lm, bool(config.from_lm_layers)
-    return Pointer(D, config.pointer_size, reads_lm=reads, exact=exact)
-
-
-def _coverage(pointer: Pointer | None, inputs: AuxiliaryInputs) -> tuple[Coverage | None, Tensor | None]:
-    """What of the condition stands in the text, and how the text's input vectors are told."""
-    if pointer is None:
-        return None, None
-    coverage = pointer.coverage(inputs, None if inputs.cache is None else inputs.cache.stretches)
-    return coverage, pointer.marks(coverage)
-
-
-def _output(
-    pointer: Pointer | None,
-    hidden: Tensor,
-    inputs: AuxiliaryInputs,
-    coverage: Coverage | None,
-    attention: Any,
-    mask: Tensor,
-    memory: Tensor | None,
-    keys: Tensor | None,
-) -> AuxiliaryOutput:
-    """With the pointer's part; the last four are the cache's."""
-    scores, end, stretches = None, None, None
-    if pointer is not None and coverage is not None and keys is not None:
-        hidden, scores, end = pointer(hidden, keys, inputs, coverage)
-        stretches = coverage.stretches
-    cache = AuxiliaryCache(attention, mask, memory, keys, stretches) if inputs.use_cache else None
-    return AuxiliaryOutput(hidden, scores, end, cache)
-
-
-def _without_embedding(config: Any) -> Any:
-    """The transformer of a config, without the table of embeddings: it is given vectors."""
-    config.vocab_size, config.pad_token_id = 1, 0
-    body = AutoModel.from_config(config)
-    body.set_input_embeddings(None)
-    return body
+        return self._output(hidden, inputs, coverage, AuxiliaryCache(attention, mask, memory, keys, None))
 
 
 def build_auxiliary(config: AuxTunedConfig) -> nn.Module:

@@ -123,7 +123,7 @@ class PairGeneration(GenerationMixin):
         """The config of the base's transformer (None) or of an auxiliary's; None for a custom module."""
         if auxiliary is None:
             return self.lm.config.get_text_config()
-        return getattr(getattr(self._named(auxiliary).auxiliary, "body", None), "config", None)
+        return self.auxiliary_traits(auxiliary).transformer_config
 
     def _auxiliary_ids(self, auxiliary: str | Sequence[str | None] | None, B: int) -> Tensor:
         names: list[str | None] = [None, *self.auxiliary_names]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -63,7 +63,8 @@ class AuxiliaryModule(Protocol):
     """A module of any kind that can be an auxiliary, with ``architecture="custom"``.
 
     ``hidden_size`` is the width D of what it returns. Its output at a position may depend on the
-    text up to there, on the condition, and on nothing else.
+    text up to there, on the condition, and on nothing else. One that is also an ``AuxiliaryTraits`` says
+    more of itself.
     """
 
     hidden_size: int
@@ -71,12 +72,41 @@ class AuxiliaryModule(Protocol):
     def __call__(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput: ...
 
 
+class AuxiliaryTraits:
+    """What an auxiliary says of itself beside its output: here as it is of a module that says nothing."""
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether it takes each token's position as an input; the T5 family compares columns."""
+        return False
+
+    @property
+    def needs_condition(self) -> bool:
+        """Whether it cannot do without a condition: an encoder has nothing to read."""
+        return False
+
+    @property
+    def transformer_config(self) -> Any:
+        """The config of its transformer, whose positions and windows are then known; None for none."""
+        return None
+
+    @property
+    def input_vectors(self) -> nn.Module | None:
+        """A module without weights that its input vectors pass through, for hooks; None for none."""
+        return None
+
+
+def traits_of(auxiliary: Any) -> AuxiliaryTraits:
+    """What a module says of itself."""
+    return auxiliary if isinstance(auxiliary, AuxiliaryTraits) else AuxiliaryTraits()
+
+
 @dataclass
 class AuxiliaryCache:
     """Keys and values of the text so far, and what was made of the condition, once.
 
     Attributes:
-        attention: a transformers cache.
+        attention: a transformers cache; an ``EncoderDecoderCache`` where memory is attended to.
         mask: (B, columns of the cache) int64, 1 where it holds a real token.
         memory: (B, K, D) states of the condition, for cross-attention; None in a decoder.
         keys: (B, K, d) the pointer's keys; None without one.

@@ -13,18 +13,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from auxkern.core.terms import Head, Logits, Sparse, Term, rows_of
 from auxkern.model import base, fitting, refusals
-from auxkern.model.auxiliary import (
-    DecoderAuxiliary,
-    EncoderDecoderAuxiliary,
-    build_auxiliary,
-)
+from auxkern.model.auxiliary import build_auxiliary
 from auxkern.model.caches import CACHE_NAME, AuxiliaryRows, PairCache
 from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
-from auxkern.model.interface import AuxiliaryOutput
+from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.mixing import merged, row_scale, scattered
 from auxkern.model.native import use_native_kernels
@@ -144,7 +140,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         if config.from_lm_layers:
             config.auxiliary_config = fitting.first_layers(lm, config.from_lm_layers)
         model = cls(config, lm=lm, auxiliary=auxiliary)
-        if config.from_lm_layers and isinstance(model.auxiliary, DecoderAuxiliary):
+        if config.from_lm_layers:
             fitting.copy_layers(model.auxiliary.body, lm)
         return model.to(base.output_device(lm)).train()
 
@@ -257,14 +253,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         """The mixing weight that an auxiliary was trained with."""
         return float(self._named(name).config.aux_scale)
 
-    def counts_positions(self, name: str) -> bool:
-        """Whether an auxiliary takes each token's position as an input; the T5 family compares columns."""
-        auxiliary = self._named(name).auxiliary
-        return isinstance(auxiliary, DecoderAuxiliary) and base.counts_positions(auxiliary.body)
-
-    def needs_condition(self, name: str) -> bool:
-        """Whether an auxiliary cannot do without a condition: an encoder has nothing to read."""
-        return isinstance(self._named(name).auxiliary, EncoderDecoderAuxiliary)
+    def auxiliary_traits(self, name: str) -> AuxiliaryTraits:
+        """What an auxiliary says of itself."""
+        return traits_of(self._named(name).auxiliary)
 
     @property
     def auxiliary_names(self) -> list[str]:
@@ -300,8 +291,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         It has no weights: tables of ids are the base's, or a part of the auxiliary like others, and tools
         that shard or resize what they find here leave them alone.
         """
-        inputs = getattr(self.auxiliary, "inputs", None)
-        return getattr(inputs, "embedded", None)
+        return traits_of(self.auxiliary).input_vectors
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Weights that a custom auxiliary holds under two names, saved under the first; for transformers."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from auxkern.model.auxiliary import DecoderAuxiliary
 from auxkern.model.modeling import DEFAULT, AuxTunedForCausalLM
 from auxkern.model.text import IGNORED
 from auxkern.training.examples import Items
@@ -58,12 +57,11 @@ class _Fits:
     def __init__(self, model: AuxTunedForCausalLM) -> None:
         self.V = model.config.vocab_size
         self.positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-        auxiliary: Any = model.auxiliary
-        decoder = isinstance(auxiliary, DecoderAuxiliary)
-        self.auxiliary_positions = (
-            getattr(auxiliary.body.config, "max_position_embeddings", None) if decoder else None
-        )
-        self.needs_condition = model.needs_condition(DEFAULT)
+        traits = model.auxiliary_traits(DEFAULT)
+        self.needs_condition = traits.needs_condition
+        # An encoder reads the condition apart, and positions of the T5 family are relative.
+        together = None if self.needs_condition else traits.transformer_config
+        self.auxiliary_positions = getattr(together, "max_position_embeddings", None)
 
     def problem(self, example: Mapping[str, Any]) -> str | None:
         ids, condition = _listed(example["input_ids"]), _listed(example.get("condition_ids", ()))
