@@ -25,6 +25,7 @@ from auxkern.evaluation.bootstrap import bootstrap_mean
 from auxkern.evaluation.diversity import distinct_n, self_bleu
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.evaluation.slor import UnigramCounts, slor
+from auxkern.model.base import positions_for
 from auxkern.model.text import Example, TextFormat
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.tasks.registry import TASKS, load_task
@@ -297,11 +298,10 @@ def _slor_measures(
     progress: Progress,
 ) -> _Figures:
     """SLOR of the texts that are not empty, by the base; nothing if all are."""
-    positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
     scores = slor(
         model.lm,
         # A sample can be more tokens when it is read than when it was written.
-        TextFormat(text_format.tokenizer, max_length=positions),
+        TextFormat(text_format.tokenizer, max_length=positions_for(model.lm)),
         texts,
         counts,
         prompts=[example.prompt for example in asked],

@@ -20,7 +20,7 @@ import torch
 from auxkern.bench.session import INTERRUPTED, device_from
 from auxkern.core.files import is_descriptor
 from auxkern.core.seeds import mixed_seed
-from auxkern.model.unicode import check_unicode
+from auxkern.model.text import check_unicode
 from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
 from auxkern.training.settings import DTYPES
 

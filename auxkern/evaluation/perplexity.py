@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.core.terms import Head, Logits, Term
-from auxkern.model.base import output_head, run_base
+from auxkern.core.terms import Term
+from auxkern.model.base import lm_term, run_base
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import Items
+from auxkern.training.fit import checked_lengths
 from auxkern.training.lm_states import LMStates
 
 _INPUTS = ("input_ids", "attention_mask", "condition_ids", "condition_mask")
@@ -88,8 +89,9 @@ def evaluate_nll(
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; it must be 1 or more")
-    lengths = [len(encoded[i]["input_ids"]) for i in range(len(encoded))]
-    _check_lengths(model, lengths)
+    if not len(encoded):
+        raise ValueError("encoded is empty; there is nothing to score")
+    lengths = checked_lengths(model.lm, encoded)
     examples: Items = encoded if lm_states is None else _with_states(model, encoded, lm_states)
     collate = AuxCollator(model.config.pad_token_id or 0)
     scale = model.config.aux_scale if aux_scale is None else aux_scale
@@ -127,17 +129,6 @@ def _exp(nll: float) -> float:
         return math.exp(nll)
     except OverflowError:
         return math.inf
-
-
-def _check_lengths(model: Any, lengths: list[int]) -> None:
-    if not lengths:
-        raise ValueError("encoded is empty; there is nothing to score")
-    most = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and max(lengths) > most:
-        raise ValueError(
-            f"sequence {lengths.index(max(lengths))} has {max(lengths)} tokens, but the base has positions "
-            f"for {most}; encode with max_length={most} or less"
-        )
 
 
 def _with_states(model: Any, encoded: Items, lm_states: LMStates) -> Items:
@@ -189,23 +180,18 @@ def _terms(
     inputs = PairInputs(*(batch[name] for name in _INPUTS))
     logits, states = None, batch.get("lm_states")
     if states is None:
-        output = run_base(
+        base = run_base(
             model.lm,
             inputs.input_ids,
             inputs.attention_mask,
             layers=model.config.lm_layers,
             want_logits=model.config.lm_term == "logits",
         )
-        states, logits = output.states, output.logits
-    lm: Term
-    if logits is not None:
-        lm = Logits(logits[b, t][:, None])
-    else:
-        head = output_head(model.lm)
-        lm = Head(states[b, t, :1].to(head.weight.dtype), *head)
+        states, logits = base.states, base.logits
+    lm = lm_term(model.lm, states[b, t, :1], None if logits is None else logits[b, t][:, None])
     embedding = model.lm.get_input_embeddings().weight
     scores = model.lm_scores(states[:, :, 0], logits, inputs.condition_ids)
-    found = model.auxiliary(inputs.for_auxiliary(states[:, :, 1:], embedding, scores, None, False))
+    output = model.auxiliary(inputs.for_auxiliary(states[:, :, 1:], embedding, scores, None, False))
     # Each row as a sequence of one position, with the condition of its own sequence.
-    rows = found.positions(lambda values: values[b, t][:, None])
+    rows = output.positions(lambda values: values[b, t][:, None])
     return lm, model.auxiliary_terms(rows, inputs.rows(b), scale)

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from auxkern.core.files import replace_file
-from auxkern.core.terms import Head, Logits, Term
-from auxkern.model.base import output_head, run_base
+from auxkern.model import base
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, Example, TextFormat, padded
 from auxkern.ops.cross_entropy import cross_entropy
@@ -198,10 +197,10 @@ class SlorScores:
         Raises:
             ValueError: all are empty.
         """
-        found = [value for value in self.values if value is not None]
-        if not found:
+        worded = [value for value in self.values if value is not None]
+        if not worded:
             raise ValueError(f"all {len(self.values)} texts are empty; there is no SLOR to take a mean of")
-        return sum(found) / len(found)
+        return sum(worded) / len(worded)
 
 
 @torch.no_grad()
@@ -267,8 +266,9 @@ def slor(
         report(0, len(rows))
         for first in range(0, len(rows), batch_size):
             chosen = order[first : first + batch_size]
-            found = _log_probs(lm, [rows[i] for i in chosen], text_format.pad_id, counts.vocab_size, lm_term)
-            for i, value in zip(chosen, found, strict=True):
+            some = [rows[i] for i in chosen]
+            values = _log_probs(lm, some, text_format.pad_id, counts.vocab_size, lm_term)
+            for i, value in zip(chosen, values, strict=True):
                 lm_log_probs[i] = value
             done += len(chosen)
             report(done, len(rows))
@@ -277,11 +277,9 @@ def slor(
     _check_finite(lm_log_probs)
     tokens = tuple(len(text) for _, text in rows)
     expected = tuple(unigram[text].sum().item() for _, text in rows)
-    values = tuple(
-        (p - q) / count if count else None for p, q, count in zip(lm_log_probs, expected, tokens, strict=True)
-    )
+    of = zip(lm_log_probs, expected, tokens, strict=True)
     return SlorScores(
-        values,
+        tuple((p - q) / count if count else None for p, q, count in of),
         tuple(lm_log_probs),
         expected,
         tokens,
@@ -323,7 +321,7 @@ def _rows(
             f"counts are of a tokenizer with the fingerprint {counts.tokenizer_fingerprint[:16]}, but "
             f"text_format has {own[:16]}; count the source again with this tokenizer"
         )
-    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = base.positions_for(lm)
     limit, rows = text_format.max_length, []
     for i, (begun, text) in enumerate(_prompts_and_texts(texts, prompts, text_format.tokenizer)):
         if limit is not None and len(begun) >= limit:
@@ -364,15 +362,9 @@ def _log_probs(
     """log p_LM of the B texts, each after what is before it."""
     input_ids, mask = padded([begun + text for begun, text in rows], pad_id)
     labels, _ = padded([[IGNORED] * len(begun) + text for begun, text in rows], IGNORED)
-    output = run_base(lm, input_ids.to(lm.device), mask.to(lm.device), want_logits=lm_term == "logits")
-    term: Term
-    if output.logits is not None:
-        term = Logits(output.logits)
-    else:
-        head = output_head(lm)
-        term = Head(output.states[:, :, 0].to(head.weight.dtype), *head)
+    output = base.run_base(lm, input_ids.to(lm.device), mask.to(lm.device), want_logits=lm_term == "logits")
     nll: Tensor = cross_entropy(
-        [term],
+        [base.lm_term(lm, output.states[:, :, 0], output.logits)],
         labels.to(output.states.device),
         ignore_index=IGNORED,
         shift=True,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auxkern.core.seeds import mixed_seed
 from auxkern.core.terms import Sparse, as_number
-from auxkern.model.unicode import check_unicode
+from auxkern.model.text import check_unicode
 from auxkern.ops.sampling_params import SamplingParams
 
 FinishReason = Literal["end", "stop", "length", "error"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.core.terms import softcapped
+from auxkern.core.terms import Head, Logits, Term, softcapped
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.model.smollm2 import smollm2_folder
@@ -110,9 +110,8 @@ def output_head(lm: Any) -> OutputHead:
     Raises:
         ValueError: it has no output embedding in floating point.
     """
-    head = lm.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+    weight = _output_embedding(lm)
+    if weight is None:
         raise UnfitBaseError(
             f"{type(lm).__name__} has no output embedding (V, D) in floating point; "
             'pass lm_term="logits" to use the logits that it computes itself'
@@ -121,8 +120,22 @@ def output_head(lm: Any) -> OutputHead:
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    bias = getattr(head, "bias", None)
+    bias = getattr(lm.get_output_embeddings(), "bias", None)
     return OutputHead(weight, bias, scale, None if softcap is None else float(softcap))
+
+
+def lm_term(lm: Any, hidden: Tensor, logits: Tensor | None) -> Term:
+    """A causal LM's logits as a term: its own where it has computed them, else of its output head.
+
+    Args:
+        lm: the LM.
+        hidden: (..., D) its final hidden states.
+        logits: (..., V) of the same rows, or None.
+    """
+    if logits is not None:
+        return Logits(logits)
+    head = output_head(lm)
+    return Head(hidden.to(head.weight.dtype), *head)
 
 
 def logits_of_ids(lm: Any, hidden: Tensor, logits: Tensor | None, ids: Tensor) -> Tensor:
@@ -313,21 +326,28 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
+def _output_embedding(lm: Any) -> Tensor | None:
+    """(V, D) weight of a causal LM's output embedding; None if it is of another kind."""
+    weight = getattr(lm.get_output_embeddings(), "weight", None)
+    known = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
+    return weight if known else None
+
+
 def vocabulary(lm: Any) -> int:
     """V, the ids that a base gives logits to."""
-    weight = getattr(lm.get_output_embeddings(), "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-        return weight.shape[0]
-    return int(lm.config.get_text_config().vocab_size)
+    weight = _output_embedding(lm)
+    return int(lm.config.get_text_config().vocab_size) if weight is None else weight.shape[0]
 
 
 def hidden_width(lm: Any) -> int:
     """D_lm, the width of the base's final hidden states, as its output head takes them."""
-    head = getattr(lm.get_output_embeddings(), "weight", None)
-    if isinstance(head, Tensor) and head.is_floating_point() and head.dim() == 2:
-        return head.shape[1]  # a family may project its final states to it (OPT-350M)
-    width: int = lm.config.get_text_config().hidden_size
-    return width
+    weight = _output_embedding(lm)  # a family may project its final states to it (OPT-350M)
+    return int(lm.config.get_text_config().hidden_size) if weight is None else weight.shape[1]
+
+
+def positions_for(lm: Any) -> int | None:
+    """Most tokens that a base has positions for; None if they have no end, or none is known."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None)
 
 
 def output_device(lm: Any) -> torch.device:

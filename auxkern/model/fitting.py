@@ -31,27 +31,27 @@ def base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str, 
     return base.load_base(name, **settings)
 
 
-def fit(config: AuxTunedConfig, lm: Any, found: str, allow_other_base: bool) -> None:
+def fit(config: AuxTunedConfig, lm: Any, lm_fingerprint: str, allow_other_base: bool) -> None:
     """Fills in what the config leaves to the base.
 
     Args:
         config: of the pair; changed.
         lm: the base.
-        found: its fingerprint.
+        lm_fingerprint: its fingerprint.
         allow_other_base: whether another fingerprint than the config's is taken.
 
     Raises:
         ValueError: the base does not fit the config.
     """
-    if config.base_fingerprint is None:
-        config.base_fingerprint = found
-    elif config.base_fingerprint == found or config.base_fingerprint == weights_fingerprint(lm):
-        config.base_fingerprint = found  # a pair of an earlier version names the weights alone
+    known = config.base_fingerprint
+    # A pair of an earlier version names the weights alone.
+    if known in (None, lm_fingerprint) or known == weights_fingerprint(lm):
+        config.base_fingerprint = lm_fingerprint
     elif not allow_other_base:
         raise ValueError(
-            f"the auxiliary was made for a base with fingerprint {config.base_fingerprint[:16]}... "
-            f"({config.base_model_name_or_path}), but the one given has {found[:16]}...: its weights, its "
-            "quantisation or its configuration differ; pass that base, or allow_other_base=True"
+            f"the auxiliary was made for a base with fingerprint {str(known)[:16]}... "
+            f"({config.base_model_name_or_path}), but the one given has {lm_fingerprint[:16]}...: its "
+            "weights, its quantisation or its configuration differ; pass that base, or allow_other_base=True"
         )
     text = lm.config.get_text_config()
     V, layers = base.vocabulary(lm), text.num_hidden_layers

@@ -74,8 +74,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         lm = lm if lm is not None else fitting.base_of(config)
         refusals.check_kind(lm)
         base.freeze(lm)
-        found = lm_fingerprint or fingerprint(lm)
-        fitting.fit(config, lm, found, allow_other_base)
+        lm_fingerprint = lm_fingerprint or fingerprint(lm)
+        fitting.fit(config, lm, lm_fingerprint, allow_other_base)
         custom = config.architecture == "custom"
         if custom != (auxiliary is not None):
             raise ValueError(
@@ -87,7 +87,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             refusals.check_base(lm, config)
             refusals.check_auxiliary(config, auxiliary)
         super().__init__(config)
-        self.lm_fingerprint = found
+        self.lm_fingerprint = lm_fingerprint
         # Past nn.Module's registration: the base is no part of the parameters, nor of what is saved.
         object.__setattr__(self, "lm", lm)
         object.__setattr__(self, "_others", {})
@@ -199,8 +199,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             model.auxiliary.get_buffer(name).copy_(value)
         if "device_map" not in kwargs:
             model = model.to(base.output_device(lm))
-        found: Any = (model, report) if wants_report else model
-        return found
+        return (model, report) if wants_report else model  # type: ignore[return-value]
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Writes the auxiliary's weights (safetensors), its config and a model card.
@@ -447,31 +446,22 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         lm_term: Term = (
             Head(hidden, *base.output_head(self.lm)) if logits is None else Logits(logits[:, -keep:])
         )
-        found: list[AuxiliaryRows] = []
+        embedding: Tensor = self.lm.get_input_embeddings().weight
+        caches: list[AuxiliaryRows] = []
         added: list[tuple[AuxiliaryRows, list[Term]]] = []
         for part in parts:
             model = models[part.name]
             here = batch if part.rows is None else batch.rows(part.rows)
-            chosen = states if part.rows is None else states[part.rows]
-            chosen = chosen[:, :, [1 + layers.index(layer) for layer in model.config.lm_layers]]
-            output = model.auxiliary(
-                here.for_auxiliary(
-                    chosen,
-                    self._embedding(),
-                    model.lm_scores(
-                        states[:, :, 0] if part.rows is None else states[part.rows, :, 0],
-                        logits if logits is None or part.rows is None else logits[part.rows],
-                        here.condition_ids,
-                    ),
-                    part.cache,
-                    use_cache,
-                )
-            )
-            found.append(AuxiliaryRows(part.name, part.rows, output.cache))
+            rows = slice(None) if part.rows is None else part.rows
+            chosen = states[rows][:, :, [1 + layers.index(layer) for layer in model.config.lm_layers]]
+            own = None if logits is None else logits[rows]
+            scores = model.lm_scores(states[rows, :, 0], own, here.condition_ids)
+            output = model.auxiliary(here.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
+            caches.append(AuxiliaryRows(part.name, part.rows, output.cache))
             scale = row_scale(model.config.aux_scale if aux_scale is None else aux_scale, part.rows)
             output = output.positions(lambda values: values[:, -keep:])
             added.append((part, model.auxiliary_terms(output, here, scale)))
-        pair_cache = PairCache(lm, found) if use_cache else None
+        pair_cache = PairCache(lm, caches) if use_cache else None
         if len(added) == 1 and added[0][0].rows is None:
             terms = added[0][1]
             return [lm_term, *terms] if separate else merged(lm_term, terms), pair_cache
@@ -484,8 +474,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         hidden = output.hidden
         shared = self.config.head == "shared"
         weight = base.output_head(self.lm).weight if shared else self.head.weight
-        row_scale = scale[:, None].expand(hidden.shape[:2]) if isinstance(scale, Tensor) else scale
-        terms: list[Term] = [Head(self.head(hidden) if shared else hidden, weight, scale=row_scale)]
+        scales = scale[:, None].expand(hidden.shape[:2]) if isinstance(scale, Tensor) else scale
+        terms: list[Term] = [Head(self.head(hidden) if shared else hidden, weight, scale=scales)]
         if output.pointer is not None and batch.condition_ids.shape[1]:
             factor = scale[:, None, None] if isinstance(scale, Tensor) else scale
             mask = batch.condition_mask[:, None, :] != 0
@@ -558,10 +548,6 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
                 f"lm_states are for lm_layers {self.config.lm_layers}, but another auxiliary reads {layers}; "
                 "they serve the model's own auxiliary only"
             )
-
-    def _embedding(self) -> Tensor:
-        weight: Tensor = self.lm.get_input_embeddings().weight
-        return weight
 
     def _loss(self, terms: list[Term], labels: Tensor, num_items: int | Tensor | None) -> Tensor:
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

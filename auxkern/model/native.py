@@ -98,15 +98,5 @@ def _attention(
     if taken:
         scale = D**-0.5 if scaling is None else scaling
         return attention(query, key, value, attention_mask, scale=scale), None
-    found: tuple[Tensor, None] = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **options,
-    )
-    return found
+    options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -19,8 +19,7 @@ from torch.utils.data import Dataset
 
 from auxkern.core.files import replace_file
 from auxkern.core.seeds import drawn
-from auxkern.model.text import IGNORED, Example, TextFormat
-from auxkern.model.unicode import check_unicode
+from auxkern.model.text import IGNORED, Example, TextFormat, check_unicode
 
 __all__ = [
     "EncodedExamples",

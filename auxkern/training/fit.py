@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from auxkern.model.base import positions_for
 from auxkern.model.modeling import DEFAULT, AuxTunedForCausalLM
 from auxkern.model.text import IGNORED
 from auxkern.training.examples import Items
@@ -51,12 +52,28 @@ def check_padding(model: AuxTunedForCausalLM, pad_id: int) -> None:
         )
 
 
+def checked_lengths(lm: Any, encoded: Items) -> list[int]:
+    """Tokens of each sequence, once the base is known to have positions for all of them.
+
+    Raises:
+        ValueError: it has not.
+    """
+    lengths = [len(encoded[i]["input_ids"]) for i in range(len(encoded))]
+    most, longest = positions_for(lm), max(lengths, default=0)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"sequence {lengths.index(longest)} has {longest} tokens, but the base has positions for {most}; "
+            f"encode with max_length={most} or less"
+        )
+    return lengths
+
+
 class _Fits:
     """What a pair can take, and what is wrong with an example that it cannot."""
 
     def __init__(self, model: AuxTunedForCausalLM) -> None:
         self.V = model.config.vocab_size
-        self.positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+        self.positions = positions_for(model.lm)
         traits = model.auxiliary_traits(DEFAULT)
         self.needs_condition = traits.needs_condition
         # An encoder reads the condition apart, and positions of the T5 family are relative.

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.core.terms import Head, Logits, Term
-from auxkern.model.base import output_head, run_base
+from auxkern.model.base import lm_term, run_base
 from auxkern.ops.cross_entropy import cross_entropy
 
 
@@ -31,11 +30,7 @@ def lm_alone_nll(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     if states is None or own_logits:
         output = run_base(model.lm, batch["input_ids"], batch["attention_mask"], want_logits=own_logits)
         states, logits = output.states, output.logits
-    if logits is not None:
-        term: Term = Logits(logits)
-    else:
-        head = output_head(model.lm)
-        term = Head(states[:, :, 0].to(head.weight.dtype), *head)
+    term = lm_term(model.lm, states[:, :, 0], logits)
     loss: Tensor = cross_entropy(
         [term], batch["labels"], shift=True, reduction="sum", vocab_size=model.config.vocab_size
     )

@@ -31,6 +31,7 @@ from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.examples import Items, data_fingerprint, packed_ids
+from auxkern.training.fit import checked_lengths
 
 FORMAT = 1
 INDEX = "index.json"
@@ -131,7 +132,9 @@ def cache_lm_states(
             raise ValueError(f"{name} is {size}; it must be 1 or more")
     batch_tokens, shard_tokens = int(batch_tokens), int(shard_tokens)
     _check_lm(lm, layers)
-    _check_lengths(lm, encoded)
+    if not len(encoded):
+        raise ValueError("encoded is empty; there are no states to compute")
+    checked_lengths(lm, encoded)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base = base_fingerprint or fingerprint(lm)
@@ -395,19 +398,6 @@ def _check_lm(lm: Any, layers: Sequence[int]) -> None:
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer <= most:
             raise ValueError(f"layers names {layer!r}, but {type(lm).__name__} has 0 to {most}")
-
-
-def _check_lengths(lm: Any, encoded: Items) -> None:
-    if len(encoded) == 0:
-        raise ValueError("encoded is empty; there are no states to compute")
-    most = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-    length = len(encoded[longest]["input_ids"])
-    if most is not None and length > most:
-        raise ValueError(
-            f"sequence {longest} has {length} tokens, but the base has positions for {most}; "
-            f"encode with max_length={most} or less"
-        )
 
 
 def _header(

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from auxkern.model.unicode import check_unicode
+from auxkern.model.text import check_unicode
 from auxkern.tasks.registry import TASKS, load_task
 from auxkern.training.yaml_values import parsed_yaml, written_yaml
 
