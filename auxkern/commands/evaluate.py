@@ -104,22 +104,22 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
     chosen = data.held_out.drawn(options.examples)
     seconds: dict[str, float] = {}
     date = now()
-    with _timed(seconds, "loading"):
+    with _clocked(seconds, "loading"):
         model, text_format = pair.load_pair(parser, options, options.max_length)
         counts = _unigram_counts(model, text_format, unigram)
     progress = progress_for()
     measured: dict[str, _Figures] = {}
     interrupted = False
     try:
-        with _timed(seconds, "nll"):
+        with _clocked(seconds, "nll"):
             encoded = encode(chosen.examples, text_format, place=chosen.place)
             check_fit(model, encoded, chosen.place)
-            report = _nll(model, encoded, options, progress)
+            report = _report(model, encoded, options, progress)
         try:
             for who in (*_SAMPLERS, "reference") if asked else ():
-                with _timed(seconds, "samples"):
+                with _clocked(seconds, "samples"):
                     texts = _texts(model, text_format, asked, who, options, progress)
-                with _timed(seconds, "measures"):
+                with _clocked(seconds, "measures"):
                     measured[who] = _measures(asked, texts, data.satisfied)
                     if counts is not None:
                         progress.start(0, len(texts), f"SLOR of the {_WRITERS[who]}")
@@ -130,18 +130,18 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
             interrupted = True  # the nll took minutes, and is complete
     finally:
         progress.close()
-    found = _figures(report, measured)
+    found = _results(report, measured)
     _print_table(found)
     if measured:
         _print_measures(found, len(asked))
-    _print_facts(report, counts, seconds, options)
+    _print_data(report, counts, seconds, options)
     if options.json is not None:
         record = {
             "kind": "evaluation",
             "command": command,
             "date": date,
             "machine": pair.versions(model.device),
-            "model": _described(model, options),
+            "model": _model_record(model, options),
             "data": {**_source(options), "sequences": report.sequences, "tokens": report.tokens},
             "results": found,
             "samples": _sampling(options, len(asked), counts) if asked else None,
@@ -225,7 +225,7 @@ def _unigram_counts(
     return UnigramCounts.of_texts(texts, plain, model.config.vocab_size, source=name)
 
 
-def _nll(model: Any, encoded: Any, options: argparse.Namespace, progress: Progress) -> NllReport:
+def _report(model: Any, encoded: Any, options: argparse.Namespace, progress: Progress) -> NllReport:
     total = sum(len(encoded[i]["input_ids"]) for i in range(len(encoded)))
     progress.start(0, total, "scoring, tokens")
     return evaluate_nll(
@@ -328,7 +328,7 @@ def _interval(values: Sequence[float], asked: Sequence[Example]) -> list[float] 
     return [interval.low, interval.high]
 
 
-def _figures(report: NllReport, measured: dict[str, _Figures]) -> dict[str, _Figures]:
+def _results(report: NllReport, measured: dict[str, _Figures]) -> dict[str, _Figures]:
     """nll, perplexity and measures of what was written, by model, and of the references if they were."""
     found: dict[str, _Figures] = {}
     for who in _NAMES:
@@ -400,7 +400,7 @@ def _print_cells(heads: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def _print_facts(
+def _print_data(
     report: NllReport, counts: UnigramCounts | None, seconds: dict[str, float], options: argparse.Namespace
 ) -> None:
     data = options.task or options.file
@@ -410,7 +410,7 @@ def _print_facts(
     print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05))
 
 
-def _described(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _model_record(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     config = model.config
     scale = config.aux_scale if options.aux_scale is None else options.aux_scale
     return {
@@ -449,7 +449,7 @@ def _sampling(options: argparse.Namespace, count: int, counts: UnigramCounts | N
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
     try:
         yield

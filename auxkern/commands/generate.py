@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    _check(parser, options)
+    _check_options(parser, options)
     return pair.run(parser.prog, lambda: _generate(parser, options))
 
 
@@ -87,7 +87,7 @@ def _generate_file(parser: argparse.ArgumentParser, options: argparse.Namespace,
             options,
             model,
             text_format,
-            _params(options),
+            _sampling_params(options),
             retry_errors=options.retry_errors,
             launched=joined,
         )
@@ -133,7 +133,7 @@ def _print(record: dict[str, Any], index: int, total: int) -> None:
     print(record["prompt"] + record["text"], flush=True)
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     pair.check_json_option(parser, options.json)
     _check_input(parser, options)
     if options.greedy and options.num_beams > 1:
@@ -150,7 +150,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.temperature == 0:
         parser.error("--temperature 0 draws nothing; use --greedy")
     try:
-        _params(options)
+        _sampling_params(options)
     except ValueError as error:
         parser.error(str(error))
 
@@ -175,14 +175,14 @@ def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -
             f"--input {options.input} is no file, which is read several times and gone on with; what comes "
             "from a pipe has to be written to one first"
         )
-    _check_output(parser, options.output)
+    _check_output_file(parser, options.output)
     if options.output.exists() and options.output.samefile(options.input):
         parser.error(f"--input and --output are both {options.input}; the texts need a file of their own")
     options.max_length = options.max_length or 512
     options.max_condition = options.max_condition or 64
 
 
-def _check_output(parser: argparse.ArgumentParser, path: Path) -> None:
+def _check_output_file(parser: argparse.ArgumentParser, path: Path) -> None:
     """A run goes on with its output, and has files beside it: a pipe or a device has neither."""
     folder = path.absolute().parent
     if str(path) == "-" or is_descriptor(path) or (path.exists() and not path.is_file()):
@@ -198,7 +198,7 @@ def _file(name: str) -> Path:
     return Path(name)
 
 
-def _params(options: argparse.Namespace) -> SamplingParams:
+def _sampling_params(options: argparse.Namespace) -> SamplingParams:
     penalty = 1.0 if options.repetition_penalty is None else options.repetition_penalty
     if options.greedy:
         return SamplingParams(temperature=0.0, repetition_penalty=penalty)

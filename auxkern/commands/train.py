@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         device = launched.device(settings.device)
         on_gpu = device is not None and _device(device).type == "cuda"
     except (ValueError, TypeError, OSError) as error:
-        return _refuse(error, 2)
+        return _say_error(error, 2)
     with quiet(), launched.first_speaks():
         try:
             with launched.joined("nccl" if on_gpu else "gloo") as joined:
@@ -125,11 +125,11 @@ def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int
         _print_job(job)
         training, validation = _data(job)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        return _refuse(error, 2)
+        return _say_error(error, 2)
     try:
         result = _train(job, training, validation)
     except (FloatingPointError, OSError) as error:
-        return _refuse(error, 1)
+        return _say_error(error, 1)
     except torch.OutOfMemoryError as error:
         print(
             "auxkern train: a lower batch_size with a higher gradient_accumulation is the same run in less "
@@ -138,7 +138,7 @@ def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int
         )
         return 1
     except ValueError as error:
-        return _refuse(error, 2)
+        return _say_error(error, 2)
     _print_summary(job, result)
     return 0
 
@@ -361,13 +361,13 @@ def _print_job(job: _Job) -> None:
     rows = [
         ("base", f"{settings.base}: {lm_size:,} parameters, {model.lm.dtype}, {model.lm.device}, frozen"),
         ("auxiliary", f"{model.config.architecture}: {size:,} trainable parameters"),
-        *((kind, _described(getattr(job, kind))) for kind in ("training", "validation")),
+        *((kind, _size_of(getattr(job, kind))) for kind in ("training", "validation")),
         ("steps", f"{settings.steps:,} of {each:,} examples, {epochs:.1f} epochs"),
     ]
     _print_rows(rows)
 
 
-def _described(examples: Examples) -> str:
+def _size_of(examples: Examples) -> str:
     tokens = sum(
         label != IGNORED for index in range(len(examples)) for label in examples[index]["labels"][1:]
     )
@@ -405,7 +405,7 @@ def _say_how_to_resume(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int
     return 130
 
 
-def _refuse(error: Exception, status: int) -> int:
+def _say_error(error: Exception, status: int) -> int:
     text = sentence(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"

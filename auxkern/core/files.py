@@ -74,6 +74,16 @@ def lock_file(path: Path) -> int:
     return file
 
 
+def write_whole(file: int, content: bytes) -> None:
+    """Writes to a descriptor; a disk that fills up takes a part before it refuses.
+
+    Raises:
+        OSError: it cannot be written; a part of it may be.
+    """
+    while content:
+        content = content[os.write(file, content) :]
+
+
 def is_open_at(file: int, path: Path) -> bool:
     """Whether an open file is still the one with that name."""
     try:

@@ -25,5 +25,4 @@ def keyword_accuracy(samples: Sequence[str], keywords: Sequence[str]) -> float:
         raise ValueError(
             f"there are {len(samples)} samples and {len(keywords)} keywords; pass as many, 1 at least"
         )
-    found = [contains_keyword(*pair) for pair in zip(samples, keywords, strict=True)]
-    return sum(found) / len(found)
+    return sum(map(contains_keyword, samples, keywords)) / len(samples)

@@ -36,7 +36,7 @@ def distinct_n(texts: Sequence[str | Tokens], n: int) -> float:
         TypeError: texts is a str.
         ValueError: n is below 1, or no text has a token.
     """
-    _check(texts, n)
+    _check_texts(texts, n)
     rows = [_tokens(text) for text in texts]
     total = sum(len(row) for row in rows)
     if not total:
@@ -80,7 +80,7 @@ def self_bleu(
         TypeError: texts is a str.
         ValueError: n or references is below 1, or fewer than two texts have tokens.
     """
-    _check(texts, n)
+    _check_texts(texts, n)
     if references is not None and references < 1:
         raise ValueError(f"references is {references}; a text needs 1 other at least, or None for all")
     rows = [row for row in map(_tokens, texts) if len(row)]
@@ -99,7 +99,7 @@ def self_bleu(
     return total / len(rows)
 
 
-def _check(texts: Sequence[str | Tokens], n: int) -> None:
+def _check_texts(texts: Sequence[str | Tokens], n: int) -> None:
     if isinstance(texts, str):
         raise TypeError(f"texts must be a sequence of texts, got the str {texts!r:.60}; put it in a list")
     if n < 1:

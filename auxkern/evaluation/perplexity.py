@@ -19,6 +19,7 @@ from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import Items
 from auxkern.training.fit import checked_lengths
 from auxkern.training.lm_states import LMStates
+from auxkern.training.progress import PartsDone
 
 _INPUTS = ("input_ids", "attention_mask", "condition_ids", "condition_mask")
 
@@ -92,30 +93,29 @@ def evaluate_nll(
     if not len(encoded):
         raise ValueError("encoded is empty; there is nothing to score")
     lengths = checked_lengths(model.lm, encoded)
-    examples: Items = encoded if lm_states is None else _with_states(model, encoded, lm_states)
+    examples: Items = encoded if lm_states is None else _states_of(model, encoded, lm_states)
     collate = AuxCollator(model.config.pad_token_id or 0)
     scale = model.config.aux_scale if aux_scale is None else aux_scale
-    sums, tokens, done = torch.zeros(3, dtype=torch.float64), 0, 0
-    report = progress or (lambda done, total: None)
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    done = PartsDone(progress, sum(lengths))
     was_training = model.training
     model.eval()
     try:
-        report(0, sum(lengths))
-        for chosen in _batches(lengths, batch_tokens):
+        done.add(0)
+        for chosen in _token_batches(lengths, batch_tokens):
             batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in chosen]).items()}
             nll = _row_nll(model, batch, float(scale))
             sums += nll.double().sum(1).cpu()
             tokens += nll.shape[1]
-            done += sum(lengths[i] for i in chosen)
-            report(done, sum(lengths))
+            done.add(sum(lengths[i] for i in chosen))
     finally:
         model.train(was_training)
     if not tokens:
         raise ValueError(f"no label is to be scored: all of them are {IGNORED} in {len(encoded)} sequences")
-    return _checked(tokens, len(encoded), (sums / tokens).tolist())
+    return _report(tokens, len(encoded), (sums / tokens).tolist())
 
 
-def _checked(tokens: int, sequences: int, means: list[float]) -> NllReport:
+def _report(tokens: int, sequences: int, means: list[float]) -> NllReport:
     for name, mean in zip(("LM alone", "auxiliary alone", "pair"), means, strict=True):
         if not math.isfinite(mean):
             raise FloatingPointError(
@@ -131,7 +131,7 @@ def _exp(nll: float) -> float:
         return math.inf
 
 
-def _with_states(model: Any, encoded: Items, lm_states: LMStates) -> Items:
+def _states_of(model: Any, encoded: Items, lm_states: LMStates) -> Items:
     layers = tuple(model.config.lm_layers)
     if model.config.lm_term != "head":
         raise ValueError(
@@ -145,7 +145,7 @@ def _with_states(model: Any, encoded: Items, lm_states: LMStates) -> Items:
     return lm_states.dataset(encoded)
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+def _token_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices, longest sequences first, in batches of at most ``batch_tokens`` with padding, or of one."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     first = 0
@@ -162,7 +162,7 @@ def _row_nll(model: Any, batch: dict[str, Tensor], scale: float) -> Tensor:
     if not len(b):
         return torch.zeros(3, 0)
     target = labels[b, t][:, None]
-    lm, added = _terms(model, batch, b, t, scale)
+    lm, added = _separate_terms(model, batch, b, t, scale)
     options: dict[str, Any] = {"reduction": "none", "vocab_size": model.config.vocab_size}
     pair, stats = cross_entropy([lm, *added], target, return_stats=True, **options)
     # The statistics of one pass have each term alone; an auxiliary with a pointer is two of them.
@@ -170,7 +170,7 @@ def _row_nll(model: Any, batch: dict[str, Tensor], scale: float) -> Tensor:
     return torch.stack([stats.term_nll[0], alone, pair]).flatten(1).float()
 
 
-def _terms(
+def _separate_terms(
     model: Any, batch: dict[str, Tensor], b: Tensor, t: Tensor, scale: float
 ) -> tuple[Term, list[Term]]:
     """The base's term and the auxiliary's, apart even where they share an embedding; rows (N, 1).

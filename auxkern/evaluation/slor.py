@@ -20,6 +20,7 @@ from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, Example, TextFormat, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.examples import packed_ids
+from auxkern.training.progress import PartsDone
 
 FORMAT = "auxkern unigram counts 1"
 _AT_ONCE = 1024  # texts that a tokenizer gets in one call
@@ -255,23 +256,21 @@ def slor(
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     if lm_term not in ("head", "logits"):
         raise ValueError(f'lm_term is {lm_term!r}; choose "head" or "logits"')
-    rows = _rows(lm, text_format, texts, prompts, counts)
+    rows = _scored_rows(lm, text_format, texts, prompts, counts)
     unigram = counts.log_probs()
-    lm_log_probs, done = [0.0] * len(rows), 0
-    report = progress or (lambda done, total: None)
+    lm_log_probs, done = [0.0] * len(rows), PartsDone(progress, len(rows))
     order = sorted(range(len(rows)), key=lambda i: (-sum(map(len, rows[i])), i))
     was_training = lm.training
     lm.eval()
     try:
-        report(0, len(rows))
+        done.add(0)
         for first in range(0, len(rows), batch_size):
             chosen = order[first : first + batch_size]
             some = [rows[i] for i in chosen]
             values = _log_probs(lm, some, text_format.pad_id, counts.vocab_size, lm_term)
             for i, value in zip(chosen, values, strict=True):
                 lm_log_probs[i] = value
-            done += len(chosen)
-            report(done, len(rows))
+            done.add(len(chosen))
     finally:
         lm.train(was_training)
     _check_finite(lm_log_probs)
@@ -307,7 +306,7 @@ def _prompts_and_texts(
             yield item["input_ids"][:begun], item["input_ids"][begun:-1]
 
 
-def _rows(
+def _scored_rows(
     lm: Any,
     text_format: TextFormat,
     texts: Sequence[str],

@@ -84,7 +84,7 @@ class BatchMapper:
         asked: dict[int, Request] = {}
         answers: dict[int, list[Completion]] = {}
         for i in range(count):
-            record = {name: _plain(batch[name][i]) for name in names}
+            record = {name: _plain_value(batch[name][i]) for name in names}
             check_id(record["id"])
             try:
                 asked[i] = Request.from_record(record, self._defaults)
@@ -94,10 +94,9 @@ class BatchMapper:
         for one in self._engine.generate([replace(request, id=i) for i, request in asked.items()]):
             answers.setdefault(int(one.id), []).append(one)
         rows = [(i, one) for i in range(count) for one in answers[i]]
-        found = {name: [_plain(batch[name][i]) for i, _ in rows] for name in ("id", *self._carry)}
-        for name in _WRITTEN:
-            found[name] = [one.as_record().get(name) for _, one in rows]
-        return {name: _column(values) for name, values in found.items()}
+        columns = {name: [_plain_value(batch[name][i]) for i, _ in rows] for name in ("id", *self._carry)}
+        columns |= {name: [one.as_record().get(name) for _, one in rows] for name in _WRITTEN}
+        return {name: _column(values) for name, values in columns.items()}
 
     def _check(self, batch: Mapping[str, Any]) -> None:
         if "id" not in batch:
@@ -118,7 +117,7 @@ class BatchMapper:
             raise ValueError(f"the batch's columns differ in length: {lengths}")
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     """A number, str or list in place of numpy's."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Several
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auxkern.core.terms import Sparse, Term
-from auxkern.generation.request import Request, Sequence
+from auxkern.generation.request import Request, Sequence, Sequences
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
@@ -21,6 +20,7 @@ _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_pen
 
 _FLOAT32 = torch.finfo(torch.float32)
 
+Ids = list[int] | tuple[int, ...]
 Logprob = tuple[float, float, float, float | None]
 
 
@@ -50,13 +50,13 @@ class Drawer:
         self.model = model
         self._known: tuple[list[Sequence], SamplingParams, Tensor] | None = None
 
-    def scales(self, sequences: Several[Sequence]) -> Tensor | None:
+    def scales(self, sequences: Sequences) -> Tensor | None:
         """(n,) mixing weights; None if no request has one of its own."""
         if all(one.request.aux_scale is None for one in sequences):
             return None
         return torch.tensor([self.scale(one) for one in sequences], device=self.model.device)
 
-    def draw(self, terms: list[Term], sequences: Several[Sequence]) -> Drawn:
+    def draw(self, terms: list[Term], sequences: Sequences) -> Drawn:
         """One token for each sequence.
 
         Args:
@@ -91,14 +91,14 @@ class Drawer:
 
     def _settled(self, sequences: list[Sequence]) -> tuple[SamplingParams, Tensor]:
         known = self._known
-        if known is None or len(known[0]) != len(sequences) or any(map(_other, known[0], sequences)):
+        if known is None or [*map(id, known[0])] != [*map(id, sequences)]:
             device = self.model.device
             seed = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
             known = (sequences, _combined([s.request.params for s in sequences], device), seed)
             self._known = known
         return known[1], known[2]
 
-    def _logprobs(self, terms: list[Term], drawn: Any, sequences: Several[Sequence]) -> list[Logprob]:
+    def _logprobs(self, terms: list[Term], drawn: Any, sequences: Sequences) -> list[Logprob]:
         """Of the terms as ``model.terms(separate=True)`` gives them: the base's first."""
         V = self.model.config.vocab_size
         picked = drawn.tokens.clamp_min(0)[:, None]  # a failed row has token -1
@@ -145,11 +145,7 @@ def check_drawable(request: Request, V: int) -> None:
         raise ValueError(f"top_k is {params.top_k}; it must be below 2**63, and 0 keeps all tokens")
 
 
-def _other(one: Sequence, other: Sequence) -> bool:
-    return one is not other
-
-
-def _ragged(rows: Several[Several[int]], device: torch.device) -> Tensor:
+def _ragged(rows: list[Ids], device: torch.device) -> Tensor:
     """(n, longest) int64, -1 behind the shorter ones."""
     longest = max(map(len, rows), default=0)
     return torch.tensor(
@@ -167,10 +163,10 @@ def _combined(each: list[SamplingParams], device: torch.device) -> SamplingParam
         else:
             dtype = torch.int64 if name == "top_k" else torch.float64  # top_p is one
             settings[name] = torch.tensor(values, dtype=dtype, device=device)
-    return SamplingParams(**settings, logit_bias=_biases(each, device))
+    return SamplingParams(**settings, logit_bias=_bias_rows(each, device))
 
 
-def _biases(each: list[SamplingParams], device: torch.device) -> Sparse | None:
+def _bias_rows(each: list[SamplingParams], device: torch.device) -> Sparse | None:
     listed = [dict(params.logit_bias or {}) for params in each]  # type: ignore[arg-type]
     longest = max(map(len, listed), default=0)
     if not longest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +15,8 @@ from auxkern.generation import limits
 from auxkern.generation.drawing import Drawer, check_drawable
 from auxkern.generation.graphs import CudaRecorder, DecodeGraphs, Record
 from auxkern.generation.lanes import Lane
-from auxkern.generation.request import Completion, Request, Sequence
-from auxkern.generation.scheduler import Scheduler
+from auxkern.generation.request import Completion, Request, Sequence, Sequences
+from auxkern.generation.scheduler import Move, Scheduler
 from auxkern.generation.slots import SlotTable, columns_for
 from auxkern.generation.texts import Text
 from auxkern.model.base import counts_positions
@@ -95,9 +94,9 @@ class Engine:
         on_text: Callable[[str | int, int, str], None] | None = None,
     ) -> None:
         self.scheduler = Scheduler(slots, max_length, prefill_tokens, max_condition=max_condition)
-        limits.check_base(model, max_length)
+        limits.check_slots_of_base(model, max_length)
         for name in model.auxiliary_names:
-            limits.check_auxiliary(model, name, max_length + max_condition)
+            limits.check_slots_of_auxiliary(model, name, max_length + max_condition)
         self.model, self.text_format, self.on_text = model, text_format, on_text
         self.stats = EngineStats()
         self._texts: dict[Sequence, Text] = {}  # of what runs, and of what ended and was not told yet
@@ -135,7 +134,7 @@ class Engine:
             ValueError: two requests have one id, or one of them waits or runs already; then none is begun.
         """
         listed = list(requests)
-        found: dict[tuple[str | int, int], Completion] = {}
+        completions: dict[tuple[str | int, int], Completion] = {}
         sequences: list[Sequence] = []
         if len({request.id for request in listed}) < len(listed):
             ids = [request.id for request in listed]
@@ -144,7 +143,7 @@ class Engine:
         for request in listed:
             new, failed = self._encoded(request, range(request.samples))
             sequences += new
-            found |= {(done.id, done.sample): done for done in failed}
+            completions |= {(done.id, done.sample): done for done in failed}
         left = {sequence.key for sequence in sequences}
         self._settle()
         try:
@@ -152,7 +151,7 @@ class Engine:
             while left and (self.scheduler.running or self.scheduler.waiting or not self._told):
                 self._work()
                 mine = [done for done in self.scheduler.unanswered if (done.id, done.sample) in left]
-                found |= {(done.id, done.sample): done for done in mine}
+                completions |= {(done.id, done.sample): done for done in mine}
                 left -= {(done.id, done.sample) for done in mine}
                 self._forget(mine)
         except BaseException:
@@ -160,9 +159,9 @@ class Engine:
             raise
         for sequence in sequences:
             if sequence.key in left:
-                failed_one = Completion.failed(sequence.request, sequence.sample, "it was cancelled")
-                found[sequence.key] = failed_one
-        return [found[request.id, sample] for request in listed for sample in range(request.samples)]
+                cancelled = Completion.failed(sequence.request, sequence.sample, "it was cancelled")
+                completions[sequence.key] = cancelled
+        return [completions[request.id, sample] for request in listed for sample in range(request.samples)]
 
     def submit(self, request: Request, samples: Iterable[int] | None = None) -> list[Completion]:
         """Puts a request's samples (all of them if None) into the queue.
@@ -242,7 +241,7 @@ class Engine:
                 self._texts.pop(sequence, None)
         self._told = True
 
-    def _add(self, sequences: Several[Sequence]) -> None:
+    def _add(self, sequences: Sequences) -> None:
         keys = {sequence.key for sequence in sequences}
         for done in self.scheduler.unanswered:
             if (done.id, done.sample) in keys:
@@ -257,7 +256,7 @@ class Engine:
             raise
         self.scheduler.torn = False
 
-    def _discard(self, sequences: Several[Sequence]) -> None:
+    def _discard(self, sequences: Sequences) -> None:
         """Drops sequences, whether they wait, run or have ended."""
         self._settle()
         gone = {sequence.key for sequence in sequences if sequence.state != "new"}
@@ -271,7 +270,7 @@ class Engine:
         gone = set(map(id, done))
         self.scheduler.unanswered = [one for one in self.scheduler.unanswered if id(one) not in gone]
 
-    def _end(self, sequences: Several[Sequence]) -> None:
+    def _end(self, sequences: Sequences) -> None:
         running = self.scheduler.running
         gone, moves = self.scheduler.remove(sequences)
         self._remove([sequence for sequence in gone if sequence in running], moves)
@@ -316,7 +315,7 @@ class Engine:
             time.perf_counter() - began - (spent[0] - models) - (spent[1] - sampling)
         )
 
-    def _decoded(self, sequences: Several[Sequence]) -> list[Term]:
+    def _decoded(self, sequences: Sequences) -> list[Term]:
         """The terms of the next token of running sequences, rows (n,)."""
         began, n = time.perf_counter(), len(sequences)
         lanes = [lane for lane in self._lanes.values() if lane.members]
@@ -334,7 +333,7 @@ class Engine:
         self.stats.seconds["models"] += time.perf_counter() - began
         return [rows_of(term, torch.arange(n, device=self.model.device)) for term in terms]
 
-    def _computed(self, sequences: Several[Sequence], parts: list[AuxiliaryRows]) -> list[Term]:
+    def _computed(self, sequences: Sequences, parts: list[AuxiliaryRows]) -> list[Term]:
         """The same without graphs; ``parts`` without their caches."""
         n, table = len(sequences), self._table
         ids = torch.tensor([[s.generated[-1]] for s in sequences], device=self.model.device)
@@ -351,10 +350,9 @@ class Engine:
         )
         for part in cache.auxiliaries:
             self._lanes[part.name].keep(part.cache)
-        found: list[Term] = terms
-        return found
+        return terms
 
-    def _prefilled(self, newcomers: Several[Sequence]) -> list[Term]:
+    def _prefilled(self, newcomers: Sequences) -> list[Term]:
         """Reads prompts and conditions, and takes slots; the terms of the first token, rows (n,)."""
         began = time.perf_counter()
         # Samples of one request read their prompt once.
@@ -390,7 +388,7 @@ class Engine:
         self.stats.seconds["models"] += time.perf_counter() - began
         return [rows_of(term, of) for term in terms]
 
-    def _advance(self, sequences: Several[Sequence], terms: list[Term]) -> list[tuple[Sequence, Completion]]:
+    def _advance(self, sequences: Sequences, terms: list[Term]) -> list[tuple[Sequence, Completion]]:
         """Draws a token for each sequence; those that it ends, with what they wrote."""
         began = time.perf_counter()
         drawn = self._drawer.draw(terms, sequences)
@@ -415,7 +413,7 @@ class Engine:
         """Ids that end a text."""
         return frozenset(() if sequence.request.ignore_eos else self.text_format.end_ids(self.model))
 
-    def _remove(self, ended: Several[Sequence], moves: Several[Any]) -> None:
+    def _remove(self, ended: Sequences, moves: list[Move]) -> None:
         if not ended:
             return
         left = len(self.scheduler.running)
@@ -431,11 +429,10 @@ class Engine:
         """The samples to be written, or a failed completion for each."""
         try:
             sequences = self._sequences(request, samples)
-            refusals = [
-                self.scheduler.refusal(one) or limits.refusal(self.model, one) for one in sequences[:1]
-            ]
-            if refusals and refusals[0] is not None:
-                raise ValueError(refusals[0])
+            for one in sequences[:1]:
+                refusal = self.scheduler.refusal(one) or limits.sequence_refusal(self.model, one)
+                if refusal is not None:
+                    raise ValueError(refusal)
         except ValueError as error:
             return [], [Completion.failed(request, sample, str(error)) for sample in samples]
         return sequences, []
@@ -463,7 +460,7 @@ class Engine:
             )
         return request.sequences(inputs["input_ids"][0].tolist(), condition, samples)
 
-    def _padded(self, sequences: Several[Sequence]) -> PairInputs:
+    def _padded(self, sequences: Sequences) -> PairInputs:
         """(R, T) prompts and what was written, padded on the left; (R, K) conditions, on the right."""
         T = max(s.length for s in sequences)
         K = max(len(s.condition_ids) for s in sequences)
@@ -503,7 +500,7 @@ class Engine:
         for lane, cache in caches:
             lane.reserve(cache)
 
-    def _readers(self, names: Several[str | None]) -> list[AuxiliaryRows]:
+    def _readers(self, names: list[str | None]) -> list[AuxiliaryRows]:
         """Who reads which rows of a first pass, of an auxiliary each."""
         parts = []
         for name in self._lanes:
@@ -532,5 +529,5 @@ class Engine:
         return self.stats.seconds["models"], self.stats.seconds["sampling"]
 
 
-def _wants_logprobs(sequences: Several[Sequence]) -> bool:
+def _wants_logprobs(sequences: Sequences) -> bool:
     return any(sequence.request.logprobs for sequence in sequences)

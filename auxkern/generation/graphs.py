@@ -62,7 +62,7 @@ class DecodeGraphs:
         slots, device = condition.shape[1], condition.device
         self._ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._scales = torch.ones(slots, device=device)
-        self._recorded: dict[tuple[str | None, int], tuple[Callable[[], None], Any]] = {}
+        self._recorded: dict[tuple[str | None, int], tuple[Callable[[], None], list[Term]]] = {}
         for name in (None, *lanes):
             # The largest first: the others find room in its memory.
             for size in reversed(list(sizes(slots))):
@@ -85,9 +85,8 @@ class DecodeGraphs:
         self._ids[:n, 0] = torch.tensor(tokens, device=device)
         self._scales[:n] = torch.tensor(scales, device=device)
         size = next(size for size in sizes(self._ids.shape[0]) if size >= n)
-        replay, found = self._recorded[name, size]
+        replay, terms = self._recorded[name, size]
         replay()
-        terms: list[Term] = found
         return terms
 
     def _step(self, name: str | None, size: int) -> list[Term]:
@@ -103,8 +102,7 @@ class DecodeGraphs:
         )
         for part in cache.auxiliaries:
             self._lanes[part.name].keep(part.cache)
-        found: list[Term] = terms
-        return found
+        return terms
 
 
 def sizes(slots: int) -> Iterator[int]:

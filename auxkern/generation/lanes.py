@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from auxkern.generation.request import Sequence
+from auxkern.generation.request import Sequence, Sequences
 from auxkern.generation.scheduler import closing_moves
 from auxkern.generation.slots import SlotTable
 from auxkern.model.interface import AuxiliaryCache
@@ -45,11 +44,9 @@ class Lane:
         attention = cache.attention
         return attention.self_attention_cache if isinstance(attention, EncoderDecoderCache) else attention
 
-    def rows(self, sequences: Several[Sequence]) -> Tensor | None:
+    def rows(self, sequences: Sequences) -> Tensor | None:
         """(R,) slots of the whole batch that are this lane's, in its own order; None if it is all of them."""
-        if len(self.members) == len(sequences) and all(
-            mine is theirs for mine, theirs in zip(self.members, sequences, strict=True)
-        ):
+        if [*map(id, self.members)] == [*map(id, sequences)]:
             return None
         return torch.tensor([member.slot for member in self.members], device=self.table.mask.device)
 
@@ -85,7 +82,7 @@ class Lane:
             if (like := getattr(cache, name)) is not None:
                 self._of_condition[name] = like.new_zeros(slots, self.max_condition, *like.shape[2:])
 
-    def join(self, joining: Several[tuple[Sequence, int]], cache: Any) -> None:
+    def join(self, joining: list[tuple[Sequence, int]], cache: Any) -> None:
         """Newcomers, each with its row of what the auxiliary returned for the rows that were read."""
         rows = torch.tensor([row for _, row in joining], device=self.table.mask.device)
         start, end = len(self.members), len(self.members) + len(joining)
@@ -99,7 +96,7 @@ class Lane:
             self._of_condition[name][start:end, : new.shape[1]] = new
         self.members += [sequence for sequence, _ in joining]
 
-    def leave(self, ended: Several[Sequence]) -> None:
+    def leave(self, ended: Sequences) -> None:
         """Sequences have ended; those that are not this lane's do not matter."""
         gone = {id(sequence) for sequence in ended}
         slots = [slot for slot, member in enumerate(self.members) if id(member) in gone]

@@ -17,7 +17,7 @@ _USE = "use model.generate for this model"
 _BATCH_WIDE_ROTARY = ("longrope", "dynamic")
 
 
-def check_base(model: Any, max_length: int) -> None:
+def check_slots_of_base(model: Any, max_length: int) -> None:
     """Refuses a base that cannot be kept in slots.
 
     Args:
@@ -57,7 +57,7 @@ def check_base(model: Any, max_length: int) -> None:
         )
 
 
-def check_auxiliary(model: Any, name: str, columns: int) -> None:
+def check_slots_of_auxiliary(model: Any, name: str, columns: int) -> None:
     """Refuses an auxiliary that cannot be kept in slots.
 
     Args:
@@ -95,7 +95,7 @@ def window_of(model: Any) -> int | None:
     return min(windows, default=None)
 
 
-def refusal(model: Any, sequence: Sequence) -> str | None:
+def sequence_refusal(model: Any, sequence: Sequence) -> str | None:
     """Why models cannot read a sequence, whatever room there is; None if they can."""
     name = sequence.request.auxiliary
     size = int(model.lm.get_input_embeddings().weight.shape[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -114,7 +115,7 @@ class Request:
         """
         if not isinstance(record, Mapping):
             raise TypeError(f"a request must be an object with named fields, got {type(record).__name__}")
-        _check_names(record)
+        _check_field_names(record)
         given = {
             name: value
             for name, value in record.items()
@@ -129,11 +130,11 @@ class Request:
             defaults = cls(id=given["id"])
         sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
         if sampling:
-            given["params"] = _params(sampling, defaults.params)
+            given["params"] = _merged_params(sampling, defaults.params)
         if "stop" in given:
-            given["stop"] = _several("stop", given["stop"], str)
+            given["stop"] = _as_tuple("stop", given["stop"], str)
         if "stop_token_ids" in given:
-            given["stop_token_ids"] = _several("stop_token_ids", given["stop_token_ids"], int)
+            given["stop_token_ids"] = _as_tuple("stop_token_ids", given["stop_token_ids"], int)
         if "seed" not in given:
             given["seed"] = mixed_seed(defaults.seed, f"request {given['id']!r}")
         if "auxiliary" in given and given["auxiliary"] is None:
@@ -146,7 +147,7 @@ class Request:
         record |= {name: list(getattr(self, name)) for name in ("stop", "stop_token_ids")}
         record |= {name: getattr(self.params, name) for name in _SAMPLING}
         if self.params.logit_bias is not None:
-            record["logit_bias"] = {str(token): bias for token, bias in _biases(self.params)}
+            record["logit_bias"] = {str(token): bias for token, bias in _listed_biases(self.params)}
         return record
 
     def sequences(
@@ -384,6 +385,9 @@ class Sequence:
         return len(self.prompt_ids) + len(self.generated)
 
 
+Sequences = abc.Sequence[Sequence]  # as the rows of a batch have them
+
+
 def check_id(id: Any) -> None:
     """Refuses what cannot name a request.
 
@@ -421,7 +425,7 @@ def _check_params(params: Any) -> None:
             raise TypeError(f"params.{name} is of many rows; a request takes one number, or a dict of biases")
 
 
-def _biases(params: SamplingParams) -> list[tuple[int, float]]:
+def _listed_biases(params: SamplingParams) -> list[tuple[int, float]]:
     return list(params.logit_bias.items()) if isinstance(params.logit_bias, Mapping) else []
 
 
@@ -434,7 +438,7 @@ def _check_stop(stop: Any) -> None:
             raise ValueError("stop holds an empty str, which would end every text at once; leave it out")
 
 
-def _check_names(record: Mapping[str, Any]) -> None:
+def _check_field_names(record: Mapping[str, Any]) -> None:
     for name in record:
         if name not in REQUEST_FIELDS and name != "text":
             close = difflib.get_close_matches(str(name), REQUEST_FIELDS, n=1)
@@ -442,23 +446,23 @@ def _check_names(record: Mapping[str, Any]) -> None:
             raise ValueError(f"a request has no field {name!r}; {remedy}")
 
 
-def _params(given: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
+def _merged_params(given: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     values = {name: getattr(defaults, name) for name in _SAMPLING}
     if given.get("temperature") == 0:
         values |= _FILTERS
     if isinstance(given.get("logit_bias"), Mapping):
-        given = {**given, "logit_bias": {_token(key): bias for key, bias in given["logit_bias"].items()}}
+        given = {**given, "logit_bias": {_token_id(key): bias for key, bias in given["logit_bias"].items()}}
     return SamplingParams(**{**values, **given})
 
 
-def _token(key: Any) -> Any:
+def _token_id(key: Any) -> Any:
     """A token id; JSON has only text for the names in an object."""
     if isinstance(key, str) and key.isascii() and key.isdigit() and str(int(key)) == key:
         return int(key)
     return key  # SamplingParams says what is wrong with another one
 
 
-def _several(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     if isinstance(value, kind):
         return (value,)
     if not isinstance(value, (list, tuple)):

@@ -105,10 +105,10 @@ class TextStream:
             return ""
         self._held.append((text, visible))
         seen = self._seen()
-        found = _first_stop(seen, self.stop)
-        if found is None:
+        stop = _first_stop(seen, self.stop)
+        if stop is None:
             return self._released(len(seen) - _begun_stop(seen, self.stop))
-        start, self._stopped = found
+        start, self._stopped = stop
         self._ended = True
         return self._released(start)
 
@@ -190,10 +190,7 @@ class _Detokenizer:
 def _first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
     """Where the first stop string in the text begins, and which it is."""
     places = [(place + len(one), place, one) for one in stop if (place := text.find(one)) >= 0]
-    if not places:
-        return None
-    _, start, found = min(places)
-    return start, found
+    return min(places)[1:] if places else None
 
 
 def _begun_stop(text: str, stop: tuple[str, ...]) -> int:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from auxkern.core.files import lock_file, replace_file
+from auxkern.core.files import lock_file, replace_file, write_whole
 from auxkern.generation.request import Completion, Request, check_id
 
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends would be read as a whole
@@ -72,7 +72,7 @@ def read_requests(
     """
     ids = _Ids()
     with path.open("rb") as file:
-        for number, line in _lines(file):
+        for number, line in _numbered_lines(file):
             try:
                 if line is None:
                     raise ValueError(f"it is longer than {LONGEST_LINE} bytes; is the file one JSON array?")
@@ -154,7 +154,7 @@ class CompletionWriter:
             self._reported = set()
             if self._errors is not None:
                 self._reported = {
-                    _named(errors_path, n, record, "line") for n, record in self._errors.recover()
+                    _id_field(errors_path, n, record, "line") for n, record in self._errors.recover()
                 }
         except BaseException:
             self.close()
@@ -185,7 +185,7 @@ class CompletionWriter:
         for request in requests:
             for first in range(0, request.samples, _SAMPLES):
                 some = range(first, min(first + _SAMPLES, request.samples))
-                wanted = tuple(i for i in some if _key(request.id, i) not in self._done)
+                wanted = tuple(i for i in some if _sample_key(request.id, i) not in self._done)
                 if wanted:
                     yield request, wanted
 
@@ -238,7 +238,7 @@ class CompletionWriter:
                     taken += 1
                     failed += _is_failed(record)
             self._out.sync()
-            with _naming(path):
+            with _naming_file(path):
                 path.unlink()
                 other.run_path.unlink()
         return taken, failed
@@ -279,7 +279,7 @@ class CompletionWriter:
                 )
             self._compare(run)
         else:
-            with _naming(self.run_path):
+            with _naming_file(self.run_path):
                 replace_file(self.run_path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
     def _compare(self, run: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ class CompletionWriter:
             saved = json.loads(self.run_path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.run_path} is not JSON: {error}; choose another output") from error
-        difference = _difference(saved, run)
+        difference = _first_difference(saved, run)
         if difference is not None:
             name, before, now = difference
             raise ValueError(
@@ -296,14 +296,14 @@ class CompletionWriter:
             )
 
 
-def _difference(one: Any, other: Any) -> tuple[str, Any, Any] | None:
+def _first_difference(one: Any, other: Any) -> tuple[str, Any, Any] | None:
     """The name of the first field in which two objects differ, and its two values."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return None if one == other else ("", one, other)
     for name in sorted({*one, *other}):
-        found = _difference(one.get(name), other.get(name))
-        if found is not None:
-            return f"{name}.{found[0]}".rstrip("."), found[1], found[2]
+        inner = _first_difference(one.get(name), other.get(name))
+        if inner is not None:
+            return f"{name}.{inner[0]}".rstrip("."), inner[1], inner[2]
     return None
 
 
@@ -341,7 +341,7 @@ class _Appender:
             OSError: there is no room for a copy, or another reason; the file is as it was.
         """
         file = self._open()
-        with _naming(self._copy):
+        with _naming_file(self._copy):
             copy = lock_file(self._copy)  # who opens the file under its new name finds it locked
             try:
                 os.fchmod(copy, os.fstat(file).st_mode & 0o777)
@@ -365,9 +365,7 @@ class _Appender:
         )
         file, size = self._open(), self.size
         try:
-            written = 0
-            while written < len(line):  # a full disk may take a part
-                written += os.write(file, line[written:])
+            write_whole(file, line)
             if time.monotonic() - self._synced >= self._sync_seconds:
                 self.sync()
         except OSError as error:
@@ -392,7 +390,7 @@ class _Appender:
         if self._file is not None:
             file, self._file = self._file, None
             try:
-                with _naming(self.path):
+                with _naming_file(self.path):
                     os.fsync(file)
             finally:
                 os.close(file)
@@ -418,7 +416,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
             yield number, line, record
 
 
-def _named(path: Path | None, number: int, record: dict[str, Any], name: str) -> Any:
+def _id_field(path: Path | None, number: int, record: dict[str, Any], name: str) -> Any:
     value = record.get(name)
     try:
         check_id(value)  # whole numbers, too, may be ids
@@ -429,11 +427,11 @@ def _named(path: Path | None, number: int, record: dict[str, Any], name: str) ->
 
 def _record_key(path: Path, number: int, record: dict[str, Any]) -> int | bytes:
     """What stands for the sample that a line holds."""
-    return _key(_named(path, number, record, "id"), _named(path, number, record, "sample"))
+    return _sample_key(_id_field(path, number, record, "id"), _id_field(path, number, record, "sample"))
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming_file(path: Path) -> Iterator[None]:
     """Puts the file's name into errors of calls that know none."""
     try:
         yield
@@ -460,7 +458,7 @@ class _Ids:
 
     def add(self, id: str | int, number: int, *, given: bool) -> bool:
         """Whether the id of line ``number`` is new; ``given`` says whether the line brought it along."""
-        key = _key(id, 0)
+        key = _sample_key(id, 0)
         if key in self._given or (isinstance(id, int) and self._is_number(id)):
             return False
         if given:
@@ -477,14 +475,14 @@ class _Ids:
         return place >= 0 and id <= self._last[place]
 
 
-def _key(id: str | int, sample: int) -> int | bytes:
+def _sample_key(id: str | int, sample: int) -> int | bytes:
     """What stands for a sample in a set: small, and different for different ones."""
     if sample == 0 and isinstance(id, int):
         return id
     return hashlib.blake2b(json.dumps([id, sample]).encode(), digest_size=16).digest()
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def _numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     """Numbers and bytes of the lines; None for one that is too long."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
@@ -527,7 +525,7 @@ def _integer(digits: str) -> int:
 def _line_of(path: Path, id: str | int, before: int, defaults: Request | None) -> int:
     """The line before line ``before`` whose request has the id; this reads the file again."""
     with path.open("rb") as file:
-        for number, line in _lines(file):
+        for number, line in _numbered_lines(file):
             if number >= before:
                 break
             try:

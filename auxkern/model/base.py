@@ -173,7 +173,7 @@ def check_output_head(lm: Any) -> None:
             f'embedding {head.weight.shape[1]}; pass lm_term="logits"'
         )
     z = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    difference = _difference(lm, softcapped(z, head.softcap) * head.scale, expected)
+    difference = _logits_difference(lm, softcapped(z, head.softcap) * head.scale, expected)
     if difference is not None:
         raise UnfitBaseError(
             f"the output embedding of {type(lm).__name__} on its final hidden states is not its logits "
@@ -192,7 +192,7 @@ def check_logits(lm: Any, ids: Tensor) -> None:
     Raises:
         ValueError: it does not.
     """
-    difference = _difference(lm, run_base(lm, ids, want_logits=True).logits, lm(input_ids=ids).logits)
+    difference = _logits_difference(lm, run_base(lm, ids, want_logits=True).logits, lm(input_ids=ids).logits)
     if difference is not None:
         raise UnfitBaseError(
             f"{type(lm).__name__} (model_type {lm.config.model_type!r}) cannot be a base: its logits change "
@@ -201,7 +201,7 @@ def check_logits(lm: Any, ids: Tensor) -> None:
         )
 
 
-def _difference(lm: Any, logits: Any, expected: Any) -> float | None:
+def _logits_difference(lm: Any, logits: Any, expected: Any) -> float | None:
     """Of logits, relative to the largest; None if it is rounding."""
     # Half precision rounds logits and products at different places.
     half = any(parameter.dtype in HALF_DTYPES for parameter in lm.parameters())

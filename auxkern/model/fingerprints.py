@@ -61,7 +61,9 @@ def fingerprint(lm: Any) -> str:
         ValueError: the weights are on the meta device, and have no values.
     """
     fields = json.dumps(computing_fields(lm), sort_keys=True, default=str)
-    return hashlib.sha256(f"{weights_fingerprint(lm)} {_digest(_buffers(lm))} {fields}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{weights_fingerprint(lm)} {_digest(_saved_buffers(lm))} {fields}".encode()
+    ).hexdigest()
 
 
 def weights_fingerprint(lm: Any) -> str:
@@ -109,7 +111,7 @@ def _without_neutral(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _buffers(lm: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
+def _saved_buffers(lm: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
     owners = dict(lm.named_modules())
     for name, buffer in lm.named_buffers():
         owner, _, own = name.rpartition(".")
@@ -127,21 +129,21 @@ def _digest(tensors: Iterable[tuple[str, Tensor, nn.Module]]) -> str:
         shape = getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape)
         digest.update(f"{name} {tuple(shape)} ".encode())
         with torch.device("cpu"):  # transformers makes a pair on the meta device
-            for values in _plain(tensor, module):
+            for values in _plain_tensors(tensor, module):
                 values = values.to(torch.float16) if values.is_floating_point() else values
                 digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _plain(values: Tensor, module: nn.Module) -> Iterator[Tensor]:
+def _plain_tensors(values: Tensor, module: nn.Module) -> Iterator[Tensor]:
     """The plain tensors in one of any class, the same before and after the module has run."""
     if isinstance(values, DTensor):
         yield values.full_tensor()
     elif is_traceable_wrapper_subclass(values):  # torchao's
         names, context = values.__tensor_flatten__()
-        yield _text(f"{type(values).__name__} {names} {context}")
+        yield _bytes_of(f"{type(values).__name__} {names} {context}")
         for name in names:
-            yield from _plain(getattr(values, name), module)
+            yield from _plain_tensors(getattr(values, name), module)
     elif (state := getattr(values, "quant_state", None)) is not None:
         yield from _four_bits(values, state)
     else:
@@ -159,7 +161,7 @@ def _four_bits(codes: Tensor, state: Any) -> Iterator[Tensor]:
     """
     from bitsandbytes import functional
 
-    yield _text(f"{state.quant_type} {state.blocksize}")
+    yield _bytes_of(f"{state.quant_type} {state.blocksize}")
     if getattr(state, "packing_format_for_cpu", False):
         maxima = state.absmax.T
         codes, _ = functional._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
@@ -171,5 +173,5 @@ def _four_bits(codes: Tensor, state: Any) -> Iterator[Tensor]:
     yield maxima.to(torch.bfloat16).flatten().view(torch.int16)
 
 
-def _text(text: str) -> Tensor:
+def _bytes_of(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)

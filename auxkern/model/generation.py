@@ -105,7 +105,7 @@ class PairGeneration(GenerationMixin):
             ValueError: there is no such auxiliary, an argument has the wrong number of entries, or an
                 option is unknown or not for pairs.
         """
-        ids = _checked(
+        ids = _checked_ids(
             inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
         )
         B = ids.shape[0]
@@ -232,7 +232,7 @@ class PairGeneration(GenerationMixin):
         seeds: tuple[int, ...] | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        refusal = _refusal(logits_processor, generation_config, synced_gpus)
+        refusal = _drawing_refusal(logits_processor, generation_config, synced_gpus)
         if refusal is not None:
             if seeds is not None:
                 raise ValueError(
@@ -248,7 +248,7 @@ class PairGeneration(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        params = _params(logits_processor, bool(generation_config.do_sample))
+        params = _params_of(logits_processor, bool(generation_config.do_sample))
         return self._draw(
             input_ids, params, stopping_criteria, generation_config, streamer, seeds, model_kwargs
         )
@@ -311,7 +311,7 @@ class PairGeneration(GenerationMixin):
         return ids
 
 
-def _checked(ids: Any, mask: Any) -> Tensor:
+def _checked_ids(ids: Any, mask: Any) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
@@ -325,7 +325,7 @@ def _checked(ids: Any, mask: Any) -> Tensor:
     return ids
 
 
-def _refusal(processors: LogitsProcessorList, config: Any, synced_gpus: bool) -> str | None:
+def _drawing_refusal(processors: LogitsProcessorList, config: Any, synced_gpus: bool) -> str | None:
     """Why ``auxkern.sample`` cannot do a search; None if it can."""
     if type(processors) is not _FromConfig:
         return f"logits_processor {[type(one).__name__ for one in processors]}"
@@ -343,7 +343,7 @@ def _is_known(processor: Any) -> bool:
     return type(processor) in _SETTINGS
 
 
-def _params(processors: LogitsProcessorList, do_sample: bool) -> SamplingParams:
+def _params_of(processors: LogitsProcessorList, do_sample: bool) -> SamplingParams:
     settings: dict[str, Any] = {} if do_sample else {"temperature": 0.0}
     for one in processors:
         settings |= _SETTINGS[type(one)](one)

@@ -69,11 +69,11 @@ def _swap_layers(module: nn.Module) -> None:
 
 
 def _register() -> None:
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, _attention_function)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def _attention(
+def _attention_function(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -28,7 +28,7 @@ def shard_base(lm: Any, mesh: DeviceMesh) -> Any:
     Raises:
         ValueError: the mesh has more dimensions, or the base's layers cannot be sharded.
     """
-    _check_mesh(mesh)
+    _check_one_dimension(mesh)
     if any(isinstance(module, (FrozenLinear, FrozenEmbedding)) for module in lm.modules()):
         raise ValueError(
             "the base runs in auxkern's CPU kernels, which read whole weights; load it with native=False"
@@ -57,7 +57,7 @@ def shard_auxiliary(model: Any, mesh: DeviceMesh) -> Any:
     Raises:
         ValueError: the mesh has more dimensions.
     """
-    _check_mesh(mesh)
+    _check_one_dimension(mesh)
     # After an evaluation too the parameters are the shards, which the optimizer knows.
     sharded: FSDPModule = fully_shard(model, mesh=mesh, reshard_after_forward=True)
     sharded.set_gradient_divide_factor(1.0)
@@ -66,7 +66,7 @@ def shard_auxiliary(model: Any, mesh: DeviceMesh) -> Any:
     return model
 
 
-def _check_mesh(mesh: DeviceMesh) -> None:
+def _check_one_dimension(mesh: DeviceMesh) -> None:
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; pass one of them, such as mesh['dp']"

@@ -136,7 +136,7 @@ def tiny_config(config: Any, **changes: Any) -> Any:
         elif name == "num_key_value_heads" and isinstance(value, int):
             value = min(value, 2)
         elif name.endswith("token_id"):
-            value = _token(name, value)
+            value = _tiny_token(name, value)
         elif "vocab_size" in name and isinstance(value, int):
             value = min(value, V)
         # An embedding as wide as the transformer stays so.
@@ -186,7 +186,7 @@ def randomise(module: nn.Module) -> None:
             parameter.add_(noise * 0.1)
 
 
-def _token(name: str, value: Any) -> Any:
+def _tiny_token(name: str, value: Any) -> Any:
     """An id below V, where there is one at all; that of padding is rarely in a text."""
     small = 0 if name.startswith("pad") else 1 if name.startswith("bos") else 2
     if isinstance(value, list):

@@ -99,27 +99,27 @@ class Definition(Task):
     def _examples(self) -> tuple[Example, ...]:
         if not isinstance(self.source, WordNet):
             return tuple(dict.fromkeys(self._records()))
-        found = list(_wordnet_glosses(self.source))
+        glosses = list(_wordnet_glosses(self.source))
         parts: dict[str, set[str]] = {}
-        for word, part, _ in found:
+        for word, part, _ in glosses:
             parts.setdefault(condition_key(word), set()).add(part)
         return tuple(
             dict.fromkeys(
                 Example(word if len(parts[condition_key(word)]) == 1 else f"{word} ({part})", gloss)
-                for word, part, gloss in found
+                for word, part, gloss in glosses
             )
         )
 
     @cached_property
     def _glosses(self) -> Mapping[str, set[frozenset[str]]]:
         """Content of the glosses under each condition, and under a word without its part of speech."""
-        found: dict[str, set[frozenset[str]]] = {}
+        glosses: dict[str, set[frozenset[str]]] = {}
         for example in self._examples:
             key = condition_key(example.condition)
             word = _word(key)
             for name in (key, word):
-                found.setdefault(name, set()).add(content(example.text, word))
-        return found
+                glosses.setdefault(name, set()).add(content(example.text, word))
+        return glosses
 
     def _records(self) -> Iterator[Example]:
         for text, condition, place in self.source.records():

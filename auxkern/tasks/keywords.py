@@ -109,14 +109,14 @@ class Keyword(Task):
         """See ``Task.examples``; of WordNet those of ``keyword_examples``."""
         if isinstance(self.source, WordNet):
             return keyword_examples(self.source.folder, self.min_words)
-        found: dict[Example, None] = {}
+        examples: dict[Example, None] = {}
         for text, condition, _ in self.source.records():
             if len(text.split()) < self.min_words:
                 continue
             keyword = chosen_keyword(text, self.seed) if condition is None else condition
             if keyword is not None and contains_keyword(text, keyword):
-                found[Example(keyword, text)] = None
-        return list(found)
+                examples[Example(keyword, text)] = None
+        return list(examples)
 
     def satisfied(self, condition: str, text: str) -> bool:
         """Whether the text contains the condition, as ``contains_keyword`` says.

@@ -56,12 +56,12 @@ class Length(Task):
 
     def examples(self) -> list[Example]:
         """See ``Task.examples``."""
-        found: dict[Example, None] = {}
+        examples: dict[Example, None] = {}
         for text, _, _ in self.source.records():
             count = count_words(text)
             if self.min_words <= count <= self.max_words:
-                found[Example("1 word" if count == 1 else f"{count} words", text)] = None
-        return list(found)
+                examples[Example("1 word" if count == 1 else f"{count} words", text)] = None
+        return list(examples)
 
     def satisfied(self, condition: str, text: str) -> bool:
         """Whether the text has exactly the condition's number of words.
@@ -69,7 +69,7 @@ class Length(Task):
         Raises:
             ValueError: the condition is no number of words.
         """
-        return count_words(text) == _wanted(condition)
+        return count_words(text) == _number_of_words(condition)
 
     def share(self, condition: str) -> float:
         """Multiples of the golden ratio, from a start that the seed gives.
@@ -77,10 +77,10 @@ class Length(Task):
         They fill [0, 1) evenly (Weyl 1916): of any eight lengths in a row, one at least falls on a side
         that holds a fifth of them.
         """
-        return (condition_share("length", self.seed) + _wanted(condition) * _GOLDEN) % 1
+        return (condition_share("length", self.seed) + _number_of_words(condition) * _GOLDEN) % 1
 
 
-def _wanted(condition: str) -> int:
+def _number_of_words(condition: str) -> int:
     match = _CONDITION.fullmatch(condition.strip())
     if match is None:
         raise ValueError(f'condition is {condition!r:.60}; write a number of words, such as "7 words"')

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from auxkern.tasks.task import Task
 
-
-def _keyword(**options: Any) -> Task:
-    from auxkern.tasks.keywords import Keyword
-
-    return Keyword(**options)
-
-
-def _definition(**options: Any) -> Task:
-    from auxkern.tasks.definitions import Definition
-
-    return Definition(**options)
-
-
-def _length(**options: Any) -> Task:
-    from auxkern.tasks.lengths import Length
-
-    return Length(**options)
-
-
-def _wordnet_keywords() -> Task:
-    return _keyword(name="wordnet-keywords", condition_template="{condition}", test_share=0.0)
-
-
-_TABLE: Mapping[str, Callable[..., Task]] = MappingProxyType(
-    {"keyword": _keyword, "definition": _definition, "length": _length, "wordnet-keywords": _wordnet_keywords}
-)
+# Module and class of each, and what it has in place of the class's defaults.
+_TABLE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "keyword": ("keywords", "Keyword", {}),
+    "definition": ("definitions", "Definition", {}),
+    "length": ("lengths", "Length", {}),
+    "wordnet-keywords": (
+        "keywords",
+        "Keyword",
+        {"name": "wordnet-keywords", "condition_template": "{condition}", "test_share": 0.0},
+    ),
+}
 TASKS = tuple(_TABLE)
 
 
@@ -55,10 +39,11 @@ def load_task(name: str, source: str | None = None) -> Task:
         close = difflib.get_close_matches(str(name), TASKS, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(TASKS)}"
         raise ValueError(f"there is no task {name!r}; {remedy}")
-    if source is None:
-        return _TABLE[name]()
-    if name == "wordnet-keywords":
+    if source is not None and name == "wordnet-keywords":
         raise ValueError(f"the task {name} has its own data; take the task keyword for source={source!r}")
-    from auxkern.tasks.sources import source_from
+    from auxkern.tasks.sources import WordNet, source_from
 
-    return _TABLE[name](source=source_from(source))
+    module, kind, options = _TABLE[name]
+    texts = WordNet() if source is None else source_from(source)
+    task: Task = getattr(importlib.import_module(f"auxkern.tasks.{module}"), kind)(source=texts, **options)
+    return task

@@ -69,7 +69,7 @@ class TextFile:
             OSError: there is no such file.
             ValueError: a line is not UTF-8; the message names file and line.
         """
-        for place, line in _lines(self.path):
+        for place, line in _placed_lines(self.path):
             yield Record(line, None, place)
 
 
@@ -94,12 +94,12 @@ class JsonLines:
             OSError: there is no such file.
             ValueError: a line is not UTF-8, not a JSON object, or lacks a field; or a field is not text.
         """
-        for place, line in _lines(self.path):
+        for place, line in _placed_lines(self.path):
             try:
                 values = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{place} is not JSON: {error}") from error
-            yield from _record(self, values, place)
+            yield from _records_of(self, values, place)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class HubDataset:
             )
         rows = self._loaded(importlib.import_module("datasets"))
         for number, row in enumerate(rows):
-            yield from _record(self, row, f"{self.name}, split {self.split}, row {number}")
+            yield from _records_of(self, row, f"{self.name}, split {self.split}, row {number}")
 
     def _loaded(self, datasets: Any) -> Any:
         folder = Path(self.name)
@@ -190,7 +190,7 @@ def _options(spelling: str, query: str, kind: type[JsonLines] | type[HubDataset]
     return dict(pairs)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def _placed_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Place and content of each line that is not blank."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -204,10 +204,10 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield place, text
 
 
-def _record(source: JsonLines | HubDataset, values: Any, place: str) -> Iterator[Record]:
+def _records_of(source: JsonLines | HubDataset, values: Any, place: str) -> Iterator[Record]:
     if not isinstance(values, Mapping):
         raise ValueError(f"{place} holds a {type(values).__name__}; it must be an object with fields")
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for role, name in (("text", source.text), ("condition", source.condition)):
         if name is None:
             continue
@@ -221,9 +221,9 @@ def _record(source: JsonLines | HubDataset, values: Any, place: str) -> Iterator
                 f"{place}: the field {name!r} holds {values[name]!r:.60}; {role} must be a string"
             )
         check_unicode(f"{place}: the field {name!r}", values[name])
-        found[role] = values[name].strip()
-    if not found["text"]:
+        fields[role] = values[name].strip()
+    if not fields["text"]:
         return
-    if found.get("condition") == "":
+    if fields.get("condition") == "":
         raise ValueError(f"{place}: the field {source.condition!r} is blank; a condition must say something")
-    yield Record(found["text"], found.get("condition"), place)
+    yield Record(fields["text"], fields.get("condition"), place)

@@ -122,10 +122,10 @@ def split_by_condition(
     of = share or (lambda condition: condition_share(condition, DATA_SEED))
     shares = {condition: of(condition) for condition in dict.fromkeys(one.condition for one in examples)}
     splits = sides(examples, validation, test, shares.__getitem__)
-    for name, found, wanted in zip(
+    for name, side, wanted in zip(
         Splits._fields, splits, (1 - validation - test, validation, test), strict=True
     ):
-        if wanted > 0 and not found:
+        if wanted > 0 and not side:
             raise ValueError(
                 f"{len(examples)} examples of {len(set(shares.values()))} conditions leave none for {name} "
                 f"(share {wanted:.3g}) that stands on no other side; take more conditions, another share or "

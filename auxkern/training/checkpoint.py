@@ -203,10 +203,7 @@ def save_checkpoint(
     remove_unfinished(output)
     unfinished.mkdir(parents=True)
     try:
-        if weights.model is None:
-            model.save_pretrained(unfinished)
-        else:
-            model.save_pretrained(unfinished, state_dict=weights.model)
+        model.save_pretrained(unfinished, **({"state_dict": weights.model} if weights.model else {}))
         save_file(weights.optimizer, unfinished / OPTIMIZER)
         (unfinished / TRAINER).write_text(text, encoding="utf-8")
         for path in unfinished.iterdir():
@@ -253,23 +250,20 @@ def load_weights(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> 
         RuntimeError: the model has other parameters.
         ValueError: the optimizer's state is of other parameters, or a file is damaged.
     """
-    try:
-        _load_weights(folder, model, optimizer)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is damaged ({error}); {_REMOVE}") from error
-
-
-def _load_weights(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     device = next(model.parameters()).device
     known = dict(model.named_parameters())
-    if any(isinstance(parameter, DTensor) for parameter in known.values()):
-        own = model.state_dict()
-        whole = load_file(folder / WEIGHTS, device=str(device))
-        model.load_state_dict({name: _like(tensor, own[name]) for name, tensor in whole.items()})
-    else:
-        load_model(model, folder / WEIGHTS, device=str(device))
+    try:
+        if any(isinstance(parameter, DTensor) for parameter in known.values()):
+            own = model.state_dict()
+            whole = load_file(folder / WEIGHTS, device=str(device))
+            model.load_state_dict({name: _like(tensor, own[name]) for name, tensor in whole.items()})
+        else:
+            load_model(model, folder / WEIGHTS, device=str(device))
+        entries = load_file(folder / OPTIMIZER)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is damaged ({error}); {_REMOVE}") from error
     state: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(folder / OPTIMIZER).items():
+    for key, tensor in entries.items():
         name, _, entry = key.rpartition(":")
         if name not in known:
             raise ValueError(f"{folder / OPTIMIZER} has the state of {name!r}, which the model has not")

@@ -69,7 +69,7 @@ class PlacedExamples:
         Raises: as ``read_jsonl``, and
             ValueError: there are none.
         """
-        lines = list(_lines(path))
+        lines = list(_numbered_examples(path))
         if not lines:
             raise ValueError(f"{path} has no examples")
         return cls([example for _, example in lines], lambda i: f"{path}, line {lines[i][0]}")
@@ -94,10 +94,10 @@ def read_jsonl(path: str | Path) -> list[Example]:
         OSError: there is no such file.
         ValueError: a line is not UTF-8, not JSON, or not an example; the message names file and line.
     """
-    return [example for _, example in _lines(path)]
+    return [example for _, example in _numbered_examples(path)]
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, Example]]:
+def _numbered_examples(path: str | Path) -> Iterator[tuple[int, Example]]:
     """The number of each line that is not empty, and its example."""
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -236,14 +236,14 @@ def encode(
             indices = range(first, min(first + _AT_ONCE, len(examples)))
             some = []
             for i in indices:
-                with _naming(place, i):
+                with _naming_example(place, i):
                     some.append(_as_example(examples[i]))
             try:
                 yield from text_format.examples(some)
             except (ValueError, TypeError):
                 # One of them is to blame, and the error does not say which.
                 for i, example in zip(indices, some, strict=True):
-                    with _naming(place, i):
+                    with _naming_example(place, i):
                         text_format.examples([example])
                 raise
 
@@ -251,7 +251,7 @@ def encode(
 
 
 @contextmanager
-def _naming(place: Callable[[int], str], i: int) -> Iterator[None]:
+def _naming_example(place: Callable[[int], str], i: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -32,6 +32,7 @@ from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.examples import Items, data_fingerprint, packed_ids
 from auxkern.training.fit import checked_lengths
+from auxkern.training.progress import PartsDone
 
 FORMAT = 1
 INDEX = "index.json"
@@ -46,7 +47,7 @@ class _Shard(NamedTuple):
     tokens: int
 
 
-class _Plan(NamedTuple):
+class _Layout(NamedTuple):
     """Which sequences are computed, and where they go."""
 
     shards: list[_Shard]
@@ -141,16 +142,16 @@ def cache_lm_states(
     header = _header(data_fingerprint(encoded), base, layers, _dtype_name(dtype), hidden_width(lm))
     if (folder / INDEX).is_file():
         shard_tokens = _read_index(folder, header).get("shard_tokens", shard_tokens)
-    plan = _plan(encoded, shard_tokens)
-    digest = _begin(folder, header, plan, shard_tokens)
-    missing = [s for s, shard in enumerate(plan.shards) if not _is_whole(folder, s, digest, shard.tokens)]
+    layout = _layout(encoded, shard_tokens)
+    digest = _begin(folder, header, layout, shard_tokens)
+    missing = [s for s, shard in enumerate(layout.shards) if not _is_whole(folder, s, digest, shard.tokens)]
     if missing:
         check_output_head(lm)
-    report = _Progress(progress, plan.tokens)
-    report.add(plan.tokens - sum(plan.shards[s].tokens for s in missing))
+    report = PartsDone(progress, layout.tokens)
+    report.add(layout.tokens - sum(layout.shards[s].tokens for s in missing))
     for s in missing:
         tensors = _computed(
-            lm, encoded, plan.shards[s], tuple(layers), batch_tokens, DTYPES[header["dtype"]], report
+            lm, encoded, layout.shards[s], tuple(layers), batch_tokens, DTYPES[header["dtype"]], report
         )
         replace_file(_shard_file(folder, s), safetensors.torch.save(tensors, {"index": digest}))
     return LMStates.open(folder, encoded, base, layers)
@@ -225,9 +226,9 @@ class LMStates:
         Raises:
             ValueError: they are not the examples that these states were computed for.
         """
-        found = data_fingerprint(encoded)
-        if found != self.fingerprint:
-            raise ValueError(_differs("data set", self.fingerprint, found, self.folder))
+        asked = data_fingerprint(encoded)
+        if asked != self.fingerprint:
+            raise ValueError(_other_states("data set", self.fingerprint, asked, self.folder))
         return StatesDataset(encoded, self)
 
     def _read(self, name: str, index: int) -> Tensor:
@@ -262,18 +263,6 @@ class StatesDataset(Dataset[dict[str, Any]]):
         return {**self.encoded[index], "lm_states": self.states[index]}
 
 
-class _Progress:
-    """Counts tokens for the caller's function."""
-
-    def __init__(self, call: Callable[[int, int], None] | None, total: int) -> None:
-        self.call, self.done, self.total = call, 0, total
-
-    def add(self, tokens: int) -> None:
-        self.done += tokens
-        if self.call is not None:
-            self.call(self.done, self.total)
-
-
 def _unique(encoded: Items) -> tuple[list[int], list[int]]:
     """The first place of every different sequence, and for every sequence the first of its equals."""
     seen: dict[bytes, int] = {}
@@ -286,7 +275,7 @@ def _unique(encoded: Items) -> tuple[list[int], list[int]]:
     return list(seen.values()), first_of
 
 
-def _plan(encoded: Items, shard_tokens: int) -> _Plan:
+def _layout(encoded: Items, shard_tokens: int) -> _Layout:
     unique, first_of = _unique(encoded)
     length = {i: len(encoded[i]["input_ids"]) for i in unique}
     shards: list[list[int]] = []
@@ -300,10 +289,12 @@ def _plan(encoded: Items, shard_tokens: int) -> _Plan:
         place[i] = [len(shards) - 1, tokens[-1], length[i]]
         shards[-1].append(i)
         tokens[-1] += length[i]
-    return _Plan([_Shard(*shard) for shard in zip(shards, tokens, strict=True)], [place[i] for i in first_of])
+    return _Layout(
+        [_Shard(*shard) for shard in zip(shards, tokens, strict=True)], [place[i] for i in first_of]
+    )
 
 
-def _batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+def _cheapest_batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
     """Rows, longest first, in batches of at most ``batch_tokens`` padded tokens, or of one row.
 
     Batches that cost least together, a batch costing its padded tokens and what it takes to start it.
@@ -333,15 +324,15 @@ def _computed(
     layers: tuple[int, ...],
     batch_tokens: int,
     dtype: torch.dtype,
-    report: _Progress,
+    report: PartsDone,
 ) -> dict[str, Tensor]:
     """One shard: states (tokens, 1 + L, D) in ``dtype``, lm_nll (tokens,) float32."""
     states = torch.empty(shard.tokens, 1 + len(layers), hidden_width(lm), dtype=dtype)
     lm_nll = torch.empty(shard.tokens, dtype=torch.float32)
     first = 0
     rows = [list(encoded[i]["input_ids"]) for i in shard.members]
-    for batch in _batches(rows, batch_tokens):
-        exact, nll = _run(lm, batch, layers)
+    for batch in _cheapest_batches(rows, batch_tokens):
+        exact, nll = _states_and_nll(lm, batch, layers)
         last = first + len(nll)
         states[first:last] = _stored(exact, layers, dtype)
         lm_nll[first:last] = nll
@@ -351,7 +342,7 @@ def _computed(
 
 
 @torch.no_grad()
-def _run(lm: Any, batch: list[list[int]], layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _states_and_nll(lm: Any, batch: list[list[int]], layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """States (n, 1 + L, D) of the n real tokens, row after row, and the nll (n,) of what follows each."""
     head = output_head(lm)
     input_ids, mask = (tensor.to(lm.device) for tensor in padded(batch, 0))
@@ -418,7 +409,7 @@ def _header(
 _NAMES = {"data": "data set", "base": "base's fingerprint", "shape": "shape of the states"}
 
 
-def _differs(what: str, stored: object, asked: object, folder: Path) -> str:
+def _other_states(what: str, stored: object, asked: object, folder: Path) -> str:
     return (
         f"the {what} of the states in {folder} is {stored}, but yours is {asked}; use another folder "
         "(states_folder names one) or delete this one"
@@ -436,15 +427,15 @@ def _read_index(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     stored = index if isinstance(index, dict) else {}
     for key, value in expected.items():
         if stored.get(key) != value:
-            raise ValueError(_differs(_NAMES.get(key, key), stored.get(key), value, folder))
+            raise ValueError(_other_states(_NAMES.get(key, key), stored.get(key), value, folder))
     return index
 
 
-def _begin(folder: Path, header: dict[str, Any], plan: _Plan, shard_tokens: int) -> str:
+def _begin(folder: Path, header: dict[str, Any], layout: _Layout, shard_tokens: int) -> str:
     """Writes the index where there is none, and removes what a killed process left; the index's digest."""
     path = folder / INDEX
     written = json.dumps(
-        {**header, "shard_tokens": shard_tokens, "tokens": plan.tokens, "sequences": plan.places}
+        {**header, "shard_tokens": shard_tokens, "tokens": layout.tokens, "sequences": layout.places}
     )
     if not path.is_file():
         replace_file(path, written)

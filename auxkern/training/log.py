@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from auxkern.core.files import is_open_at, lock_file
+from auxkern.core.files import is_open_at, lock_file, write_whole
 
 LOG = "log.jsonl"
 
@@ -53,9 +53,7 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line."""
-        rest = json.dumps(record).encode() + b"\n"
-        while rest:  # a disk that fills up takes a part
-            rest = rest[os.write(self._file, rest) :]
+        write_whole(self._file, json.dumps(record).encode() + b"\n")
 
     def is_in_place(self) -> bool:
         """Whether the folder still has this log, and not another one or none."""

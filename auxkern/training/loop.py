@@ -241,9 +241,11 @@ class _Run:
         process_group: Any,
     ) -> None:
         for name, examples in (("training", training), ("validation", validation)):
-            if examples is not None and not len(examples.examples):
+            if examples is None:
+                continue
+            if not len(examples.examples):
                 raise ValueError(f"{name} has no examples; pass at least one")
-            if examples is not None and examples.fingerprint is None:
+            if examples.fingerprint is None:
                 check_fit(model, examples.examples, f"{name} example {{}}".format)
         self.model, self.training, self.validation = model, training, validation
         self.settings, self.collate, self.measure = settings, collate, measure
@@ -365,14 +367,8 @@ class _Run:
         state.seconds = self._seconds_before + time.monotonic() - self._began
         best = state.best_step == state.step
         self._record(
-            {
-                "step": state.step,
-                "evaluation": True,
-                "nll": nll,
-                "lm_nll": state.lm_nll,
-                "best": best,
-                **measured,
-            }
+            {"step": state.step, "evaluation": True, "nll": nll, "lm_nll": state.lm_nll, "best": best}
+            | measured
         )
         self._mark = (state.tokens, time.monotonic())
 
@@ -432,14 +428,14 @@ class _Run:
 
     def _own(self, groups: Sequence[Sequence[int]], example: Callable[[int], Any]) -> list[_Batch]:
         """The batches among ``groups`` that are this rank's; one that does not count has no labels."""
-        found = []
+        own = []
         for place, group, counts in self.ranks.mine(groups):
-            made = self.collate([example(i) for i in group])
-            batch = {name: tensor.to(self.device) for name, tensor in made.items()}
+            collated = self.collate([example(i) for i in group])
+            batch = {name: tensor.to(self.device) for name, tensor in collated.items()}
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-            found.append(_Batch(batch, place, group))
-        return found
+            own.append(_Batch(batch, place, group))
+        return own
 
     def _clip(self) -> float:
         limit = self.settings.max_grad_norm or math.inf
@@ -486,14 +482,7 @@ class _Run:
     def _knows_lm(self, chosen: ExampleSet | None) -> bool:
         return chosen is not None and (chosen.lm_nll is not None or hasattr(self.model, "lm"))
 
-    def _log_step(
-        self,
-        loss: float,
-        norm: float,
-        rate: float,
-        own: list[_Batch],
-        tokens: int,
-    ) -> None:
+    def _log_step(self, loss: float, norm: float, rate: float, own: list[_Batch], tokens: int) -> None:
         state = self.state
         lm_loss = None
         if self._knows_lm(self.training):

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 
@@ -106,6 +107,24 @@ class BarProgress(Progress):
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class PartsDone:
+    """Counts parts for a caller's function, which is told of parts done and parts in all.
+
+    Args:
+        call: the function, or None.
+        total: parts in all.
+    """
+
+    def __init__(self, call: Callable[[int, int], None] | None, total: int) -> None:
+        self.call, self.done, self.total = call, 0, total
+
+    def add(self, parts: int) -> None:
+        """So many more are done."""
+        self.done += parts
+        if self.call is not None:
+            self.call(self.done, self.total)
 
 
 def progress_for(stream: TextIO | None = None) -> Progress:

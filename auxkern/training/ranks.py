@@ -46,10 +46,10 @@ class Ranks:
         All ranks have the same number, so that they meet in what sharded weights exchange: one with fewer
         takes the first item once more, which does not count.
         """
-        found = [(place, item, True) for place, item in enumerate(items)][self.rank :: self.count]
-        if len(found) < -(-len(items) // self.count):
-            found.append((0, items[0], False))
-        return found
+        own = [(place, item, True) for place, item in enumerate(items)][self.rank :: self.count]
+        if len(own) < -(-len(items) // self.count):
+            own.append((0, items[0], False))
+        return own
 
     def total(self, *values: float) -> list[float]:
         """Their sums over the ranks, in float64."""
@@ -59,8 +59,7 @@ class Ranks:
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
         sums = torch.tensor(values, dtype=dtype, device=self._device)
         dist.all_reduce(sums, group=self._group)
-        found: list[float] = sums.tolist()
-        return found
+        return sums.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on one rank at least."""

@@ -132,7 +132,7 @@ class LoopSettings:
     def as_yaml(self) -> str:
         """A YAML file with these values, each under its help."""
         values = self.as_json()
-        lines = [f"# {_help(one)}\n{written_yaml({one.name: values[one.name]})}" for one in fields(self)]
+        lines = [f"# {_help_of(one)}\n{written_yaml({one.name: values[one.name]})}" for one in fields(self)]
         return "".join(lines)
 
 
@@ -230,7 +230,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     hints = get_type_hints(TrainSettings)
     for one in fields(TrainSettings):
         flag = "--" + one.name.replace("_", "-")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(one).replace("%", "%%")}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_of(one).replace("%", "%%")}
         kind = _bare(hints[one.name])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -272,7 +272,7 @@ def learning_rate_at(settings: LoopSettings, step: int) -> float:
     return settings.learning_rate * left
 
 
-def _help(one: Field[Any]) -> str:
+def _help_of(one: Field[Any]) -> str:
     text = str(one.metadata["help"])
     if "choices" in one.metadata and one.name != "dtype":
         text += f": {', '.join(one.metadata['choices'])}"
@@ -327,7 +327,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise TypeError(f"{name} must be a mapping from names to values, got {value!r}")
         return _as_json(name, value)
     if kind is str and isinstance(value, str):
-        return _text(name, value)
+        return _checked_text(name, value)
     numeric = not isinstance(value, (bool, np.bool_))
     if kind is int and numeric and isinstance(value, Integral):
         return int(value)
@@ -339,7 +339,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise TypeError(f"{name} must be {wanted}, got {value!r}")
 
 
-def _text(name: str, value: str) -> str:
+def _checked_text(name: str, value: str) -> str:
     if not value:
         raise ValueError(f"{name} is empty; give a value, or leave it out")
     check_unicode(name, value)
@@ -349,7 +349,7 @@ def _text(name: str, value: str) -> str:
 def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint gives back for it, so that a resumed run compares like with like."""
     try:
-        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False, default=_plain)
+        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False, default=_python_value)
         text.encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {value!r}, of which JSON cannot hold all: {error}") from error
@@ -357,7 +357,7 @@ def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any) -> Any:
+def _python_value(value: Any) -> Any:
     """A number of NumPy, or an array of them, as Python's."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()

@@ -47,13 +47,13 @@ def wording_of(
     prefixes = ["", " "] if prefix is None else [prefix]
     some = drawn(examples, _LOOKED_AT)
     held = sum(bool(one.condition) and one.condition in one.text for one in some) / len(some)
-    found = [
+    wordings = [
         Wording(template, prefix, _copied(TextFormat(tokenizer, template, None, prefix), some), held)
         for template in templates
         for prefix in prefixes
         if len(templates) * len(prefixes) < 4 or (template == SPACED) == (prefix == " ")
     ]
-    return sorted(found, key=lambda wording: -wording.copied)
+    return sorted(wordings, key=lambda wording: -wording.copied)
 
 
 def _copied(text_format: TextFormat, examples: Sequence[Example]) -> float:

@@ -133,14 +133,14 @@ def test_every_sequence_runs_once_and_reading_runs_none(tmp_path, monkeypatch):
 def test_batches_are_full_and_not_padded():
     lengths = [9, 9, 9, 9, 9, 5, 5, 5, 4, 1]
     rows = [[0] * length for length in lengths]
-    batches = list(lm_states._batches(rows, 18))
+    batches = list(lm_states._cheapest_batches(rows, 18))
     assert [row for batch in batches for row in batch] == rows
     assert all(len(batch) * len(batch[0]) <= 18 for batch in batches)
     # Two of the 4 and 1 with three of 5 would pad; alone they cost nothing here.
     assert [len(batch) for batch in batches] == [2, 2, 1, 3, 1, 1]
     # A batch is not free where it may hold much: a little padding is better then.
-    assert len(list(lm_states._batches(rows, 2048))) == 1
-    assert [len(batch) for batch in lm_states._batches(rows, 4)] == [1] * 10
+    assert len(list(lm_states._cheapest_batches(rows, 2048))) == 1
+    assert [len(batch) for batch in lm_states._cheapest_batches(rows, 4)] == [1] * 10
 
 
 def test_the_size_is_announced(tmp_path):
