@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from auxkern.bench.machine import now
 from auxkern.bench.session import INTERRUPTED, positive
 from auxkern.commands import pair
-from auxkern.commands.pair import Request
 from auxkern.commands.ranks import Launched
 from auxkern.core.files import replace_file
 from auxkern.core.seeds import DATA_SEED, mixed_seed
@@ -108,32 +108,36 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
         model, text_format = pair.load_pair(parser, options, options.max_length)
         counts = _unigram_counts(model, text_format, unigram)
     progress = progress_for()
+    writers = _Writers(model, text_format, asked, options, progress)
     measured: dict[str, _Figures] = {}
     interrupted = False
     try:
         with _clocked(seconds, "nll"):
             encoded = encode(chosen.examples, text_format, place=chosen.place)
             check_fit(model, encoded, chosen.place)
-            report = _report(model, encoded, options, progress)
+            report = evaluate_nll(
+                model,
+                encoded,
+                batch_tokens=options.batch_tokens,
+                aux_scale=options.aux_scale,
+                progress=progress.counting("scoring, tokens"),
+            )
         try:
             for who in (*_SAMPLERS, "reference") if asked else ():
                 with _clocked(seconds, "samples"):
-                    texts = _texts(model, text_format, asked, who, options, progress)
+                    texts = writers.texts(who)
                 with _clocked(seconds, "measures"):
                     measured[who] = _measures(asked, texts, data.satisfied)
                     if counts is not None:
-                        progress.start(0, len(texts), f"SLOR of the {_WRITERS[who]}")
-                        measured[who].update(
-                            _slor_measures(model, text_format, asked, texts, counts, options, progress)
-                        )
+                        measured[who].update(writers.slor(who, texts, counts))
         except KeyboardInterrupt:
             interrupted = True  # the nll took minutes, and is complete
     finally:
         progress.close()
-    found = _results(report, measured)
-    _print_table(found)
+    results = _results(report, measured)
+    _print_table(results)
     if measured:
-        _print_measures(found, len(asked))
+        _print_measures(results, len(asked))
     _print_data(report, counts, seconds, options)
     if options.json is not None:
         record = {
@@ -143,7 +147,7 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
             "machine": pair.versions(model.device),
             "model": _model_record(model, options),
             "data": {**_source(options), "sequences": report.sequences, "tokens": report.tokens},
-            "results": found,
+            "results": results,
             "samples": _sampling(options, len(asked), counts) if asked else None,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "interrupted": interrupted,
@@ -225,50 +229,62 @@ def _unigram_counts(
     return UnigramCounts.of_texts(texts, plain, model.config.vocab_size, source=name)
 
 
-def _report(model: Any, encoded: Any, options: argparse.Namespace, progress: Progress) -> NllReport:
-    total = sum(len(encoded[i]["input_ids"]) for i in range(len(encoded)))
-    progress.start(0, total, "scoring, tokens")
-    return evaluate_nll(
-        model,
-        encoded,
-        batch_tokens=options.batch_tokens,
-        aux_scale=options.aux_scale,
-        progress=lambda done, _: progress.advance(done),
-    )
+@dataclass(frozen=True)
+class _Writers:
+    """Who writes texts for the examples that are asked for, and how fluent the base finds them."""
 
+    model: Any
+    text_format: TextFormat
+    asked: list[Example]
+    options: argparse.Namespace
+    progress: Progress
 
-def _texts(
-    model: Any,
-    text_format: TextFormat,
-    asked: list[Example],
-    who: str,
-    options: argparse.Namespace,
-    progress: Progress,
-) -> list[str]:
-    """A text for each example: its own, or what a model writes for its condition after its prompt."""
-    if who not in _SAMPLERS:
-        return [example.text for example in asked]
-    requests = [Request(example.condition, example.prompt) for example in asked]
-    progress.start(0, len(requests), f"samples of the {_NAMES[who]}")
-    written: list[str] = []
-    for some in pair.texts(
-        model,
-        text_format,
-        requests,
-        batch_size=options.batch_size,
-        seeds=pair.sample_seeds(options.seed, len(requests)),
-        auxiliary=_SAMPLERS[who],
-        aux_scale=options.aux_scale,
-        max_new_tokens=options.max_new_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-    ):
-        # Measured as the references are, which have none.
-        written += [one.text.removeprefix(text_format.text_prefix) for one in some]
-        progress.advance(len(written))
-    return written
+    def texts(self, who: str) -> list[str]:
+        """A text for each example: its own, or what a model writes for its condition after its prompt."""
+        if who not in _SAMPLERS:
+            return [example.text for example in self.asked]
+        show = self.progress.counting(f"samples of the {_NAMES[who]}")
+        show(0, len(self.asked))
+        written: list[str] = []
+        for some in pair.texts(
+            self.model,
+            self.text_format,
+            self.asked,
+            batch_size=self.options.batch_size,
+            seeds=pair.sample_seeds(self.options.seed, len(self.asked)),
+            auxiliary=_SAMPLERS[who],
+            aux_scale=self.options.aux_scale,
+            max_new_tokens=self.options.max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+        ):
+            # Measured as the references are, which have none.
+            written += [one.text.removeprefix(self.text_format.text_prefix) for one in some]
+            show(len(written), len(self.asked))
+        return written
+
+    def slor(self, who: str, texts: Sequence[str], counts: UnigramCounts) -> _Figures:
+        """SLOR of the texts that are not empty, by the base; nothing if all are."""
+        model, asked = self.model, self.asked
+        scores = slor(
+            model.lm,
+            # A sample can be more tokens when it is read than when it was written.
+            TextFormat(self.text_format.tokenizer, max_length=positions_for(model.lm)),
+            texts,
+            counts,
+            prompts=[example.prompt for example in asked],
+            batch_size=self.options.batch_size,
+            lm_term=model.config.lm_term,
+            lm_fingerprint=model.config.base_fingerprint,
+            progress=self.progress.counting(f"SLOR of the {_WRITERS[who]}"),
+        )
+        scored = [(x, example) for x, example in zip(scores.values, asked, strict=True) if x is not None]
+        if not scored:
+            return {}
+        interval = _interval([x for x, _ in scored], [example for _, example in scored])
+        return {"slor": scores.mean, "slor_interval": interval}
 
 
 def _measures(
@@ -277,46 +293,15 @@ def _measures(
     """Those of ``_MEASURES`` that need no model, for one text an example; None for the others."""
     kept = [float(satisfied(example.condition, text)) for example, text in zip(asked, texts, strict=True)]
     worded = sum(bool(text.split()) for text in texts)
-    found: _Figures = dict.fromkeys(_MEASURES)
-    found["contains_condition"] = sum(kept) / len(kept)
-    found["contains_condition_interval"] = _interval(kept, asked)
-    found["empty"] = len(texts) - worded
+    figures: _Figures = dict.fromkeys(_MEASURES)
+    figures["contains_condition"] = sum(kept) / len(kept)
+    figures["contains_condition_interval"] = _interval(kept, asked)
+    figures["empty"] = len(texts) - worded
     if worded:
-        found.update({f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)})
+        figures.update({f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)})
     if worded > 1:
-        found[f"self_bleu_{_BLEU}"] = self_bleu(texts, _BLEU)
-    return found
-
-
-def _slor_measures(
-    model: Any,
-    text_format: TextFormat,
-    asked: Sequence[Example],
-    texts: Sequence[str],
-    counts: UnigramCounts,
-    options: argparse.Namespace,
-    progress: Progress,
-) -> _Figures:
-    """SLOR of the texts that are not empty, by the base; nothing if all are."""
-    scores = slor(
-        model.lm,
-        # A sample can be more tokens when it is read than when it was written.
-        TextFormat(text_format.tokenizer, max_length=positions_for(model.lm)),
-        texts,
-        counts,
-        prompts=[example.prompt for example in asked],
-        batch_size=options.batch_size,
-        lm_term=model.config.lm_term,
-        lm_fingerprint=model.config.base_fingerprint,
-        progress=lambda done, _: progress.advance(done),
-    )
-    scored = [(x, example) for x, example in zip(scores.values, asked, strict=True) if x is not None]
-    if not scored:
-        return {}
-    return {
-        "slor": scores.mean,
-        "slor_interval": _interval([x for x, _ in scored], [example for _, example in scored]),
-    }
+        figures[f"self_bleu_{_BLEU}"] = self_bleu(texts, _BLEU)
+    return figures
 
 
 def _interval(values: Sequence[float], asked: Sequence[Example]) -> list[float] | None:
@@ -330,41 +315,41 @@ def _interval(values: Sequence[float], asked: Sequence[Example]) -> list[float] 
 
 def _results(report: NllReport, measured: dict[str, _Figures]) -> dict[str, _Figures]:
     """nll, perplexity and measures of what was written, by model, and of the references if they were."""
-    found: dict[str, _Figures] = {}
+    results: dict[str, _Figures] = {}
     for who in _NAMES:
         perplexity = getattr(report, f"{who}_perplexity")
-        found[who] = {
+        results[who] = {
             "nll": getattr(report, f"{who}_nll"),
             # JSON has no infinity.
             "perplexity": perplexity if math.isfinite(perplexity) else None,
         }
     for who in (*_NAMES, "reference"):
         if who in _NAMES or who in measured:
-            found.setdefault(who, {"nll": None, "perplexity": None})
-            found[who].update(measured.get(who, dict.fromkeys(_MEASURES)))
-    return found
+            results.setdefault(who, {"nll": None, "perplexity": None})
+            results[who].update(measured.get(who, dict.fromkeys(_MEASURES)))
+    return results
 
 
-def _print_table(found: dict[str, _Figures]) -> None:
+def _print_table(results: dict[str, _Figures]) -> None:
     rows = []
     for who, name in _NAMES.items():
-        perplexity = found[who]["perplexity"]
+        perplexity = results[who]["perplexity"]
         shown = "beyond 1e308" if perplexity is None else f"{perplexity:,.2f}"
-        rows.append([name, f"{found[who]['nll']:.4f}", shown])
+        rows.append([name, f"{results[who]['nll']:.4f}", shown])
     _print_cells(["", "nll", "perplexity"], rows)
 
 
-def _print_measures(found: dict[str, _Figures], samples: int) -> None:
+def _print_measures(results: dict[str, _Figures], samples: int) -> None:
     """A column for each writer, since five measures and their intervals are wider than a terminal."""
-    shown = [who for who in _WRITERS if found.get(who, {}).get("contains_condition") is not None]
+    shown = [who for who in _WRITERS if results.get(who, {}).get("contains_condition") is not None]
     rows = [
-        ["has condition", *(_cell(found[who], "contains_condition", ".1%", ".0%") for who in shown)],
-        ["SLOR", *(_cell(found[who], "slor", ".2f", ".2f") for who in shown)],
-        *([f"distinct-{n}", *(_cell(found[who], f"distinct_{n}", ".3f") for who in shown)] for n in (1, 2)),
-        [f"self-BLEU-{_BLEU}", *(_cell(found[who], f"self_bleu_{_BLEU}", ".3f") for who in shown)],
-        ["empty", *(f"{found[who]['empty']}" for who in shown)],
+        ["has condition", *(_cell(results[who], "contains_condition", ".1%", ".0%") for who in shown)],
+        ["SLOR", *(_cell(results[who], "slor", ".2f", ".2f") for who in shown)],
+        *([f"distinct-{n}", *(_cell(results[who], f"distinct_{n}", ".3f") for who in shown)] for n in (1, 2)),
+        [f"self-BLEU-{_BLEU}", *(_cell(results[who], f"self_bleu_{_BLEU}", ".3f") for who in shown)],
+        ["empty", *(f"{results[who]['empty']}" for who in shown)],
     ]
-    if all(found[who]["slor"] is None for who in shown):
+    if all(results[who]["slor"] is None for who in shown):
         del rows[1]
     _print_cells([f"{samples} texts each", *(_WRITERS[who] for who in shown)], rows)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from auxkern.bench.session import positive
 from auxkern.commands import pair
-from auxkern.commands.pair import Request, Text
 from auxkern.commands.ranks import Launched
 from auxkern.core.files import is_descriptor, replace_file
+from auxkern.model.text import Example
 from auxkern.ops.sampling_params import SamplingParams
 
 _EPILOG = """\
@@ -56,11 +56,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     launched = Launched.from_environment()
-    if options.input is not None:
-        return _generate_file(parser, options, launched)
-    launched.check_alone("--condition, unlike --input,")
+    if options.input is None:
+        launched.check_alone("--condition, unlike --input,")
+        return _answer_conditions(options, *pair.load_pair(parser, options))
+    from auxkern.commands import generate_file
+
+    options.device = launched.device(options.device)
     model, text_format = pair.load_pair(parser, options)
-    requests = [Request(condition, options.prompt) for condition in options.condition]
+    # They only wait for each other, which no GPU is needed for.
+    with launched.joined("gloo") as joined, launched.first_speaks():
+        return generate_file.answer_file(options, model, text_format, _sampling_params(options), joined)
+
+
+def _answer_conditions(options: argparse.Namespace, model: Any, text_format: Any) -> int:
+    requests = [Example(condition, "", options.prompt) for condition in options.condition]
     records: list[dict[str, Any]] = []
     total = len(requests) * options.number
     try:
@@ -76,25 +85,8 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
     return 0
 
 
-def _generate_file(parser: argparse.ArgumentParser, options: argparse.Namespace, launched: Launched) -> int:
-    from auxkern.commands import generate_file
-
-    options.device = launched.device(options.device)
-    model, text_format = pair.load_pair(parser, options)
-    # They only wait for each other, which no GPU is needed for.
-    with launched.joined("gloo") as joined, launched.first_speaks():
-        return generate_file.generate(
-            options,
-            model,
-            text_format,
-            _sampling_params(options),
-            retry_errors=options.retry_errors,
-            launched=joined,
-        )
-
-
 def _records(
-    model: Any, text_format: Any, requests: list[Request], options: argparse.Namespace
+    model: Any, text_format: Any, requests: list[Example], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
     if options.repetition_penalty is not None:
@@ -110,19 +102,16 @@ def _records(
         if not options.greedy:
             seeds = pair.sample_seeds(options.seed or 0, len(requests))
             settings |= {"do_sample": True, **_sampling(options)}
-    found = pair.texts(model, text_format, requests, batch_size=options.batch_size, seeds=seeds, **settings)
+    texts = pair.texts(model, text_format, requests, batch_size=options.batch_size, seeds=seeds, **settings)
     repeated = settings.get("num_return_sequences", 1)
-    for index, one in enumerate(text for some in found for text in some):
-        yield _record(requests[index // repeated], one, None if seeds is None else seeds[index])
+    for index, one in enumerate(text for some in texts for text in some):
+        asked, seed = requests[index // repeated], None if seeds is None else seeds[index]
+        yield {"condition": asked.condition, "prompt": asked.prompt, **one._asdict(), "seed": seed}
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in _SAMPLING}
     return {name: _SAMPLING[name] if value is None else value for name, value in given.items()}
-
-
-def _record(request: Request, one: Text, seed: int | None) -> dict[str, Any]:
-    return {**request._asdict(), **one._asdict(), "seed": seed}
 
 
 def _print(record: dict[str, Any], index: int, total: int) -> None:
@@ -134,7 +123,11 @@ def _print(record: dict[str, Any], index: int, total: int) -> None:
 
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    pair.check_json_option(parser, options.json)
+    if options.json is not None:
+        try:
+            pair.output_file(str(options.json))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--json {error}")
     _check_input(parser, options)
     if options.greedy and options.num_beams > 1:
         parser.error("--greedy and --num-beams are two ways to search; leave one out")

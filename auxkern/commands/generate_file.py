@@ -22,22 +22,20 @@ from auxkern.generation import (
     file_fingerprint,
     read_requests,
 )
+from auxkern.model import fingerprint
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.training.progress import Progress, duration, progress_for
 
 # Requests that are encoded ahead of their turn: newcomers of like length are looked for among them.
 _AHEAD = 4
-_ALONE = Launched()
 
 
-def generate(
+def answer_file(
     options: argparse.Namespace,
     model: Any,
     text_format: Any,
     params: SamplingParams,
-    *,
-    retry_errors: bool = False,
-    launched: Launched = _ALONE,
+    launched: Launched,
 ) -> int:
     """Answers every request in ``options.input`` that ``options.output`` does not answer yet.
 
@@ -46,11 +44,11 @@ def generate(
     any number of processes, does that first.
 
     Args:
-        options: of ``auxkern generate``.
+        options: of ``auxkern generate``. With ``retry_errors`` an answer that is an error is none: its line
+            is taken out of the output before the run goes on. Lines of the input that are no requests are
+            bad again either way.
         model, text_format: a pair, and what makes its ids.
         params: what lines leave out.
-        retry_errors: whether an answer that is an error is none: its line is taken out of the output
-            before the run goes on. Lines of the input that are no requests are bad again either way.
         launched: this process among those that share the input, joined.
 
     Returns:
@@ -76,112 +74,130 @@ def generate(
         aux_scale=options.aux_scale,
         samples=options.number,
     )
-    errors = None
-    if not options.stop_on_error:
-        errors = options.output.with_name(options.output.name + ".errors.jsonl")
-    run = _identity(options, model, defaults)
-    if launched.rank > 0:
-        return _help(options, defaults, engine, run, launched)
-    began = time.monotonic()
-    with CompletionWriter(options.output, errors, run=run, retry_errors=retry_errors) as writer:
-        count = _Count(writer.done, writer.failed)
-        _gather(options.output, writer, count, errors=not retry_errors)
-        launched.wait()
-        try:
-            _write(options.input, defaults, engine, writer, count, launched)
-            launched.wait()
-            stopped = False
-        except KeyboardInterrupt:
-            stopped = True
-        if not stopped:
-            _check_parts(options.output, launched)
-            _gather(options.output, writer, count)
-    if stopped:
-        _say_how_to_go_on(options.output, count)
-        return INTERRUPTED
-    _print_summary(options, engine, time.monotonic() - began, count, errors, launched)
-    return 1 if count.failed or count.bad else 0
-
-
-def _help(
-    options: argparse.Namespace,
-    defaults: Request,
-    engine: Engine,
-    run: dict[str, Any],
-    launched: Launched,
-) -> int:
-    """What all processes but the first do; returns its exit status."""
-    launched.wait()  # until the output has what earlier runs found
-    with CompletionWriter(_part(options.output, launched.rank), run=run, besides=options.output) as writer:
-        try:
-            _write(options.input, defaults, engine, writer, _Count(0, 0), launched, options.stop_on_error)
-        except KeyboardInterrupt:
-            return INTERRUPTED
-    launched.wait()
-    return 0
-
-
-def _part(output: Path, rank: int) -> Path:
-    return output.with_name(f"{output.name}.part-{rank}")
-
-
-def _check_parts(output: Path, launched: Launched) -> None:
-    missing = [rank for rank in range(1, launched.count) if not _part(output, rank).is_file()]
-    if missing:
-        raise ValueError(
-            f"processes {missing} have written no {_part(output, missing[0]).name} beside {output}; all need "
-            "one folder that they share. What they wrote is where they are, and will be taken over from here"
-        )
-
-
-def _gather(output: Path, writer: CompletionWriter, count: _Count, *, errors: bool = True) -> None:
-    """Takes over what other processes wrote beside the output."""
-    for path in sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*")):
-        if path.name.removeprefix(f"{output.name}.part-").isdecimal():
-            done, failed = writer.absorb(path, errors=errors)
-            count.done += done
-            count.failed += failed
+    share, run = _Share(options, engine, defaults, launched), _identity(options, model, defaults)
+    return share.lead(run) if launched.rank == 0 else share.follow(run)
 
 
 @dataclass
-class _Count:
-    """Texts in the output, errors among them, and lines of the input that are no requests."""
+class _Share:
+    """A process's share of the input, and its texts so far.
 
-    done: int
-    failed: int
+    Attributes:
+        options: of ``auxkern generate``.
+        engine: what writes.
+        defaults: what lines leave out.
+        launched: this process among those that share the input.
+        done, failed: texts in its output, and errors among them.
+        bad: lines of the input that are no requests.
+    """
+
+    options: argparse.Namespace
+    engine: Engine
+    defaults: Request
+    launched: Launched
+    done: int = 0
+    failed: int = 0
     bad: int = 0
 
+    def lead(self, run: dict[str, Any]) -> int:
+        """What the first process does; returns its exit status."""
+        output, retry = self.options.output, self.options.retry_errors
+        errors = None if self.options.stop_on_error else output.with_name(output.name + ".errors.jsonl")
+        began = time.monotonic()
+        with CompletionWriter(output, errors, run=run, retry_errors=retry) as writer:
+            self.done, self.failed = writer.done, writer.failed
+            self._gather(writer, errors=not retry)
+            self.launched.wait()
+            try:
+                self._write(writer)
+                self.launched.wait()
+            except KeyboardInterrupt:
+                print(
+                    f"\nauxkern generate: stopped; {output} has {self.done:,} texts so far. "
+                    "Start the same command again, and it goes on",
+                    file=sys.stderr,
+                )
+                return INTERRUPTED
+            self._check_parts()
+            self._gather(writer)
+        self._print_summary(time.monotonic() - began, errors)
+        return 1 if self.failed or self.bad else 0
 
-def _write(
-    path: Path,
-    defaults: Request,
-    engine: Engine,
-    writer: CompletionWriter,
-    count: _Count,
-    launched: Launched,
-    stop_on_error: bool = False,
-) -> None:
-    """Writes what is missing in the output of this process's share, and counts it."""
+    def follow(self, run: dict[str, Any]) -> int:
+        """What all processes but the first do; returns its exit status."""
+        self.launched.wait()  # until the output has what earlier runs found
+        part = self._part(self.launched.rank)
+        with CompletionWriter(part, run=run, besides=self.options.output) as writer:
+            try:
+                self._write(writer)
+            except KeyboardInterrupt:
+                return INTERRUPTED
+        self.launched.wait()
+        return 0
 
-    def report(line: BadLine) -> None:
-        if writer.takes_bad_lines:
-            writer.report(line)
-        count.bad += 1
+    def _part(self, rank: int) -> Path:
+        output: Path = self.options.output
+        return output.with_name(f"{output.name}.part-{rank}")
 
-    # All read every line, and one of them reports the bad ones.
-    raises = stop_on_error if launched.rank > 0 else not writer.takes_bad_lines
-    lines = read_requests(path, defaults, None if raises else report)
-    mine = itertools.islice(lines, launched.rank, None, launched.count)
-    progress = progress_for() if launched.rank == 0 else Progress()
-    meter = _Meter(engine, -(-_count_lines(path) // launched.count), progress)
-    try:
-        for completion in _completions(engine, writer.pending(meter.counted(mine))):
-            writer.write(completion)
-            count.done += 1
-            count.failed += completion.finish_reason == "error"
-            meter.show()
-    finally:
-        meter.close()
+    def _check_parts(self) -> None:
+        missing = [rank for rank in range(1, self.launched.count) if not self._part(rank).is_file()]
+        if missing:
+            raise ValueError(
+                f"processes {missing} have written no {self._part(missing[0]).name} beside "
+                f"{self.options.output}; all need one folder that they share. What they wrote is where they "
+                "are, and will be taken over from here"
+            )
+
+    def _gather(self, writer: CompletionWriter, *, errors: bool = True) -> None:
+        """Takes over what other processes wrote beside the output."""
+        output: Path = self.options.output
+        for path in sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*")):
+            if path.name.removeprefix(f"{output.name}.part-").isdecimal():
+                done, failed = writer.absorb(path, errors=errors)
+                self.done += done
+                self.failed += failed
+
+    def _write(self, writer: CompletionWriter) -> None:
+        """Writes what is missing in the output of this process's share, and counts it."""
+
+        def report(line: BadLine) -> None:
+            if writer.takes_bad_lines:
+                writer.report(line)
+            self.bad += 1
+
+        path, rank, count = self.options.input, self.launched.rank, self.launched.count
+        # All read every line, and one of them reports the bad ones.
+        lines = read_requests(path, self.defaults, None if self.options.stop_on_error else report)
+        mine = itertools.islice(lines, rank, None, count)
+        progress = progress_for() if rank == 0 else Progress()
+        meter = _Meter(self.engine, -(-_count_lines(path) // count), progress)
+        try:
+            for completion in _completions(self.engine, writer.pending(meter.counted(mine))):
+                writer.write(completion)
+                self.done += 1
+                self.failed += completion.finish_reason == "error"
+                meter.show()
+        finally:
+            progress.close()
+
+    def _print_summary(self, seconds: float, errors: Path | None) -> None:
+        stats, count = self.engine.stats, self.launched.count
+        speed = stats.new_tokens / max(seconds, 1e-9)
+        of = f", by the first of {count} processes" if count > 1 else ""
+        print(
+            f"{self.options.output}: {stats.new_tokens:,} tokens written, {stats.prefill_tokens:,} read, in "
+            f"{duration(seconds)} ({speed:,.0f} written per second{of})"
+        )
+        if self.failed:
+            print(
+                f"{self.failed:,} texts could not be written; their lines in {self.options.output} have an "
+                "error; --retry-errors asks for them again",
+                file=sys.stderr,
+            )
+        if self.bad:
+            print(
+                f"{self.bad:,} lines of {self.options.input} are no requests; see {errors}", file=sys.stderr
+            )
 
 
 def _completions(engine: Engine, pending: Iterator[tuple[Request, tuple[int, ...]]]) -> Iterator[Any]:
@@ -232,15 +248,9 @@ class _Meter:
             f"{stats.prefill_tokens / self.seconds:,.0f} read, {duration(left)} left"
         )
 
-    def close(self) -> None:
-        """Nothing more will come."""
-        self._progress.close()
-
 
 def _identity(options: argparse.Namespace, model: Any, defaults: Request) -> dict[str, Any]:
     """What makes another output if it changes."""
-    from auxkern.model import fingerprint
-
     return {
         "input": file_fingerprint(options.input),
         "auxiliary": fingerprint(model),
@@ -255,36 +265,3 @@ def _identity(options: argparse.Namespace, model: Any, defaults: Request) -> dic
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b"")) or 1
-
-
-def _say_how_to_go_on(output: Path, count: _Count) -> None:
-    print(
-        f"\nauxkern generate: stopped; {output} has {count.done:,} texts so far. "
-        "Start the same command again, and it goes on",
-        file=sys.stderr,
-    )
-
-
-def _print_summary(
-    options: argparse.Namespace,
-    engine: Engine,
-    seconds: float,
-    count: _Count,
-    errors: Path | None,
-    launched: Launched,
-) -> None:
-    stats = engine.stats
-    speed = stats.new_tokens / max(seconds, 1e-9)
-    of = f", by the first of {launched.count} processes" if launched.count > 1 else ""
-    print(
-        f"{options.output}: {stats.new_tokens:,} tokens written, {stats.prefill_tokens:,} read, in "
-        f"{duration(seconds)} ({speed:,.0f} written per second{of})"
-    )
-    if count.failed:
-        print(
-            f"{count.failed:,} texts could not be written; their lines in {options.output} have an error; "
-            "--retry-errors asks for them again",
-            file=sys.stderr,
-        )
-    if count.bad:
-        print(f"{count.bad:,} lines of {options.input} are no requests; see {errors}", file=sys.stderr)

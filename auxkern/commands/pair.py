@@ -20,7 +20,7 @@ import torch
 from auxkern.bench.session import INTERRUPTED, device_from
 from auxkern.core.files import is_descriptor
 from auxkern.core.seeds import mixed_seed
-from auxkern.model.text import check_unicode
+from auxkern.model.text import Example, check_unicode
 from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
 from auxkern.training.settings import DTYPES
 
@@ -28,19 +28,7 @@ _ERRNO = re.compile(r"^\[Errno \d+\] ")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-class Request(NamedTuple):
-    """What a text is wanted for.
-
-    Attributes:
-        condition: what the auxiliary sees.
-        prompt: what the text continues.
-    """
-
-    condition: str
-    prompt: str = ""
-
-
-class Text(NamedTuple):
+class Continuation(NamedTuple):
     """A text that a pair wrote.
 
     Attributes:
@@ -136,16 +124,6 @@ def output_file(name: str) -> Path:
     return path
 
 
-def check_json_option(parser: argparse.ArgumentParser, path: Path | None) -> None:
-    """Ends the program with a message if --json names a file that cannot be written."""
-    if path is None:
-        return
-    try:
-        output_file(str(path))
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"--json {error}")
-
-
 def run(prog: str, work: Callable[[], int]) -> int:
     """The exit status of ``work``; 2 after an error, of which one line is printed, 130 after Ctrl-C."""
     try:
@@ -228,17 +206,17 @@ def _may_be_a_base(name: str) -> bool:
 def texts(
     model: Any,
     text_format: Any,
-    requests: Sequence[Request],
+    requests: Sequence[Example],
     *,
     batch_size: int,
     seeds: Sequence[int] | None = None,
     **options: Any,
-) -> Iterator[list[Text]]:
+) -> Iterator[list[Continuation]]:
     """Texts for the requests, in their order, a batch at a time.
 
     Args:
         model, text_format: what ``load_pair`` returned.
-        requests: one for each text, unless ``num_return_sequences`` asks for more.
+        requests: condition and prompt for each text, unless ``num_return_sequences`` asks for more.
         batch_size: requests that are answered at a time; it changes the texts by rounding only.
         seeds: one int for each request; None where nothing is drawn.
         options: for ``model.generate``.
@@ -260,10 +238,10 @@ def texts(
             **options,
         )
         start = inputs["input_ids"].shape[1]
-        yield [_text(text_format, row, start, ends) for row in ids.cpu()]
+        yield [_continuation(text_format, row, start, ends) for row in ids.cpu()]
 
 
-def _text(text_format: Any, ids: torch.Tensor, start: int, ends: Sequence[int]) -> Text:
+def _continuation(text_format: Any, ids: torch.Tensor, start: int, ends: Sequence[int]) -> Continuation:
     """What follows the first ``start`` ids of (T) ids, up to the first of the end tokens."""
     ended = torch.isin(ids[start:], torch.tensor(ends)).nonzero()
     if len(ended):
@@ -271,7 +249,7 @@ def _text(text_format: Any, ids: torch.Tensor, start: int, ends: Sequence[int]) 
     prompt, whole = text_format.decode(ids[:start]), text_format.decode(ids)
     # Decoded apart, a text would lose the space before its first word with some tokenizers.
     text = whole[len(prompt) :] if whole.startswith(prompt) else text_format.decode(ids[start:])
-    return Text(text, len(ended) > 0)
+    return Continuation(text, len(ended) > 0)
 
 
 def sample_seeds(seed: int, count: int) -> list[int]:
@@ -282,13 +260,12 @@ def sample_seeds(seed: int, count: int) -> list[int]:
 def _check_model(name: str) -> None:
     """Says what is wrong with a folder before transformers looks for it on the Hub."""
     folder = Path(name)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif folder.exists() or not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
-        raise ValueError(f"there is no folder {name}; name the one that auxkern train wrote, or a Hub name")
-
-
-def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        if folder.exists() or not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
+            raise ValueError(
+                f"there is no folder {name}; name the one that auxkern train wrote, or a Hub name"
+            )
+        return
     path = folder / "config.json"
     if not path.is_file():
         steps = checkpoint_steps(folder)

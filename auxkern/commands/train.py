@@ -7,7 +7,7 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,19 +260,14 @@ def _saying(what: str, *kinds: type[Exception]) -> Iterator[None]:
 def _data(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     """Both data sets; of several processes the first computes the base's states, and the others find them."""
     if not job.settings.cache_states:
-        return _without_states(job)
+        known = job.identity
+        training = ExampleSet(job.training, known.training)
+        return training, ExampleSet(job.validation, known.validation)
     is_first = job.launched.rank == 0
     if is_first:
         sets = _with_states(job)
     job.launched.wait()
     return sets if is_first else _with_states(job)
-
-
-def _without_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
-    return (
-        ExampleSet(job.training, job.identity.training),
-        ExampleSet(job.validation, job.identity.validation),
-    )
 
 
 def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
@@ -293,7 +288,7 @@ def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     sets = []
     for kind, encoded, folder, size in plans:
         print(f"states of the base for {kind}: {size / 1e6:,.1f} MB in {folder}", flush=True)
-        show, close = _token_progress(f"{kind} states")
+        progress = progress_for()
         try:
             states = cache_lm_states(
                 job.model.lm,
@@ -302,10 +297,10 @@ def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
                 layers=layers,
                 dtype=dtype,
                 base_fingerprint=config.base_fingerprint,
-                progress=show,
+                progress=progress.counting(f"{kind} states, tokens"),
             )
         finally:
-            close()
+            progress.close()
         sets.append(ExampleSet(states.dataset(encoded), getattr(job.identity, kind), states.lm_nll))
     return sets[0], sets[1]
 
@@ -318,21 +313,6 @@ def _check_space(root: Path, needed: int) -> None:
             f"the base's states need {needed / 1e6:,.0f} MB but {existing} has {free / 1e6:,.0f} MB free; "
             "name another states_folder, fewer lm_layers, or set cache_states to false"
         )
-
-
-def _token_progress(what: str) -> tuple[Callable[[int, int], None], Callable[[], None]]:
-    """What a caching reports to, and what ends the report."""
-    progress = progress_for()
-    started = False
-
-    def show(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            progress.start(done, total, f"{what}, tokens")
-            started = True
-        progress.advance(done)
-
-    return show, progress.close
 
 
 def _train(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResult:

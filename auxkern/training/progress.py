@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 import time
@@ -34,6 +35,17 @@ class Progress:
 
     def close(self) -> None:
         """Nothing more will come; safe to call twice."""
+
+    def counting(self, what: str) -> Callable[[int, int], None]:
+        """A function that is told of parts done and parts in all; its first call begins them."""
+        calls = itertools.count()
+
+        def told(done: int, total: int) -> None:
+            if not next(calls):
+                self.start(done, total, what)
+            self.advance(done)
+
+        return told
 
 
 class LineProgress(Progress):

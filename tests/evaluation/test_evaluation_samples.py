@@ -155,7 +155,7 @@ def test_texts_that_are_empty_are_counted_and_left_out(folder: Path, monkeypatch
     """Two of three samples are empty: one SLOR, no interval of it, no self-BLEU."""
 
     def texts(model: Any, form: Any, requests: Any, **_: Any) -> Any:
-        yield [evaluate.pair.Text(text, True) for text in ("", "w1 w2", "")]
+        yield [evaluate.pair.Continuation(text, True) for text in ("", "w1 w2", "")]
 
     monkeypatch.setattr(evaluate.pair, "texts", texts)
     _, record = run(folder, "--samples", "3", "--unigram", str(folder.parent / "counted.jsonl"))
@@ -169,7 +169,7 @@ def test_texts_that_are_empty_are_counted_and_left_out(folder: Path, monkeypatch
 
 def test_nothing_but_empty_texts_has_no_measure_but_a_share(folder: Path, monkeypatch: Any) -> None:
     def texts(model: Any, form: Any, requests: Any, **_: Any) -> Any:
-        yield [evaluate.pair.Text("", True) for _ in requests]
+        yield [evaluate.pair.Continuation("", True) for _ in requests]
 
     monkeypatch.setattr(evaluate.pair, "texts", texts)
     status, record = run(folder, "--samples", "3", "--unigram", str(folder.parent / "counted.jsonl"))
@@ -192,7 +192,7 @@ def test_one_sample_has_no_interval(folder: Path) -> None:
 
 def test_samples_longer_than_the_base_takes_are_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def texts(model: Any, form: Any, requests: Any, **_: Any) -> Any:
-        yield [evaluate.pair.Text(" ".join(["w1"] * 100), False) for _ in requests]
+        yield [evaluate.pair.Continuation(" ".join(["w1"] * 100), False) for _ in requests]
 
     monkeypatch.setattr(evaluate.pair, "texts", texts)
     status, record = run(folder, "--samples", "2", "--unigram", str(folder.parent / "counted.jsonl"))
