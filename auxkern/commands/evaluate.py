@@ -166,11 +166,7 @@ def _read_data(options: argparse.Namespace) -> _Data:
         return _Data(training, PlacedExamples.of(validation, f"{options.task}, validation"), task.satisfied)
     if options.task_source is not None:
         raise ValueError(f"--task-source {options.task_source}, but there is no task; pass --task")
-    return _Data([], PlacedExamples.of_file(options.file), _contains)
-
-
-def _contains(condition: str, text: str) -> bool:
-    return contains_keyword(text, condition)
+    return _Data([], PlacedExamples.of_file(options.file), lambda word, text: contains_keyword(text, word))
 
 
 def _asked(examples: Sequence[Example], options: argparse.Namespace) -> list[Example]:

@@ -185,7 +185,8 @@ def load_pair(
     _check_model(options.model)
     config = AuxTunedConfig.from_pretrained(options.model)
     base = options.base or config.base_model_name_or_path
-    if base is not None and not _may_be_a_base(base):
+    here = base is None or "/" not in base or base.startswith("pip:") or Path(base).is_dir()
+    if not here and not _HUB_NAME.fullmatch(base):
         raise ValueError(f"the base {base} is no folder here; if it has moved, pass --base NAME")
     return open_pair(
         options.model,
@@ -196,11 +197,6 @@ def load_pair(
         allow_other_base=options.allow_other_base,
         max_length=max_length,
     )
-
-
-def _may_be_a_base(name: str) -> bool:
-    known = Path(name).is_dir() or name.startswith("pip:") or _HUB_NAME.fullmatch(name)
-    return bool(known) or "/" not in name
 
 
 def texts(

@@ -147,7 +147,8 @@ class Request:
         record |= {name: list(getattr(self, name)) for name in ("stop", "stop_token_ids")}
         record |= {name: getattr(self.params, name) for name in _SAMPLING}
         if self.params.logit_bias is not None:
-            record["logit_bias"] = {str(token): bias for token, bias in _listed_biases(self.params)}
+            biases = self.params.logit_bias
+            record["logit_bias"] = {str(token): bias for token, bias in dict(biases).items()}  # type: ignore[arg-type]
         return record
 
     def sequences(
@@ -423,10 +424,6 @@ def _check_params(params: Any) -> None:
     for name in _SAMPLING:
         if isinstance(getattr(params, name), (Tensor, Sparse)):
             raise TypeError(f"params.{name} is of many rows; a request takes one number, or a dict of biases")
-
-
-def _listed_biases(params: SamplingParams) -> list[tuple[int, float]]:
-    return list(params.logit_bias.items()) if isinstance(params.logit_bias, Mapping) else []
 
 
 def _check_stop(stop: Any) -> None:

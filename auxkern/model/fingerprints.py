@@ -15,35 +15,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Fields of transformers' configs that change no logit of a model in evaluation mode: names and versions,
 # what is returned and cached, and how it is computed, trained or generated from.
-_NEUTRAL = frozenset(
-    {
-        "architectures",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "dtype",
-        "gradient_checkpointing",
-        "id2label",
-        "label2id",
-        "max_position_embeddings",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pretraining_tp",
-        "problem_type",
-        "quantization_config",
-        "return_dict",
-        "task_specific_params",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "use_mamba_kernels",
-    }
-)
+_NEUTRAL_NAMES = """
+architectures auto_map chunk_size_feed_forward dtype gradient_checkpointing id2label label2id
+max_position_embeddings model_type name_or_path num_labels output_attentions output_hidden_states
+output_router_logits pretraining_tp problem_type quantization_config return_dict task_specific_params
+tie_word_embeddings tokenizer_class torch_dtype transformers_version use_cache use_mamba_kernels
+"""
+_NEUTRAL = frozenset(_NEUTRAL_NAMES.split())
 _NEUTRAL_PARTS = ("_implementation", "dropout", "pdrop", "initializer", "init_std", "token_id", "aux_loss")
 _NEUTRAL_QUANTIZATION = ("dtype", "storage", "device", "_load", "desc_act_kernel")
 

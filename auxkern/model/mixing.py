@@ -10,11 +10,6 @@ from auxkern.model.caches import AuxiliaryRows
 from auxkern.ops.dense import dense_logits
 
 
-def row_scale(scale: float | Tensor, rows: Tensor | None) -> float | Tensor:
-    """A mixing weight, one for all or (B,), for some rows."""
-    return scale[rows] if isinstance(scale, Tensor) and rows is not None else scale
-
-
 def merged(lm_term: Term, added: list[Term]) -> list[Term]:
     """The LM's term and an auxiliary's; as one product where both go through the same embedding."""
     first = added[0]

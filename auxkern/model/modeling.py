@@ -22,7 +22,7 @@ from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.layers import ZeroLinear
-from auxkern.model.mixing import merged, row_scale, scattered
+from auxkern.model.mixing import merged, scattered
 from auxkern.model.native import use_native_kernels
 from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
@@ -458,7 +458,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             scores = model.lm_scores(states[rows, :, 0], own, here.condition_ids)
             output = model.auxiliary(here.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
             caches.append(AuxiliaryRows(part.name, part.rows, output.cache))
-            scale = row_scale(model.config.aux_scale if aux_scale is None else aux_scale, part.rows)
+            scale = model.config.aux_scale if aux_scale is None else aux_scale
+            scale = scale[rows] if isinstance(scale, Tensor) else scale
             output = output.positions(lambda values: values[:, -keep:])
             added.append((part, model.auxiliary_terms(output, here, scale)))
         pair_cache = PairCache(lm, caches) if use_cache else None

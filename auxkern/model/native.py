@@ -53,7 +53,8 @@ def use_native_kernels(module: nn.Module) -> nn.Module:
                 tensor.data = tensor.data.float()
     for model in module.modules():
         if isinstance(model, PreTrainedModel) and model.config._attn_implementation == "sdpa":
-            _register()
+            AttentionInterface.register(ATTENTION, _attention_function)
+            AttentionMaskInterface.register(ATTENTION, sdpa_mask)
             model.set_attn_implementation(ATTENTION)
     return module
 
@@ -66,11 +67,6 @@ def _swap_layers(module: nn.Module) -> None:
                 setattr(parent, name, FrozenLinear.of(child))
             elif isinstance(child, nn.Embedding) and type(child).forward is nn.Embedding.forward:
                 setattr(parent, name, FrozenEmbedding.of(child))
-
-
-def _register() -> None:
-    AttentionInterface.register(ATTENTION, _attention_function)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def _attention_function(

@@ -12,96 +12,29 @@ V = 61  # ids of a twin
 WINDOW = 4  # of its sliding windows and chunks; ``trials`` reads more tokens than that
 _POSITIONS = 64
 _MOST = 20_000_000  # parameters of a twin
-# What a field is at most, by its name in transformers' configs, for heads of width 16 and a width of 64.
-_LIMITS = {
-    "hidden_size": 64,
-    "d_model": 64,
-    "n_embd": 64,
-    "embedding_size": 64,
-    "word_embed_proj_dim": 32,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 8,
-    "decoder_attention_heads": 4,
-    "encoder_attention_heads": 4,
-    "attention_heads": 4,
-    "head_dim": 16,
-    "global_head_dim": 16,
-    "swa_head_dim": 16,
-    "d_kv": 16,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "shared_intermediate_size": 32,
-    "mlp_intermediate_size": 64,
-    "ffn_dim": 64,
-    "ffn_hidden_size": 64,
-    "decoder_ffn_dim": 64,
-    "encoder_ffn_dim": 64,
-    "n_inner": 64,
-    "d_ff": 64,
-    "dff": 64,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "top_k_experts": 2,
-    "n_group": 1,
-    "num_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "index_head_dim": 16,
-    "index_n_heads": 2,
-    "state_size": 4,
-    "mamba_d_state": 4,
-    "mamba_d_ssm": 128,
-    "mamba_n_heads": 8,
-    "n_mamba_heads": 8,
-    "mamba_num_heads": 8,
-    "rotary_dim": 8,
-    "mamba_d_head": 16,
-    "mamba_headdim": 16,
-    "mamba_head_dim": 16,
-    "mamba_n_groups": 1,
-    "mamba_ngroups": 1,
-    "n_groups": 1,
-    "chunk_size": 8,
-    "mamba_chunk_size": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "laurel_rank": 4,
-    "lru_width": 64,
-    "attention_hidden_size": 64,
-    "sliding_window": WINDOW,
-    "attention_window_size": WINDOW,
-    "attention_chunk_size": WINDOW,
-    "window_size": WINDOW,
-    "local_attention": WINDOW,
-    "sliding_window_size": WINDOW,
-    "max_position_embeddings": _POSITIONS,
-    "n_positions": _POSITIONS,
-    "n_ctx": _POSITIONS,
-    "max_seq_len": _POSITIONS,
-    "max_sequence_length": _POSITIONS,
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "expert_layer_period": 2,
-    "expert_layer_offset": 1,
-    "num_kv_shared_layers": 0,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 0,
-}
+# What fields are at most, by their names in transformers' configs, for heads of width 16 and a width of 64.
+_SIZES = f"""
+128 mamba_d_ssm
+64 hidden_size d_model n_embd embedding_size intermediate_size mlp_intermediate_size ffn_dim
+64 ffn_hidden_size decoder_ffn_dim encoder_ffn_dim n_inner d_ff dff lru_width attention_hidden_size
+32 word_embed_proj_dim moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
+16 head_dim global_head_dim swa_head_dim d_kv q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim
+16 v_head_dim index_head_dim mamba_d_head mamba_headdim mamba_head_dim
+8 num_heads mamba_n_heads n_mamba_heads mamba_num_heads rotary_dim chunk_size mamba_chunk_size
+8 linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input
+4 num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads attention_heads
+4 num_experts num_local_experts n_routed_experts moe_num_experts state_size mamba_d_state
+4 linear_num_value_heads laurel_rank
+2 num_experts_per_tok moe_topk moe_k top_k_experts index_n_heads linear_num_key_heads attn_layer_period
+2 expert_layer_period
+1 n_group num_group topk_group mamba_n_groups mamba_ngroups n_groups attn_layer_offset
+1 expert_layer_offset first_k_dense_replace
+0 num_kv_shared_layers num_nextn_predict_layers
+{WINDOW} sliding_window attention_window_size attention_chunk_size window_size local_attention
+{WINDOW} sliding_window_size
+{_POSITIONS} max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length
+"""
+_LIMITS = {name: int(most) for most, *names in map(str.split, _SIZES.strip().split("\n")) for name in names}
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
 
 

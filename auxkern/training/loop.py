@@ -160,7 +160,9 @@ def train(
     """
     held_out = None if validation is None else _as_set(validation)
     run = _Run(model, _as_set(training), settings, collate, held_out, progress, measure, process_group)
-    with _own_random_state(run.device), _StopSignals() as stop, run:
+    # The caller's random state is as it was afterwards.
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _StopSignals() as stop, run:
         while True:
             if run.is_evaluation_due():
                 run.evaluate(stop)
@@ -576,10 +578,3 @@ def _optimizer(model: Any, settings: LoopSettings) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """The caller's random state is as it was afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

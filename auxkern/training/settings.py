@@ -327,7 +327,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise TypeError(f"{name} must be a mapping from names to values, got {value!r}")
         return _as_json(name, value)
     if kind is str and isinstance(value, str):
-        return _checked_text(name, value)
+        if not value:
+            raise ValueError(f"{name} is empty; give a value, or leave it out")
+        check_unicode(name, value)
+        return value
     numeric = not isinstance(value, (bool, np.bool_))
     if kind is int and numeric and isinstance(value, Integral):
         return int(value)
@@ -337,13 +340,6 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return bool(value)
     wanted = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
     raise TypeError(f"{name} must be {wanted}, got {value!r}")
-
-
-def _checked_text(name: str, value: str) -> str:
-    if not value:
-        raise ValueError(f"{name} is empty; give a value, or leave it out")
-    check_unicode(name, value)
-    return value
 
 
 def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
