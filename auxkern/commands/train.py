@@ -33,11 +33,10 @@ from auxkern.training.checkpoint import (
     load_state,
     model_fields,
 )
-from auxkern.training.examples import PlacedExamples, encode
+from auxkern.training.examples import Items, PlacedExamples, encode
 from auxkern.training.fit import check_fit, check_padding
 from auxkern.training.log import check_unused
 from auxkern.training.loop import (
-    Examples,
     ExampleSet,
     TrainingInterrupted,
     TrainResult,
@@ -67,8 +66,8 @@ class _Job:
     settings: TrainSettings
     model: Any
     text_format: TextFormat
-    training: Examples
-    validation: Examples
+    training: Items
+    validation: Items
     identity: RunIdentity
     condition: str  # one of the validation set's
     launched: Launched  # this process among those that share the run
@@ -347,7 +346,7 @@ def _print_job(job: _Job) -> None:
     _print_rows(rows)
 
 
-def _size_of(examples: Examples) -> str:
+def _size_of(examples: Items) -> str:
     tokens = sum(
         label != IGNORED for index in range(len(examples)) for label in examples[index]["labels"][1:]
     )
@@ -382,7 +381,7 @@ def _say_how_to_resume(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int
         print("\nauxkern train: stopped; what was saved before is kept", file=sys.stderr)
     others = [argument for argument in arguments if argument not in ("--resume", "--no-resume")]
     print(f"resume: {shlex.join(['auxkern', 'train', *others, '--resume'])}", file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 def _say_error(error: Exception, status: int) -> int:

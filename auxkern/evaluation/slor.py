@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +274,11 @@ def slor(
             done.add(len(chosen))
     finally:
         lm.train(was_training)
-    _check_finite(lm_log_probs)
+    for i, value in enumerate(lm_log_probs):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the LM's log-probability of text {i} is {value}; look at its weights and its dtype"
+            )
     tokens = tuple(len(text) for _, text in rows)
     expected = tuple(unigram[text].sum().item() for _, text in rows)
     of = zip(lm_log_probs, expected, tokens, strict=True)
@@ -345,14 +350,6 @@ def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
         raise ValueError(
             f"{name} has the id {bad}, outside [0, {vocab_size}); count with the vocab_size of the tokenizer"
         )
-
-
-def _check_finite(log_probs: Sequence[float]) -> None:
-    for i, value in enumerate(log_probs):
-        if not -float("inf") < value < float("inf"):
-            raise FloatingPointError(
-                f"the LM's log-probability of text {i} is {value}; look at its weights and its dtype"
-            )
 
 
 def _log_probs(

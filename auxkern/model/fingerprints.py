@@ -40,7 +40,7 @@ def fingerprint(lm: Any) -> str:
     """
     fields = json.dumps(computing_fields(lm), sort_keys=True, default=str)
     return hashlib.sha256(
-        f"{weights_fingerprint(lm)} {_digest(_saved_buffers(lm))} {fields}".encode()
+        f"{weights_fingerprint(lm)} {_digest(buffers_of(lm, saved=True))} {fields}".encode()
     ).hexdigest()
 
 
@@ -89,11 +89,12 @@ def _without_neutral(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _saved_buffers(lm: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    owners = dict(lm.named_modules())
-    for name, buffer in lm.named_buffers():
+def buffers_of(module: nn.Module, *, saved: bool) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """Name, buffer and owner of those that a checkpoint holds, or of those that none does."""
+    owners = dict(module.named_modules())
+    for name, buffer in module.named_buffers():
         owner, _, own = name.rpartition(".")
-        if own not in owners[owner]._non_persistent_buffers_set:
+        if saved == (own not in owners[owner]._non_persistent_buffers_set):
             yield name, buffer, owners[owner]
 
 

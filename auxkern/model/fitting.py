@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from auxkern.model import base
 from auxkern.model.auxiliary import build_auxiliary
 from auxkern.model.config import AuxTunedConfig
-from auxkern.model.fingerprints import weights_fingerprint
+from auxkern.model.fingerprints import buffers_of, weights_fingerprint
 
 
 def base_of(config: AuxTunedConfig, name: str | None = None, options: dict[str, Any] | None = None) -> Any:
@@ -89,12 +89,7 @@ def unsaved_buffers(config: AuxTunedConfig, auxiliary: nn.Module | None) -> dict
     if auxiliary is None and config.architecture == "custom":
         return {}
     module = build_auxiliary(config) if auxiliary is None else auxiliary
-    owners = dict(module.named_modules())
-    return {
-        name: buffer.clone()
-        for name, buffer in module.named_buffers()
-        if name.rpartition(".")[2] in owners[name.rpartition(".")[0]]._non_persistent_buffers_set
-    }
+    return {name: buffer.clone() for name, buffer, _ in buffers_of(module, saved=False)}
 
 
 def first_layers(lm: Any, count: int) -> dict[str, Any]:

@@ -21,17 +21,6 @@ from auxkern.core.files import replace_file
 from auxkern.core.seeds import drawn
 from auxkern.model.text import IGNORED, Example, TextFormat, check_unicode
 
-__all__ = [
-    "EncodedExamples",
-    "Example",
-    "Items",
-    "PlacedExamples",
-    "data_fingerprint",
-    "encode",
-    "read_jsonl",
-    "write_jsonl",
-]
-
 _KNOWN = tuple(field.name for field in fields(Example))
 _AT_ONCE = 1024  # examples that a tokenizer gets in one call
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from auxkern.core.seeds import mixed_seed
+from auxkern.model.base import lm_term, run_base
 from auxkern.model.text import IGNORED
+from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.checkpoint import (
     RunIdentity,
     TrainState,
@@ -43,8 +45,8 @@ from auxkern.training.checkpoint import (
     save_checkpoint,
     whole_weights,
 )
+from auxkern.training.examples import Items
 from auxkern.training.fit import check_fit
-from auxkern.training.lm_alone import lm_alone_nll
 from auxkern.training.log import RunLog
 from auxkern.training.progress import Progress
 from auxkern.training.ranks import Ranks
@@ -55,14 +57,6 @@ _IDENTIFYING = ("input_ids", "labels", "condition_ids")
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 Measure = Callable[[int], Mapping[str, Any]]
-
-
-class Examples(Protocol):
-    """Encoded examples, such as a torch ``Dataset``: mappings of lists or tensors for the collator."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class ExampleSet:
             position; computed with the LM where it is wanted if None.
     """
 
-    examples: Examples
+    examples: Items
     fingerprint: str | None = None
     lm_nll: Callable[[int], Tensor] | None = None
 
@@ -110,11 +104,11 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 def train(
     model: Any,
-    training: ExampleSet | Examples,
+    training: ExampleSet | Items,
     settings: LoopSettings,
     *,
     collate: Collate,
-    validation: ExampleSet | Examples | None = None,
+    validation: ExampleSet | Items | None = None,
     progress: Progress | None = None,
     measure: Measure | None = None,
     process_group: Any = None,
@@ -178,7 +172,7 @@ def train(
     return TrainResult(run.state, run.output)
 
 
-def fingerprint_of(examples: Examples) -> str:
+def fingerprint_of(examples: Items) -> str:
     """64 hexadecimal digits that name encoded examples: SHA-256 over ids, labels and conditions in order."""
     digest = hashlib.sha256()
     for index in range(len(examples)):
@@ -473,7 +467,7 @@ class _Run:
 
     def _lm_alone(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
         if chosen.lm_nll is None:
-            return lm_alone_nll(self.model, batch).item()
+            return _base_nll(self.model, batch).item()
         total = 0.0
         for index, labels in zip(indices, batch["labels"].cpu(), strict=True):
             nll = chosen.lm_nll(index)
@@ -558,13 +552,28 @@ class _StopSignals:
         self.requested = True
 
 
-def _as_set(examples: ExampleSet | Examples) -> ExampleSet:
+def _as_set(examples: ExampleSet | Items) -> ExampleSet:
     return examples if isinstance(examples, ExampleSet) else ExampleSet(examples)
 
 
 def _label_count(batch: Mapping[str, Tensor]) -> int:
     # Nothing predicts position 0.
     return int((batch["labels"][:, 1:] != IGNORED).sum().item())
+
+
+@torch.no_grad()
+def _base_nll(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """0-d float32 summed nll that the base alone gives the labels; it runs unless its states are cached."""
+    states, logits = batch.get("lm_states"), None
+    if states is None or model.config.lm_term == "logits":
+        own_logits = model.config.lm_term == "logits"
+        output = run_base(model.lm, batch["input_ids"], batch["attention_mask"], want_logits=own_logits)
+        states, logits = output.states, output.logits
+    term = lm_term(model.lm, states[:, :, 0], logits)
+    loss: Tensor = cross_entropy(
+        [term], batch["labels"], shift=True, reduction="sum", vocab_size=model.config.vocab_size
+    )
+    return loss
 
 
 def _optimizer(model: Any, settings: LoopSettings) -> torch.optim.AdamW:

@@ -65,10 +65,6 @@ class Ranks:
         """Whether it is so on one rank at least."""
         return self.total(float(flag))[0] > 0
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.any(False)
-
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """For what only the first rank does: where it fails, all raise, and none waits for it.
