@@ -148,7 +148,7 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
             "model": _model_record(model, options),
             "data": {**_source(options), "sequences": report.sequences, "tokens": report.tokens},
             "results": results,
-            "samples": _sampling(options, len(asked), counts) if asked else None,
+            "samples": _samples_record(options, len(asked), counts) if asked else None,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "interrupted": interrupted,
         }
@@ -410,7 +410,7 @@ def _source(options: argparse.Namespace) -> dict[str, Any]:
     return {"task": options.task, "task_source": options.task_source, "file": file, **limits}
 
 
-def _sampling(options: argparse.Namespace, count: int, counts: UnigramCounts | None) -> dict[str, Any]:
+def _samples_record(options: argparse.Namespace, count: int, counts: UnigramCounts | None) -> dict[str, Any]:
     return {
         "count": count,
         "temperature": 1.0,

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    _check_options(parser, options)
+    _check_arguments(parser, options)
     return pair.run(parser.prog, lambda: _generate(parser, options))
 
 
@@ -101,7 +101,7 @@ def _records(
         requests = [one for one in requests for _ in range(options.number)]
         if not options.greedy:
             seeds = pair.sample_seeds(options.seed or 0, len(requests))
-            settings |= {"do_sample": True, **_sampling(options)}
+            settings |= {"do_sample": True, **_filters(options)}
     texts = pair.texts(model, text_format, requests, batch_size=options.batch_size, seeds=seeds, **settings)
     repeated = settings.get("num_return_sequences", 1)
     for index, one in enumerate(text for some in texts for text in some):
@@ -109,7 +109,7 @@ def _records(
         yield {"condition": asked.condition, "prompt": asked.prompt, **one._asdict(), "seed": seed}
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+def _filters(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in _SAMPLING}
     return {name: _SAMPLING[name] if value is None else value for name, value in given.items()}
 
@@ -122,7 +122,7 @@ def _print(record: dict[str, Any], index: int, total: int) -> None:
     print(record["prompt"] + record["text"], flush=True)
 
 
-def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.json is not None:
         try:
             pair.output_file(str(options.json))
@@ -195,7 +195,7 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
     penalty = 1.0 if options.repetition_penalty is None else options.repetition_penalty
     if options.greedy:
         return SamplingParams(temperature=0.0, repetition_penalty=penalty)
-    return SamplingParams(repetition_penalty=penalty, **_sampling(options))
+    return SamplingParams(repetition_penalty=penalty, **_filters(options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -74,12 +74,12 @@ def answer_file(
         aux_scale=options.aux_scale,
         samples=options.number,
     )
-    share, run = _Share(options, engine, defaults, launched), _identity(options, model, defaults)
-    return share.lead(run) if launched.rank == 0 else share.follow(run)
+    work, run = _FileRun(options, engine, defaults, launched), _identity(options, model, defaults)
+    return work.lead(run) if launched.rank == 0 else work.follow(run)
 
 
 @dataclass
-class _Share:
+class _FileRun:
     """A process's share of the input, and its texts so far.
 
     Attributes:

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     with quiet(), launched.first_speaks():
         try:
             with launched.joined("nccl" if on_gpu else "gloo") as joined:
-                return _run(settings, device, joined)
+                return _run_job(settings, device, joined)
         except KeyboardInterrupt as stop:
             return _say_how_to_resume(stop, arguments) if launched.rank == 0 else INTERRUPTED
 
@@ -118,7 +118,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int:
+def _run_job(settings: TrainSettings, device: str | None, launched: Launched) -> int:
     try:
         job = _prepare(settings, device, launched)
         _print_job(job)
@@ -126,7 +126,7 @@ def _run(settings: TrainSettings, device: str | None, launched: Launched) -> int
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _say_error(error, 2)
     try:
-        result = _train(job, training, validation)
+        result = _train_job(job, training, validation)
     except (FloatingPointError, OSError) as error:
         return _say_error(error, 1)
     except torch.OutOfMemoryError as error:
@@ -314,7 +314,7 @@ def _check_space(root: Path, needed: int) -> None:
         )
 
 
-def _train(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResult:
+def _train_job(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResult:
     from auxkern.model import shard_base
     from auxkern.training.collator import AuxCollator
 

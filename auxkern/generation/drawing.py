@@ -94,7 +94,7 @@ class Drawer:
         if known is None or [*map(id, known[0])] != [*map(id, sequences)]:
             device = self.model.device
             seed = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
-            known = (sequences, _combined([s.request.params for s in sequences], device), seed)
+            known = (sequences, _params_of_rows([s.request.params for s in sequences], device), seed)
             self._known = known
         return known[1], known[2]
 
@@ -153,7 +153,7 @@ def _ragged(rows: list[Ids], device: torch.device) -> Tensor:
     ).view(len(rows), longest)
 
 
-def _combined(each: list[SamplingParams], device: torch.device) -> SamplingParams:
+def _params_of_rows(each: list[SamplingParams], device: torch.device) -> SamplingParams:
     """The parameters of all rows in one; numbers stay numbers where all rows agree."""
     settings: dict[str, Any] = {}
     for name in _NUMBERS:

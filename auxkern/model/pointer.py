@@ -101,7 +101,7 @@ class Pointer(nn.Module):
         text = inputs.attention_mask[:, -ids.shape[1] :, None] != 0
         if past is None:
             past = condition.new_zeros(len(ids), condition.shape[2], 2)
-        runs = _runs((ids == condition) & real & text, past[:, :, 1])
+        runs = _stretch_lengths((ids == condition) & real & text, past[:, :, 1])
         longest = torch.cat([past[:, None, :, 0], runs], 1).cummax(1).values[:, 1:]
         count = real.sum(-1, keepdim=True)
         place = torch.arange(1, condition.shape[2] + 1, device=ids.device)
@@ -146,7 +146,7 @@ class Pointer(nn.Module):
         return Pointed(hidden, scores, (_SPREAD * self.end(hidden) * coverage.lacking)[:, :, 0])
 
 
-def _runs(equal: Tensor, past: Tensor) -> Tensor:
+def _stretch_lengths(equal: Tensor, past: Tensor) -> Tensor:
     """(B, T, K) int64 length of the stretch that ends at position t of the text and token j of the condition.
 
     Args:

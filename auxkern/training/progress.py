@@ -65,7 +65,7 @@ class LineProgress(Progress):
             self.say(f"{self._what} {done:,}/{self._total:,}" + (self._figures and f", {self._figures}"))
 
     def record(self, record: dict[str, Any]) -> None:
-        self.say(describe(record, self._total))
+        self.say(record_line(record, self._total))
 
     def figures(self, text: str) -> None:
         self._figures = text
@@ -107,7 +107,7 @@ class BarProgress(Progress):
 
     def record(self, record: dict[str, Any]) -> None:
         if record.get("evaluation"):
-            self.say(describe(record, self._total))
+            self.say(record_line(record, self._total))
         else:
             self.figures(_figures(record))
 
@@ -147,7 +147,7 @@ def progress_for(stream: TextIO | None = None) -> Progress:
     return LineProgress(stream)
 
 
-def describe(record: dict[str, Any], total: int) -> str:
+def record_line(record: dict[str, Any], total: int) -> str:
     """A record of the log in words, on one line."""
     head = f"step {record['step']:,}/{total:,}"
     if not record.get("evaluation"):
