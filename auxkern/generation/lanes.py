@@ -11,9 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from auxkern.generation.request import Sequence, Sequences
 from auxkern.generation.scheduler import closing_moves
 from auxkern.generation.slots import SlotTable
-from auxkern.model.interface import AuxiliaryCache
-
-_OF_CONDITION = ("memory", "keys", "stretches")
+from auxkern.model.interface import OF_CONDITION, AuxiliaryCache
 
 
 class Lane:
@@ -62,7 +60,7 @@ class Lane:
         if "memory" in kept:
             # Keys and values of the condition are made anew at each step: it is short.
             attention = EncoderDecoderCache(attention, DynamicCache())
-        return AuxiliaryCache(attention, window, *(kept.get(name) for name in _OF_CONDITION))
+        return AuxiliaryCache(attention, window, *(kept.get(name) for name in OF_CONDITION))
 
     def keep(self, cache: AuxiliaryCache) -> None:
         """Takes over what a step changed, but for the table."""
@@ -78,7 +76,7 @@ class Lane:
         """
         self.table.reserve(self.attention_of(cache))
         slots = self.table.mask.shape[0]
-        for name in _OF_CONDITION:
+        for name in OF_CONDITION:
             if (like := getattr(cache, name)) is not None:
                 self._of_condition[name] = like.new_zeros(slots, self.max_condition, *like.shape[2:])
 
@@ -88,7 +86,7 @@ class Lane:
         start, end = len(self.members), len(self.members) + len(joining)
         cache.reorder_cache(rows)
         self.table.join(self.attention_of(cache), cache.mask)
-        for name in _OF_CONDITION:
+        for name in OF_CONDITION:
             new = getattr(cache, name)
             if new is None:
                 continue

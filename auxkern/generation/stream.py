@@ -270,19 +270,15 @@ class CompletionWriter:
 
     def _claim(self, run: dict[str, Any]) -> None:
         """Makes sure that the lines that are there are of this run, or that there are none."""
-        begun = self._out.size > 0 or (self._errors is not None and self._errors.size > 0)
-        if begun:
-            if not self.run_path.is_file():
-                raise ValueError(
-                    f"{self._out.path} or its errors hold lines but {self.run_path.name} is missing, so they "
-                    "may be of another run; choose another output, or remove them"
-                )
-            self._compare(run)
-        else:
+        if not (self._out.size or (self._errors is not None and self._errors.size)):
             with _naming_file(self.run_path):
                 replace_file(self.run_path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-
-    def _compare(self, run: dict[str, Any]) -> None:
+            return
+        if not self.run_path.is_file():
+            raise ValueError(
+                f"{self._out.path} or its errors hold lines but {self.run_path.name} is missing, so they "
+                "may be of another run; choose another output, or remove them"
+            )
         try:
             saved = json.loads(self.run_path.read_bytes())
         except ValueError as error:

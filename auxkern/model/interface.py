@@ -101,6 +101,10 @@ def traits_of(auxiliary: Any) -> AuxiliaryTraits:
     return auxiliary if isinstance(auxiliary, AuxiliaryTraits) else AuxiliaryTraits()
 
 
+# Fields of ``AuxiliaryCache``, (B, K, ...) each: what is kept of the condition.
+OF_CONDITION = ("memory", "keys", "stretches")
+
+
 @dataclass
 class AuxiliaryCache:
     """Keys and values of the text so far, and what was made of the condition, once.
@@ -122,6 +126,6 @@ class AuxiliaryCache:
     def reorder_cache(self, rows: Tensor) -> None:
         self.attention.reorder_cache(rows)
         self.mask = self.mask[rows]
-        self.memory = None if self.memory is None else self.memory[rows]
-        self.keys = None if self.keys is None else self.keys[rows]
-        self.stretches = None if self.stretches is None else self.stretches[rows]
+        for name in OF_CONDITION:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor[rows])
