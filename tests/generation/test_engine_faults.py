@@ -207,12 +207,14 @@ def test_after_ctrl_c_at_any_line_of_a_step_every_text_goes_on(small, block):
         told.clear()
         found, submitted = {}, 0
         with Interrupted(line) as stop:
-            while submitted < len(requests) or not engine.scheduler.idle:
+            while True:
                 try:
                     if submitted < len(requests):
                         engine.submit(requests[submitted])
                         submitted += 1
                         continue
+                    if engine.scheduler.idle:
+                        break
                     found |= {done.id: done for done in engine.step()}
                 except KeyboardInterrupt:
                     known = {one.request.id for one in engine.scheduler.sequences}
