@@ -304,7 +304,7 @@ def _sampling_seconds(work: Work, rows: list[int]) -> float:
     params, total = auxkern.SamplingParams(**FILTERS), 0.0
     for n in set(rows) - {0}:
         pointer = auxkern.Sparse(torch.arange(_CONDITION).repeat(n, 1), torch.zeros(n, _CONDITION))
-        given, seeds, times = [logits.repeat(n, 1), pointer], torch.arange(n), []
+        given, seeds, times = (logits.repeat(n, 1), pointer), torch.arange(n), []
         for position in range(6):
             began = time.perf_counter()
             auxkern.sample(given, params, seed=seeds, position=position)

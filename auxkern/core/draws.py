@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,20 @@ from auxkern.core.mass import SLACK
 ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE = range(4)
 
 
-def _kept_count(top_k: Any, V: int) -> Any:
+def _kept_count(top_k: float | Tensor, V: int) -> float | Tensor:
     """From 1 on; V or more where all are kept."""
     if isinstance(top_k, Tensor):
         return torch.where(top_k <= 0, V, top_k.long())
     return V if top_k <= 0 else min(top_k, V)
 
 
-def _reached_share(top_p: Any, V: int) -> Any:
+def _reached_share(top_p: float | Tensor, V: int) -> float | Tensor:
     if isinstance(top_p, Tensor):
         return torch.where(top_p < 1, top_p.double() - SLACK, 1.0)
     return top_p - SLACK if top_p < 1 else 1.0
 
 
-def _least_distance(min_p: Any, V: int) -> Any:
+def _least_distance(min_p: float | Tensor, V: int) -> float | Tensor:
     """log(min_p), less the slack of a ratio of two probabilities, which is twice that of one."""
     if isinstance(min_p, Tensor):
         return min_p.double().log() - 2 * SLACK
@@ -59,7 +59,7 @@ class RowNumber(NamedTuple):
     filters: bool = False
     penalises: bool = False
     dtype: torch.dtype | None = None
-    taken: Callable[[Any, int], Any] = lambda value, V: value
+    taken: Callable[[float | Tensor, int], float | Tensor] = lambda value, V: value
 
 
 _OPEN = (False, False)
@@ -99,8 +99,16 @@ class Draws:
 
     def rows(self, rows: slice) -> Draws:
         """The same for some rows."""
-        fields: dict[str, Any] = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, numbers={name: x[rows] for name, x in self.numbers.items()}, **fields)
+        return Draws(
+            numbers={name: x[rows] for name, x in self.numbers.items()},
+            seed=self.seed[rows],
+            position=self.position[rows],
+            prompt=self.prompt[rows],
+            history=self.history[rows],
+            bias_ids=self.bias_ids[rows],
+            bias=self.bias[rows],
+            plain=self.plain,
+        )
 
 
 class RowTokens(NamedTuple):
@@ -122,7 +130,15 @@ def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
-    """Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011) on int64 tensors that hold 32-bit words."""
+    """Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011) on int64 tensors that hold 32-bit words.
+
+    Args:
+        counter: four words, of shapes that broadcast.
+        key: two words.
+
+    Returns:
+        Four random words for each counter, int64 below 2**32.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -133,7 +149,12 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 
 
 def random_bits(seed: Tensor, position: Tensor, V: int, first: int = 0) -> Tensor:
-    """(N, V) int64 below 2**32 for the ids from ``first``: word id % 4 of counter (id // 4, 0, position)."""
+    """(N, V) int64 below 2**32 for the ids from ``first``: word id % 4 of counter (id // 4, 0, position).
+
+    Args:
+        seed: (N,) int64, the key.
+        position: (N,) int64.
+    """
     begin = first // 4
     block = torch.arange(begin, -(-(first + V) // 4), device=seed.device)[None]
     seed, position = seed[:, None], position[:, None]
@@ -144,13 +165,13 @@ def random_bits(seed: Tensor, position: Tensor, V: int, first: int = 0) -> Tenso
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """float64 -log(-log1p(-u)), u = (bits + 0.5) 2**-32."""
+    """float64 -log(-log1p(-u)), u = (bits + 0.5) 2**-32, shaped like ``bits``: int64 below 2**32."""
     u = (bits.double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-u))
 
 
 def first_largest(x: Tensor) -> Tensor:
-    """(N,) lowest id of the largest entry of each row."""
+    """(N,) int64 lowest id of the largest entry of each row of x (N, V)."""
     V = x.shape[1]
     ids = torch.arange(V, device=x.device)
     return torch.where(x == x.amax(-1, keepdim=True), ids, V).amin(-1)

@@ -36,7 +36,12 @@ class Loss:
         return self.label_smoothing > 0
 
     def of_rows(self, nll: Tensor, lse: Tensor, smooth: Tensor) -> Tensor:
-        """(N,) loss of each row."""
+        """(N,) loss of each row.
+
+        Args:
+            nll, lse: (N,) as in ``RowLosses``.
+            smooth: (N,) mean distance; not read unless ``self.smooth``.
+        """
         s = self.label_smoothing
         row = nll if s == 0 else (1 - s) * nll + s * smooth
         return row if self.z_loss == 0 else row + self.z_loss * lse.square()
@@ -103,7 +108,7 @@ class RowLosses(NamedTuple):
         return self
 
     def store(self, rows: slice | Tensor, some: RowLosses) -> None:
-        """Put what a backend says of some rows where it belongs."""
+        """Puts what a backend says of some rows, a range or (C,) indices, where it belongs."""
         for whole, part in zip(self, some, strict=True):
             if part.numel():
                 whole[..., rows] = part.to(whole.dtype)

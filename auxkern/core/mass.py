@@ -38,7 +38,8 @@ def masses(d: Tensor, V: int) -> Tensor:
     factor = torch.full_like(t, COEFFICIENTS[-1])
     for coefficient in (*COEFFICIENTS[-2::-1], 2**31):
         factor = coefficient + (factor * t >> 32)
-    return factor << mass_shift(V) >> -power
+    mass: Tensor = factor << mass_shift(V) >> -power
+    return mass
 
 
 def needed(top_p: Tensor, total: Tensor) -> Tensor:

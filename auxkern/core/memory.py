@@ -64,19 +64,19 @@ class GradientMemory:
 
     def _free_block(self, nbytes: int) -> mmap.mmap:
         size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        kept, found = [], None
+        kept, chosen = [], None
         while self._blocks:
             block = self._blocks.pop()
             # A tensor made from a block holds a reference to it until its storage is freed; a free
             # one is known to this variable and the call alone.
             free = sys.getrefcount(block) <= 2
-            if free and found is None and len(block) == size:
-                found = block
+            if free and chosen is None and len(block) == size:
+                chosen = block
             elif not free:
                 kept.append(block)
-        if found is None:
-            found = _private(size)
+        if chosen is None:
+            chosen = _private(size)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                found.madvise(mmap.MADV_HUGEPAGE)
-        self._blocks = [*kept, found]
-        return found
+                chosen.madvise(mmap.MADV_HUGEPAGE)
+        self._blocks = [*kept, chosen]
+        return chosen

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 MAX_TERMS = 8
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -206,28 +209,37 @@ class Sparse:
 
 
 Term: TypeAlias = Logits | Head | Sparse
-_Kind = TypeVar("_Kind", bound="Logits | Head | Sparse")
+Terms: TypeAlias = Sequence[Term | Tensor] | Term | Tensor  # as operators take a sum
+_Kind = TypeVar("_Kind", bound=Term)
+_Value = TypeVar("_Value")
 
 
-def is_dtensor(terms: Any) -> bool:
-    """Whether a tensor of these terms is a ``DTensor``; without importing those, which takes a second."""
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is a ``DTensor``; without importing those, which takes a second."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def has_dtensors(terms: Terms) -> bool:
+    """Whether a tensor of these terms, which are not checked yet, is a ``DTensor``."""
     listed = terms if isinstance(terms, (list, tuple)) else [terms]
-    tensors = [
-        x for t in listed for x in ([t] if isinstance(t, Tensor) else getattr(t, "tensors", {}).values())
-    ]
-    return any(type(tensor).__name__ == "DTensor" for tensor in tensors)
+    return any(
+        is_dtensor(tensor)
+        for term in listed
+        for tensor in ([term] if isinstance(term, Tensor) else getattr(term, "tensors", {}).values())
+    )
 
 
 def softcapped(z: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(z / softcap), or z where there is no soft cap (Gemma 2)."""
+    """softcap * tanh(z / softcap), or z where there is no soft cap (Gemma 2); shaped like z."""
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def as_number(value: Any) -> Any:
+def as_number(value: _Value) -> _Value:
     """A Python number in place of NumPy's, of a 0-d array, and of a 0-d tensor on the CPU; else ``value``."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value  # a look at it would stop the device
-    return value.item() if getattr(value, "shape", None) == () else value
+    array: Any = value
+    return array.item() if getattr(array, "shape", None) == () else value
 
 
 def rows_of(term: Term, rows: Tensor) -> Term:
@@ -242,14 +254,14 @@ def rows_of(term: Term, rows: Tensor) -> Term:
     return term.as_rows().rows(rows)
 
 
-def unchecked(kind: type[_Kind], **fields: Any) -> _Kind:
+def unchecked(kind: type[_Kind], **fields: object) -> _Kind:
     """A term of fields that fit each other, which are not looked at again."""
     term = object.__new__(kind)
     term.__dict__.update(fields)
     return term
 
 
-def like(term: _Kind, **fields: Any) -> _Kind:
+def like(term: _Kind, **fields: object) -> _Kind:
     """The same term but for these fields, which fit the others."""
     return unchecked(type(term), **{**term.__dict__, **fields})
 
@@ -285,7 +297,7 @@ def _strided_rows(name: str, values: Tensor) -> Tensor:
     )
 
 
-def _float_tensor(name: str, tensor: Any, shape: str, dimensions: int) -> None:
+def _float_tensor(name: str, tensor: object, shape: str, dimensions: int) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -330,7 +342,7 @@ def _check_row_scale(name: str, scale: Tensor, leading: torch.Size) -> None:
         )
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, Tensor):
         gradient = " that requires grad" if value.requires_grad else ""
         raise TypeError(
@@ -346,7 +358,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def as_terms(terms: Any) -> list[Term]:
+def as_terms(terms: Terms) -> list[Term]:
     """The terms of a sum as a list; bare tensors become ``Logits``.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,19 @@ from auxkern.core.sums import (
     row_dtype,
     tensors_of,
 )
-from auxkern.core.terms import INTEGER_DTYPES, Head, Term, as_number, as_terms, is_dtensor
+from auxkern.core.terms import INTEGER_DTYPES, Head, Term, Terms, as_number, as_terms, has_dtensors
 from auxkern.ops.dense import dense_rows
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.cross_entropy import rows_over_ranks
 from auxkern.ops.parallel.share import Share
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
 from auxkern.ops.torch_ops import Expected, check_target_range, is_transformed, loss_rows, refuse_transforms
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+_Value = TypeVar("_Value")
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -80,9 +86,9 @@ def cross_entropy(
     return_stats: bool = False,
     chunk_rows: int | None = None,
     gradient_memory: GradientMemory | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | DeviceMesh | VocabularyShard | None = None,
     backend: str | None = None,
-) -> Any:
+) -> Any:  # by return_stats a tensor or a pair: overloads would say all else three times
     """Cross-entropy of a sum of logit terms, without materialising the sum.
 
         z[n, v] = sum of the terms, see ``auxkern.core.terms``
@@ -145,10 +151,11 @@ def cross_entropy(
         RuntimeError: the backend asked for cannot run on these inputs; or a derivative is asked for that
             there is none of: a second one by ``create_graph``, a transform with a named backend or a group.
     """
-    ignore_index, label_smoothing, z_loss = map(_number, (ignore_index, label_smoothing, z_loss))
-    shift, vocab_size, chunk_rows, normalizer = map(_number, (shift, vocab_size, chunk_rows, normalizer))
+    ignore_index, label_smoothing, z_loss = _number(ignore_index), _number(label_smoothing), _number(z_loss)
+    shift, vocab_size, chunk_rows = _number(shift), _number(vocab_size), _number(chunk_rows)
+    normalizer = _number(normalizer)
     group = None
-    if process_group is not None or is_dtensor(terms):
+    if process_group is not None or has_dtensors(terms):
         group = group_of(process_group, terms)
 
     def checked(terms: list[Term], vocab_size: int | None) -> _Problem:
@@ -207,21 +214,21 @@ def cross_entropy(
     return loss, stats
 
 
-def _number(value: Any) -> Any:
+def _number(value: _Value) -> _Value:
     """A Python number in place of NumPy's; a tensor, which may want a gradient, stays one."""
     return value if isinstance(value, Tensor) else as_number(value)
 
 
 def _agreed(
     cut: CutVocabulary,
-    terms: Any,
+    terms: Terms,
     checked: Callable[[list[Term], int | None], _Problem],
-    facts: dict[str, Any],
+    facts: dict[str, object],
     ignore_index: int,
 ) -> tuple[_Problem, VocabularyShard, int]:
     """The call as every rank of a group has checked it, this rank's shard, and V over all ranks."""
 
-    def local(terms: list[Term]) -> tuple[_Problem, dict[str, Any]]:
+    def local(terms: list[Term]) -> tuple[_Problem, dict[str, object]]:
         problem = checked(terms, None)
         weighted = problem.token_weight is not None
         return problem, {**facts, "target": fingerprint(problem.target), "token_weight": weighted}
@@ -235,7 +242,7 @@ def _agreed(
     return cut.agreed(terms, local, within)
 
 
-def _check_memory(gradient_memory: Any) -> None:
+def _check_memory(gradient_memory: object) -> None:
     if gradient_memory is not None and not isinstance(gradient_memory, GradientMemory):
         raise TypeError(
             f"gradient_memory must be an auxkern.GradientMemory, got {type(gradient_memory).__name__}"
@@ -282,8 +289,8 @@ def _check_options(
 
 def _check(
     terms: list[Term],
-    target: Any,
-    token_weight: Any,
+    target: object,
+    token_weight: object,
     normalizer: float | Tensor | None,
     ignore_index: int,
     shift: bool,
@@ -340,7 +347,7 @@ def _chosen(backend: str | None, terms: list[Term]) -> str:
     return backend or "" if torch.compiler.is_compiling() else backend_of(backend, terms).name
 
 
-def _checked_weight(token_weight: Any, target: Tensor, terms: list[Term]) -> Tensor | None:
+def _checked_weight(token_weight: object, target: Tensor, terms: list[Term]) -> Tensor | None:
     if token_weight is None:
         return None
     if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +11,13 @@ from auxkern.backends.choice import choose
 from auxkern.backends.chunked import add_head
 from auxkern.core.loss import Loss
 from auxkern.core.sums import checked_vocabulary, one_device, row_dtype, tensors_of, vocabulary_of
-from auxkern.core.terms import Head, Logits, Sparse, Term, as_terms, softcapped
+from auxkern.core.terms import Head, Logits, Sparse, Term, Terms, as_terms, softcapped
 from auxkern.ops.linear import product
 from auxkern.ops.torch_ops import apart_from_autocast, is_differentiated
 
 
 @apart_from_autocast
-def dense_logits(terms: Any, *, vocab_size: int | None = None) -> Tensor:
+def dense_logits(terms: Terms, *, vocab_size: int | None = None) -> Tensor:
     """(..., V) sum of the terms in float32, float64 if any of them is; differentiable.
 
     It takes the memory that ``cross_entropy`` and ``sample`` save.
@@ -30,15 +29,15 @@ def dense_logits(terms: Any, *, vocab_size: int | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: the terms do not fit each other.
     """
-    terms = as_terms(terms)
-    one_device(terms)
-    V = vocabulary_of(terms, checked_vocabulary(terms, vocab_size))
-    dtype = row_dtype(tensors_of(terms))
-    summed = [_scaled(term, V, dtype) for term in terms if not isinstance(term, Sparse)]
+    listed = as_terms(terms)
+    one_device(listed)
+    V = vocabulary_of(listed, checked_vocabulary(listed, vocab_size))
+    dtype = row_dtype(tensors_of(listed))
+    summed = [_scaled(term, V, dtype) for term in listed if not isinstance(term, Sparse)]
     total = summed[0]
     for z in summed[1:]:
         total = total + z
-    for term in terms:
+    for term in listed:
         if isinstance(term, Sparse):
             total = total.scatter_add(-1, term.ids.long(), term.values.to(dtype))
     return total

@@ -11,7 +11,7 @@ from auxkern.core.terms import as_number
 _DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 # Fields that change which token is drawn and have no counterpart here, with the values that switch them off.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
@@ -87,7 +87,7 @@ _CALLERS = (
 KNOWN = frozenset([*_DEFAULTS, *_CALLERS, "do_sample", "sequence_bias"])
 
 
-def settings_of(config: Any) -> dict[str, Any]:
+def settings_of(config: object) -> dict[str, Any]:
     """The arguments of ``SamplingParams`` that draw what ``generate`` draws with a config.
 
     Args:
@@ -112,7 +112,7 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {**settings, "logit_bias": _single_tokens(getattr(config, "sequence_bias", None))}
 
 
-def _check(name: str, value: Any) -> None:
+def _check(name: str, value: object) -> None:
     value = as_number(value)
     rounds = name == "cache_implementation" and value == "quantized"
     if (

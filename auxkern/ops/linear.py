@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ _apart = apart_from_autocast(torch.nn.functional.linear)
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) @ weight (N, K).T + bias (N,), all of one dtype; differentiable, apart from autocast."""
-    y: Tensor = _Product.apply(x, weight, bias)
-    return y
+    differentiable: Callable[..., Tensor] = _Product.apply
+    return differentiable(x, weight, bias)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

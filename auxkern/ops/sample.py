@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from auxkern.core.sums import (
     tensors_of,
     vocabulary_of,
 )
-from auxkern.core.terms import INTEGER_DTYPES, Logits, Sparse, Term, as_number, as_terms, is_dtensor
+from auxkern.core.terms import INTEGER_DTYPES, Logits, Sparse, Term, Terms, as_number, as_terms, has_dtensors
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.parallel.agreement import fingerprint
@@ -30,6 +30,10 @@ from auxkern.ops.parallel.sample import drawn_over_ranks
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of, with_own_entries
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.ops.torch_ops import apart_from_autocast, is_transformed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 _NO_TOKEN = -1
 _PLAIN = SamplingParams()
@@ -64,7 +68,7 @@ class Sample:
 @torch.no_grad()
 @apart_from_autocast
 def sample(
-    terms: Any,
+    terms: Sequence[Term | Tensor] | Term | Tensor,
     params: SamplingParams | None = None,
     *,
     seed: int | Tensor,
@@ -74,7 +78,7 @@ def sample(
     vocab_size: int | None = None,
     return_logprobs: bool = False,
     top_logprobs: int = 0,
-    process_group: Any = None,
+    process_group: ProcessGroup | DeviceMesh | VocabularyShard | None = None,
     backend: str | None = None,
 ) -> Sample:
     """Draws one token for each row from softmax(z / temperature), z the sum of the terms, filtered.
@@ -117,10 +121,11 @@ def sample(
         ValueError: shapes or devices disagree, or a value is out of range.
         RuntimeError: the backend asked for cannot run.
     """
-    seed, position, vocab_size, top_logprobs = map(as_number, (seed, position, vocab_size, top_logprobs))
+    seed, position = as_number(seed), as_number(position)
+    vocab_size, top_logprobs = as_number(vocab_size), as_number(top_logprobs)
     params = _PLAIN if params is None else params
     asked = _Asked(params, seed, position, history, prompt, return_logprobs, top_logprobs, backend)
-    if process_group is not None or is_dtensor(terms):
+    if process_group is not None or has_dtensors(terms):
         group = group_of(process_group, terms)
         if group is not None:
             return _over_ranks(terms, asked, CutVocabulary(group, process_group, vocab_size))
@@ -141,12 +146,12 @@ class _Asked:
     """The arguments of ``sample`` beside the terms."""
 
     params: SamplingParams
-    seed: Any
-    position: Any
-    history: Any
-    prompt: Any
+    seed: int | Tensor
+    position: int | Tensor
+    history: Tensor | None
+    prompt: Tensor | None
     return_logprobs: bool
-    top_logprobs: Any
+    top_logprobs: int
     backend: str | None
 
 
@@ -163,10 +168,10 @@ def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
     return check_rows(terms)
 
 
-def _over_ranks(terms: Any, asked: _Asked, cut: CutVocabulary) -> Sample:
+def _over_ranks(terms: Terms, asked: _Asked, cut: CutVocabulary) -> Sample:
     """``sample`` of terms whose vocabulary is cut over ranks."""
 
-    def checked(terms: list[Term]) -> tuple[list[Term], dict[str, Any]]:
+    def checked(terms: list[Term]) -> tuple[list[Term], dict[str, object]]:
         _checked_rows(terms, asked)
         seed = asked.seed if not isinstance(asked.seed, Tensor) else fingerprint(asked.seed)
         facts = {name: getattr(asked, name) for name in ("return_logprobs", "top_logprobs", "backend")}
@@ -205,7 +210,7 @@ def _drawn(backend: str | None, terms: Sequence[Term], draws: Draws, V: int, wan
     return kernel.draw(Sum.of(terms, V), draws, want_logprob)
 
 
-def _per_row(name: str, value: Any, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _per_row(name: str, value: float | Tensor, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(N,) of a number or of a tensor with one entry for each row."""
     if not isinstance(value, Tensor):
         _check_range(name, [value], dtype)
@@ -232,7 +237,7 @@ def _check_range(name: str, values: Iterable[float], dtype: torch.dtype) -> None
             )
 
 
-def _integers(name: str, value: Any, N: int, device: torch.device, *, each: bool = False) -> Tensor:
+def _integers(name: str, value: object, N: int, device: torch.device, *, each: bool = False) -> Tensor:
     if isinstance(value, Tensor):
         if value.dtype not in INTEGER_DTYPES:
             raise TypeError(f"{name} has dtype {value.dtype}; it must be integers")
@@ -250,7 +255,7 @@ def _integers(name: str, value: Any, N: int, device: torch.device, *, each: bool
     return _per_row(name, value, N, torch.int64, device)
 
 
-def _row_ids(name: str, ids: Any, leading: torch.Size, device: torch.device) -> Tensor:
+def _row_ids(name: str, ids: object, leading: torch.Size, device: torch.device) -> Tensor:
     N = leading.numel()
     if ids is None:
         return torch.empty((N, 0), dtype=torch.int64, device=device)
@@ -295,7 +300,7 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     )
 
 
-def _check_count(top_logprobs: Any, V: int) -> None:
+def _check_count(top_logprobs: object, V: int) -> None:
     if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= V:
         raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to V = {V}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class SamplingParams:
         self._check_bias()
 
     @classmethod
-    def from_generation_config(cls, config: Any) -> SamplingParams:
+    def from_generation_config(cls, config: object) -> SamplingParams:
         """The same as a transformers ``GenerationConfig`` says; see ``auxkern.ops.generation_config``.
 
         Args:

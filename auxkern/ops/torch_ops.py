@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,14 +28,15 @@ from auxkern.core.sums import (
 )
 from auxkern.core.terms import Logits, Term
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
-def apart_from_autocast(function: _Function) -> _Function:
+def apart_from_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """``function`` with autocast off for the device of its first tensor; a term or list may hold it."""
 
     @functools.wraps(function)
-    def apart(*arguments: Any, **options: Any) -> Any:
+    def apart(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         tensor = _first_tensor(arguments)
         kind = "meta" if tensor is None else tensor.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
@@ -43,10 +44,12 @@ def apart_from_autocast(function: _Function) -> _Function:
         with torch.autocast(kind, enabled=False):
             return function(*arguments, **options)
 
-    return apart  # type: ignore[return-value]
+    return apart
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
+def operator(
+    schema: str, fake: Callable[..., _Result]
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Makes a function the ``torch.library`` operator of a schema, on every device.
 
     A kernel runs under the autocast of whoever calls the operator, which would round the products in it;
@@ -62,7 +65,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Fu
         fake: makes results without memory from the same arguments.
     """
 
-    def declare(function: _Function) -> _Function:
+    def declare(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         name, parenthesis, rest = schema.partition("(")
         qualified = f"auxkern::{name}"
         torch.library.define(qualified, parenthesis + rest)
@@ -73,15 +76,18 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Fu
         dispatched = getattr(torch.ops.auxkern, name)
 
         @functools.wraps(function)
-        def call(*arguments: Any) -> Any:
-            return dispatched(*arguments) if _is_seen(arguments) else apart(*arguments)
+        def call(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+            if not _is_seen((*arguments, *options.values())):
+                return apart(*arguments, **options)
+            result: _Result = dispatched(*arguments, **options)
+            return result
 
-        return call  # type: ignore[return-value]
+        return call
 
     return declare
 
 
-def _is_seen(arguments: Iterable[Any]) -> bool:
+def _is_seen(arguments: Iterable[object]) -> bool:
     """Whether something has to see a call as one operator."""
     if (
         torch.compiler.is_compiling()
@@ -100,14 +106,14 @@ def _dispatches(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def _refuse(name: str, *_: Any) -> Any:
+def _refuse(name: str, *_: object) -> NoReturn:
     raise RuntimeError(
         f"the operator {name} has no derivative; auxkern's own functions have, but for transforms "
         "of torch.func in compiled code; there use torch's functions on auxkern.ops.dense.dense_logits(terms)"
     )
 
 
-def _first_tensor(value: Any) -> Tensor | None:
+def _first_tensor(value: object) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (tuple, list)):
@@ -158,7 +164,7 @@ class _OnceDifferentiable(torch.autograd.Function):
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
         raise RuntimeError(
             "auxkern.cross_entropy has no second derivatives; for a penalty on its gradient use "
             "torch.nn.functional.cross_entropy on auxkern.ops.dense.dense_logits(terms)"
@@ -177,7 +183,8 @@ def refuse_second_derivatives(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
-    return tuple(None if d is None else _OnceDifferentiable.apply(d, *inputs) for d in gradients)
+    once: Callable[..., Tensor] = _OnceDifferentiable.apply
+    return tuple(None if d is None else once(d, *inputs) for d in gradients)
 
 
 class _Call(NamedTuple):
@@ -334,11 +341,11 @@ class Gradients:
             wide = name in ("weight", "bias") or (float32 and not isinstance(sum.terms[index], Logits))
             dtype = sum.dtype if wide else x.dtype
             if not sum.is_logits:
-                made = empty(x.shape, dtype, x.device)
+                gradient = empty(x.shape, dtype, x.device)
             else:
-                made = x.new_empty(x.shape) if memory is None else memory.empty(x.shape, x.dtype)
-            self.flat[place] = made
-            self.wanted[index][name] = made.view(sum.tensors[place].shape)
+                gradient = x.new_empty(x.shape) if memory is None else memory.empty(x.shape, x.dtype)
+            self.flat[place] = gradient
+            self.wanted[index][name] = gradient.view(sum.tensors[place].shape)
 
     def rounded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What has been written, in the dtypes of the tensors."""
@@ -370,7 +377,7 @@ def _with_gradients(
     V: int,
     places: list[int],
     backend: str,
-    asked: Expected,
+    expected: Expected,
 ) -> tuple[_Rows, _Ready | None]:
     """``_losses``, and gradients where the backend makes them with the losses; in eager mode."""
     # As torch's dispatcher would: the memory of a lazy negation holds what is to be negated.
@@ -378,12 +385,11 @@ def _with_gradients(
     sum, kernel = _checked_sum(call, tensors, target, V), loaded(backend, tensors)
     route = kernel.route(sum, call.loss)
     if not route.fused:
-        return _as_outputs(
-            kernel.losses(sum, target, call.loss, None, [{}] * len(sum.terms)), call.loss
-        ), None
-    made = Gradients(sum, tensors, places, float32=route.rescales, memory=asked.memory)
-    rows = kernel.losses(sum, target, call.loss, asked.gradient, made.wanted)
-    gradients = list(made.flat.values()) if route.rescales else made.rounded(tensors)
+        rows = kernel.losses(sum, target, call.loss, None, [{}] * len(sum.terms))
+        return _as_outputs(rows, call.loss), None
+    result = Gradients(sum, tensors, places, float32=route.rescales, memory=expected.memory)
+    rows = kernel.losses(sum, target, call.loss, expected.gradient, result.wanted)
+    gradients = list(result.flat.values()) if route.rescales else result.rounded(tensors)
     return _as_outputs(rows, call.loss), _Ready(gradients, route.rescales)
 
 
@@ -517,9 +523,7 @@ def loss_rows(
     """
     tensors, (integers, numbers) = tensors_of(terms), _encoded(terms, loss, chunk_rows)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        result: tuple[Tensor, ...] = _LossRows.apply(
-            target, expected, integers, numbers, vocab_size, backend, *tensors
-        )
-        return result
+        rows: Callable[..., tuple[Tensor, ...]] = _LossRows.apply
+        return rows(target, expected, integers, numbers, vocab_size, backend, *tensors)
     V = vocabulary_of(terms, vocab_size)
     return _losses(tensors, target, integers, numbers, V, backend)[:5]

@@ -65,7 +65,9 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        return self.function.fn.__name__
+        """Of the function."""
+        name: str = self.function.fn.__name__
+        return name
 
     def cases(self, model: str) -> Iterator[Case]:
         """The launches for a model of ``VOCABULARIES``."""

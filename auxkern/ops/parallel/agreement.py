@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _Value = TypeVar("_Value")
+# What all ranks must have alike, by the names that a message gives.
+Facts: TypeAlias = Mapping[str, object]
+# Of a rank: its facts, and type and message of what it refuses.
+_Report: TypeAlias = tuple[Facts, tuple[str, str] | None]
 _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
 
 
 def agreed(
-    group: Any, check: Callable[[], tuple[_Value, Mapping[str, Any], int]]
+    group: ProcessGroup, check: Callable[[], tuple[_Value, Facts, int]]
 ) -> tuple[_Value, tuple[int, ...]]:
     """What a check returns, once it has passed on every rank and its facts are equal on all.
 
@@ -24,8 +31,7 @@ def agreed(
 
     Args:
         group: the process group; every rank of it calls this.
-        check: returns a value, what all ranks must have alike, by the names that a message gives, and a
-            number of this rank's own.
+        check: returns a value, what all ranks must have alike, and a number of this rank's own.
 
     Returns:
         The check's value here, and every rank's number.
@@ -34,7 +40,7 @@ def agreed(
         TypeError, ValueError, RuntimeError: the check raises here or on another rank.
         ValueError: a fact differs between ranks.
     """
-    passed: tuple[_Value, Mapping[str, Any], int] | None = None
+    passed: tuple[_Value, Facts, int] | None = None
     error: Exception | None = None
     try:
         passed = check()
@@ -45,15 +51,15 @@ def agreed(
     everyone = _gathered_numbers(group, [int(passed is None), digest, number])
     if passed is not None and all(row[:2] == [0, digest] for row in everyone):
         return passed[0], tuple(row[2] for row in everyone)
-    found: list[Any] = [None] * dist.get_world_size(group)
-    refusal = None if error is None else (type(error).__name__, str(error))
-    dist.all_gather_object(found, (facts, refusal), group=group)
+    report: _Report = (facts, None if error is None else (type(error).__name__, str(error)))
+    reports = [report] * dist.get_world_size(group)
+    dist.all_gather_object(reports, report, group=group)
     if error is not None:
         raise error
-    raise _disagreement(facts, found)
+    raise _disagreement(facts, reports)
 
 
-def _gathered_numbers(group: Any, numbers: list[int]) -> list[list[int]]:
+def _gathered_numbers(group: ProcessGroup, numbers: list[int]) -> list[list[int]]:
     """The numbers of each rank."""
     # On the CPU if the group can, which stops no device.
     there = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
@@ -64,13 +70,13 @@ def _gathered_numbers(group: Any, numbers: list[int]) -> list[list[int]]:
     return everyone
 
 
-def _disagreement(facts: Mapping[str, Any], found: list[Any]) -> Exception:
+def _disagreement(facts: Facts, reports: Sequence[_Report]) -> Exception:
     """The error for a check that passed here, but not on all ranks or not with equal facts."""
-    for rank, (_, refusal) in enumerate(found):
+    for rank, (_, refusal) in enumerate(reports):
         if refusal is not None:
             kind, message = refusal
             return _ERRORS.get(kind, RuntimeError)(f"rank {rank} of the process group refuses: {message}")
-    for rank, (theirs, _) in enumerate(found):
+    for rank, (theirs, _) in enumerate(reports):
         for name in sorted(facts.keys() | theirs.keys()):
             if theirs.get(name) != facts.get(name):
                 return ValueError(
@@ -83,7 +89,7 @@ def _disagreement(facts: Mapping[str, Any], found: list[Any]) -> Exception:
     return RuntimeError("the ranks' arguments differ in a way that their description does not show")
 
 
-def _shown(fact: Any) -> str:
+def _shown(fact: object) -> str:
     text = fact if isinstance(fact, str) else repr(fact)
     return text if len(text) <= 120 else f"{text[:117]}..."
 

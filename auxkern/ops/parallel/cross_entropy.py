@@ -10,7 +10,7 @@ each makes the gradient of its own logits from the maximum and the sum over all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,8 @@ def rows_over_ranks(share: Share, tensors: Sequence[Tensor], target: Tensor, los
     local = torch.where(counts, torch.where(here, ids, NO_TARGET), IGNORED)
     owner = share.shard.owner_of(target)
     with torch.autocast(target.device.type, enabled=False):
-        return GlobalRows(*_ShardedRows.apply(share, loss, local, owner, *tensors))
+        rows: Callable[..., tuple[Tensor, ...]] = _ShardedRows.apply
+        return GlobalRows(*rows(share, loss, local, owner, *tensors))
 
 
 def _columns(rows: RowLosses) -> list[Tensor]:
@@ -71,12 +72,12 @@ def _totals(of_ranks: Tensor, owner: Tensor) -> RowSums:
     empty = row_max == -torch.inf
     pivot = row_max.masked_fill(empty, 0)
     log_sum = torch.logsumexp(max_of - pivot + log_sum_of, 0)
-    found = owner.clamp_min(0)[None]
-    its_nll, its_max, its_log = (x.gather(0, found)[0] for x in (nll_of, max_of, log_sum_of))
+    its = owner.clamp_min(0)[None]
+    its_nll, its_max, its_log = (x.gather(0, its)[0] for x in (nll_of, max_of, log_sum_of))
     # log of each rank's sum, less the target's logit; the owner's is its nll.
     z = its_max + its_log - its_nll
     ranks = torch.arange(len(of_ranks), device=owner.device)[:, None]
-    others = (max_of - z + log_sum_of).masked_fill(ranks == found, -torch.inf)
+    others = (max_of - z + log_sum_of).masked_fill(ranks == its, -torch.inf)
     apart = torch.logsumexp(torch.cat([others, its_nll[None]]), 0)
     # expm1 of a large nll overflows, and 1 + it loses nothing.
     sure = torch.log1p(torch.expm1(its_nll) + others.exp().sum(0))
@@ -149,9 +150,9 @@ class _ShardedRows(torch.autograd.Function):
         sums, counts = RowSums(nll, row_max, log_sum), target != IGNORED
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             slopes = RowSlopes(g.double(), sums, counts, loss, share.V)
-            made = share.gradients(tensors, target, slopes, wanted)
+            summed = share.gradients(tensors, target, slopes, wanted)
             for i in wanted:
                 if share.is_whole(tensors, i):
-                    dist.all_reduce(made[i], group=share.shard.group)
-        gradients = tuple(made[i].to(x.dtype) if i in made else None for i, x in enumerate(tensors))
+                    dist.all_reduce(summed[i], group=share.shard.group)
+        gradients = tuple(summed[i].to(x.dtype) if i in summed else None for i, x in enumerate(tensors))
         return (None,) * before + refuse_second_derivatives(gradients, (g, *tensors))

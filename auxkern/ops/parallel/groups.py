@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
-def process_group_of(group: Any) -> Any:
+
+def process_group_of(group: object) -> ProcessGroup:
     """The process group of an argument ``process_group``.
 
     Args:
@@ -20,12 +24,13 @@ def process_group_of(group: Any) -> Any:
     if isinstance(group, dist.ProcessGroup):
         return group
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
-        if group.ndim != 1:
+        mesh = cast("DeviceMesh", group)
+        if mesh.ndim != 1:
             raise ValueError(
-                f"process_group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; pass one "
+                f"process_group is a DeviceMesh of {mesh.ndim} dimensions {mesh.mesh_dim_names}; pass one "
                 "of them, such as mesh['tp'] for a vocabulary or mesh['dp'] for data"
             )
-        return group.get_group()
+        return mesh.get_group()
     raise TypeError(
         "process_group must be a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, got "
         f"{type(group).__name__}"

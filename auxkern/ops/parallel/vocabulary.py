@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from auxkern.core.terms import Head, Logits, Sparse, Term, as_terms, like
-from auxkern.ops.parallel.agreement import agreed
+from auxkern.core.terms import Head, Logits, Sparse, Term, Terms, as_terms, is_dtensor, like
+from auxkern.ops.parallel.agreement import Facts, agreed
 from auxkern.ops.parallel.groups import process_group_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 _Call = TypeVar("_Call")
 _Checked = TypeVar("_Checked")
@@ -34,7 +39,7 @@ class VocabularyShard:
         sizes: ids of each rank; one at least.
     """
 
-    group: Any
+    group: ProcessGroup
     rank: int
     sizes: tuple[int, ...]
 
@@ -54,7 +59,7 @@ class VocabularyShard:
         return sum(self.sizes)
 
     @classmethod
-    def of(cls, group: Any, size: int) -> VocabularyShard:
+    def of(cls, group: ProcessGroup | DeviceMesh, size: int) -> VocabularyShard:
         """The shard of this rank, which has ``size`` ids; every rank of the group must call it.
 
         Args:
@@ -70,7 +75,7 @@ class VocabularyShard:
         return cls.from_sizes(process_group, sizes)
 
     @classmethod
-    def from_sizes(cls, process_group: Any, sizes: Sequence[int]) -> VocabularyShard:
+    def from_sizes(cls, process_group: ProcessGroup, sizes: Sequence[int]) -> VocabularyShard:
         """The shard of this rank, from the ids that each rank has; they are not asked.
 
         Raises:
@@ -127,7 +132,7 @@ class VocabularyShard:
         return torch.cat([part[:, :size] for part, size in zip(parts, self.sizes, strict=True)], -1)
 
 
-def group_of(process_group: Any, terms: Any) -> Any:
+def group_of(process_group: object, terms: Terms) -> ProcessGroup | None:
     """The process group that the vocabulary is cut over; None where it is whole.
 
     Args:
@@ -146,7 +151,7 @@ def group_of(process_group: Any, terms: Any) -> Any:
     whole = None
     for index, term in enumerate(as_terms(terms)):
         for key, tensor in term.tensors.items():
-            if _is_dtensor(tensor):
+            if is_dtensor(tensor):
                 name = f"terms[{index}].{key}"
                 _, groups = _local(name, tensor, _cut_dimension(term, key))
                 if groups:
@@ -167,14 +172,14 @@ class CutVocabulary:
         process_group, vocab_size: as the call has them.
     """
 
-    group: Any
-    process_group: Any
+    group: ProcessGroup
+    process_group: object
     vocab_size: int | None
 
     def agreed(
         self,
-        terms: Any,
-        check: Callable[[list[Term]], tuple[_Call, dict[str, Any]]],
+        terms: Terms,
+        check: Callable[[list[Term]], tuple[_Call, dict[str, object]]],
         check_ids: Callable[[_Call, int], _Checked],
     ) -> tuple[_Checked, VocabularyShard, int]:
         """A checked call, this rank's shard, and V over all ranks; every rank calls it.
@@ -194,7 +199,7 @@ class CutVocabulary:
             V = shard.used_ids(self.vocab_size)
             return check_ids(call, V), V
 
-        def first() -> tuple[tuple[_Call, tuple[_Checked, int] | None], dict[str, Any], int]:
+        def first() -> tuple[tuple[_Call, tuple[_Checked, int] | None], Facts, int]:
             local, size = local_terms(self.group, as_terms(terms))
             if given is not None and given.size != size:
                 raise ValueError(
@@ -215,7 +220,7 @@ class CutVocabulary:
         return checked, shard, V
 
 
-def _description(term: Term) -> tuple[Any, ...]:
+def _description(term: Term) -> tuple[object, ...]:
     """What ranks must have alike of a term, but for its values."""
     tensors = {
         name: (str(t.dtype), tuple(term.leading), t.requires_grad and torch.is_grad_enabled())
@@ -227,7 +232,7 @@ def _description(term: Term) -> tuple[Any, ...]:
     return type(term).__name__, tensors, scaling
 
 
-def _check_mesh(name: str, tensor: Any) -> None:
+def _check_mesh(name: str, tensor: DTensor) -> None:
     mesh = tensor.device_mesh
     (dimension,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard())
     names = mesh.mesh_dim_names
@@ -242,7 +247,7 @@ def _check_mesh(name: str, tensor: Any) -> None:
         )
 
 
-def local_terms(group: Any, terms: Sequence[Term]) -> tuple[list[Term], int]:
+def local_terms(group: ProcessGroup, terms: Sequence[Term]) -> tuple[list[Term], int]:
     """The terms with local tensors, DTensors being their parts, and how many ids this rank has.
 
     Args:
@@ -253,7 +258,7 @@ def local_terms(group: Any, terms: Sequence[Term]) -> tuple[list[Term], int]:
     Raises:
         ValueError: a DTensor is placed in another way, or sizes disagree.
     """
-    groups: list[Any] = [group]
+    groups = [group]
     local = [_local_term(i, term, groups) for i, term in enumerate(terms)]
     if any(other != group for other in groups):
         raise ValueError(
@@ -265,11 +270,6 @@ def local_terms(group: Any, terms: Sequence[Term]) -> tuple[list[Term], int]:
     return local, sizes.pop()
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    # Without torch.distributed's tensors there are none; importing them takes a second.
-    return type(tensor).__name__ == "DTensor"
-
-
 def _cut_dimension(term: Term, name: str) -> int | None:
     """The dimension of a term's tensor that counts ids; None if none does."""
     if isinstance(term, Logits):
@@ -277,23 +277,23 @@ def _cut_dimension(term: Term, name: str) -> int | None:
     return 0 if isinstance(term, Head) and name in ("weight", "bias") else None
 
 
-def _local_term(index: int, term: Term, groups: list[Any]) -> Term:
-    found = {}
+def _local_term(index: int, term: Term, groups: list[ProcessGroup]) -> Term:
+    local = {}
     for name, tensor in term.tensors.items():
-        if _is_dtensor(tensor):
-            found[name], its = _local(f"terms[{index}].{name}", tensor, _cut_dimension(term, name))
+        if is_dtensor(tensor):
+            local[name], its = _local(f"terms[{index}].{name}", tensor, _cut_dimension(term, name))
             groups += its
     # Replaced together: a part of a weight fits a part of its bias only.
-    return replace(term, **found) if found else term  # type: ignore[arg-type]
+    return replace(term, **local) if local else term  # type: ignore[arg-type]
 
 
-def _local(name: str, tensor: Any, dimension: int | None) -> tuple[Tensor, list[Any]]:
+def _local(name: str, tensor: DTensor, dimension: int | None) -> tuple[Tensor, list[ProcessGroup]]:
     """The local part of a DTensor, cut along ``dimension`` and nowhere else, and the groups it is cut over.
 
     Where ``dimension`` is None it is whole on all ranks.
     """
     wanted = None if dimension is None else dimension % tensor.dim()
-    cuts = [i for i, p in enumerate(tensor.placements) if p.is_shard() and p.dim == wanted]
+    cuts = [i for i, p in enumerate(tensor.placements) if wanted is not None and p.is_shard(wanted)]
     others = [p for i, p in enumerate(tensor.placements) if i not in cuts and not p.is_replicate()]
     if others or len(cuts) != (wanted is not None):
         what = "Replicate()" if wanted is None else f"Shard({wanted}) in one dimension of the mesh"
