@@ -11,14 +11,14 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import auxkern.backends.triton as package  # noqa: E402
 from auxkern.backends.triton import cases, kernels  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 from auxkern.inspect import assembly, survey  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 

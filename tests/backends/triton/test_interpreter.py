@@ -33,12 +33,12 @@ from tests.support.cases import (
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 
 from auxkern.backends.triton import BACKEND  # noqa: E402
 from auxkern.backends.triton.device import numerics  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import heads_sum  # noqa: E402
+from auxkern.ops.registry import HeadRows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from auxkern.backends.triton.heads_loss import cases as heads_loss_cases  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import heads_sum  # noqa: E402
 from auxkern.inspect import assembly  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
-from auxkern.ops.registry import HeadRows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),

@@ -22,9 +22,10 @@ from tests.support.cases import IGNORE
 
 triton = pytest.importorskip("triton")
 
+from auxkern.ops.registry import HeadRows  # noqa: E402
+
 from auxkern.backends.triton import BACKEND  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
-from auxkern.ops.registry import HeadRows  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -12,6 +12,9 @@ import torch
 from tests.support.offsets import too_narrow
 
 triton = pytest.importorskip("triton")
+from auxkern.backends.triton.losses import Coefficients  # noqa: E402
+from auxkern.backends.triton.sums import LogitsSum, heads_sum  # noqa: E402
+from auxkern.ops.registry import HeadRows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from auxkern.backends.triton import kernels  # noqa: E402
@@ -22,9 +25,6 @@ from auxkern.backends.triton.logits_draw import cases as logits_draw_cases  # no
 from auxkern.backends.triton.logits_draw import launches as logits_draw  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import LogitsSum, heads_sum  # noqa: E402
-from auxkern.ops.registry import HeadRows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),

@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from auxkern.backends.triton.losses import Coefficients
+from auxkern.backends.triton.sums import LogitsSum
+
 from auxkern.backends.triton import BACKEND, configs
 from auxkern.backends.triton.device.rows import alignment
 from auxkern.backends.triton.logits_loss import launches as logits_loss
-from auxkern.backends.triton.losses import Coefficients
-from auxkern.backends.triton.sums import LogitsSum
 
 H, F = torch.float16, torch.float32
 
