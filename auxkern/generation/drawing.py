@@ -16,7 +16,6 @@ from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
 
 _NUMBERS = tuple(one.name for one in fields(SamplingParams) if one.name != "logit_bias")
-_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -65,9 +64,7 @@ class Drawer:
         """
         params, seed = self._settled(list(sequences))
         device = seed.device
-        penalised = [
-            s for s in sequences if any(getattr(s.request.params, p) != off for p, off in _PENALTIES.items())
-        ]
+        penalised = any(s.request.params.penalises for s in sequences)
         wanted = any(s.request.logprobs for s in sequences)
         drawn = sample(
             terms,

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.seeds import mixed_seed
 from auxkern.core.terms import Sparse, as_number
 from auxkern.model.text import check_unicode
@@ -20,7 +21,7 @@ FinishReason = Literal["end", "stop", "length", "error"]
 State = Literal["new", "waiting", "running", "ended"]
 
 _SAMPLING = tuple(one.name for one in fields(SamplingParams))
-_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_FILTERS = tuple(number.param for number in ROW_NUMBERS if number.filters)
 _SEEDS = 2**63
 
 
@@ -446,7 +447,8 @@ def _check_field_names(record: Mapping[str, Any]) -> None:
 def _merged_params(given: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     values = {name: getattr(defaults, name) for name in _SAMPLING}
     if given.get("temperature") == 0:
-        values |= _FILTERS
+        off = SamplingParams()
+        values |= {name: getattr(off, name) for name in _FILTERS}
     if isinstance(given.get("logit_bias"), Mapping):
         given = {**given, "logit_bias": {_token_id(key): bias for key, bias in given["logit_bias"].items()}}
     return SamplingParams(**{**values, **given})
