@@ -42,7 +42,7 @@ def backends_for(
     device: torch.device,
     dtype: torch.dtype,
     asked: Iterable[str] | None,
-    kernel: str = "cross_entropy_forward",
+    kernel: str = "losses",
 ) -> tuple[list[str], list[str]]:
     """The auxkern backends to measure on ``device``, and remarks for the reader.
 

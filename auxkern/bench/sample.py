@@ -64,7 +64,7 @@ class Exact:
 
 class Sample:
     name = "sample"
-    kernel = "sample"
+    kernel = "draw"
 
     def needed_bytes(self, case: Case) -> int:
         # Hugging Face's top-p holds the sum, the scaled sum, both sorted with int64 ids, a softmax,
