@@ -77,7 +77,7 @@ class RowKernels(Backend):
         raise NotImplementedError(self.heads_refusal(sum))
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
-        """``draw`` from heads that ``heads_refusal`` takes."""
+        """``draw`` from heads that ``heads_refusal`` takes, beside sparse terms."""
         raise NotImplementedError(self.heads_refusal(sum))
 
     def route(self, sum: Sum, loss: Loss) -> Route:
@@ -145,7 +145,7 @@ class RowKernels(Backend):
     def draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         if not sum.heads:
             return self.logits_draw(sum, draws, want_logprob)
-        if self._heads_refusal(sum) is None:
+        if not sum.logits and self.heads_refusal(sum) is None:
             return self.heads_draw(sum, draws, want_logprob)
         C = self._rows_of(sum)
         slices = [slice(n, min(n + C, sum.N)) for n in range(0, sum.N, C)]

@@ -13,7 +13,7 @@ from auxkern.core.sums import Sum
 
 
 class HeadsDraw(TritonKernels):
-    """Tokens from nothing but heads, their logits not written where no filter reads them."""
+    """Tokens from heads beside sparse terms, the logits not written where no filter reads them."""
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         tokens, launches = plan(sum, draws, want_logprob)
