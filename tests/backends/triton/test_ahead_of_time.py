@@ -11,14 +11,15 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import auxkern.backends.triton as package  # noqa: E402
 from auxkern.backends.triton import cases, kernels  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
+from auxkern.core.loss import Loss  # noqa: E402
+from auxkern.core.sums import Sum  # noqa: E402
+from auxkern.core.terms import Logits  # noqa: E402
 from auxkern.inspect import assembly, survey  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
@@ -95,11 +96,11 @@ def _launches(B: int, T: int, *, few: bool = False) -> list[Any]:
     whole = torch.empty(B, T, 50257, dtype=torch.float16, device="meta").view(1, B * T, 50257)
     sliced = torch.empty(B, T + 1, 50257, device="meta")[:, :-1]
     N = B * T
-    target = torch.empty(N, dtype=torch.int64, device="meta")
-    row = torch.empty(N, device="meta")
-    logits = LogitsSum([whole, sliced], [1.0, 1.0], [0.0, 0.0], 50257)
-    forward = logits_loss.forward(logits, target, -100, False, False, 132)[1]
-    gradient = logits_loss.backward(logits, target, Coefficients(row, row, row, row), [1], 132)[1]
+    target = cases.target_of(N)
+    logits = Sum((Logits(whole), Logits(sliced)), 50257)
+    forward = logits_loss.forward(logits, target, Loss(), 132)[1]
+    wanted = [{}, {"values": torch.empty(sliced.shape, device="meta")}]
+    gradient = logits_loss.backward(logits, target, cases.coefficients_of(N), wanted, 132)
     return [*forward, gradient]
 
 

@@ -33,12 +33,12 @@ from tests.support.cases import (
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import LogitsSum  # noqa: E402
 
 from auxkern.backends.triton import BACKEND  # noqa: E402
 from auxkern.backends.triton.device import numerics  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
+from auxkern.core.loss import Coefficients, Loss  # noqa: E402
+from auxkern.core.sums import Sum  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -264,7 +264,8 @@ def test_all_rows_ignored():
 def test_target_out_of_range_is_nan():
     # The operator raises for CPU tensors; on a GPU the check would stop the device.
     z, target = random_logits(1, 4, 129), torch.tensor([5, 129, -1, 2**40])
-    rows = BACKEND.cross_entropy_forward([z], target, [1.0], [0.0], 129, IGNORE, True, True)
+    loss = Loss(label_smoothing=0.1, stats=True)
+    rows = BACKEND.losses(Sum((Logits(z),), 129), target, loss, None, [{}])
     for values in (rows.nll, rows.row_max, rows.smooth, rows.term_nll[0]):
         assert values.isnan().tolist() == [False, True, True, True]
     assert rows.argmax.tolist() == z[0].argmax(-1).tolist()
@@ -323,9 +324,9 @@ def test_offsets_beyond_32_bits():
 def test_splits_agree_with_the_formula(dtypes, multiprocessors):
     N, V = 3, 5001
     values = [x[None] for x in logits(dtypes, N, V)]
-    terms, target = len(dtypes), torch.tensor([V - 1, IGNORE, 2049])
-    summed = LogitsSum(values, [1.0] * terms, [0.0] * terms, V)
-    rows, launches = logits_loss.forward(summed, target, IGNORE, True, True, multiprocessors)
+    target = torch.tensor([V - 1, IGNORE, 2049])
+    summed, loss = Sum(tuple(map(Logits, values)), V), Loss(IGNORE, label_smoothing=0.1, stats=True)
+    rows, launches = logits_loss.forward(summed, target, loss, multiprocessors)
     assert len(launches) == 2
     for launch in launches:
         launch.run()
@@ -339,9 +340,9 @@ def test_splits_agree_with_the_formula(dtypes, multiprocessors):
     coefficients = Coefficients(
         rows.row_max, ones * torch.exp(-rows.log_sum), 0 * ones, ones * torch.expm1(-rows.nll)
     )
-    wanted = list(range(terms))
-    gradients, launch = logits_loss.backward(summed, target, coefficients, wanted, multiprocessors)
-    launch.run()
+    gradients = list(map(torch.empty_like, values))
+    wanted = [{"values": gradient} for gradient in gradients]
+    logits_loss.backward(summed, target, coefficients, wanted, multiprocessors).run()
     for gradient, expected in zip(
         gradients,
         formula([x[0] for x in values], target, grad_output=None, reduction="sum").gradients,

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import heads_sum  # noqa: E402
-from auxkern.ops.registry import HeadRows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from auxkern.backends.triton.cases import coefficients_of, target_of  # noqa: E402
+from auxkern.backends.triton.heads import heads_sum  # noqa: E402
 from auxkern.backends.triton.heads_loss import cases as heads_loss_cases  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
+from auxkern.core.loss import Loss  # noqa: E402
+from auxkern.core.terms import Head  # noqa: E402
 from auxkern.inspect import assembly  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
@@ -75,11 +76,10 @@ def test_four_separate_accumulators_fit():
 def _hashes(N: int) -> set[str]:
     """Of all launches for N rows of sliced hidden states."""
     hidden = [torch.empty(N + 5, D, dtype=B, device="meta")[:N] for D in (768, 256)]
-    heads = [HeadRows(h, torch.empty(V, h.shape[1], dtype=B, device="meta"), None, 1.0, 0.0) for h in hidden]
+    heads = [Head(h, torch.empty(V, h.shape[1], dtype=B, device="meta")) for h in hidden]
     summed = heads_sum(heads, V, False, "ieee")
-    target, row = torch.empty(N, dtype=torch.int64, device="meta"), torch.empty(N, device="meta")
-    coefficients = Coefficients(row, row, row, row)
-    _, tops, launches = heads_loss.forward(summed, target, -100, False, False, summed.buffer(H))
+    target, coefficients = target_of(N), coefficients_of(N)
+    _, tops, launches = heads_loss.forward(summed, target, Loss(), summed.buffer(H))
     launches.append(heads_loss.scale(summed, target, summed.buffer(H), tops, coefficients, B)[1])
     launches.append(heads_loss.gradient(summed, target, coefficients, [-1], B)[1])
     return {f"{launch.source().hash()} {launch.options}" for launch in launches}

@@ -22,10 +22,9 @@ from tests.support.cases import IGNORE
 
 triton = pytest.importorskip("triton")
 
-from auxkern.ops.registry import HeadRows  # noqa: E402
-
 from auxkern.backends.triton import BACKEND  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
+from auxkern.core.sums import Sum  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -181,9 +180,8 @@ def test_four_heads_share_one_accumulator_and_five_go_another_way():
     given = heads(5, 67, (16,) * 5, (H,) * 5)
     run(given[:4], targets(5, 67))
     run(given, targets(5, 67))
-    rows = [HeadRows(h.hidden, h.weight, h.bias, h.scale, 0.0) for h in given]
-    assert BACKEND.heads_refusal(rows[:4]) is None
-    assert "5 heads" in BACKEND.heads_refusal(rows)
+    assert BACKEND.heads_refusal(Sum.of(given[:4], 67)) is None
+    assert "5 heads" in BACKEND.heads_refusal(Sum.of(given, 67))
 
 
 def test_wide_heads_take_several_steps_and_a_remainder():
@@ -289,8 +287,8 @@ def test_runs_are_bitwise_equal():
 
 
 def test_bfloat16_is_left_to_the_library_in_the_interpreter():
-    head = HeadRows(torch.zeros(1, 16, dtype=B), torch.zeros(1, 16), None, 1.0, 0.0)
-    assert "interpreter" in BACKEND.heads_refusal([head])
+    head = Head(torch.zeros(1, 16, dtype=B), torch.zeros(1, 16))
+    assert "interpreter" in BACKEND.heads_refusal(Sum.of([head], 1))
     run(heads(5, 67, (16,), (D32,)), targets(5, 67))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +11,11 @@ import torch
 from tests.support.offsets import too_narrow
 
 triton = pytest.importorskip("triton")
-from auxkern.backends.triton.losses import Coefficients  # noqa: E402
-from auxkern.backends.triton.sums import LogitsSum, heads_sum  # noqa: E402
-from auxkern.ops.registry import HeadRows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from auxkern.backends.triton import kernels  # noqa: E402
+from auxkern.backends.triton.cases import coefficients_of, target_of  # noqa: E402
+from auxkern.backends.triton.heads import heads_sum  # noqa: E402
 from auxkern.backends.triton.heads_draw import launches as heads_draw  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
@@ -25,6 +23,9 @@ from auxkern.backends.triton.logits_draw import cases as logits_draw_cases  # no
 from auxkern.backends.triton.logits_draw import launches as logits_draw  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
+from auxkern.core.loss import Loss  # noqa: E402
+from auxkern.core.sums import Sum  # noqa: E402
+from auxkern.core.terms import Head, Logits, like  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),
@@ -39,29 +40,32 @@ def _meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _heads(dtype: torch.dtype, cap: float) -> list[HeadRows]:
+def _heads(dtype: torch.dtype, cap: float | None) -> Sum:
     """Stored the other way round: weights (D, V), hidden states (D, N), a bias in a column."""
-    return [
-        HeadRows(_meta(D, N, dtype=dtype).T, _meta(D, V, dtype=dtype).T, _meta(V, 3)[:, 0], 1.0, cap),
-        HeadRows(_meta(D, N, dtype=dtype).T, _meta(D, V, dtype=dtype).T, None, 0.5, cap),
-    ]
+    return Sum(
+        (
+            Head(_meta(D, N, dtype=dtype).T, _meta(D, V, dtype=dtype).T, _meta(V, 3)[:, 0], 1.0, cap),
+            Head(_meta(D, N, dtype=dtype).T, _meta(D, V, dtype=dtype).T, None, 0.5, cap),
+        ),
+        V,
+    )
 
 
 def _strided_heads() -> Iterator[tuple[str, Launch]]:
-    for dtype, cap in ((H, 0.0), (F32, 9.0)):
-        target = _meta(N, dtype=torch.int64)
+    for dtype, cap in ((H, None), (F32, 9.0)):
+        target = target_of(N)
         for stats in (False, True):
-            summed = heads_sum(_heads(dtype, cap), V, stats, "ieee")
+            summed = heads_sum(_heads(dtype, cap).heads, V, stats, "ieee")
+            loss = Loss(label_smoothing=0.1 if stats else 0.0, stats=stats)
             e = None if stats else summed.buffer(heads_loss.e_dtype(dtype))
-            for launch in heads_loss.forward(summed, target, -100, stats, stats, e)[2]:
+            for launch in heads_loss.forward(summed, target, loss, e)[2]:
                 yield f"{dtype} {cap} {stats}", launch
-        coefficients = Coefficients(*[_meta(N)] * 4)
-        yield f"{dtype} {cap}", heads_loss.gradient(summed, target, coefficients, [-1], dtype)[1]
+        yield f"{dtype} {cap}", heads_loss.gradient(summed, target, coefficients_of(N), [-1], dtype)[1]
         for plain in (True, False):
             draws = logits_draw_cases.draws_of(plain=plain, rows=N)
             yield (
                 f"{dtype} {cap} {plain}",
-                heads_draw.sample(_heads(dtype, cap), V, draws, True, "ieee")[1][0],
+                heads_draw.plan(_heads(dtype, cap), draws, True, "ieee")[1][0],
             )
 
 
@@ -69,17 +73,20 @@ def _strided_logits() -> Iterator[tuple[str, Launch]]:
     """Four terms, columns apart, with all that can be asked."""
     for rows in (N, 4 * N * N):  # split over programs, and not
         values = [_meta(V, rows, dtype=dtype).T[None] for dtype in (H, F32, H, F32)]
-        logits = LogitsSum(values, [1.0] * 4, [0.0, 3.0, 0.0, 0.0], V)
-        target, row = _meta(rows, dtype=torch.int64), _meta(rows)
-        for launch in logits_loss.forward(logits, target, -100, True, True, 132)[1]:
+        logits = Sum((Logits(values[0]), Logits(values[1], softcap=3.0), *map(Logits, values[2:])), V)
+        target = target_of(rows)
+        for launch in logits_loss.forward(logits, target, Loss(label_smoothing=0.1, stats=True), 132)[1]:
             yield f"{rows} rows", launch
-        backward = logits_loss.backward(logits, target, Coefficients(row, row, row, row), [0, 1, 3], 132)[1]
-        yield f"{rows} rows", backward
+        wanted = [
+            {} if i == 2 else {"values": torch.empty(x.shape, dtype=x.dtype, device="meta")}
+            for i, x in enumerate(values)
+        ]
+        yield f"{rows} rows", logits_loss.backward(logits, target, coefficients_of(rows), wanted, 132)
     for plain in (True, False):
         draws = logits_draw_cases.draws_of(plain=plain, history=5, rows=N)
-        draws = type(draws)(**{**vars(draws), "row_scales": [None, _meta(N), None, None]})
-        few = replace(logits, values=[v[:, :N] for v in logits.values])
-        for launch in logits_draw.sample(few, draws, True, 132)[1]:
+        few = [term.rows(slice(0, N)) for term in logits.logits]
+        few[1] = like(few[1], scale=_meta(N))
+        for launch in logits_draw.plan(Sum(tuple(few), V), draws, True, 132)[1]:
             yield f"{plain}", launch
 
 

@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from auxkern.backends.triton.losses import Coefficients
-from auxkern.backends.triton.sums import LogitsSum
-
-from auxkern.backends.triton import BACKEND, configs
-from auxkern.backends.triton.device.rows import alignment
+from auxkern.backends.triton import BACKEND
+from auxkern.backends.triton.cases import coefficients_of, target_of
+from auxkern.backends.triton.launch import alignment, splits
 from auxkern.backends.triton.logits_loss import launches as logits_loss
+from auxkern.core.sums import Sum
+from auxkern.core.terms import Logits
 
 H, F = torch.float16, torch.float32
 
@@ -61,17 +61,15 @@ def test_strided_columns_are_never_aligned():
     ("rows", "tiles", "expected"), [(1, 25, 25), (1, 1000, 128), (100, 25, 6), (528, 25, 1), (8192, 25, 1)]
 )
 def test_rows_are_split_until_every_multiprocessor_has_its_programs(rows, tiles, expected):
-    config = configs.Config(vectors=2, warps=4, programs=4)
-    assert configs.splits(rows, tiles, multiprocessors=132, config=config) == expected
+    assert splits(rows, tiles, multiprocessors=132, programs=4) == expected
 
 
 def test_nothing_is_allocated_for_a_frozen_term():
     values = [logits(1, 4, 129, dtype=H), logits(1, 4, 129)]
-    row = torch.empty(4, device="meta")
-    target = torch.empty(4, dtype=torch.int64, device="meta")
-    terms = LogitsSum(values, [1.0, 1.0], [0.0, 0.0], 129)
-    gradients, launch = logits_loss.backward(terms, target, Coefficients(row, row, row, row), [1], 132)
-    assert [g.shape for g in gradients] == [(1, 4, 129)]
+    terms = Sum(tuple(map(Logits, values)), 129)
+    wanted = [{}, {"values": torch.empty_like(values[1])}]
+    launch = logits_loss.backward(terms, target_of(4), coefficients_of(4), wanted, 132)
+    assert [g.logits.shape for g in launch.arguments["gradients"]] == [(1, 4, 129)]
     assert len(launch.arguments["gradients"]) == 1
 
 

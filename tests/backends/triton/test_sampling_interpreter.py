@@ -194,8 +194,8 @@ def test_heads_alone(options, rows, monkeypatch):
     if options.get("sparse"):
         terms.append(Sparse(torch.randint(0, V, (rows, 3), generator=g), random(rows, 3)))
     called = []
-    sample_heads = BACKEND.sample_heads
-    monkeypatch.setattr(type(BACKEND), "sample_heads", lambda _, *a: called.append(1) or sample_heads(*a))
+    heads_draw = BACKEND.heads_draw
+    monkeypatch.setattr(type(BACKEND), "heads_draw", lambda _, *a: called.append(1) or heads_draw(*a))
     assert_equal(terms, options.get("params"), seed=seeds(rows))
     assert called == [1]
 
