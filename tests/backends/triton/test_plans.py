@@ -15,8 +15,9 @@ from auxkern.backends.triton import BACKEND
 from auxkern.backends.triton.cases import coefficients_of, target_of
 from auxkern.backends.triton.launch import alignment, splits
 from auxkern.backends.triton.logits_loss import launches as logits_loss
+from auxkern.core.loss import Loss
 from auxkern.core.sums import Sum
-from auxkern.core.terms import Logits
+from auxkern.core.terms import Head, Logits, Sparse
 
 H, F = torch.float16, torch.float32
 
@@ -71,6 +72,28 @@ def test_nothing_is_allocated_for_a_frozen_term():
     launch = logits_loss.backward(terms, target_of(4), coefficients_of(4), wanted, 132)
     assert [g.logits.shape for g in launch.arguments["gradients"]] == [(1, 4, 129)]
     assert len(launch.arguments["gradients"]) == 1
+
+
+def head(dtype: torch.dtype = F, **options: object) -> Head:
+    return Head(logits(4, 16, dtype=dtype), logits(129, 16, dtype=dtype), **options)
+
+
+def test_heads_go_by_tiles_and_what_does_not_says_why():
+    for heads in ([head()], [head(softcap=3.0), head(H, scale=0.5)], [head()] * 4):
+        for loss in (Loss(), Loss(label_smoothing=0.1, stats=True)):
+            route = BACKEND.route(Sum.of(heads, 129), loss)
+            assert (route.name, route.fused, route.rescales, route.refusals) == ("tiles", True, True, {})
+    beside = Sparse(torch.empty(4, 2, dtype=torch.int64, device="meta"), logits(4, 2))
+    narrow = Head(logits(4, 0), logits(129, 0))
+    for terms, reason in (
+        ([head()] * 5, "there are 5 heads; kernels take 4 at most"),
+        ([head(), Logits(logits(4, 129))], "there are other terms beside the heads"),
+        ([head(), beside], "there are other terms beside the heads"),
+        ([head(), narrow], "a head has hidden states of width 0"),
+    ):
+        route = BACKEND.route(Sum.of(terms, 129), Loss())
+        assert (route.name, route.refusals) == ("chunks of logits", {"tiles": reason})
+    assert BACKEND.route(Sum.of([Logits(logits(4, 129))], 129), Loss()).name == "logits"
 
 
 def test_refusals_name_the_reason():
