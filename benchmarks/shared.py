@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from auxkern.bench.machine import now
+from auxkern.machine import now
 from auxkern.commands.pair import versions
 from auxkern.core.files import replace_file
 

@@ -29,7 +29,7 @@ from auxkern.bench.generate_peers import (
     peers,
 )
 from auxkern.bench.generate_report import ENGINE, SHARES, GenerateRun, Throughput, print_run
-from auxkern.bench.machine import OtherWork
+from auxkern.machine import OtherWork
 from auxkern.core.files import replace_file
 
 PROGRAM = "python -m auxkern.bench --op generate"

@@ -68,7 +68,7 @@ class GenerateRun:
     Attributes:
         command: what was typed.
         date: ISO 8601, UTC.
-        machine: facts from ``auxkern.bench.machine``, printable values by name.
+        machine: facts from ``auxkern.machine``, printable values by name.
         requests: texts that large batches write.
         lengths: shortest and longest text, in tokens.
         filters: sampling parameters of every request, by name.

@@ -164,7 +164,7 @@ class Run:
     Attributes:
         command: what was typed.
         date: ISO 8601, UTC.
-        machine: facts from ``auxkern.bench.machine``, printable values by name.
+        machine: facts from ``auxkern.machine``, printable values by name.
         cases: finished cases.
         facts: printable values by name that belong to no case (losses on real input).
         notes: remarks for the reader.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from auxkern.bench import machine
+from auxkern import machine
 from auxkern.bench.plot import SUFFIXES, plot
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Progress

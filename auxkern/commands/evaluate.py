@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from auxkern.bench.machine import now
+from auxkern.machine import now
 from auxkern.bench.session import INTERRUPTED, positive
 from auxkern.commands import pair
 from auxkern.commands.ranks import Launched

@@ -296,6 +296,6 @@ def versions(device: torch.device) -> dict[str, str]:
     """The machine, and the versions of what a pair runs on."""
     import transformers
 
-    from auxkern.bench.machine import machine_facts
+    from auxkern.machine import machine_facts
 
     return {**machine_facts(device), "transformers": transformers.__version__}

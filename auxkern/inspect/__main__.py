@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from auxkern.bench import machine
+from auxkern import machine
 from auxkern.core.files import replace_file
 from auxkern.inspect.targets import TARGETS
 

@@ -127,7 +127,7 @@ def run_stages(chosen: Sequence[Stage], folder: Path, command: str) -> int:
         OSError: the folder cannot be written.
     """
     # Imported here, for they import torch: --dry-run and --help need none.
-    from auxkern.bench.machine import now
+    from auxkern.machine import now
     from benchmarks.gpu.record import Record, StageResult
 
     results = [StageResult(stage.name, stage.line, stage.seconds) for stage in chosen]

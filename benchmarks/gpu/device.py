@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from auxkern.bench.machine import machine_facts
+from auxkern.machine import machine_facts
 
 # Libraries that the benchmarks compare with: module, package.
 PEERS = {

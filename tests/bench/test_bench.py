@@ -21,7 +21,7 @@ from auxkern.bench import __main__ as bench
 from auxkern.bench import memory, real, report, tables
 from auxkern.bench.cases import Case, select_cases
 from auxkern.bench.cross_entropy import OPERATOR, CrossEntropyInputs
-from auxkern.bench.machine import OtherWork
+from auxkern.machine import OtherWork
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import (
     PASSES,
