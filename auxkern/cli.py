@@ -9,7 +9,7 @@ import signal
 import sys
 from types import FrameType
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+from auxkern.terminal import INTERRUPTED
 
 COMMANDS = {
     "train": ("auxkern.commands.train", "train an auxiliary for a frozen language model"),

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 import auxkern
 from auxkern.backends import choice
+from auxkern.machine import cpu_name, version
 
 _PACKAGES = ("triton", "transformers", "safetensors", "numpy", "liger-kernel", "cut-cross-entropy")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def cpu_name() -> str:
-    """The processor's model name as the system gives it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _devices() -> Iterator[torch.device]:
@@ -48,7 +30,7 @@ def describe() -> str:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
         f"cpu {cpu_name()}",
     ]
-    lines += [f"{package} {_version(package)}" for package in _PACKAGES]
+    lines += [f"{package} {version(package)}" for package in _PACKAGES]
     lines += [
         f"{device} {torch.cuda.get_device_name(device)}" for device in _devices() if device.type == "cuda"
     ]

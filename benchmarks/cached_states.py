@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from auxkern.bench.session import positive
 from auxkern.model import load_base, load_tokenizer
+from auxkern.terminal import positive
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, encode
 from auxkern.training.lm_states import LMStates, cache_lm_states

@@ -16,6 +16,7 @@ from auxkern.bench.linear import OPERATOR, made_inputs, needed_bytes
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
 from auxkern.core.files import replace_file
+from auxkern.terminal import device_from
 from benchmarks.shared import benchmark_parser
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.backend, options.quick = None, False
     session.check_common_options(parser, options)
-    device = session.device_from(parser, options.device)
+    device = device_from(parser, options.device)
     preset = PRESETS[options.preset or ("gpu" if device.type == "cuda" else "cpu")]
     run = session.new_run(parser.prog, argv, device)
     if options.json.exists():

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from auxkern.bench.report import between_markers
-from auxkern.bench.session import positive
 from auxkern.core.files import replace_file
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat, load_base, load_tokenizer
 from auxkern.model.text import Example
+from auxkern.terminal import positive
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import encode
 from auxkern.training.loop import ExampleSet, train

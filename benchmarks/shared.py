@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from auxkern.machine import now
 from auxkern.commands.pair import versions
 from auxkern.core.files import replace_file
+from auxkern.machine import now
 
 
 def benchmark_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:

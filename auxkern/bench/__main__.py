@@ -22,6 +22,7 @@ from auxkern.bench.peers import is_installed
 from auxkern.bench.results import CaseResult
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
 from auxkern.core.terms import MAX_TERMS
+from auxkern.terminal import device_from, positive
 
 _EPILOG = f"""\
 Each implementation is first checked against float64; a wrong one is reported and not timed.
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "--op sample compares with transformers, which is not installed; pip install transformers"
         )
-    device = session.device_from(parser, options.device)
+    device = device_from(parser, options.device)
     cases = select_cases(
         device.type,
         ops=options.op,
@@ -115,11 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"vocabulary of a model (repeatable): {vocabularies}; with widths of the LM's and the "
         f"auxiliary's head for linear: {widths}",
     )
-    parser.add_argument("--n", action="append", type=session.positive, metavar="N", help="rows (repeatable)")
+    parser.add_argument("--n", action="append", type=positive, metavar="N", help="rows (repeatable)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="dtype of every term (repeatable)")
     parser.add_argument(
         "--terms",
-        type=session.positive,
+        type=positive,
         choices=range(1, MAX_TERMS + 1),
         default=2,
         metavar=f"1..{MAX_TERMS}",

@@ -29,8 +29,9 @@ from auxkern.bench.generate_peers import (
     peers,
 )
 from auxkern.bench.generate_report import ENGINE, SHARES, GenerateRun, Throughput, print_run
-from auxkern.machine import OtherWork
+from auxkern.bench.timing import OtherWork
 from auxkern.core.files import replace_file
+from auxkern.terminal import INTERRUPTED, device_from, positive
 
 PROGRAM = "python -m auxkern.bench --op generate"
 _AUXILIARY = {
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     session.check_common_options(parser, options)
-    device = session.device_from(parser, options.device)
+    device = device_from(parser, options.device)
     try:
         work = made_work(options.requests, device)
     except (ModuleNotFoundError, FileNotFoundError) as error:
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         # What was measured before an error is worth as much as what was measured before Ctrl-C.
         _finish(run, options)
-    return session.INTERRUPTED if run.interrupted else 0
+    return INTERRUPTED if run.interrupted else 0
 
 
 def _new_run(work: Work, arguments: list[str], device: torch.device) -> GenerateRun:
@@ -342,12 +343,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--requests", type=session.positive, default=64, metavar="N", help="texts (default 64)"
-    )
+    parser.add_argument("--requests", type=positive, default=64, metavar="N", help="texts (default 64)")
     parser.add_argument(
         "--batch",
-        type=session.positive,
+        type=positive,
         nargs="+",
         default=[1, 8, 32, 128],
         metavar="N",

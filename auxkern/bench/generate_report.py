@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from auxkern.bench.results import Run
+from auxkern.terminal import console_for_stdout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,7 +138,7 @@ def print_run(run: GenerateRun) -> None:
 
     from auxkern.bench import tables
 
-    console = tables.console_for_stdout()
+    console = console_for_stdout()
     tables.print_header(console, Run(run.command, run.date, run.machine))
     if run.results:
         console.print(_rich_table(run.work, _SPEED_COLUMNS, _speeds(run), "bold cyan"))

@@ -20,6 +20,7 @@ from auxkern.bench.results import CaseResult
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_inputs
 from auxkern.model.smollm2 import load_smollm2
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
+from auxkern.terminal import INTERRUPTED, device_from, positive
 
 T = 16  # positions per sentence; shorter ones are padded
 LARGEST_DIFFERENCE = 1e-5
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     session.check_common_options(parser, options)
     if options.n < T:
         parser.error(f"--n {options.n} is less than one sentence of {T} positions")
-    device = session.device_from(parser, options.device)
+    device = device_from(parser, options.device)
     ops = list(dict.fromkeys(options.op or OPERATORS))
     try:
         backends, notes = backends_for(device, torch.float32, options.backend)
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return session.INTERRUPTED
+        return INTERRUPTED
 
     run = session.new_run(parser.prog, argv, device)
     run.notes += notes
@@ -147,9 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: all)"
     )
-    parser.add_argument(
-        "--n", type=session.positive, default=512, help=f"rows; {T} for each sentence (default 512)"
-    )
+    parser.add_argument("--n", type=positive, default=512, help=f"rows; {T} for each sentence (default 512)")
     parser.add_argument(
         "--wordnet",
         type=Path,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from auxkern.bench.results import Run
 from auxkern.core.files import replace_file
+from auxkern.terminal import console_for_stdout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,7 +115,7 @@ def print_run(run: Run) -> None:
     """Prints the tables of a run of operators on stdout."""
     from auxkern.bench import tables
 
-    console = tables.console_for_stdout()
+    console = console_for_stdout()
     tables.print_header(console, run)
     tables.print_facts(console, run)
     for case in run.cases:

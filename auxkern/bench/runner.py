@@ -12,10 +12,9 @@ import torch
 from auxkern.backends import choice
 from auxkern.bench import memory
 from auxkern.bench.cases import DTYPES, Case
-from auxkern.machine import OtherWork
 from auxkern.bench.operators import Implementation, Operator
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
-from auxkern.bench.timing import Call, clock_for, measure_in_turns
+from auxkern.bench.timing import Call, OtherWork, clock_for, measure_in_turns
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from auxkern.bench.plot import SUFFIXES, plot
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Progress
 from auxkern.core.files import replace_file
-
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+from auxkern.terminal import INTERRUPTED, console_for_stdout
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -59,31 +58,6 @@ def check_common_options(parser: argparse.ArgumentParser, options: argparse.Name
             parser.error(f"--json and --plot name the same file {options.json}; give two names")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
-    return value
-
-
-def device_from(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
-    """The device to measure on: the one named, or CUDA if there is one, or the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        parser.error(f"--device {name}: no such device; use cpu, cuda or cuda:N")
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device {name}: only cpu and cuda are measured")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {name}: PyTorch {torch.__version__} sees no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
-
-
 def new_run(prog: str, argv: list[str] | None, device: torch.device) -> Run:
     """A run without cases: command, date and machine."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -115,7 +89,7 @@ def carry_out(run: Run, jobs: list[Job], options: argparse.Namespace) -> int:
 
     from auxkern.bench import tables
 
-    out, err = tables.console_for_stdout(), Console(stderr=True)
+    out, err = console_for_stdout(), Console(stderr=True)
     tables.print_header(out, run)
     tables.print_facts(out, run)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

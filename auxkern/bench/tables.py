@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from rich import box
@@ -229,9 +229,3 @@ def _status(result: Result) -> str:
 
 def _ratio(reference: float | None, median: float) -> str:
     return "-" if reference is None else f"{reference / median:.2f}x"
-
-
-def console_for_stdout(make: Callable[..., Console] = Console) -> Console:
-    """A console that is 100 columns wide where nobody says how wide it is."""
-    console = make()
-    return console if console.is_terminal else make(width=100)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from auxkern.machine import now
-from auxkern.bench.session import INTERRUPTED, positive
 from auxkern.commands import pair
 from auxkern.commands.ranks import Launched
 from auxkern.core.files import replace_file
@@ -25,10 +23,12 @@ from auxkern.evaluation.bootstrap import bootstrap_mean
 from auxkern.evaluation.diversity import distinct_n, self_bleu
 from auxkern.evaluation.perplexity import NllReport, evaluate_nll
 from auxkern.evaluation.slor import UnigramCounts, slor
+from auxkern.machine import now
 from auxkern.model.base import positions_for
 from auxkern.model.text import Example, TextFormat
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.tasks.registry import TASKS, load_task
+from auxkern.terminal import INTERRUPTED, natural, positive
 from auxkern.training.examples import PlacedExamples, encode, read_jsonl
 from auxkern.training.fit import check_fit
 from auxkern.training.progress import Progress, progress_for
@@ -460,13 +460,13 @@ def _parser() -> argparse.ArgumentParser:
         ("--batch-tokens", positive, 1024, "tokens that are scored at a time"),
         (
             "--samples",
-            pair.natural,
+            natural,
             None,
             f"samples, see below (default {_TASK_SAMPLES} for a task, 0 for a file)",
         ),
         ("--max-new-tokens", positive, 32, "longest sample"),
         ("--batch-size", positive, 32, "samples at a time"),
-        ("--seed", pair.natural, 0, "of the samples"),
+        ("--seed", natural, 0, "of the samples"),
     ):
         shown = what if default is None else f"{what} (default {default:,})"
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=shown)

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from auxkern.bench.session import positive
 from auxkern.commands import pair
 from auxkern.commands.ranks import Launched
 from auxkern.core.files import is_descriptor, replace_file
 from auxkern.model.text import Example
 from auxkern.ops.sampling_params import SamplingParams
+from auxkern.terminal import natural, positive
 
 _EPILOG = """\
 Without options it draws from the pair's own distribution: temperature 1, no filter. Each sample has a seed
@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--top-p", float, "X", "draw among the most likely tokens that reach this probability"),
         ("--min-p", float, "X", "draw among tokens with this share of the largest probability"),
         ("--repetition-penalty", float, "X", "above 1: tokens of prompt and text so far are less likely"),
-        ("--seed", pair.natural, "N", "of the draws (default 0)"),
+        ("--seed", natural, "N", "of the draws (default 0)"),
     ):
         parser.add_argument(flag, type=kind, metavar=letter, help=what)
     parser.add_argument("--output", type=_file, metavar="FILE.jsonl", help="with --input: the texts")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from auxkern.bench.session import INTERRUPTED
 from auxkern.commands.ranks import Launched
 from auxkern.generation import (
     BadLine,
@@ -24,6 +23,7 @@ from auxkern.generation import (
 )
 from auxkern.model import fingerprint
 from auxkern.ops.sampling_params import SamplingParams
+from auxkern.terminal import INTERRUPTED
 from auxkern.training.progress import Progress, duration, progress_for
 
 # Requests that are encoded ahead of their turn: newcomers of like length are looked for among them.

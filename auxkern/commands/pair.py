@@ -6,7 +6,6 @@ import argparse
 import difflib
 import itertools
 import json
-import math
 import re
 import sys
 import warnings
@@ -17,10 +16,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from auxkern.bench.session import INTERRUPTED, device_from
 from auxkern.core.files import is_descriptor
 from auxkern.core.seeds import mixed_seed
+from auxkern.machine import machine_facts
 from auxkern.model.text import Example, check_unicode
+from auxkern.terminal import INTERRUPTED, device_from, finite
 from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
 from auxkern.training.settings import DTYPES
 
@@ -276,26 +276,8 @@ def _check_model(name: str) -> None:
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an auxiliary; see auxkern train")
 
 
-def natural(text: str) -> int:
-    """A whole number of at least 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 0")
-    return value
-
-
-def finite(text: str) -> float:
-    """A number that is neither infinite nor NaN, for argparse."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{value} is not finite")
-    return value
-
-
 def versions(device: torch.device) -> dict[str, str]:
     """The machine, and the versions of what a pair runs on."""
     import transformers
-
-    from auxkern.machine import machine_facts
 
     return {**machine_facts(device), "transformers": transformers.__version__}

@@ -18,13 +18,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from auxkern.bench.session import INTERRUPTED
 from auxkern.commands.pair import CommandParser, input_file, quiet, sentence
 from auxkern.commands.ranks import Launched
 from auxkern.core.seeds import mixed_seed
 from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
+from auxkern.terminal import INTERRUPTED
 from auxkern.training.checkpoint import (
     RunIdentity,
     check_output,

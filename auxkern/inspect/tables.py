@@ -8,10 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from auxkern.bench.tables import console_for_stdout
 from auxkern.inspect.assembly import Assembly
 from auxkern.inspect.survey import Finding, Floor, failures
 from auxkern.inspect.targets import TARGETS
+from auxkern.terminal import console_for_stdout
 
 
 def show(findings: Sequence[Finding], model: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from auxkern.bench.session import INTERRUPTED, positive
+from auxkern.terminal import INTERRUPTED, positive
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import duration, progress_for
 from benchmarks.keyword.jobs import STATES, do_job, facts_of, study_jobs, tuning_jobs

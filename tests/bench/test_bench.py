@@ -21,7 +21,6 @@ from auxkern.bench import __main__ as bench
 from auxkern.bench import memory, real, report, tables
 from auxkern.bench.cases import Case, select_cases
 from auxkern.bench.cross_entropy import OPERATOR, CrossEntropyInputs
-from auxkern.machine import OtherWork
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import (
     PASSES,
@@ -32,7 +31,7 @@ from auxkern.bench.results import (
     Timing,
 )
 from auxkern.bench.runner import Effort, backends_for, measure_inputs
-from auxkern.bench.timing import Call, WallClock, measure_in_turns, summary
+from auxkern.bench.timing import Call, OtherWork, WallClock, measure_in_turns, summary
 from auxkern.core.files import replace_file
 from auxkern.model.smollm2 import load_smollm2
 
