@@ -1,4 +1,4 @@
-"""What commands share: the exit status of Ctrl-C, kinds of arguments, the console."""
+"""What commands share: the exit status of Ctrl-C, a parser, kinds of arguments, the console."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser that knows no abbreviations and shows the epilog as it is written."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def positive(text: str) -> int:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from auxkern.model import load_base, load_tokenizer
-from auxkern.terminal import positive
+from auxkern.terminal import command_parser, positive
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, encode
 from auxkern.training.lm_states import LMStates, cache_lm_states
 from auxkern.training.loop import ExampleSet, train
 from auxkern.training.settings import LoopSettings, TrainSettings
 from benchmarks.recipe import RECIPE, NoLMLosses, recipe, recipe_examples, recipe_format, recipe_pair
-from benchmarks.shared import benchmark_parser, record_head, write_json
+from benchmarks.shared import record_head, write_json
 
 _EPILOG = """\
 The recipe's pair is trained for one epoch in which the base runs at every step, and for two from its states
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 if an epoch from cached states ran the base. Bad options exit with 2.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    parser = benchmark_parser(
+    parser = command_parser(
         "python -m benchmarks.cached_states",
         "Times of an epoch of the keyword recipe with and without cached states.",
         _EPILOG,

@@ -16,8 +16,7 @@ from auxkern.bench.linear import OPERATOR, made_inputs, needed_bytes
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
 from auxkern.core.files import replace_file
-from auxkern.terminal import device_from
-from benchmarks.shared import benchmark_parser
+from auxkern.terminal import command_parser, device_from
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,11 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    options.backend, options.quick = None, False
-    session.check_common_options(parser, options)
+    session.check_files(parser, options)
     device = device_from(parser, options.device)
     preset = PRESETS[options.preset or ("gpu" if device.type == "cuda" else "cpu")]
-    run = session.new_run(parser.prog, argv, device)
+    run = Run(*session.head(parser.prog, argv, device))
     if options.json.exists():
         run = _resumed(parser, options.json, run)
     done = {_sizes(case): case for case in run.cases}
@@ -102,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(
+    parser = command_parser(
         "python -m benchmarks.growth",
         "Time and peak memory of the two-head loss over rows, vocabulary and width.",
         _EPILOG,
@@ -110,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE.json", required=True, help="results, old and new")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the growth (.png or .svg)")
     parser.add_argument("--preset", choices=PRESETS, help="list of points (default: that of the device)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    session.add_device(parser)
     return parser
 
 

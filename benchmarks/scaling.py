@@ -23,13 +23,13 @@ from auxkern.core.files import replace_file
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat, load_base, load_tokenizer
 from auxkern.model.text import Example
-from auxkern.terminal import positive
+from auxkern.terminal import command_parser, positive
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import encode
 from auxkern.training.loop import ExampleSet, train
 from auxkern.training.settings import LoopSettings, TrainSettings
 from benchmarks.recipe import NoLMLosses, recipe, recipe_examples, recipe_format, recipe_pair
-from benchmarks.shared import benchmark_parser, record_head, write_json
+from benchmarks.shared import record_head, write_json
 
 RANKS = (1, 2, 4, 8, 16, 32)
 _EPILOG = """\
@@ -260,7 +260,7 @@ def _rank(folder: Path, batches: int, steps: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(
+    parser = command_parser(
         "python -m benchmarks.scaling",
         "Training and texts in one process, and computed from them in more.",
         _EPILOG,

@@ -1,8 +1,7 @@
-"""How the commands and records of benchmarks look."""
+"""How the records of benchmarks look."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Sequence
@@ -14,17 +13,6 @@ import torch
 from auxkern.commands.pair import versions
 from auxkern.core.files import replace_file
 from auxkern.machine import now
-
-
-def benchmark_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """Without abbreviations, the epilog as it is written."""
-    return argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def record_head(kind: str, prog: str, arguments: Sequence[str], device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from auxkern.bench.cases import (
     select_cases,
 )
 from auxkern.bench.peers import is_installed
-from auxkern.bench.results import CaseResult
+from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
 from auxkern.core.terms import MAX_TERMS
 from auxkern.terminal import device_from, positive
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return generate.main(arguments[: place - 1] + arguments[place + 1 :])
     parser = _parser()
     options = parser.parse_args(arguments)
-    session.check_common_options(parser, options)
+    session.check_files(parser, options)
     if "linear" in (options.op or []) and options.terms != 2:
         parser.error(f"--terms {options.terms}: linear is measured with 2 heads; leave --terms out")
     if "sample" in (options.op or []) and not is_installed("transformers"):
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             backends_for(device, DTYPES[dtype], options.backend, operators.load(op).kernel)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
-    run = session.new_run(parser.prog, argv, device)
+    run = Run(*session.head(parser.prog, argv, device))
     return session.carry_out(run, [_job(case, device, options) for case in cases], options)
 
 
@@ -126,8 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=f"1..{MAX_TERMS}",
         help="number of terms; of a loss, the last one is trained (default 2; linear always has 2)",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    session.add_common_options(parser)
+    session.add_device(parser)
+    session.add_effort(parser)
+    session.add_files(parser)
     return parser
 
 

@@ -8,10 +8,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +28,11 @@ from auxkern.bench.generate_peers import (
     encoded,
     peers,
 )
-from auxkern.bench.generate_report import ENGINE, SHARES, GenerateRun, Throughput, print_run
+from auxkern.bench.results import ENGINE, SHARES, GenerateRun, Throughput
+from auxkern.bench.runner import Progress
 from auxkern.bench.timing import OtherWork
-from auxkern.core.files import replace_file
-from auxkern.terminal import INTERRUPTED, device_from, positive
+from auxkern.terminal import command_parser, device_from, positive
 
-PROGRAM = "python -m auxkern.bench --op generate"
 _AUXILIARY = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -65,10 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 if the engine's texts are wrong; 2 if a package is missing; 130 after Ctrl-C. Bad options
         exit with 2.
     """
-    arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    options = parser.parse_args(arguments)
-    session.check_common_options(parser, options)
+    options = parser.parse_args(argv)
+    session.check_files(parser, options)
     device = device_from(parser, options.device)
     try:
         work = made_work(options.requests, device)
@@ -79,67 +77,58 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         print(f"{parser.prog}: the engine's texts of requests {wrong} are wrong", file=sys.stderr)
         return 1
-    run = _new_run(work, arguments, device)
-    try:
-        _carry_out(run, work, sorted(set(options.batch)), options.json)
-    finally:
-        # What was measured before an error is worth as much as what was measured before Ctrl-C.
-        _finish(run, options)
-    return INTERRUPTED if run.interrupted else 0
-
-
-def _new_run(work: Work, arguments: list[str], device: torch.device) -> GenerateRun:
-    made = session.new_run(PROGRAM, arguments, device)
     lm = sum(parameter.numel() for parameter in work.model.lm.parameters())
     auxiliary = sum(parameter.numel() for parameter in work.model.parameters())  # the LM's are not its own
-    return GenerateRun(
-        made.command,
-        made.date,
-        made.machine,
-        len(work.lengths),
-        [SHORTEST, LONGEST],
-        FILTERS,
-        {"LM": lm, "auxiliary": auxiliary},
+    run = GenerateRun(
+        *session.head(parser.prog, argv, device),
+        requests=len(work.lengths),
+        lengths=[SHORTEST, LONGEST],
+        filters=FILTERS,
+        parameters={"LM": lm, "auxiliary": auxiliary},
     )
+    runs = _runs(work, sorted(set(options.batch)), run.notes)
+    jobs = [_job(f"{index} of {len(runs)}", *one) for index, one in enumerate(runs, 1)]
+    return session.carry_out(run, jobs, options, lambda: busy_notes(run.results, os.cpu_count() or 1))
 
 
-def _carry_out(run: GenerateRun, work: Work, batches: list[int], path: Path | None) -> None:
-    """Measures everything, and writes the file after each measurement. Ctrl-C ends it."""
-    runs = _runs(work, batches, run.notes)
-    try:
-        for name, batch, part, way in runs:
-            print(
-                f"{len(run.results) + 1} of {len(runs)}: {name}, batch {batch}", file=sys.stderr, flush=True
-            )
-            run.results.append(_measured(part, name, batch, way))
-            if path is not None:
-                replace_file(path, run.to_json())
-    except KeyboardInterrupt:
-        run.interrupted = True
-        run.notes.append(f"Interrupted: {len(run.results)} of {len(runs)} measurements are finished.")
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "python -m auxkern.bench --op generate",
+        "Tokens per second of two models' texts, beside other ways to write them.",
+        _EPILOG,
+    )
+    parser.add_argument("--requests", type=positive, default=64, metavar="N", help="texts (default 64)")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        default=[1, 8, 32, 128],
+        metavar="N",
+        help="texts at a time (default 1 8 32 128)",
+    )
+    session.add_device(parser)
+    session.add_files(parser, "measurement", "speed and shares of the time")
+    return parser
 
 
-def _finish(run: GenerateRun, options: argparse.Namespace) -> None:
-    """Notes on other work, tables, files."""
-    run.notes += busy_notes(run.results, os.cpu_count() or 1)
-    print_run(run)
-    if options.json is not None:
-        replace_file(options.json, run.to_json())
-        print(f"wrote {options.json}", file=sys.stderr)
-    if options.plot is not None and run.results:
-        from auxkern.bench.generate_plot import plot
+def _job(place: str, name: str, batch: int, work: Work, way: Way) -> session.Job:
+    title = f"{name}, batch {batch}"
 
-        plot(run, options.plot)
-        print(f"wrote {options.plot}", file=sys.stderr)
+    def measure(progress: Progress) -> Throughput:
+        print(f"{place}: {title}", file=sys.stderr, flush=True)
+        progress(0.0, "writing")
+        return _measured(work, name, batch, way)
+
+    return title, measure
 
 
 def busy_notes(results: list[Throughput], cores: int) -> list[str]:
     """What to tell the reader where other programs took a tenth of the machine's cores or more."""
-    busy = [one for one in results if one.busy_cores is not None and one.busy_cores >= cores / 10]
+    busy = [(one.busy_cores or 0.0, f"{one.implementation} (batch {one.batch})") for one in results]
+    busy = [(taken, name) for taken, name in busy if taken >= cores / 10]
     if not busy:
         return []
-    most = max(one.busy_cores or 0.0 for one in busy)
-    names = ", ".join(f"{one.implementation} (batch {one.batch})" for one in busy)
+    most, names = max(busy)[0], ", ".join(name for _, name in busy)
     return [f"Busy: other programs kept up to {most:.1f} of {cores} cores; times are too long for {names}."]
 
 
@@ -202,24 +191,17 @@ def requests(work: Work) -> list[Any]:
 
 def differing(work: Work, count: int = 4) -> list[int]:
     """Which of some requests the engine answers otherwise than ``model.generate`` does for each alone."""
-    wrong = []
-    asked = requests(work)[:count]
+    wrong, asked = [], requests(work)[:count]
     for request, done in zip(asked, engine(work, count).generate(asked), strict=True):
-        inputs = encoded(work, [request.id])
-        ids = work.model.generate(
-            **inputs,
-            do_sample=True,
-            seeds=[request.seed],
-            max_new_tokens=request.max_new_tokens,
-            eos_token_id=None,
-            **FILTERS,
-        )
+        inputs, length = encoded(work, [request.id]), request.max_new_tokens
+        options = {"seeds": [request.seed], "max_new_tokens": length, "eos_token_id": None, **FILTERS}
+        ids = work.model.generate(**inputs, do_sample=True, **options)
         if ids[0, inputs["input_ids"].shape[1] :].tolist() != list(done.token_ids):
             wrong.append(request.id)
     return wrong
 
 
-def part_for(work: Work, batch: int) -> Work:
+def _part_for(work: Work, batch: int) -> Work:
     """What is measured at a batch size: everything, or a part where small batches would take very long."""
     return work.first(_FEW_PER_PLACE * batch) if batch < _SMALL_BATCH else work
 
@@ -227,10 +209,10 @@ def part_for(work: Work, batch: int) -> Work:
 def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, int, Work, Way]]:
     """(implementation, batch, requests, way) of each measurement; adds notes for the reader."""
     ways = {ENGINE: _engine, **peers(work)}
-    runs = [(name, batch, part_for(work, batch), way) for batch in batches for name, way in ways.items()]
+    runs = [(name, batch, _part_for(work, batch), way) for batch in batches for name, way in ways.items()]
     count = len(work.lengths)
     for batch in batches:
-        fewer = len(part_for(work, batch).lengths)
+        fewer = len(_part_for(work, batch).lengths)
         if fewer < count:
             notes.append(f"Batch {batch} is measured on the first {fewer} of {count} requests.")
         elif batch > count:
@@ -239,9 +221,8 @@ def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, i
         notes.append("Shares of the time are not known: a GPU's kernels run on after their calls.")
     reason = continuous_refusal(work)
     if reason is None:
-        runs.append(
-            ("continuous, LM alone", max(batches), replace(work, lengths=[LONGEST] * count), continuous)
-        )
+        alike = replace(work, lengths=[LONGEST] * count)
+        runs.append(("continuous, LM alone", max(batches), alike, continuous))
         notes.append(f"transformers' continuous batching writes {LONGEST} tokens for each request.")
     else:
         notes.append(f"transformers' continuous batching of the LM alone does not run here: {reason}")
@@ -257,8 +238,7 @@ def _measured(work: Work, name: str, batch: int, way: Way) -> Throughput:
 
 def _engine(work: Work, batch: int) -> dict[str, float]:
     made = engine(work, min(batch, len(work.lengths)))
-    parts = {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
-    with _timed(parts) as spent:
+    with _timed({"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}) as spent:
         began = time.perf_counter()
         rows = _generated(made, requests(work))
         whole = time.perf_counter() - began
@@ -271,7 +251,7 @@ def _engine(work: Work, batch: int) -> dict[str, float]:
     return {name: seconds[name] / whole for name in SHARES}
 
 
-def _generated(made: Any, asked: list[Any]) -> list[int]:
+def _generated(made: Any, asked: Sequence[Any]) -> list[int]:
     """Answers requests; how many rows each step drew at once."""
     for request in asked:
         made.submit(request)
@@ -317,50 +297,16 @@ def _sampling_seconds(work: Work, rows: list[int]) -> float:
 @contextmanager
 def _timed(modules: dict[str, Any]) -> Iterator[dict[str, float]]:
     """Seconds spent in the forward passes of modules."""
-    spent = dict.fromkeys(modules, 0.0)
-    handles = []
+    spent, handles = dict.fromkeys(modules, 0.0), []
     for name, module in modules.items():
 
-        def before(*_: Any, name: str = name) -> None:
-            spent[name] -= time.perf_counter()
+        def clock(*_: Any, name: str = name, sign: int) -> None:
+            spent[name] += sign * time.perf_counter()
 
-        def after(*_: Any, name: str = name) -> None:
-            spent[name] += time.perf_counter()
-
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        handles.append(module.register_forward_pre_hook(partial(clock, sign=-1)))
+        handles.append(module.register_forward_hook(partial(clock, sign=1)))
     try:
         yield spent
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Tokens per second of two models' texts, beside other ways to write them.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--requests", type=positive, default=64, metavar="N", help="texts (default 64)")
-    parser.add_argument(
-        "--batch",
-        type=positive,
-        nargs="+",
-        default=[1, 8, 32, 128],
-        metavar="N",
-        help="texts at a time (default 1 8 32 128)",
-    )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE.json", help="write everything measured, after each measurement"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw speed and shares of the time (.png or .svg)"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

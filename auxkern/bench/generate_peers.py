@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.bench.generate_report import LM, LOOP
+from auxkern.bench.peers import warpers
+from auxkern.bench.results import LM, LOOP
 
 SHORTEST, LONGEST = 8, 128
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
@@ -80,62 +81,42 @@ def _in_batches(write: Callable[[Work, list[int]], None], our_kernels: bool = Fa
     return way
 
 
+def _generation(work: Work, length: int, end: int | None) -> dict[str, Any]:
+    """Options of Hugging Face's ``generate`` for texts of one length."""
+    pad = work.text_format.pad_id
+    return {"do_sample": True, "max_new_tokens": length, "eos_token_id": end, "pad_token_id": pad, **FILTERS}
+
+
+def _longest(work: Work, rows: list[int]) -> int:
+    return max(work.lengths[i] for i in rows)
+
+
 def generate_lm(work: Work, rows: list[int]) -> None:
     """Hugging Face's ``generate`` of the LM alone."""
-    inputs = encoded(work, rows)
-    work.plain_lm.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        do_sample=True,
-        max_new_tokens=max(work.lengths[i] for i in rows),
-        eos_token_id=None,
-        pad_token_id=work.text_format.pad_id,
-        **FILTERS,
-    )
+    inputs = {name: encoded(work, rows)[name] for name in ("input_ids", "attention_mask")}
+    work.plain_lm.generate(**inputs, **_generation(work, _longest(work, rows), None))
 
 
 def generate_pair(work: Work, rows: list[int]) -> None:
     """Hugging Face's ``generate`` of the pair."""
-    work.model.generate(
-        **encoded(work, rows),
-        do_sample=True,
-        max_new_tokens=max(work.lengths[i] for i in rows),
-        eos_token_id=None,
-        pad_token_id=work.text_format.pad_id,
-        **FILTERS,
-    )
+    work.model.generate(**encoded(work, rows), **_generation(work, _longest(work, rows), None))
 
 
 @torch.no_grad()
 def two_model_loop(work: Work, rows: list[int]) -> None:
     """In the manner of the published code of proxy tuning (Liu et al. 2024)."""
-    from transformers import (
-        LogitsProcessorList,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
     from auxkern.model.inputs import PairInputs
 
-    model, inputs = work.model, encoded(work, rows)
-    warpers = LogitsProcessorList(
-        [
-            TemperatureLogitsWarper(FILTERS["temperature"]),
-            TopKLogitsWarper(FILTERS["top_k"]),
-            TopPLogitsWarper(FILTERS["top_p"]),
-        ]
-    )
+    model, inputs, warped = work.model, encoded(work, rows), warpers()
     embedding = work.plain_lm.get_input_embeddings().weight
     project = work.plain_lm.get_output_embeddings()
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    new, lm_cache, aux_cache = ids, None, None
-    for _ in range(max(work.lengths[i] for i in rows)):
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+    new = ids = inputs["input_ids"]
+    mask, lm_cache, aux_cache = inputs["attention_mask"], None, None
+    for _ in range(_longest(work, rows)):
         lm = work.plain_lm(
             input_ids=new,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :],
             past_key_values=lm_cache,
             use_cache=True,
             logits_to_keep=1,
@@ -144,12 +125,10 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
         nothing = embedding.new_zeros(*new.shape, 0, embedding.shape[1])
         aux = work.plain_auxiliary(pair.for_auxiliary(nothing, embedding, None, aux_cache, True))
         lm_cache, aux_cache = lm.past_key_values, aux.cache
-        aux_logits = project(model.head(aux.hidden[:, -1]))
-        aux_logits = aux_logits.scatter_add(
-            1, inputs["condition_ids"], aux.pointer[:, -1] * inputs["condition_mask"]
-        )
+        pointer = aux.pointer[:, -1] * inputs["condition_mask"]
+        aux_logits = project(model.head(aux.hidden[:, -1])).scatter_add(1, inputs["condition_ids"], pointer)
         aux_logits[:, model.config.eos_token_id] += aux.end[:, -1]
-        scores = warpers(ids, lm.logits[:, -1] + aux_logits)
+        scores = warped(lm.logits[:, -1] + aux_logits, **FILTERS)
         new = torch.multinomial(scores.softmax(-1), 1)
         ids = torch.cat([ids, new], 1)
         mask = torch.cat([mask, torch.ones_like(new)], 1)
@@ -159,9 +138,7 @@ def continuous_refusal(work: Work) -> str | None:
     """Why transformers' continuous batching does not run here; None if it does."""
     if not hasattr(work.plain_lm, "generate_batch"):
         return "this version of transformers has none"
-    if work.model.device.type == "cpu":
-        return "it needs a GPU"
-    return None
+    return "it needs a GPU" if work.model.device.type == "cpu" else None
 
 
 def continuous(work: Work, batch: int) -> dict[str, float]:
@@ -177,13 +154,7 @@ def continuous(work: Work, batch: int) -> dict[str, float]:
     from transformers import GenerationConfig
 
     length = max(work.lengths)
-    config = GenerationConfig(
-        do_sample=True,
-        max_new_tokens=length,
-        eos_token_id=-1,
-        pad_token_id=work.text_format.pad_id,
-        **FILTERS,
-    )
+    config = GenerationConfig(**_generation(work, length, -1))
     prompts = [encoded(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
     done = work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
     whole = [one for one in done.values() if len(one.generated_tokens) == length]

@@ -53,3 +53,24 @@ def imported(module: str, function: str, **options: Any) -> Callable[..., Tensor
         return result
 
     return call
+
+
+def warpers() -> Callable[..., Tensor]:
+    """Hugging Face's filters for one step, those that are on: (logits, temperature, top_k, ...) -> logits."""
+    from transformers.generation import logits_process as hf
+
+    none: Any = None  # token ids so far, which these warpers ignore
+
+    def warped(
+        z: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    ) -> Tensor:
+        z = hf.TemperatureLogitsWarper(temperature)(none, z)
+        if top_k:
+            z = hf.TopKLogitsWarper(top_k)(none, z)
+        if top_p < 1:
+            z = hf.TopPLogitsWarper(top_p)(none, z)
+        if min_p:
+            z = hf.MinPLogitsWarper(min_p)(none, z)
+        return z
+
+    return warped

@@ -1,4 +1,4 @@
-"""Bars of time and memory, one row of panels per case."""
+"""Pictures of a run: bars of time and memory by case, or speed over batch size and shares of the time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auxkern.bench.results import DRAW, PASSES, CaseResult, Result, Run
+from auxkern.bench.results import (
+    DRAW,
+    ENGINE,
+    LM,
+    LOOP,
+    OUTSIDE,
+    PASSES,
+    SHARES,
+    AnyRun,
+    CaseResult,
+    GenerateRun,
+    Result,
+    Run,
+    Throughput,
+)
 from auxkern.core.files import replace_file
 
 if TYPE_CHECKING:
@@ -20,10 +34,26 @@ _OURS, _PEER = ("#9ecae1", "#1f6fb4"), ("#d0d0d0", "#7f7f7f")
 _FLOOR = ("#e6a15c", "#c8102e")
 _BARS = 0.76  # height of all bars of an implementation where neighbours are 1 apart
 _INCH_PER_IMPLEMENTATION = {1: 0.3, 2: 0.46}  # by number of passes
-_INCH_PER_CASE, _INCH_HEAD, _INCH_FOOT, _WIDTH = 0.8, 1.1, 0.75, 11.0
+_INCH_PER_CASE = 0.8
+
+# The same hue for the same loop; dashes where it runs on our kernels.
+_LINES = {
+    ENGINE: ("#1f6fb4", "-"),
+    "generate, pair": ("#2a8c82", "-"),
+    LM: ("#c77f2e", "-"),
+    "LM alone, our kernels": ("#c77f2e", "--"),
+    LOOP: ("#6b6b6b", "-"),
+    "loop, our kernels": ("#6b6b6b", "--"),
+}
+_OTHER_LINE = ("#8a5aa8", "-")
+# Cold colours for the models' forward passes, warm ones for what is outside them.
+_PARTS = dict(zip(SHARES, ("#1f6fb4", "#6fb1dc", "#b9d9ee", "#e6a15c", "#c8102e"), strict=True))
+_ON_DARK = ("LM", "rest")
+_GAP = 0.06  # least distance of two labels, as a part of the axis
+_LEGIBLE = 0.04  # share whose bar has room for its number
 
 
-def plot(run: Run, path: Path) -> None:
+def plot(run: AnyRun, path: Path) -> None:
     """Draws ``run`` into ``path``.
 
     Args:
@@ -37,32 +67,42 @@ def plot(run: Run, path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
-    cases = [case for case in run.cases if _timed(case)]
-    if not cases:
+    if not run.timed:
         raise ValueError("nothing was timed, so there is nothing to plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = [
-        _INCH_PER_CASE + _INCH_PER_IMPLEMENTATION[len(case.pass_names)] * len(_timed(case)) for case in cases
-    ]
-    parts = (_INCH_HEAD, sum(heights), _INCH_FOOT)
-    figure = Figure(figsize=(_WIDTH, sum(parts)), layout="constrained")
+    # Inches: the width, and the heights of head, body and foot.
+    width, parts = 13.0, (0.9, 4.3, 0.6)
+    if isinstance(run, Run):
+        width, parts = 11.0, (1.1, sum(_heights(run)), 0.75)
+    figure = Figure(figsize=(width, sum(parts)), layout="constrained")
     FigureCanvasAgg(figure)
     head, body, foot = figure.subfigures(3, 1, height_ratios=parts, squeeze=False)[:, 0]
-    _head(head, cases)
-    grid = body.subplots(len(cases), 2, height_ratios=heights, width_ratios=(3, 2), squeeze=False)
-    for case, (time_axes, memory_axes) in zip(cases, grid, strict=True):
-        _draw_time(time_axes, case)
-        _draw_memory(memory_axes, case)
-    foot.text(0.01, 0.9, _footer(run), fontsize=7.5, color="#555555", va="top", linespacing=1.4)
+    about = _draw_cases(head, body, run) if isinstance(run, Run) else _draw_texts(head, body, run)
+    facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
+    text = textwrap.fill(f"{about} Measured {run.date} with {run.command}: {facts}.", int(15.4 * width))
+    foot.text(0.01, 0.9, text, fontsize=7.5, color="#555555", va="top", linespacing=1.4)
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix[1:], dpi=130)
     replace_file(path, image.getvalue())
 
 
-def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
-    """Title, what the work is, legend."""
+# ---- operators -------------------------------------------------------------------------------------
+
+
+def _heights(run: Run) -> list[float]:
+    """Inches of each case that was timed."""
+    return [
+        _INCH_PER_CASE + _INCH_PER_IMPLEMENTATION[len(case.pass_names)] * len(case.timed)
+        for case in run.cases
+        if case.timed
+    ]
+
+
+def _draw_cases(head: SubFigure, body: SubFigure, run: Run) -> str:
+    """A row of panels for each case; what the footer says of them."""
+    cases = [case for case in run.cases if case.timed]
     kinds = {case.pass_names for case in cases}
     terms = " or ".join(map(str, sorted({case.terms for case in cases})))
     eager = "eager PyTorch"
@@ -76,16 +116,11 @@ def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
     else:
         title = "Loss of a sum of logits, and tokens from it"
         what = f"cross-entropy of {terms} terms, gradient for the last; a token for each row"
-    figure.suptitle(f"{title}: how long it takes, how much memory", fontsize=14, y=0.97)
-    figure.text(
-        0.5,
-        0.58,
-        f"{what}. Shorter is better; (2.0x) = twice the speed of {eager}",
-        ha="center",
-        fontsize=9.5,
-    )
+    head.suptitle(f"{title}: how long it takes, how much memory", fontsize=14, y=0.97)
+    what = f"{what}. Shorter is better; (2.0x) = twice the speed of {eager}"
+    head.text(0.5, 0.58, what, ha="center", fontsize=9.5)
     handles = _legend_handles(kinds)
-    figure.legend(
+    head.legend(
         handles=handles,
         loc="lower center",
         ncols=len(handles),
@@ -93,10 +128,14 @@ def _head(figure: SubFigure, cases: list[CaseResult]) -> None:
         fontsize=8.5,
         columnspacing=1.4,
     )
-
-
-def _timed(case: CaseResult) -> list[Result]:
-    return [result for result in case.results if result.passes]
+    grid = body.subplots(len(cases), 2, height_ratios=_heights(run), width_ratios=(3, 2), squeeze=False)
+    for case, (time_axes, memory_axes) in zip(cases, grid, strict=True):
+        _draw_time(time_axes, case)
+        _draw_memory(memory_axes, case)
+    return (
+        "Median of runs in turns, quartiles as error bars. Floor: time of one pass over the same bytes "
+        "(logits), of the bare matrix products (heads)."
+    )
 
 
 def _bars(case: CaseResult) -> list[tuple[float, float, int, str]]:
@@ -110,21 +149,15 @@ def _bars(case: CaseResult) -> list[tuple[float, float, int, str]]:
 
 
 def _draw_time(axes: Axes, case: CaseResult) -> None:
-    results = _timed(case)
     for offset, height, shade, name in _bars(case):
-        timings = [result.passes[name].time for result in results]
-        medians = [timing.median * 1e3 for timing in timings]
-        errors = [
-            [(t.median - t.q1) * 1e3 for t in timings],
-            [(t.q3 - t.median) * 1e3 for t in timings],
-        ]
-        positions = [index + offset for index in range(len(results))]
+        timings = [result.passes[name].time for result in case.timed]
+        positions = [index + offset for index in range(len(timings))]
         axes.barh(
             positions,
-            medians,
+            [t.median * 1e3 for t in timings],
             height,
-            xerr=errors,
-            color=_colours(results, shade),
+            xerr=[[(t.median - t.q1) * 1e3 for t in timings], [(t.q3 - t.median) * 1e3 for t in timings]],
+            color=[_colour(result, shade) for result in case.timed],
             error_kw={"lw": 0.8, "alpha": 0.6},
         )
         axes.axvline(case.floor[name].median * 1e3, color=_FLOOR[shade], lw=1.1, ls="--")
@@ -132,23 +165,22 @@ def _draw_time(axes: Axes, case: CaseResult) -> None:
         for position, timing in zip(positions, timings, strict=True):
             ratio = f"  ({eager / timing.median:.1f}x)" if eager and eager != timing.median else ""
             _label(axes, timing.q3 * 1e3, position, f"{timing.milliseconds()[0]} ms{ratio}")
-    _finish(axes, results, f"{case.model}: {' · '.join([*case.details])}", "time, ms")
+    _finish(axes, case.timed, f"{case.model}: {' · '.join(case.details)}", "time, ms")
 
 
 def _draw_memory(axes: Axes, case: CaseResult) -> None:
-    results = _timed(case)
     known = False
     for offset, height, shade, name in _bars(case):
-        for index, result in enumerate(results):
+        for index, result in enumerate(case.timed):
             extra = result.passes[name].extra_bytes
             position = index + offset
             if extra is None:
                 _label(axes, 0, position, "n/a")
                 continue
             known = True
-            axes.barh(position, extra / 1e6, height, color=_colours([result], shade))
+            axes.barh(position, extra / 1e6, height, color=_colour(result, shade))
             _label(axes, extra / 1e6, position, f"{extra / 1e6:,.0f} MB")
-    _finish(axes, results, "peak memory beyond the inputs", "memory, MB")
+    _finish(axes, case.timed, "peak memory beyond the inputs", "memory, MB")
     axes.set_yticklabels([])
     if not known:
         axes.set_xlim(0, 1)
@@ -156,15 +188,8 @@ def _draw_memory(axes: Axes, case: CaseResult) -> None:
 
 def _label(axes: Axes, x: float, y: float, text: str) -> None:
     # On white, so that the lines of the floor do not strike the numbers out.
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3},
-    )
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3}
+    axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
 
 
 def _finish(axes: Axes, results: list[Result], title: str, unit: str) -> None:
@@ -180,37 +205,125 @@ def _finish(axes: Axes, results: list[Result], title: str, unit: str) -> None:
     axes.set_xlim(0, axes.get_xlim()[1] * 1.25)
 
 
-def _colours(results: list[Result], shade: int) -> list[str]:
-    return [(_OURS if result.ours else _PEER)[shade] for result in results]
+def _colour(result: Result, shade: int) -> str:
+    return (_OURS if result.ours else _PEER)[shade]
 
 
 def _legend_handles(kinds: set[tuple[str, ...]]) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    light = "forward" if PASSES in kinds else None
-    dark = " or ".join(
-        title for kind, title in {PASSES: "forward + backward", DRAW: "draw"}.items() if kind in kinds
-    )
-    words = [(shade, title) for shade, title in enumerate((light, dark)) if title]
-    return [
-        *(
-            Patch(color=colours[shade], label=title if index else f"{who}: {title}")
-            for who, colours in (("auxkern", _OURS), ("others", _PEER))
-            for index, (shade, title) in enumerate(words)
-        ),
-        *(
-            Line2D([], [], color=_FLOOR[shade], ls="--", lw=1.1, label=f"floor, {title}")
-            for shade, title in words
-        ),
+    dark = [title for kind, title in ((PASSES, "forward + backward"), (DRAW, "draw")) if kind in kinds]
+    words = [*([(0, "forward")] if PASSES in kinds else []), (1, " or ".join(dark))]
+    handles: list[Any] = [
+        Patch(color=colours[shade], label=title if index else f"{who}: {title}")
+        for who, colours in (("auxkern", _OURS), ("others", _PEER))
+        for index, (shade, title) in enumerate(words)
+    ]
+    return handles + [
+        Line2D([], [], color=_FLOOR[shade], ls="--", lw=1.1, label=f"floor, {title}")
+        for shade, title in words
     ]
 
 
-def _footer(run: Run) -> str:
-    facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
-    text = (
-        "Median of runs in turns, quartiles as error bars. Floor: time of one pass over the same bytes "
-        "(logits), of the bare matrix products (heads). "
-        f"Measured {run.date} with {run.command}: {facts}."
+# ---- texts -----------------------------------------------------------------------------------------
+
+
+def _draw_texts(head: SubFigure, body: SubFigure, run: GenerateRun) -> str:
+    """Speed beside shares; what the footer says of them."""
+    head.suptitle("Texts of a frozen LM and its auxiliary: speed, and where the time goes", fontsize=14)
+    who = (
+        "engine: both models, a finished text's place is taken at once; two-model loop and generate: a batch "
+        "goes on until its longest text is done"
     )
-    return textwrap.fill(text, 170)
+    if any(one.implementation.endswith("our kernels") for one in run.results):
+        who += "; our kernels: the same with auxkern's linear layers and attention"
+    head.text(0.5, 0.2, f"{run.work}\n{who}", ha="center", fontsize=9, linespacing=1.5)
+    speed_axes, share_axes = body.subplots(1, 2, width_ratios=(6, 5))
+    _draw_speed(speed_axes, run.results)
+    _draw_shares(share_axes, [one for one in run.results if one.shares])
+    counts = sorted({(one.batch, one.requests) for one in run.results if one.requests != run.requests})
+    fewer = "".join(f" Batch {batch}: the first {requests} requests." for batch, requests in counts)
+    return f"Each measured once.{fewer}"
+
+
+def _draw_speed(axes: Axes, results: list[Throughput]) -> None:
+    batches = sorted({one.batch for one in results})
+    lines = {
+        name: sorted((one.batch, one.speed) for one in results if one.implementation == name)
+        for name in dict.fromkeys(one.implementation for one in results)
+    }
+    top = 1.08 * max(one.speed for one in results)
+    heights = spread({name: line[-1][1] for name, line in lines.items()}, _GAP * top)
+    for name, line in lines.items():
+        colour, dash = _LINES.get(name, _OTHER_LINE)
+        weight, width = ("bold", 2.4) if name == ENGINE else ("normal", 1.6)
+        axes.plot(*zip(*line, strict=True), dash, marker="o", ms=4, lw=width, color=colour)
+        place = (batches[-1] * 1.18, heights[name])
+        axes.plot(*zip(line[-1], place, strict=True), ":", lw=0.8, color=colour, clip_on=False)
+        text = f" {name}  {line[-1][1]:,.0f}"
+        axes.text(*place, text, color=colour, va="center", fontsize=9, fontweight=weight)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlim(batches[0] / 1.18, batches[-1] * 1.18)
+    axes.set_ylim(0, max(top, *heights.values()))
+    axes.set_title("tokens per second, more is better", fontsize=10, loc="left", pad=8)
+    axes.set_xlabel("texts at a time (batch)", fontsize=9)
+    axes.tick_params(labelsize=8.5)
+    axes.grid(True, color="#e9e9e9", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels at least ``gap`` apart, in the same order, none lower than it was.
+
+    Args:
+        heights: of what they label, by name; at least 0.
+        gap: least distance of neighbours.
+    """
+    found: dict[str, float] = {}
+    below = -gap
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        found[name] = below = max(height, below + gap)
+    return found
+
+
+def _draw_shares(axes: Axes, results: list[Throughput]) -> None:
+    axes.set_title("where the engine's time goes", fontsize=10, loc="left", pad=26)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    if not results:
+        axes.text(0.5, 0.5, "not measured", ha="center", color="#555555", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    left = [0.0] * len(results)
+    for name, colour in _PARTS.items():
+        shares = [one.shares[name] for one in results]
+        axes.barh(range(len(results)), shares, 0.62, left=left, color=colour, label=name)
+        ink = "white" if name in _ON_DARK else "black"
+        for row, (share, start) in enumerate(zip(shares, left, strict=True)):
+            if share >= _LEGIBLE:
+                place = (start + share / 2, row)
+                axes.text(*place, f"{share:.0%}", ha="center", va="center", fontsize=8.5, color=ink)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    for row, one in enumerate(results):
+        axes.text(1.01, row, f"{one.outside:.1%}", va="center", fontsize=8.5)
+    words = "outside\nthe models"
+    axes.text(1.01, 1.02, words, va="bottom", fontsize=8, color="#555555", transform=axes.transAxes)
+    axes.set_yticks(range(len(results)), [f"batch {one.batch}" for one in results])
+    axes.tick_params(labelsize=8.5, left=False)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_xlabel(f"share of the time; outside the models: {' + '.join(OUTSIDE)}", fontsize=9)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=len(SHARES),
+        frameon=False,
+        fontsize=8.5,
+        handlelength=1.0,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )

@@ -16,7 +16,7 @@ import auxkern
 from auxkern.bench import cross_entropy, linear, real_sampling, session
 from auxkern.bench.cases import OPERATORS
 from auxkern.bench.operators import Operator
-from auxkern.bench.results import CaseResult
+from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_inputs
 from auxkern.model.smollm2 import load_smollm2
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    session.check_common_options(parser, options)
+    session.check_files(parser, options)
     if options.n < T:
         parser.error(f"--n {options.n} is less than one sentence of {T} positions")
     device = device_from(parser, options.device)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
 
-    run = session.new_run(parser.prog, argv, device)
+    run = Run(*session.head(parser.prog, argv, device))
     run.notes += notes
     # Float64 checks come first, on their own: the benchmark's check some rows of the gradient only.
     losses = [op for op in ops if op != "sample"]
@@ -156,8 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help=f"folder with WordNet's data files (default {DEBIAN_FOLDER})",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    session.add_common_options(parser)
+    session.add_device(parser)
+    session.add_effort(parser)
+    session.add_files(parser)
     return parser
 
 

@@ -1,6 +1,6 @@
 """What a benchmark writes down: plain records that go to JSON and back.
 
-Times are seconds, sizes bytes. Tables and plots are drawn from these records only, so a stored
+Times are seconds, sizes bytes. Tables and pictures are drawn from these records only, so a stored
 file shows what the terminal showed.
 """
 
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 SCHEMA = 1
 PASSES = ("forward", "forward_backward")  # of a loss
 DRAW = ("draw",)  # of sampling
 PASS_TITLES = {"forward": "forward", "forward_backward": "fwd + bwd", "draw": "draw"}
 _ERROR_OF = {"forward": "loss_error", "forward_backward": "gradient_error", "draw": "draw_error"}
+
+# Of --op generate: who writes texts, and what the engine's time goes to.
+ENGINE, LOOP, LM = "engine", "two-model loop", "generate, LM alone"
+SHARES = ("LM", "heads", "auxiliary", "sampling", "rest")
+OUTSIDE = ("sampling", "rest")  # of the two models' forward passes
+
+_Record = TypeVar("_Record", bound="Record")
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """One pass of one implementation.
-
-    Attributes:
-        time: seconds.
-        extra_bytes: peak memory above what the inputs take; None where it cannot be read.
-    """
+    """One pass of one implementation: its time, and its peak memory beyond the inputs (None: unknown)."""
 
     time: Timing
     extra_bytes: int | None
@@ -63,9 +65,7 @@ class Result:
     """One implementation on one case.
 
     Attributes:
-        name: what tables call it.
-        description: the code that ran, for legends.
-        ours: whether it belongs to auxkern.
+        name, description, ours: as in ``operators.Implementation``.
         status: "ok", "wrong" (fails the check, not timed) or "failed" (raised).
         message: why it is wrong or failed, empty otherwise.
         loss_error: |loss - exact| / max(1, |exact|).
@@ -98,20 +98,13 @@ class CaseResult:
     """Everything measured on one case.
 
     Attributes:
-        op: operator name.
+        op, dtype, terms, N, filters: as in ``cases.Case``; V: vocabulary; widths: D of each head, if any.
         model: name of the vocabulary ("gpt2") or of the data ("smollm2 on wordnet").
-        V, N: vocabulary and rows.
-        dtype: "float32", "bfloat16" or "float16", of every term.
-        terms: number of terms; of a loss the last one asks for a gradient.
         tolerance: largest errors that pass the check, by what is compared.
-        floor: time of the least work, by pass name: one pass over the same bytes, or the bare
-            matrix products.
-        floor_bytes: those bytes, by pass name, 0 where there are none.
+        floor, floor_bytes, floor_flops: time of the least work by pass name, the bytes that it moves, and
+            its multiplications and additions; 0 where that is not what bounds it.
         results: one per implementation.
         notes: remarks for the reader.
-        floor_flops: multiplications and additions of those products, by pass name.
-        widths: D of each head; empty where the terms are logits.
-        filters: which filters are drawn with; empty for a loss.
     """
 
     op: str
@@ -145,26 +138,112 @@ class CaseResult:
     def title(self) -> str:
         return " · ".join([self.op, self.model, *self.details])
 
+    @property
+    def timed(self) -> list[Result]:
+        """Of the implementations that were."""
+        return [result for result in self.results if result.passes]
+
     def eager(self, name: str) -> float | None:
         """Median seconds of eager PyTorch in the pass called ``name``; None if it has none."""
-        return next(
-            (r.passes[name].time.median for r in self.results if r.name == "eager" and r.passes), None
-        )
+        return next((r.passes[name].time.median for r in self.timed if r.name == "eager"), None)
 
     def best_peer(self, name: str) -> float | None:
         """Median seconds of the fastest right implementation that is not ours."""
-        peers = [r.passes[name].time.median for r in self.results if not r.ours and r.passes]
-        return min(peers, default=None)
+        return min((r.passes[name].time.median for r in self.timed if not r.ours), default=None)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """One way to write texts at one batch size.
+
+    Attributes:
+        implementation: its name.
+        batch: texts at a time.
+        requests: texts that were written; fewer than the run's where the batch is small.
+        tokens: that were asked for, all of them written.
+        seconds: for all of these requests.
+        shares: of the time, in [0, 1], by what it went to (``SHARES``); empty if not known.
+        busy_cores: cores that other programs kept busy meanwhile; None where it cannot be read.
+    """
+
+    implementation: str
+    batch: int
+    requests: int
+    tokens: int
+    seconds: float
+    shares: dict[str, float]
+    busy_cores: float | None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def outside(self) -> float | None:
+        """Share of the time outside the models' forward passes; None if not known."""
+        return sum(self.shares[name] for name in OUTSIDE) if self.shares else None
 
 
 @dataclass
-class Run:
-    """One run of a benchmark command, as stored in JSON.
+class Record:
+    """What every benchmark writes down of a run; subclasses say what it measured.
 
     Attributes:
         command: what was typed.
         date: ISO 8601, UTC.
         machine: facts from ``auxkern.machine``, printable values by name.
+    """
+
+    KIND: ClassVar[str | None] = None  # what its file says it is
+    PROGRAM: ClassVar[str] = "auxkern.bench"
+    PARTS: ClassVar[str] = "cases"  # what one measurement after the other makes, in a reader's words
+
+    command: str
+    date: str
+    machine: dict[str, str]
+
+    def to_json(self) -> str:
+        kind = {} if self.KIND is None else {"kind": self.KIND}
+        return json.dumps({**kind, "schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls: type[_Record], text: str) -> _Record:
+        """The run that ``to_json`` wrote, alone or as the benchmark in the results of a GPU machine.
+
+        Raises:
+            ValueError: the text is not such a file, has another schema number, or the GPU machine's
+                benchmark has no result.
+        """
+        try:
+            record: dict[str, Any] = json.loads(text)
+            kind = record.pop("kind", None)
+            if kind == "gpu" and cls.KIND is None:
+                record = record["benchmark"]
+                if record is None:
+                    raise ValueError("the file holds no benchmark, for that stage has no result")
+            elif kind != cls.KIND:
+                raise ValueError(f"the file holds a result of kind {kind!r}, and {cls.KIND!r} is needed")
+            # A file that names neither kind nor schema is no result at all.
+            schema = record.pop("schema", None) if kind else record.pop("schema")
+            if schema != SCHEMA:
+                raise ValueError(
+                    f"the file has schema {schema}, this version reads {SCHEMA}; run the benchmark again"
+                )
+            return cls._of(record)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a result of {cls.PROGRAM}: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _of(cls: type[_Record], record: dict[str, Any]) -> _Record:
+        raise NotImplementedError
+
+
+@dataclass
+class Run(Record):
+    """Operators, case by case.
+
+    Attributes:
         cases: finished cases.
         facts: printable values by name that belong to no case (losses on real input).
         notes: remarks for the reader.
@@ -173,52 +252,117 @@ class Run:
             written, "bf16 product" in FLOP/s.
     """
 
-    command: str
-    date: str
-    machine: dict[str, str]
     cases: list[CaseResult] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
     ceilings: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+    @property
+    def parts(self) -> list[CaseResult]:
+        return self.cases
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(case.timed for case in self.cases)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an implementation of ours was wrong or raised."""
+        return any(one.ours and one.status != "ok" for case in self.cases for one in case.results)
 
     @classmethod
-    def from_json(cls, text: str) -> Run:
-        """The run that ``to_json`` wrote, alone or as the benchmark in the results of a GPU machine.
-
-        Raises:
-            ValueError: the text is not such a file, has another schema number, or the GPU machine's
-                benchmark has no result.
-        """
-        try:
-            record = json.loads(text)
-            if record.get("kind") == "gpu":
-                record = record["benchmark"]
-                if record is None:
-                    raise ValueError("the file holds no benchmark, for that stage has no result")
-            schema = record.pop("schema")
-            if schema != SCHEMA:
-                raise ValueError(
-                    f"the file has schema {schema}, this version reads {SCHEMA}; run the benchmark again"
-                )
-            record["cases"] = [_case(case) for case in record["cases"]]
-            return cls(**record)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a result of auxkern.bench: {type(error).__name__}: {error}") from error
+    def _of(cls, record: dict[str, Any]) -> Run:
+        for case in record["cases"]:
+            case["floor"] = {name: Timing(**timing) for name, timing in case["floor"].items()}
+            for result in case["results"]:
+                result["passes"] = {
+                    name: Measured(Timing(**measured["time"]), measured["extra_bytes"])
+                    for name, measured in result["passes"].items()
+                }
+            case["results"] = [Result(**result) for result in case["results"]]
+        record["cases"] = [CaseResult(**case) for case in record["cases"]]
+        return cls(**record)
 
 
-def _case(record: dict[str, Any]) -> CaseResult:
-    record["floor"] = {name: Timing(**timing) for name, timing in record["floor"].items()}
-    record["results"] = [_result(result) for result in record["results"]]
-    return CaseResult(**record)
+@dataclass
+class GenerateRun(Record):
+    """Texts of two models, way by way.
+
+    Attributes:
+        requests: texts that large batches write.
+        lengths: shortest and longest text, in tokens.
+        filters: sampling parameters of every request, by name.
+        parameters: of the LM and of the auxiliary, by these names.
+        results: in the order in which they were measured.
+        notes, interrupted: as in ``Run``.
+    """
+
+    KIND: ClassVar[str | None] = "generate"
+    PROGRAM: ClassVar[str] = "auxkern.bench --op generate"
+    PARTS: ClassVar[str] = "measurements"
+
+    requests: int
+    lengths: list[int]
+    filters: dict[str, float]
+    parameters: dict[str, int]
+    results: list[Throughput] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    failed: ClassVar[bool] = False  # wrong texts are not timed
+
+    @property
+    def parts(self) -> list[Throughput]:
+        return self.results
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is anything to draw."""
+        return bool(self.results)
+
+    def best(self, implementation: str) -> float | None:
+        """Tokens per second of an implementation at its best batch; None if it was not measured."""
+        return max((one.speed for one in self.results if one.implementation == implementation), default=None)
+
+    @property
+    def work(self) -> str:
+        """What was asked for, in one line."""
+        shortest, longest = self.lengths
+        millions = {name: f"{count / 1e6:,.1f}M" for name, count in self.parameters.items()}
+        filters = ", ".join(f"{name} {value}" for name, value in self.filters.items())
+        return (
+            f"LM of {millions['LM']} parameters and auxiliary of {millions['auxiliary']}; "
+            f"{self.requests} requests, texts of {shortest} to {longest} tokens; {filters}"
+        )
+
+    @classmethod
+    def _of(cls, record: dict[str, Any]) -> GenerateRun:
+        record["results"] = [Throughput(**one) for one in record["results"]]
+        return cls(**record)
 
 
-def _result(record: dict[str, Any]) -> Result:
-    record["passes"] = {
-        name: Measured(Timing(**measured["time"]), measured["extra_bytes"])
-        for name, measured in record["passes"].items()
-    }
-    return Result(**record)
+AnyRun = Run | GenerateRun
+_KINDS: dict[str | None, type[Run] | type[GenerateRun]] = {None: Run, "gpu": Run, "generate": GenerateRun}
+
+
+def read(text: str, source: object) -> AnyRun:
+    """The run in a file of any kind that has tables and a picture.
+
+    Args:
+        text: what the file holds.
+        source: what messages call it.
+
+    Raises:
+        ValueError: it is not JSON, of another kind, or see ``Record.from_json``.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the file is not JSON: {error}; give one that --json wrote") from error
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if kind not in _KINDS:
+        known = ", ".join(repr(name) for name in _KINDS if name is not None)
+        raise ValueError(f"{source} holds a result of kind {kind!r}; drawn are {known} and operators")
+    return _KINDS[kind].from_json(text)

@@ -6,21 +6,29 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from auxkern import machine
 from auxkern.bench.plot import SUFFIXES, plot
-from auxkern.bench.results import CaseResult, Run
+from auxkern.bench.results import AnyRun
 from auxkern.bench.runner import Progress
 from auxkern.core.files import replace_file
+from auxkern.machine import machine_facts, now
 from auxkern.terminal import INTERRUPTED, console_for_stdout
 
+Job = tuple[str, Callable[[Progress], Any]]  # title, function that measures one part of a run
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """--backend, --quick, --json and --plot."""
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, for ``device_from``."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+
+
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    """--backend and --quick."""
     parser.add_argument(
         "--backend",
         action="append",
@@ -30,15 +38,18 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer cases and fewer repeats: a first impression"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write everything measured, after each case"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw bars of time and memory (.png or .svg)"
-    )
 
 
-def check_common_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def add_files(
+    parser: argparse.ArgumentParser, part: str = "case", drawn: str = "bars of time and memory"
+) -> None:
+    """--json, written after each ``part``, and --plot of what is ``drawn``."""
+    written = f"write everything measured, after each {part}"
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help=written)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {drawn} (.png or .svg)")
+
+
+def check_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends the program with a message if files cannot be written or a package is missing."""
     needed = ["rich"] + (["matplotlib"] if options.plot else [])
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
@@ -58,28 +69,27 @@ def check_common_options(parser: argparse.ArgumentParser, options: argparse.Name
             parser.error(f"--json and --plot name the same file {options.json}; give two names")
 
 
-def new_run(prog: str, argv: list[str] | None, device: torch.device) -> Run:
-    """A run without cases: command, date and machine."""
+def head(prog: str, argv: Sequence[str] | None, device: torch.device) -> tuple[str, str, dict[str, str]]:
+    """Command, date and machine: what every run begins with."""
     arguments = sys.argv[1:] if argv is None else argv
-    return Run(
-        command=shlex.join([*prog.split(), *arguments]),
-        date=machine.now(),
-        machine=machine.machine_facts(device),
-    )
+    return shlex.join([*prog.split(), *arguments]), now(), machine_facts(device)
 
 
-Job = tuple[str, Callable[[Progress], CaseResult]]
-
-
-def carry_out(run: Run, jobs: list[Job], options: argparse.Namespace) -> int:
+def carry_out(
+    run: AnyRun,
+    jobs: Sequence[Job],
+    options: argparse.Namespace,
+    remarks: Callable[[], list[str]] = list,
+) -> int:
     """Runs the jobs, prints each as it ends, writes the files.
 
-    Ctrl-C keeps what is finished: it is printed and written like a run that ended by itself.
+    Ctrl-C and errors keep what is finished: it is printed and written like a run that ended by itself.
 
     Args:
-        run: takes the results; its header is printed first, with its facts.
-        jobs: (title, function of a progress callback that measures one case).
+        run: takes the results; its header is printed first.
+        jobs: what measures its parts.
         options: with ``json`` and ``plot``.
+        remarks: notes that can be made when all is measured.
 
     Returns:
         0; 1 if an implementation of ours was wrong or failed; 130 after Ctrl-C.
@@ -91,39 +101,37 @@ def carry_out(run: Run, jobs: list[Job], options: argparse.Namespace) -> int:
 
     out, err = console_for_stdout(), Console(stderr=True)
     tables.print_header(out, run)
-    tables.print_facts(out, run)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # The bar is for eyes: a log file gets none of it.
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=len(jobs))
-        try:
+    parts: list[Any] = run.parts
+    try:
+        # The bar is for eyes: a log file gets none of it.
+        with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=len(jobs))
             for index, (title, measure) in enumerate(jobs):
 
                 def report(share: float, doing: str, index: int = index, title: str = title) -> None:
                     bar.update(task, completed=index + share, description=f"{title}: {doing}")
 
-                case = measure(report)
-                run.cases.append(case)
-                tables.print_case(out, case)
+                parts.append(measure(report))
+                tables.print_part(out, parts[-1])
                 if options.json is not None:
                     replace_file(options.json, run.to_json())
-        except KeyboardInterrupt:
-            run.interrupted = True
-            run.notes.append(f"Interrupted: {len(run.cases)} of {len(jobs)} cases are finished.")
-    tables.print_footer(out, run)
-    if options.json is not None:
-        replace_file(options.json, run.to_json())
-        print(f"wrote {options.json}", file=sys.stderr)
-    if options.plot is not None:
-        _plot(run, options.plot)
-    if run.interrupted:
-        return INTERRUPTED
-    bad = [result for case in run.cases for result in case.results if result.ours and result.status != "ok"]
-    return 1 if bad else 0
+    except KeyboardInterrupt:
+        run.interrupted = True
+        run.notes.append(f"Interrupted: {len(parts)} of {len(jobs)} {run.PARTS} are finished.")
+    finally:
+        run.notes += remarks()
+        tables.print_footer(out, run)
+        if options.json is not None:
+            replace_file(options.json, run.to_json())
+            print(f"wrote {options.json}", file=sys.stderr)
+        if options.plot is not None:
+            _plot(run, options.plot)
+    return INTERRUPTED if run.interrupted else int(run.failed)
 
 
-def _plot(run: Run, path: Path) -> None:
-    if not any(result.passes for case in run.cases for result in case.results):
+def _plot(run: AnyRun, path: Path) -> None:
+    if not run.timed:
         print(f"nothing was timed, so {path} is not drawn", file=sys.stderr)
         return
     plot(run, path)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from auxkern.bench.results import DRAW, PASS_TITLES, PASSES, CaseResult, Measured, Result, Run
+from auxkern.bench.results import (
+    DRAW,
+    ENGINE,
+    LM,
+    LOOP,
+    PASS_TITLES,
+    PASSES,
+    SHARES,
+    AnyRun,
+    CaseResult,
+    GenerateRun,
+    Result,
+    Run,
+)
+from auxkern.terminal import console_for_stdout
 
 _CAPTION = (
     "Times: median ± half the distance between the quartiles. vs eager, vs peer: how many times faster "
@@ -24,150 +39,164 @@ _ERROR = {
     "noise), or not one that float64 keeps (others). Eager, of draws, is Hugging Face's pipeline.",
 }
 _LAST_COLUMNS = " The last columns are of forward + backward; the error is the larger of both."
+_CASE_COLUMNS = ("implementation", "pass", "ms", "±", "vs eager", "vs peer", "% floor", "MB", "error")
+
+_SPEED_COLUMNS = ("implementation", "batch", "requests", "seconds", "tokens/s", "vs loop", "vs LM alone")
+_SHARE_COLUMNS = ("batch", *SHARES, "outside the models")
+_SHARES_TITLE = "Where the engine's time goes"
+_SPEED_CAPTION = (
+    "Each was measured once. tokens/s: tokens that were asked for over the time of all requests of that row. "
+    "vs loop, vs LM alone: how many times faster than the two-model loop and than Hugging Face's generate of "
+    "the LM alone, each at the batch that suits it best. LM, auxiliary: their forward passes; heads: product "
+    "with the output embedding; rest: scheduler, caches, text. Outside the models: sampling and rest."
+)
+
+_Row = tuple[str, Sequence[str | Text]]  # style, cells
 
 
-def print_header(console: Console, run: Run) -> None:
-    """Machine, versions, date and command."""
+# ---- terminal --------------------------------------------------------------------------------------
+
+
+def print_run(run: AnyRun) -> None:
+    """Prints machine, facts, tables and remarks on stdout."""
+    console = console_for_stdout()
+    print_header(console, run)
+    for part in run.parts:
+        print_part(console, part)
+    print_footer(console, run)
+
+
+def print_header(console: Console, run: AnyRun) -> None:
+    """Machine, versions, date and command, and what was found apart from the tables."""
     facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
     console.print(f"[bold]auxkern bench[/bold]  {escape(run.date)}  {escape(run.command)}", highlight=False)
     console.print(escape(facts), highlight=False, style="dim")
+    if isinstance(run, Run):
+        for name, value in run.facts.items():
+            console.print(f"[bold]{escape(name)}[/]: {escape(value)}", highlight=False)
 
 
-def print_facts(console: Console, run: Run) -> None:
-    """What the run found apart from its tables."""
-    for name, value in run.facts.items():
-        console.print(f"[bold]{escape(name)}[/]: {escape(value)}", highlight=False)
-
-
-def print_case(console: Console, case: CaseResult) -> None:
-    """One case's table and its notes."""
-    if case.results:
-        table = Table(
-            title=escape(case.title),
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1),
-            collapse_padding=True,
-            title_justify="left",
-            title_style="bold",
-        )
-        table.add_column("implementation", no_wrap=True)
-        table.add_column("pass", no_wrap=True)
-        for name in ("ms", "±", "vs eager", "vs peer", "% floor", "MB", "error"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for result in case.results:
-            _add_result(table, case, result)
-        for name, timing in case.floor.items():
-            title = "floor" if name == case.pass_names[0] else ""
-            table.add_row(title, PASS_TITLES[name], *timing.milliseconds(), style="dim")
-        console.print(table)
+def print_part(console: Console, part: object) -> None:
+    """One case's table and its notes; ways to write texts are compared when all are there."""
+    if not isinstance(part, CaseResult):
+        return
+    if part.results:
+        rows = [row for result in part.results for row in _result_rows(part, result)]
+        for name, timing in part.floor.items():
+            title = "floor" if name == part.pass_names[0] else ""
+            rows.append(("dim", [title, PASS_TITLES[name], *timing.milliseconds()]))
+        _print_table(console, part.title, _CASE_COLUMNS, rows, left=2)
     else:
-        console.print(f"[bold]{escape(case.title)}", highlight=False)
-    for result in case.results:
-        if result.status == "wrong":
-            console.print(
-                f"[bold red]WRONG[/] {escape(result.name)}: {escape(result.message)}", highlight=False
-            )
-        elif result.status == "failed":
-            console.print(f"[red]failed[/] {escape(result.name)}: {escape(result.message)}", highlight=False)
-    for note in case.notes:
+        console.print(f"[bold]{escape(part.title)}", highlight=False)
+    words = {"wrong": "[bold red]WRONG[/]", "failed": "[red]failed[/]"}
+    for result in part.results:
+        if result.status in words:
+            text = f"{words[result.status]} {escape(result.name)}: {escape(result.message)}"
+            console.print(text, highlight=False)
+    _print_notes(console, part.notes)
+
+
+def print_footer(console: Console, run: AnyRun) -> None:
+    """What can be said when all is measured: legend or comparison, what columns mean, and remarks."""
+    if isinstance(run, Run):
+        _print_legend(console, run)
+        caption = _caption(run)
+    else:
+        caption = _SPEED_CAPTION
+        if run.results:
+            rows = [("bold cyan" if row[0] == ENGINE else "", row) for row in _speeds(run)]
+            _print_table(console, run.work, _SPEED_COLUMNS, rows)
+        if shares := _shares(run):
+            _print_table(console, _SHARES_TITLE, _SHARE_COLUMNS, [("", row) for row in shares])
+    if run.parts:
+        console.print(f"[dim]{escape(caption)}", highlight=False)
+    _print_notes(console, run.notes)
+
+
+def _print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[_Row], left: int = 1
+) -> None:
+    """The first ``left`` columns are text, the others numbers."""
+    table = Table(
+        title=escape(title),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        title_justify="left",
+        title_style="bold",
+    )
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
+    for style, cells in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else escape(cell) for cell in cells), style=style)
+    console.print(table)
+
+
+def _print_notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
         console.print(f"[yellow]{escape(note)}", highlight=False)
 
 
-def print_footer(console: Console, run: Run) -> None:
-    """What the implementations are, what the columns mean, and remarks."""
+def _print_legend(console: Console, run: Run) -> None:
     ops = list(dict.fromkeys(case.op for case in run.cases))
     for op in ops:
-        legend = descriptions(run, op)
-        width = max(map(len, legend), default=0)
+        descriptions: dict[str, str] = {}
+        for result in (result for case in run.cases if case.op == op for result in case.results):
+            # The longest: eager's description says more where the dtype is narrow.
+            descriptions[result.name] = max(descriptions.get(result.name, ""), result.description, key=len)
+        width = max(map(len, descriptions), default=0)
         if len(ops) > 1:
             console.print(f"[dim]{op}:", highlight=False)
-        for name, description in legend.items():
+        for name, description in descriptions.items():
             console.print(f"  [dim]{escape(f'{name:{width}}')}  {escape(description)}", highlight=False)
-    if run.cases:
-        console.print(f"[dim]{_caption(run)}", highlight=False)
-    for note in run.notes:
-        console.print(f"[yellow]{escape(note)}", highlight=False)
 
 
-def _kinds(run: Run) -> set[tuple[str, ...]]:
-    """Which passes its cases have."""
-    return {case.pass_names for case in run.cases} or {PASSES}
+# ---- Markdown --------------------------------------------------------------------------------------
 
 
-def _caption(run: Run) -> str:
-    return _CAPTION + "".join(words for kind, words in _ERROR.items() if kind in _kinds(run))
-
-
-def descriptions(run: Run, op: str) -> dict[str, str]:
-    """Description by name of an operator's implementations, in order of appearance."""
-    found: dict[str, str] = {}
-    for case in run.cases:
-        for result in case.results if case.op == op else []:
-            # The longest: eager's description says more where the dtype is narrow.
-            if len(result.description) > len(found.get(result.name, "")):
-                found[result.name] = result.description
-    return found
-
-
-def _add_result(table: Table, case: CaseResult, result: Result) -> None:
-    style = "bold cyan" if result.ours else ""
-    if result.status != "ok":
-        table.add_row(escape(result.name), f"[red]{_status(result)}", style=style)
-        return
-    for name in case.pass_names:
-        measured = result.passes[name]
-        title = escape(result.name) if name == case.pass_names[0] else ""
-        table.add_row(title, PASS_TITLES[name], *_cells(case, result, name, measured), style=style)
-
-
-def _cells(case: CaseResult, result: Result, name: str, measured: Measured) -> list[str]:
-    median = measured.time.median
-    return [
-        *measured.time.milliseconds(),
-        _ratio(case.eager(name), median),
-        _ratio(case.best_peer(name), median),
-        f"{100 * case.floor[name].median / median:.0f}" if name in case.floor else "-",
-        "n/a" if measured.extra_bytes is None else f"{measured.extra_bytes / 1e6:,.1f}",
-        _error([name], result),
-    ]
-
-
-def markdown(run: Run) -> str:
-    """The run as Markdown: a table of all cases with the same passes, then where and how it was measured."""
-    tables = [_markdown_table(run, names, list(cases)) for names, cases in groupby(run.cases, _pass_names)]
-    lines = [line for table in tables or [_markdown_table(run, PASSES, [])] for line in [*table, ""]]
+def markdown(run: AnyRun) -> str:
+    """The run as Markdown: its tables, then where and how it was measured."""
+    if isinstance(run, Run):
+        lines, remarks = _operator_lines(run)
+    else:
+        lines, remarks = _text_lines(run), run.notes
     facts = "; ".join(f"{name} {value}" for name, value in run.machine.items())
-    lines += [
-        _caption(run) + (_LAST_COLUMNS if PASSES in _kinds(run) else "") + _ceilings(run),
-        "",
-        f"Measured {run.date} with `{run.command}`; {facts}.",
-    ]
-    lines += [line for name, value in run.facts.items() for line in ("", f"{name}: {value}")]
+    lines += ["", f"Measured {run.date} with `{run.command}`; {facts}."]
+    return "\n".join([*lines, *(line for remark in remarks for line in ("", remark))]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _operator_lines(run: Run) -> tuple[list[str], list[str]]:
+    """A table for neighbouring cases with the same passes and the caption; what stands below."""
+    tables = [_case_lines(run, names, cases) for names, cases in groupby(run.cases, lambda c: c.pass_names)]
+    lines = [line for table in tables or [_case_lines(run, PASSES, [])] for line in [*table, ""]]
+    lines.append(_caption(run) + (_LAST_COLUMNS if PASSES in _kinds(run) else "") + _ceilings(run))
     notes = [f"{_short(case)}: {note}" for case in run.cases for note in case.notes]
-    lines += [line for note in [*run.notes, *notes] for line in ("", note)]
-    return "\n".join(lines) + "\n"
+    return lines, [*(f"{name}: {value}" for name, value in run.facts.items()), *run.notes, *notes]
 
 
-def _pass_names(case: CaseResult) -> tuple[str, ...]:
-    return case.pass_names
-
-
-def _markdown_table(run: Run, names: tuple[str, ...], cases: list[CaseResult]) -> list[str]:
+def _case_lines(run: Run, names: tuple[str, ...], cases: Iterable[CaseResult]) -> list[str]:
     """Lines of the table of cases that all have the passes ``names``."""
     copy = run.ceilings.get("copy")
     columns = ["Case", "Implementation"]
     for name in names:
         columns += [f"{PASS_TITLES[name].capitalize()}, ms", "vs eager"]
     columns += ["vs best peer", "% of floor", "Memory, MB", "Error", *(["% of copy"] if copy else [])]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "--:|" * (len(columns) - 2)]
+    lines = [_line(columns), "|---|---|" + "--:|" * (len(columns) - 2)]
     for case in cases:
         title = ", ".join([case.model, *case.details])
         if not case.results:
-            lines.append(f"| {title} | not run |" + " |" * (len(columns) - 2))
+            lines.append(_line([title, "not run"]) + " |" * (len(columns) - 2))
         for index, result in enumerate(case.results):
             cells = [title if index == 0 else "", f"**{result.name}**" if result.ours else result.name]
-            cells += _markdown_cells(case, result) + ([_of_copy(case, result, copy)] if copy else [])
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(
+                _line(
+                    cells + _markdown_cells(case, result) + ([_of_copy(case, result, copy)] if copy else [])
+                )
+            )
     return lines
 
 
@@ -188,31 +217,74 @@ def _of_copy(case: CaseResult, result: Result, copy: float) -> str:
 
 
 def _ceilings(run: Run) -> str:
-    if not run.ceilings:
-        return ""
-    copy, product = run.ceilings.get("copy"), run.ceilings.get("bf16 product")
-    words = []
-    if copy:
+    words, product = "", run.ceilings.get("bf16 product")
+    if copy := run.ceilings.get("copy"):
         passes = ", ".join(" / ".join(PASS_TITLES[name] for name in names) for names in sorted(_kinds(run)))
-        words.append(
+        words = (
             f" % of copy: the floor's bytes over the time, {passes}, against a measured "
             f"device copy of {copy / 1e9:,.0f} GB/s, read and written."
         )
     if product:
-        words.append(f" A bf16 matrix product measured beside it: {product / 1e12:,.0f} TFLOP/s.")
-    return "".join(words)
+        words += f" A bf16 matrix product measured beside it: {product / 1e12:,.0f} TFLOP/s."
+    return words
+
+
+def _text_lines(run: GenerateRun) -> list[str]:
+    speeds = [[f"**{row[0]}**" if row[0] == ENGINE else row[0], *row[1:]] for row in _speeds(run)]
+    lines = _plain_lines(_SPEED_COLUMNS, speeds)
+    if shares := _shares(run):
+        lines += ["", f"{_SHARES_TITLE}:", "", *_plain_lines(_SHARE_COLUMNS, shares)]
+    return [*lines, "", f"{run.work}. {_SPEED_CAPTION}"]
+
+
+def _plain_lines(columns: Sequence[str], rows: list[list[str]]) -> list[str]:
+    head = [[name[0].upper() + name[1:] for name in columns], ["---", *["--:"] * (len(columns) - 1)]]
+    return [_line(cells) for cells in [*head, *rows]]
+
+
+# ---- cells of both ---------------------------------------------------------------------------------
+
+
+def _kinds(run: Run) -> set[tuple[str, ...]]:
+    """Which passes its cases have."""
+    return {case.pass_names for case in run.cases} or {PASSES}
+
+
+def _caption(run: Run) -> str:
+    return _CAPTION + "".join(words for kind, words in _ERROR.items() if kind in _kinds(run))
+
+
+def _result_rows(case: CaseResult, result: Result) -> Iterable[_Row]:
+    """One for each pass."""
+    style = "bold cyan" if result.ours else ""
+    if result.status != "ok":
+        return [(style, [result.name, Text(_status(result), style="red")])]
+    titles = {name: "" for name in case.pass_names} | {case.pass_names[0]: result.name}
+    return [
+        (style, [title, PASS_TITLES[name], *_cells(case, result, name)]) for name, title in titles.items()
+    ]
+
+
+def _cells(case: CaseResult, result: Result, name: str) -> list[str]:
+    """Of ``_CASE_COLUMNS`` from the third on, for the pass called ``name``."""
+    measured = result.passes[name]
+    median = measured.time.median
+    return [
+        *measured.time.milliseconds(),
+        _ratio(case.eager(name), median),
+        _ratio(case.best_peer(name), median),
+        f"{100 * case.floor[name].median / median:.0f}" if name in case.floor else "-",
+        "n/a" if measured.extra_bytes is None else f"{measured.extra_bytes / 1e6:,.1f}",
+        _error([name], result),
+    ]
 
 
 def _markdown_cells(case: CaseResult, result: Result) -> list[str]:
     if result.status != "ok":
         return [_status(result)] + [""] * (2 * len(case.pass_names) + 3)
-    cells = []
-    for name in case.pass_names:
-        time = result.passes[name].time
-        cells += [" ± ".join(time.milliseconds()), _ratio(case.eager(name), time.median)]
-    last = case.pass_names[-1]
-    _, _, _, peer, floor, memory, _ = _cells(case, result, last, result.passes[last])
-    return [*cells, peer, floor, memory, _error(case.pass_names, result)]
+    each = [_cells(case, result, name) for name in case.pass_names]
+    times = [cell for median, spread, eager, *_ in each for cell in (f"{median} ± {spread}", eager)]
+    return [*times, *each[-1][3:6], _error(case.pass_names, result)]
 
 
 def _error(names: Sequence[str], result: Result) -> str:
@@ -227,5 +299,30 @@ def _status(result: Result) -> str:
     return "WRONG" if result.status == "wrong" else result.status
 
 
-def _ratio(reference: float | None, median: float) -> str:
-    return "-" if reference is None else f"{reference / median:.2f}x"
+def _ratio(reference: float | None, value: float) -> str:
+    return "-" if reference is None else f"{reference / value:.2f}x"
+
+
+def _speeds(run: GenerateRun) -> list[list[str]]:
+    """Cells of ``_SPEED_COLUMNS`` for each result."""
+    best = [run.best(name) for name in (LOOP, LM)]
+    return [
+        [
+            one.implementation,
+            str(one.batch),
+            str(one.requests),
+            f"{one.seconds:.1f}",
+            f"{one.speed:,.1f}",
+            *("-" if reference is None else f"{one.speed / reference:.2f}x" for reference in best),
+        ]
+        for one in run.results
+    ]
+
+
+def _shares(run: GenerateRun) -> list[list[str]]:
+    """Cells of ``_SHARE_COLUMNS`` for each batch of the engine."""
+    return [
+        [str(one.batch), *(f"{one.shares[name]:.1%}" for name in SHARES), f"{one.outside:.1%}"]
+        for one in run.results
+        if one.outside is not None
+    ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from auxkern.terminal import INTERRUPTED, positive
+from auxkern.terminal import INTERRUPTED, command_parser, positive
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import duration, progress_for
 from benchmarks.keyword.jobs import STATES, do_job, facts_of, study_jobs, tuning_jobs
@@ -22,7 +22,7 @@ from benchmarks.keyword.record import study_record
 from benchmarks.keyword.runs import Workplace
 from benchmarks.keyword.scheduling import run_all
 from benchmarks.keyword.tuning import chosen
-from benchmarks.shared import benchmark_parser, record_head, write_json
+from benchmarks.shared import record_head, write_json
 
 RESULTS = Path("benchmarks") / "results"
 _Head = Callable[[str], dict[str, Any]]  # of a record, for its kind
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(
+    parser = command_parser(
         "python -m benchmarks.keyword", "Auxiliary tuning and its alternatives on the keyword task.", _EPILOG
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")

@@ -405,7 +405,7 @@ def test_markdown_shows_ratios_and_wrong_results():
 
 
 def test_the_printed_table_fits_100_columns(capsys):
-    report.print_run(stored_run())
+    tables.print_run(stored_run())
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert "…" not in printed

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import auxkern
 from auxkern.bench import __main__ as bench
-from auxkern.bench import generate, generate_peers, generate_plot, generate_report, report
-from auxkern.bench.generate_report import GenerateRun, Throughput
+from auxkern.bench import generate, generate_peers, plot, report, tables
+from auxkern.bench.results import GenerateRun, Throughput
 from auxkern.model import TextFormat
 from tests.support.tiny import byte_tokenizer, tiny_lm_for, tiny_pair
 
@@ -256,7 +256,7 @@ def test_other_json_is_refused(text, message):
 
 
 def test_markdown_compares_with_each_peer_at_its_best_batch():
-    lines = generate_report.markdown(stored_run()).splitlines()
+    lines = tables.markdown(stored_run()).splitlines()
     assert lines[0] == ("| Implementation | Batch | Requests | Seconds | Tokens/s | Vs loop | Vs LM alone |")
     assert lines[2] == "| **engine** | 1 | 16 | 80.0 | 5.0 | 0.50x | 0.25x |"
     assert lines[5] == "| **engine** | 32 | 64 | 40.0 | 30.0 | 3.00x | 1.50x |"
@@ -269,20 +269,20 @@ def test_markdown_compares_with_each_peer_at_its_best_batch():
 def test_nothing_to_compare_with_is_no_ratio():
     run = stored_run()
     run.results = run.results[:1]
-    assert "| **engine** | 1 | 16 | 80.0 | 5.0 | - | - |" in generate_report.markdown(run)
+    assert "| **engine** | 1 | 16 | 80.0 | 5.0 | - | - |" in tables.markdown(run)
 
 
 def test_shares_that_are_not_known_are_no_table(capsys):
     run = stored_run()
     run.results = [replace(one, shares={}) for one in run.results]
-    generate_report.print_run(run)
-    for text in (generate_report.markdown(run), capsys.readouterr().out):
+    tables.print_run(run)
+    for text in (tables.markdown(run), capsys.readouterr().out):
         assert "two-model loop" in text
         assert "the engine's time" not in text
 
 
 def test_printed_tables_fit_100_columns(capsys):
-    generate_report.print_run(stored_run())
+    tables.print_run(stored_run())
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert "…" not in printed
@@ -299,7 +299,7 @@ def test_report_reads_what_the_file_says_it_is(tmp_path, capsys):
     assert page.read_text().startswith("before\n<!-- bench:generate -->\n| Implementation | Batch |")
     assert page.read_text().endswith("a note\n<!-- /bench:generate -->\nafter\n")
     assert report.main([str(path), "--markdown"]) == 0
-    assert capsys.readouterr().out == generate_report.markdown(stored_run())
+    assert capsys.readouterr().out == tables.markdown(stored_run())
     path.write_text('{"kind": "evaluation"}')
     assert report.main([str(path)]) == 2
     assert "kind 'evaluation'" in capsys.readouterr().err
@@ -323,22 +323,22 @@ def test_a_part_of_a_run_is_drawn(names, tmp_path):
     run = stored_run()
     engine = run.results[0]
     run.results = [replace(engine, implementation=name, shares={}) for name in names]
-    generate_plot.plot(run, tmp_path / "run.png")
+    plot.plot(run, tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 5000
 
 
 def test_nothing_is_no_picture(tmp_path):
     run = stored_run()
     with pytest.raises(ValueError, match=r"must end in \.png"):
-        generate_plot.plot(run, tmp_path / "run.gif")
+        plot.plot(run, tmp_path / "run.gif")
     run.results = []
     with pytest.raises(ValueError, match="nothing was timed"):
-        generate_plot.plot(run, tmp_path / "run.png")
+        plot.plot(run, tmp_path / "run.png")
 
 
 @given(st.dictionaries(st.text(), st.floats(0, 1000), max_size=8), st.floats(0.5, 50))
 def test_labels_keep_apart_and_in_order(heights, gap):
-    found = generate_plot.spread(heights, gap)
+    found = plot.spread(heights, gap)
     assert found.keys() == heights.keys()
     order = sorted(heights, key=heights.__getitem__)
     placed = [found[name] for name in order]

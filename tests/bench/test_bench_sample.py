@@ -287,7 +287,7 @@ def test_losses_and_draws_have_a_table_each_and_one_picture(tmp_path, capsys):
     assert "gpt2, V 50,257, N 64, float32, top-k 50 + top-p 0.9: Noisy" in text
     for suffix in ("png", "svg"):
         assert report.main([str(tmp_path / "run.json"), "--plot", str(tmp_path / f"run.{suffix}")]) == 0
-    report.print_run(run)
+    tables.print_run(run)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert set(run.cases[0].pass_names) == set(PASSES)
