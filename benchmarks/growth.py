@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from auxkern.bench import memory, session
-from auxkern.bench.cases import DTYPES
-from auxkern.bench.linear import OPERATOR, made_inputs, needed_bytes
+from auxkern.bench.linear import OPERATOR
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
 from auxkern.core.files import replace_file
@@ -122,7 +121,7 @@ def _resumed(parser: argparse.ArgumentParser, path: Path, run: Run) -> Run:
         was, now = old.machine.get(name), run.machine.get(name)
         if was != now and name not in _MAY_DIFFER:
             parser.error(f"--json {path}: {name} was {was} and is {now}; give another file")
-    if any(case.op != OPERATOR.name for case in old.cases):
+    if any(case.op != "linear" for case in old.cases):
         parser.error(f"--json {path} holds another benchmark; give another file")
     # What is left out for want of memory or interrupted may work out this time.
     old.cases = [case for case in old.cases if case.results]
@@ -137,7 +136,7 @@ def _sizes(case: CaseResult) -> tuple[Point, str]:
 
 
 def _measurement(point: Point, dtype_name: str, device: torch.device) -> Any:
-    dtype = DTYPES[dtype_name]
+    dtype: torch.dtype = getattr(torch, dtype_name)
 
     def measure(progress: Progress) -> CaseResult:
         N, V, widths = point
@@ -154,10 +153,10 @@ def _measurement(point: Point, dtype_name: str, device: torch.device) -> Any:
             for implementation in OPERATOR.implementations(device, dtype, backends)
             if implementation.ours or implementation.name == "eager"
         ]
-        if available is not None and needed_bytes(N, V, widths, dtype) > available:
+        if available is not None and OPERATOR.needed_bytes(case) > available:
             implementations = [implementation for implementation in implementations if implementation.ours]
             case.notes.append("Eager PyTorch does not fit.")
-        inputs = made_inputs(N, V, widths, dtype, device)
+        inputs = OPERATOR.inputs(case, device)
         return measure_inputs(OPERATOR, inputs, case, implementations, device, _EFFORT, progress)
 
     return measure

@@ -18,7 +18,7 @@ from auxkern.bench.cases import (
     Case,
     select_cases,
 )
-from auxkern.bench.peers import is_installed
+from auxkern.bench.operators import is_installed
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
 from auxkern.core.terms import MAX_TERMS
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         for op, dtype in {(case.op, case.dtype) for case in cases}:
-            backends_for(device, DTYPES[dtype], options.backend, operators.load(op).kernel)
+            backends_for(device, getattr(torch, dtype), options.backend, operators.load(op).kernel)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     run = Run(*session.head(parser.prog, argv, device))
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 def _job(case: Case, device: torch.device, options: argparse.Namespace) -> session.Job:
     def measure(progress: Progress) -> CaseResult:
         effort = QUICK if options.quick else NORMAL
-        return measure_case(operators.load(case.op), case, device, options.backend, effort, progress)
+        return measure_case(operators.load(case.op), case.result(), device, options.backend, effort, progress)
 
     return str(case), measure
 

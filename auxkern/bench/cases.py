@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from auxkern.bench.results import CaseResult
 
 VOCABULARIES = {"gpt2": 50_257, "llama3": 128_256, "gemma": 262_144, "smollm2": 49_152}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 # D of the LM's head and of the auxiliary's.
 WIDTHS = {"gpt2": (768, 256), "llama3": (4096, 512), "gemma": (2304, 256), "smollm2": (576, 256)}
 OPERATORS = ("cross_entropy", "linear", "sample")
@@ -57,82 +57,74 @@ class Case:
     filters: str = ""
 
     @property
-    def V(self) -> int:
-        return VOCABULARIES[self.model]
-
-    @property
     def widths(self) -> tuple[int, ...]:
         """D of each head; empty where the terms are logits."""
         return WIDTHS[self.model] if self.op == "linear" else ()
 
-    @property
-    def term_bytes(self) -> int:
-        """Bytes of one term's logits."""
-        return self.N * self.V * DTYPES[self.dtype].itemsize
+    def result(self) -> CaseResult:
+        """Nothing is measured in it yet."""
+        V, widths = VOCABULARIES[self.model], list(self.widths)
+        shape = (self.op, self.model, V, self.N, self.dtype, self.terms)
+        return CaseResult(*shape, widths=widths, filters=self.filters)
 
     def __str__(self) -> str:
         return " ".join([self.op, self.model, f"N={self.N}", self.dtype, self.filters]).strip()
 
 
-def _draws(model: str, N: int, filters: Iterable[str]) -> list[tuple[str, int, str, str]]:
-    return [(model, N, "float32", name) for name in filters]
+class _Standard(NamedTuple):
+    """(model, N, dtype), of draws with the filters' name, that are measured when nothing is asked for.
+
+    ``model`` and ``N`` stand for an option that was left out where another was given.
+    """
+
+    model: str
+    N: int
+    cases: list[tuple[Any, ...]]
+    quick: list[tuple[Any, ...]]
 
 
-_GPT2_DRAWS = [
-    *_draws("gpt2", 64, FILTERS),
-    *_draws("gpt2", 1, _PLAIN_AND_FILTERED),
-    *_draws("gpt2", 512, _PLAIN_AND_FILTERED),
-]
-# (model, N, dtype) measured when nothing is asked for, by operator and device type. On a CPU logits
-# lie well beyond its caches and leave eager PyTorch under half a second a step; a GPU is filled.
-_DEFAULT: dict[tuple[str, str], Sequence[tuple[Any, ...]]] = {
-    ("cross_entropy", "cpu"): [
-        ("gpt2", 512, "float32"),
-        ("gpt2", 512, "bfloat16"),
-        ("gpt2", 512, "float16"),
-        ("llama3", 256, "bfloat16"),
-        ("gemma", 128, "float32"),
-    ],
-    ("cross_entropy", "cuda"): [
-        ("gpt2", 8192, "float32"),
-        ("gpt2", 8192, "bfloat16"),
-        ("gpt2", 8192, "float16"),
-        ("llama3", 8192, "bfloat16"),
-        ("llama3", 64, "bfloat16"),
-        ("gemma", 4096, "bfloat16"),
-    ],
-    ("linear", "cpu"): [("smollm2", 1024, "float32")],
-    ("linear", "cuda"): [
-        ("smollm2", 8192, "bfloat16"),
-        ("gpt2", 8192, "bfloat16"),
-        ("gpt2", 8192, "float32"),
-        ("llama3", 8192, "bfloat16"),
-        ("gemma", 4096, "bfloat16"),
-    ],
-    # These have filters too. Decoding has few rows, so they fit a GPU's caches.
-    ("sample", "cpu"): [*_GPT2_DRAWS, *_draws("gemma", 16, _PLAIN_AND_FILTERED)],
-    ("sample", "cuda"): [
-        *_GPT2_DRAWS,
-        *(draw for N in (1, 64, 512) for draw in _draws("gemma", N, _PLAIN_AND_FILTERED)),
-    ],
-}
-_QUICK: dict[tuple[str, str], Sequence[tuple[Any, ...]]] = {
-    ("cross_entropy", "cpu"): [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
-    ("cross_entropy", "cuda"): [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
-    ("linear", "cpu"): [("smollm2", 256, "float32")],
-    ("linear", "cuda"): [("gpt2", 4096, "bfloat16")],
-    ("sample", "cpu"): _draws("gpt2", 64, _PLAIN_AND_FILTERED),
-    ("sample", "cuda"): _draws("gpt2", 64, _PLAIN_AND_FILTERED),
-}
-# What stands for an option that was left out where another was given.
-_DEFAULT_MODEL = {"cross_entropy": "gpt2", "linear": "smollm2", "sample": "gpt2"}
-_DEFAULT_N = {
-    ("cross_entropy", "cpu"): 512,
-    ("cross_entropy", "cuda"): 8192,
-    ("linear", "cpu"): 1024,
-    ("linear", "cuda"): 8192,
-    ("sample", "cpu"): 64,
-    ("sample", "cuda"): 64,
+def _draws(model: str, rows: Iterable[int], filters: Iterable[str] = _PLAIN_AND_FILTERED) -> list[Any]:
+    return [(model, N, "float32", name) for N in rows for name in filters]
+
+
+_GPT2_DRAWS = _draws("gpt2", [64], FILTERS) + _draws("gpt2", [1, 512])
+# On a CPU logits lie well beyond its caches and leave eager PyTorch under half a second a step; a GPU is
+# filled. Decoding has few rows, so they fit a GPU's caches.
+_STANDARD = {
+    ("cross_entropy", "cpu"): _Standard(
+        "gpt2",
+        512,
+        [*product(["gpt2"], [512], DTYPES), ("llama3", 256, "bfloat16"), ("gemma", 128, "float32")],
+        [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
+    ),
+    ("cross_entropy", "cuda"): _Standard(
+        "gpt2",
+        8192,
+        [
+            *product(["gpt2"], [8192], DTYPES),
+            *product(["llama3"], [8192, 64], ["bfloat16"]),
+            ("gemma", 4096, "bfloat16"),
+        ],
+        [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
+    ),
+    ("linear", "cpu"): _Standard(
+        "smollm2", 1024, [("smollm2", 1024, "float32")], [("smollm2", 256, "float32")]
+    ),
+    ("linear", "cuda"): _Standard(
+        "smollm2",
+        8192,
+        [
+            ("smollm2", 8192, "bfloat16"),
+            *product(["gpt2"], [8192], ["bfloat16", "float32"]),
+            ("llama3", 8192, "bfloat16"),
+            ("gemma", 4096, "bfloat16"),
+        ],
+        [("gpt2", 4096, "bfloat16")],
+    ),
+    ("sample", "cpu"): _Standard("gpt2", 64, _GPT2_DRAWS + _draws("gemma", [16]), _draws("gpt2", [64])),
+    ("sample", "cuda"): _Standard(
+        "gpt2", 64, _GPT2_DRAWS + _draws("gemma", [1, 64, 512]), _draws("gpt2", [64])
+    ),
 }
 
 
@@ -163,18 +155,11 @@ def select_cases(
     """
     cases: list[Case] = []
     for op in ops or ["cross_entropy"]:
-        key = (op, device_type)
+        standard = _STANDARD[op, device_type]
+        shapes: Iterable[tuple[Any, ...]] = standard.quick if quick else standard.cases
         if models or rows or dtypes:
-            choices: list[Iterable[Any]] = [
-                models or [_DEFAULT_MODEL[op]],
-                rows or [_DEFAULT_N[key]],
-                dtypes or ["float32"],
-            ]
-            if op == "sample":
-                choices.append(FILTERS)
-            shapes: Sequence[tuple[Any, ...]] = list(product(*choices))
-        else:
-            shapes = (_QUICK if quick else _DEFAULT)[key]
+            choices = (models or [standard.model], rows or [standard.N], dtypes or ["float32"])
+            shapes = product(*choices, FILTERS if op == "sample" else [""])
         for model, N, dtype, *filters in shapes:
             cases.append(Case(op, model, N, dtype, 2 if op == "linear" else terms, *filters))
     # A name given twice is measured once.

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.bench.cases import DTYPES, Case
-from auxkern.bench.losses import LossOperator
-from auxkern.bench.operators import Errors, Floor, Implementation, as_words, reading
-from auxkern.bench.peers import compiled_peers, imported, is_installed
+from auxkern.bench.losses import Exact, LossOperator, counted_rows, d_logits, evenly_spaced, fused
+from auxkern.bench.operators import (
+    Floor,
+    Implementation,
+    Peer,
+    as_words,
+    imported,
+    is_installed,
+    normal_logits,
+    reading,
+)
+from auxkern.bench.results import CaseResult
 
 _CHUNK_ELEMENTS = 2**22  # of a term, taken to float64 at a time
 _CHECKED_ELEMENTS = 2**23  # of the gradient; all of it if it is smaller
@@ -32,100 +40,89 @@ class CrossEntropyInputs:
     terms: list[Tensor]
     target: Tensor
 
+    @property
+    def V(self) -> int:
+        return self.terms[0].shape[-1]
+
+    @property
+    def chunk(self) -> int:
+        return max(1, _CHUNK_ELEMENTS // self.V)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"N": self.target.numel(), "V": self.V}
+
     def leaves(self) -> list[Tensor]:
         return [term for term in self.terms if term.requires_grad]
 
+    def frozen(self) -> list[Tensor]:
+        return self.terms[:-1]
 
-@dataclass(frozen=True)
-class Exact:
-    """float64 results: the loss, the gradient (R, V) of some rows, max |z| of counted rows."""
+    def arguments(self) -> tuple[list[Tensor], Tensor]:
+        return self.terms, self.target
 
-    loss: float
-    rows: Tensor
-    gradient: Tensor
-    largest_logit: float
+    def logits(self, rows: Tensor) -> Tensor:
+        return reduce(add, (term.detach()[rows].double() for term in self.terms))
 
 
 class CrossEntropy(LossOperator):
-    name = "cross_entropy"
+    call = "[lm, aux]"
 
-    def needed_bytes(self, case: Case) -> int:
+    def needed_bytes(self, case: CaseResult) -> int:
         # Eager holds the sum, its float32 copy, the log-softmax, two gradients in float32 and
         # one in the term's dtype, at worst at one time.
-        float32 = case.N * case.V * 4
-        return (case.terms + 2) * case.term_bytes + 4 * float32
+        size: int = getattr(torch, case.dtype).itemsize
+        return case.N * case.V * ((case.terms + 2) * size + 4 * 4)
 
-    def inputs(self, case: Case, device: torch.device) -> CrossEntropyInputs:
+    def inputs(self, case: CaseResult, device: torch.device) -> CrossEntropyInputs:
         """Frozen terms 3 N(0, 1), the trained one N(0, 1), targets uniform; no padding."""
-        generator = torch.Generator(device).manual_seed(0)
-        dtype, shape = DTYPES[case.dtype], (case.N, case.V)
-
-        def normal(std: float) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
-
-        terms = [normal(3.0) for _ in range(case.terms - 1)]
-        terms.append(normal(1.0).requires_grad_())
+        terms, generator = normal_logits(case, [3.0] * (case.terms - 1) + [1.0], device)
+        terms[-1].requires_grad_()
         target = torch.randint(case.V, (case.N,), generator=generator, device=device)
         return CrossEntropyInputs(terms, target)
 
-    def implementations(
-        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
-    ) -> list[Implementation]:
-        ours = [_ours(backend) for backend in backends]
+    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
+        every = super().ours(device, backends)
         if device.type == "cpu" and "cpu" in backends:
-            ours.append(_ours_with_memory_kept())
-        return ours + _peers(device, dtype)
+            memory = auxkern.GradientMemory()
+            call = "the same with gradient_memory=auxkern.GradientMemory() kept over calls"
+            run = partial(fused, gradient_memory=memory, backend="cpu")
+            every.append(Implementation("auxkern cpu, memory kept", call, True, run, memory.release))
+        return every
 
-    def exact(self, inputs: CrossEntropyInputs) -> Exact:
-        """The float64 loss over all rows, and the gradient of evenly spaced rows.
+    def eager(self, dtype: torch.dtype) -> list[Peer]:
+        logits = "lm + aux" if dtype == torch.float32 else "(lm + aux).float()"
+        widened = _of_sum(lambda z, target: F.cross_entropy(z.float(), target))
+        peers = [("eager", f"F.cross_entropy({logits}, y), as transformers' loss", widened)]
+        if dtype != torch.float32:
+            call = "F.cross_entropy(lm + aux, y): loss in the terms' dtype"
+            peers.append(("eager half", call, _of_sum(F.cross_entropy)))
+        return peers
 
-        A check of every gradient element in float64 would take longer than the measurement.
-        """
-        terms = [term.detach() for term in inputs.terms]
-        counted = (inputs.target >= 0).nonzero()[:, 0]
-        V, total, largest = terms[0].shape[-1], 0.0, 0.0
-        for chunk in counted.split(max(1, _CHUNK_ELEMENTS // V)):
-            z = _exact_logits(terms, chunk)
+    def peers(self, device: torch.device) -> list[Peer]:
+        """On one tensor of logits; the sum is written for them, as a user would."""
+        known = [
+            ("Liger", "liger_kernel", "liger_kernel.transformers.functional", "liger_cross_entropy"),
+            ("QuACK", "quack", "quack.cross_entropy", "cross_entropy"),
+        ]
+        return [
+            (name, f"{module}.{call}(lm + aux, y)", _of_sum(imported(module, call, reduction="mean")))
+            for name, package, module, call in known
+            if device.type == "cuda" and is_installed(package)
+        ]
+
+    def exact(self, inputs: CrossEntropyInputs, everything: bool = False) -> Exact:
+        N, V, counted = inputs.target.numel(), inputs.V, counted_rows(inputs)
+        count, total, largest = max(1, counted.numel()), 0.0, 0.0
+        for chunk in counted.split(inputs.chunk):
+            z = inputs.logits(chunk)
             total += F.cross_entropy(z, inputs.target[chunk], reduction="sum").item()
             largest = max(largest, z.abs().max().item())
-
-        N = inputs.target.numel()
-        checked = min(N, max(2, _CHECKED_ELEMENTS // V))
-        rows = torch.linspace(0, N - 1, checked, device=counted.device, dtype=torch.float64).round().long()
-        gradient = torch.softmax(_exact_logits(terms, rows), dim=-1)
-        ignored = inputs.target[rows] < 0
-        gradient[torch.arange(checked, device=rows.device), inputs.target[rows].clamp(min=0)] -= 1
-        gradient[ignored] = 0
-        count = max(1, counted.numel())
-        return Exact(total / count, rows, gradient.div_(count), largest)
-
-    def errors(self, inputs: CrossEntropyInputs, exact: Exact, loss: Tensor) -> Errors:
-        """Relative errors, and what is allowed.
-
-        A float32 sum of V exponentials, term by term, is off by about u sqrt(V), u = 2**-24
-        (Higham 2002, section 4.2: rounding errors grow as in a random walk); four times that
-        passes. Code that sums the terms in their own dtype before it widens them moves a logit
-        by up to u |z| of that dtype, and a probability by that share; code that returns the loss
-        in it rounds each row and their mean. Both are common, so they pass, as what they are:
-        the error column shows them.
-        """
-        (leaf,) = inputs.leaves()
-        if leaf.grad is None or any(t.grad is not None for t in inputs.terms[:-1]):
-            raise RuntimeError("the last term, and only it, must have a gradient")
-        largest = exact.gradient.abs().max().item() or 1.0
-        difference = (leaf.grad[exact.rows].double() - exact.gradient).abs().max().item()
-        summation = 4 * 2**-24 * math.sqrt(leaf.shape[-1])
-        eps = torch.finfo(leaf.dtype).eps  # 2 u
-        return Errors(
-            {
-                "loss": abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss)),
-                "gradient": difference / largest,
-            },
-            tolerance={
-                "loss": summation + 2 * eps,
-                "gradient": summation + eps / 2 * (1 + exact.largest_logit),
-            },
-        )
+        rows = evenly_spaced(N, N if everything else max(2, _CHECKED_ELEMENTS // V), counted.device)
+        gradient = torch.empty(rows.numel(), V, dtype=torch.float64, device=rows.device)
+        for part, out in zip(rows.split(inputs.chunk), gradient.split(inputs.chunk), strict=True):
+            torch.div(d_logits(inputs, part), count, out=out)
+        return Exact(total / count, largest, V, rows, gradient)
 
     def floors(self, inputs: CrossEntropyInputs) -> dict[str, Floor]:
         """Forward reads every term once; a backward reads them again and writes one gradient.
@@ -147,92 +144,12 @@ class CrossEntropy(LossOperator):
             torch.add(words[-1], words[-2] if len(words) > 1 else 1, out=total)
             rest.zero_()
 
-        return {
-            "forward": forward,
-            "forward_backward": Floor(forward_backward, 2 * forward.bytes + out.numel() * 4),
-        }
+        both = Floor(forward_backward, 2 * forward.bytes + out.numel() * 4)
+        return {"forward": forward, "forward_backward": both}
+
+
+def _of_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda terms, target: function(reduce(add, terms), target)
 
 
 OPERATOR = CrossEntropy()
-
-
-def _exact_logits(terms: list[Tensor], rows: Tensor) -> Tensor:
-    return reduce(add, (term[rows].double() for term in terms))
-
-
-def _ours(backend: str) -> Implementation:
-    def loss(inputs: CrossEntropyInputs) -> Tensor:
-        result: Tensor = auxkern.cross_entropy(inputs.terms, inputs.target, backend=backend)
-        return result
-
-    return Implementation(
-        f"auxkern {backend}", f'auxkern.cross_entropy([lm, aux], y, backend="{backend}")', True, loss
-    )
-
-
-def _ours_with_memory_kept() -> Implementation:
-    memory = auxkern.GradientMemory()
-
-    def loss(inputs: CrossEntropyInputs) -> Tensor:
-        result: Tensor = auxkern.cross_entropy(
-            inputs.terms, inputs.target, gradient_memory=memory, backend="cpu"
-        )
-        return result
-
-    call = "the same with gradient_memory=auxkern.GradientMemory() kept over calls"
-    return Implementation("auxkern cpu, memory kept", call, True, loss, release=memory.release)
-
-
-def _summed(function: Callable[..., Tensor]) -> Callable[[CrossEntropyInputs], Tensor]:
-    return lambda inputs: function(inputs.terms, inputs.target)
-
-
-def _peers(device: torch.device, dtype: torch.dtype) -> list[Implementation]:
-    # Fresh functions: torch.compile gives up on one that it has compiled for many shapes.
-    torch.compiler.reset()
-
-    def eager(terms: list[Tensor], target: Tensor) -> Tensor:
-        return F.cross_entropy(reduce(add, terms).float(), target)
-
-    def eager_half(terms: list[Tensor], target: Tensor) -> Tensor:
-        return F.cross_entropy(reduce(add, terms), target)
-
-    half = dtype != torch.float32
-    code = "F.cross_entropy((lm + aux).float(), y)" if half else "F.cross_entropy(lm + aux, y)"
-    peers = [Implementation("eager", f"{code}, as transformers' loss", False, _summed(eager))]
-    if half:
-        peers.append(
-            Implementation(
-                "eager half",
-                "F.cross_entropy(lm + aux, y): loss in the terms' dtype",
-                False,
-                _summed(eager_half),
-            )
-        )
-    peers += compiled_peers(eager, device, _summed)
-    if device.type == "cuda":
-        peers += _installed_gpu_peers()
-    return peers
-
-
-def _installed_gpu_peers() -> list[Implementation]:
-    """Peers for one tensor of logits; the sum is written for them, as a user would."""
-    known = [
-        # (package, module, function, table name)
-        ("liger_kernel", "liger_kernel.transformers.functional", "liger_cross_entropy", "Liger"),
-        ("quack", "quack.cross_entropy", "cross_entropy", "QuACK"),
-    ]
-    return [
-        Implementation(
-            title,
-            f"{module}.{function}(lm + aux, y)",
-            False,
-            _of_sum(imported(module, function, reduction="mean")),
-        )
-        for package, module, function, title in known
-        if is_installed(package)
-    ]
-
-
-def _of_sum(function: Callable[..., Tensor]) -> Callable[[CrossEntropyInputs], Tensor]:
-    return _summed(lambda terms, target: function(reduce(add, terms), target))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.bench.peers import warpers
+from auxkern.bench.operators import warpers
 from auxkern.bench.results import LM, LOOP
 
 SHORTEST, LONGEST = 8, 128

@@ -1,16 +1,19 @@
-"""What the runner needs to know about an operator, and where each one's file is."""
+"""What the runner needs to know about an operator, and what all operators' benchmarks have alike."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from auxkern.bench.cases import OPERATORS, Case
+from auxkern.bench.cases import OPERATORS
+from auxkern.bench.results import CaseResult
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Implementation:
     release: Callable[[], object] = lambda: None
 
 
+Peer = tuple[str, str, Callable[..., Tensor]]  # name, description, function of ``inputs.arguments()``
+
+
 @dataclass(frozen=True)
 class Errors:
     """How far an implementation is from what is right, by what is compared; and how far it may be.
@@ -51,33 +57,109 @@ class Errors:
         return all(self.values[name] <= allowed for name, allowed in self.tolerance.items())
 
     def __str__(self) -> str:
+        words = {
+            "loss": "relative error of the loss",
+            "gradient": "of the gradient",
+            "miss": "share of tokens that may not come",
+            "surprise": "mean surprise off by, in nats,",
+        }
         return ", ".join(
-            f"{_ERRORS[name]} {self.values[name]:.1e} ({allowed:.1e} is allowed)"
+            f"{words[name]} {self.values[name]:.1e} ({allowed:.1e} is allowed)"
             for name, allowed in self.tolerance.items()
         )
-
-
-_ERRORS = {
-    "loss": "relative error of the loss",
-    "gradient": "of the gradient",
-    "miss": "share of tokens that may not come",
-    "surprise": "mean surprise off by, in nats,",
-}
 
 
 @dataclass(frozen=True)
 class Floor:
     """The least work that a pass can have, as a call that does nothing else.
 
-    Attributes:
-        run: the call.
-        bytes: what it reads and writes, where that is what bounds the pass; else 0.
-        flops: multiplications and additions, where those are what bounds the pass; else 0.
+    Where bytes read and written bound the pass, ``bytes`` are those; where multiplications and
+    additions do, ``flops``; the other is 0.
     """
 
     run: Callable[[], object]
     bytes: int = 0
     flops: int = 0
+
+
+class Operator(ABC):
+    """Everything about one operator that a benchmark must know.
+
+    The inputs of a case have ``leaves()``, the tensors whose gradients are asked for; ``arguments()``, what
+    peers are called with; and ``sizes``, of which a ``CaseResult`` is made.
+
+    Attributes:
+        kernel: the method that a backend must have to run it.
+    """
+
+    kernel: str
+
+    @abstractmethod
+    def needed_bytes(self, case: CaseResult) -> int:
+        """Memory that the hungriest implementation takes, inputs included."""
+
+    @abstractmethod
+    def inputs(self, case: CaseResult, device: torch.device) -> Any:
+        """Made-up tensors of the case's shape, the same in every run."""
+
+    @abstractmethod
+    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
+        """auxkern on each of these backends."""
+
+    @abstractmethod
+    def eager(self, dtype: torch.dtype) -> list[Peer]:
+        """What people write in PyTorch; ``torch.compile`` gets the first. Empty if a package is missing."""
+
+    @abstractmethod
+    def peers(self, device: torch.device) -> list[Peer]:
+        """Other libraries that are installed and run there."""
+
+    def implementations(
+        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
+    ) -> list[Implementation]:
+        """Ours on each of ``backends``, then every peer that is installed and runs there."""
+        every = self.ours(device, backends)
+        # torch.compile gives up on a function that it has compiled for many shapes.
+        torch.compiler.reset()
+        modes = {"torch.compile": "default"}
+        if device.type == "cuda":
+            # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
+            modes["compile, tuned"] = "max-autotune-no-cudagraphs"
+        eager = self.eager(dtype)
+        for name, mode in modes.items() if eager else ():
+            compiled = torch.compile(eager[0][2], mode=mode, fullgraph=True, dynamic=False)
+            eager.append((name, f'torch.compile(eager, mode="{mode}")', compiled))
+
+        def peer(name: str, description: str, function: Callable[..., Tensor]) -> Implementation:
+            return Implementation(name, description, False, lambda inputs: function(*inputs.arguments()))
+
+        return every + [peer(*one) for one in [*eager, *self.peers(device)]]
+
+    @abstractmethod
+    def exact(self, inputs: Any) -> Any:
+        """The float64 result, computed once per case."""
+
+    @abstractmethod
+    def step(self, inputs: Any, implementation: Implementation, name: str) -> Tensor:
+        """Runs the pass called ``name`` as it is timed, and returns what came out, without a graph."""
+
+    @abstractmethod
+    def check(
+        self, inputs: Any, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]
+    ) -> Errors:
+        """Errors of what the steps returned, by pass, and of the gradients that now lie in the leaves."""
+
+    @abstractmethod
+    def floors(self, inputs: Any) -> dict[str, Floor]:
+        """One floor by pass name."""
+
+
+def load(name: str) -> Operator:
+    """The operator called ``name``, one of ``auxkern.bench.cases.OPERATORS``."""
+    if name not in OPERATORS:
+        raise ValueError(f"op is {name!r}; choose one of {', '.join(OPERATORS)}")
+    operator: Operator = importlib.import_module(f"auxkern.bench.{name}").OPERATOR
+    return operator
 
 
 def reading(terms: Sequence[Tensor]) -> Floor:
@@ -86,11 +168,7 @@ def reading(terms: Sequence[Tensor]) -> Floor:
     It works on int32 views, because integer adds are never slowed by NaN or subnormal bit patterns.
     """
     words = [as_words(term.detach()) for term in terms]
-
-    def run() -> None:
-        for w in words:
-            torch.sum(w, dtype=torch.int32)
-
+    run = lambda: [torch.sum(w, dtype=torch.int32) for w in words]  # noqa: E731
     return Floor(run, sum(w.numel() * 4 for w in words))
 
 
@@ -100,61 +178,51 @@ def as_words(values: Tensor) -> Tensor:
     return flat[: flat.numel() - flat.numel() % 2].view(torch.int32)
 
 
-class Inputs(Protocol):
-    """A case's tensors."""
+def normal_logits(
+    case: CaseResult, deviations: Sequence[float], device: torch.device
+) -> tuple[list[Tensor], torch.Generator]:
+    """(N, V) normal logits with each of these standard deviations, and the generator that drew them."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    empty = [torch.empty((case.N, case.V), dtype=dtype, device=device) for _ in deviations]
+    drawn = zip(empty, deviations, strict=True)
+    return [term.normal_(0, std, generator=generator) for term, std in drawn], generator
 
-    def leaves(self) -> Sequence[Tensor]:
-        """The tensors whose gradients are asked for."""
-        ...
+
+def is_installed(package: str) -> bool:
+    """Whether Python finds ``package``; it is not imported."""
+    return importlib.util.find_spec(package) is not None
 
 
-class Operator(Protocol):
-    """Everything about one operator that a benchmark must know.
+def imported(module: str, function: str, **options: Any) -> Callable[..., Tensor]:
+    """``module.function`` with ``options``, imported at the first call.
 
-    Attributes:
-        name: one of ``auxkern.bench.cases.OPERATORS``.
-        kernel: the method that a backend must have to run it.
+    A package that cannot be imported is one failed row of the table that way.
     """
 
-    name: str
-    kernel: str
+    def call(*arguments: Tensor) -> Tensor:
+        result: Tensor = getattr(importlib.import_module(module), function)(*arguments, **options)
+        return result
 
-    def needed_bytes(self, case: Case) -> int:
-        """Memory that the hungriest implementation takes, inputs included."""
-        ...
-
-    def inputs(self, case: Case, device: torch.device) -> Any:
-        """Made-up tensors of the case's shape, the same in every run."""
-        ...
-
-    def implementations(
-        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
-    ) -> list[Implementation]:
-        """Ours on each of ``backends``, then every peer that is installed and runs there."""
-        ...
-
-    def exact(self, inputs: Any) -> Any:
-        """The float64 result, computed once per case."""
-        ...
-
-    def step(self, inputs: Any, implementation: Implementation, name: str) -> Tensor:
-        """Runs the pass called ``name`` as it is timed, and returns what came out, without a graph."""
-        ...
-
-    def check(
-        self, inputs: Any, exact: Any, implementation: Implementation, made: Mapping[str, Tensor]
-    ) -> Errors:
-        """Errors of what the steps made, by pass name, and of the gradients that now lie in the leaves."""
-        ...
-
-    def floors(self, inputs: Any) -> dict[str, Floor]:
-        """One floor by pass name."""
-        ...
+    return call
 
 
-def load(name: str) -> Operator:
-    """The operator called ``name``, one of ``auxkern.bench.cases.OPERATORS``."""
-    if name not in OPERATORS:
-        raise ValueError(f"op is {name!r}; choose one of {', '.join(OPERATORS)}")
-    operator: Operator = importlib.import_module(f"auxkern.bench.{name}").OPERATOR
-    return operator
+def warpers() -> Callable[..., Tensor]:
+    """Hugging Face's filters for one step, those that are on: (logits, temperature, top_k, ...) -> logits."""
+    from transformers.generation import logits_process as hf
+
+    none: Any = None  # token ids so far, which these warpers ignore
+
+    def warped(
+        z: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    ) -> Tensor:
+        z = hf.TemperatureLogitsWarper(temperature)(none, z)
+        if top_k:
+            z = hf.TopKLogitsWarper(top_k)(none, z)
+        if top_p < 1:
+            z = hf.TopPLogitsWarper(top_p)(none, z)
+        if min_p:
+            z = hf.MinPLogitsWarper(min_p)(none, z)
+        return z
+
+    return warped

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.bench import cross_entropy, linear, real_sampling, session
+from auxkern.bench import cross_entropy, linear, operators, sample, session
 from auxkern.bench.cases import OPERATORS
-from auxkern.bench.operators import Operator
 from auxkern.bench.results import CaseResult, Run
-from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_inputs
+from auxkern.bench.runner import NORMAL, QUICK, Effort, Progress, backends_for, measure_inputs
 from auxkern.model.smollm2 import load_smollm2
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
-from auxkern.terminal import INTERRUPTED, device_from, positive
+from auxkern.terminal import INTERRUPTED, command_parser, device_from, positive
 
 T = 16  # positions per sentence; shorter ones are padded
 LARGEST_DIFFERENCE = 1e-5
+COMPARED = ("temperature only", "top-k 50 + top-p 0.9")  # filters, of tokens
+MEASURED = "top-k 50 + top-p 0.9"
 _WORDS = range(5, 13)  # such a sentence fills most of T and seldom passes it
 _IGNORED = -100
 _MODEL = "SmolLM2 on WordNet"
@@ -74,6 +74,28 @@ class Agreement(NamedTuple):
         return worst <= LARGEST_DIFFERENCE and self.fused == self.fused
 
 
+class TokenAgreement(NamedTuple):
+    """Of so many rows, those with the reference's token, and others whose token scores alike in float32."""
+
+    rows: int
+    equal: int
+    tied: int
+
+    @property
+    def passed(self) -> bool:
+        return self.equal + self.tied == self.rows
+
+    def __str__(self) -> str:
+        return f"{self.equal} of {self.rows} tokens are the reference's, {self.tied} tie with it"
+
+
+class Positions(NamedTuple):
+    """Both models' logits (N, V) float32 at some positions."""
+
+    lm: Tensor
+    aux: Tensor
+
+
 def main(argv: list[str] | None = None) -> int:
     """Scores sentences with SmolLM2 plus a small untrained auxiliary, checks, then measures.
 
@@ -85,12 +107,26 @@ def main(argv: list[str] | None = None) -> int:
         reference's, or an implementation of auxkern fails; 2 if a package or the data is missing;
         130 after Ctrl-C.
     """
-    parser = _parser()
+    parser = command_parser("python -m auxkern.bench.real", _DESCRIPTION, _EPILOG)
+    parser.add_argument(
+        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: all)"
+    )
+    parser.add_argument("--n", type=positive, default=512, help=f"rows; {T} for each sentence (default 512)")
+    parser.add_argument(
+        "--wordnet",
+        type=Path,
+        default=DEBIAN_FOLDER,
+        metavar="DIR",
+        help=f"folder with WordNet's data files (default {DEBIAN_FOLDER})",
+    )
+    session.add_device(parser)
+    session.add_effort(parser)
+    session.add_files(parser)
     options = parser.parse_args(argv)
     session.check_files(parser, options)
     if options.n < T:
         parser.error(f"--n {options.n} is less than one sentence of {T} positions")
-    device = device_from(parser, options.device)
+    device, effort = device_from(parser, options.device), QUICK if options.quick else NORMAL
     ops = list(dict.fromkeys(options.op or OPERATORS))
     try:
         backends, notes = backends_for(device, torch.float32, options.backend)
@@ -111,55 +147,44 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(*session.head(parser.prog, argv, device))
     run.notes += notes
     # Float64 checks come first, on their own: the benchmark's check some rows of the gradient only.
-    losses = [op for op in ops if op != "sample"]
-    agreements = {(op, backend): _compare(op, batch, backend) for op in losses for backend in backends}
-    tokens = _compare_tokens(batch, samplers)
-    run.facts = _facts(batch, agreements) | real_sampling.facts(tokens)
-    measurements = [
-        _decoding(batch, samplers, options.quick)
-        if op == "sample"
-        else _measurement(op, batch, backends, options.quick)
+    agreements = {
+        (op, backend): compare(batch if op == "linear" else batch.logits, backend)
         for op in ops
+        if op != "sample"
+        for backend in backends
+    }
+    tokens = compare_tokens(every_position(*_counted(batch)), samplers) if samplers else {}
+    run.facts = _facts(batch, agreements) | token_facts(tokens)
+    inputs: dict[str, Callable[[], Any]] = {
+        "cross_entropy": lambda: _inputs(batch.logits),
+        "linear": lambda: _inputs(batch),
+        "sample": lambda: sample.inputs_of(list(last_positions(*_counted(batch))), MEASURED),
+    }
+    each = {op: samplers if op == "sample" else backends for op in ops}
+    jobs = [(op, measurement(op, _MODEL, inputs[op], device, names, effort)) for op, names in each.items()]
+    status = session.carry_out(run, jobs, options)
+    wrong = [
+        f"{op} of backend {backend} is further than {LARGEST_DIFFERENCE} from float64"
+        for (op, backend), agreement in agreements.items()
+        if not agreement.passed
     ]
-    status = session.carry_out(run, list(zip(ops, measurements, strict=True)), options)
-    wrong = [key for key, agreement in agreements.items() if not agreement.passed]
-    for op, backend in wrong:
-        print(
-            f"{parser.prog}: {op} of backend {backend} is further than {LARGEST_DIFFERENCE} from float64",
-            file=sys.stderr,
-        )
-    strange = [key for key, agreement in tokens.items() if not agreement.passed]
-    for filters, backend in strange:
-        print(f"{parser.prog}: tokens of backend {backend} differ, {filters}", file=sys.stderr)
-    return status or (1 if wrong or strange else 0)
+    wrong += [
+        f"tokens of backend {backend} differ, {filters}"
+        for (filters, backend), agreement in tokens.items()
+        if not agreement.passed
+    ]
+    for sentence in wrong:
+        print(f"{parser.prog}: {sentence}", file=sys.stderr)
+    return status or int(bool(wrong))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m auxkern.bench.real",
-        description="Real input: SmolLM2-135M's logits over WordNet's example sentences, plus those of a "
-        "small untrained auxiliary model; then the same from final hidden states and output embeddings, "
-        "and tokens drawn from these logits. Compares the fused loss with float64 and tokens with the "
-        "reference's, then measures.",
-        epilog="Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options or missing data; "
-        "130 after Ctrl-C.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: all)"
-    )
-    parser.add_argument("--n", type=positive, default=512, help=f"rows; {T} for each sentence (default 512)")
-    parser.add_argument(
-        "--wordnet",
-        type=Path,
-        default=DEBIAN_FOLDER,
-        metavar="DIR",
-        help=f"folder with WordNet's data files (default {DEBIAN_FOLDER})",
-    )
-    session.add_device(parser)
-    session.add_effort(parser)
-    session.add_files(parser)
-    return parser
+_DESCRIPTION = """\
+Real input: SmolLM2-135M's logits over WordNet's example sentences, plus those of a small untrained auxiliary
+model; then the same from final hidden states and output embeddings, and tokens drawn from these logits.
+Compares the fused loss with float64 and tokens with the reference's, then measures."""
+_EPILOG = """\
+Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options or missing data; 130 after Ctrl-C.
+"""
 
 
 def real_batch(wordnet: Path, B: int, device: torch.device) -> HeadBatch:
@@ -178,24 +203,16 @@ def real_batch(wordnet: Path, B: int, device: torch.device) -> HeadBatch:
     """
     sentences = example_sentences(wordnet, B)
     lm, tokenizer = load_smollm2()
-    encoded = tokenizer(
-        sentences,
-        padding="max_length",
-        truncation=True,
-        max_length=T,
-        padding_side="right",
-        return_tensors="pt",
-    ).to(device)
+    padded = {"padding": "max_length", "truncation": True, "max_length": T, "padding_side": "right"}
+    encoded = tokenizer(sentences, return_tensors="pt", **padded).to(device)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    aux = untrained_auxiliary(lm.config.vocab_size)
-    with torch.no_grad():
-        lm_head, aux_head = (_head(model.to(device), ids, mask) for model in (lm, aux))
+    heads = []
+    for model in (lm, untrained_auxiliary(lm.config.vocab_size)):
+        with torch.no_grad():
+            hidden = model.to(device).base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        heads.append(auxkern.Head(hidden, model.get_output_embeddings().weight.detach()))
+    lm_head, aux_head = heads
     return HeadBatch(lm_head, aux_head, ids.masked_fill(mask == 0, _IGNORED))
-
-
-def _head(model: Any, ids: Tensor, mask: Tensor) -> auxkern.Head:
-    hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-    return auxkern.Head(hidden, model.get_output_embeddings().weight.detach())
 
 
 def example_sentences(wordnet: Path, B: int) -> list[str]:
@@ -228,72 +245,35 @@ def untrained_auxiliary(V: int) -> Any:
         return LlamaForCausalLM(config).eval()
 
 
-def _compare(op: str, batch: HeadBatch, backend: str) -> Agreement:
-    return compare_heads(batch, backend) if op == "linear" else compare(batch.logits, backend)
-
-
-def compare(batch: Batch, backend: str) -> Agreement:
-    """The fused loss and its gradient for the auxiliary beside PyTorch's in float64."""
-    aux = batch.aux.detach().requires_grad_()
-    loss = auxkern.cross_entropy([batch.lm, aux], batch.ids, shift=True, backend=backend)
-    (gradient,) = torch.autograd.grad(loss, aux)
-    exact, gradient_difference, largest = _exact(batch, gradient)
-    return Agreement(
-        fused=loss.item(),
-        exact=exact,
-        loss_difference=abs(loss.item() - exact) / abs(exact),
-        gradient_difference=gradient_difference / largest,
-    )
-
-
-def compare_heads(batch: HeadBatch, backend: str) -> Agreement:
-    """The fused loss and its gradients for the auxiliary's head beside PyTorch's in float64."""
-    hidden, weight = (t.detach().clone().requires_grad_() for t in (batch.aux.hidden, batch.aux.weight))
-    terms = [batch.lm, auxkern.Head(hidden, weight)]
+def compare(batch: Batch | HeadBatch, backend: str) -> Agreement:
+    """The fused loss and its gradients for the auxiliary beside float64, in every row and id."""
+    inputs = _inputs(batch)
+    terms: list[Any] = [_in_sentences(term, batch.ids) for term in inputs.terms]
     loss = auxkern.cross_entropy(terms, batch.ids, shift=True, backend=backend)
-    gradients = torch.autograd.grad(loss, (hidden, weight))
-    exact, exact_gradients = _exact_heads(batch)
-    differences = [
-        ((ours - d).abs().max() / d.abs().max()).item()
-        for ours, d in zip(gradients, exact_gradients, strict=True)
-    ]
-    return Agreement(
-        fused=loss.item(),
-        exact=exact,
-        loss_difference=abs(loss.item() - exact) / abs(exact),
-        gradient_difference=torch.tensor(differences).max().item(),  # keeps a NaN
-    )
+    loss.backward()
+    operator: Any = linear.OPERATOR if isinstance(batch, HeadBatch) else cross_entropy.OPERATOR
+    exact = operator.exact(inputs, everything=True)
+    errors = operator.errors(inputs, exact, loss)
+    difference = abs(loss.item() - exact.loss) / abs(exact.loss)
+    return Agreement(loss.item(), exact.loss, difference, errors.values["gradient"])
 
 
-def _exact_heads(batch: HeadBatch) -> tuple[float, tuple[Tensor, Tensor]]:
-    """(float64 loss, float64 gradients of the auxiliary's hidden states and weight)."""
-    count = int((batch.ids[:, 1:] != _IGNORED).sum())
-    lm_weight = batch.lm.weight.double()
-    hidden, weight = (t.detach().double().requires_grad_() for t in (batch.aux.hidden, batch.aux.weight))
-    loss = 0.0
-    for lm_hidden, aux_hidden, ids in zip(batch.lm.hidden, hidden, batch.ids, strict=True):
-        z = lm_hidden[:-1].double() @ lm_weight.T + aux_hidden[:-1] @ weight.T
-        share = F.cross_entropy(z, ids[1:], reduction="sum") / count
-        share.backward()  # adds up over the sentences
-        loss += share.item()
-    d_hidden, d_weight = hidden.grad, weight.grad
-    if d_hidden is None or d_weight is None:
-        raise ValueError("there are no sentences to compare")
-    return loss, (d_hidden, d_weight)
+def _inputs(batch: Batch | HeadBatch) -> Any:
+    """Rows without the shift: every implementation gets next tokens as its targets."""
+    target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
+    if isinstance(batch, Batch):
+        lm, aux = (logits.flatten(0, 1).detach() for logits in (batch.lm, batch.aux))
+        return cross_entropy.CrossEntropyInputs([lm, aux.requires_grad_()], target)
+    lm, aux = (head.hidden.flatten(0, 1).detach() for head in (batch.lm, batch.aux))
+    weight = batch.aux.weight.detach().requires_grad_()
+    return linear.LinearInputs(lm, batch.lm.weight, aux.requires_grad_(), weight, target)
 
 
-def _exact(batch: Batch, gradient: Tensor) -> tuple[float, float, float]:
-    """(float64 loss, max |gradient - exact|, max |exact|), one sentence at a time."""
-    count = int((batch.ids[:, 1:] != _IGNORED).sum())
-    loss = difference = largest = 0.0
-    for lm, aux, ids, ours in zip(batch.lm, batch.aux, batch.ids, gradient, strict=True):
-        z = (lm.double() + aux.double()).requires_grad_()
-        share = F.cross_entropy(z[:-1], ids[1:], reduction="sum") / count
-        (exact,) = torch.autograd.grad(share, z)
-        loss += share.item()
-        difference = max(difference, (ours - exact).abs().max().item())
-        largest = max(largest, exact.abs().max().item())
-    return loss, difference, largest
+def _in_sentences(term: Any, ids: Tensor) -> Any:
+    """Rows (N, ...) of a term as (B, T, ...)."""
+    if isinstance(term, auxkern.Head):
+        return auxkern.Head(term.hidden.unflatten(0, ids.shape), term.weight)
+    return term.unflatten(0, ids.shape)
 
 
 def _facts(batch: HeadBatch, agreements: dict[tuple[str, str], Agreement]) -> dict[str, str]:
@@ -311,50 +291,67 @@ def _facts(batch: HeadBatch, agreements: dict[tuple[str, str], Agreement]) -> di
     return facts
 
 
-def _measurement(
-    op: str, batch: HeadBatch, backends: list[str], quick: bool
+def token_facts(agreements: dict[tuple[str, str], TokenAgreement]) -> dict[str, str]:
+    """What was compared, in words."""
+    return {f"sample, {filters}, {backend}": str(found) for (filters, backend), found in agreements.items()}
+
+
+def _counted(batch: HeadBatch) -> tuple[Tensor, Tensor, Tensor]:
+    lm, aux, ids = batch.logits
+    return lm, aux, ids != _IGNORED
+
+
+def every_position(lm: Tensor, aux: Tensor, counted: Tensor) -> Positions:
+    """The positions (B, T) of logits (B, T, V) where ``counted`` is true, in order."""
+    return Positions(lm[counted], aux[counted])
+
+
+def last_positions(lm: Tensor, aux: Tensor, counted: Tensor) -> Positions:
+    """The last position of each sequence where ``counted`` (B, T) is true: what decoding draws from."""
+    length = counted.shape[1]
+    last = (counted * torch.arange(1, length + 1, device=counted.device)).argmax(1)
+    rows = torch.arange(counted.shape[0], device=counted.device)
+    return Positions(lm[rows, last], aux[rows, last])
+
+
+def compare_tokens(positions: Positions, backends: Sequence[str]) -> dict[tuple[str, str], TokenAgreement]:
+    """Each backend's tokens beside the reference's, by (filters, backend), with those of ``COMPARED``."""
+    found = {}
+    for filters in COMPARED:
+        inputs = sample.inputs_of(list(positions), filters)
+        exact = sample.OPERATOR.exact(inputs)
+        for backend in backends:
+            tokens = sample.ours(backend).run(inputs)
+            equal, tied = (tokens == exact.tokens).sum(), sample.tied(inputs, exact, tokens).sum()
+            found[filters, backend] = TokenAgreement(tokens.numel(), int(equal), int(tied))
+    return found
+
+
+def measurement(
+    op: str,
+    model: str,
+    inputs: Callable[[], Any],
+    device: torch.device,
+    backends: Sequence[str],
+    effort: Effort,
 ) -> Callable[[Progress], CaseResult]:
+    """A job that measures an operator on two float32 terms.
+
+    Args:
+        op: its name.
+        model: what tables call the data.
+        inputs: makes them, on ``device``.
+        device, backends: of the run.
+        effort: how long to measure.
+    """
+
     def measure(progress: Progress) -> CaseResult:
-        operator: Operator = linear.OPERATOR if op == "linear" else cross_entropy.OPERATOR
-        N, V = batch.ids.numel(), batch.lm.vocabulary
-        widths = [head.weight.shape[1] for head in (batch.lm, batch.aux)] if op == "linear" else []
-        case = CaseResult(op, _MODEL, V, N, "float32", terms=2, widths=widths)
-        device = batch.ids.device
+        operator, tensors = operators.load(op), inputs()
+        case = CaseResult(op, model, dtype="float32", terms=2, **tensors.sizes)
         implementations = operator.implementations(device, torch.float32, backends)
-        effort = QUICK if quick else NORMAL
-        return measure_inputs(operator, _inputs(op, batch), case, implementations, device, effort, progress)
+        return measure_inputs(operator, tensors, case, implementations, device, effort, progress)
 
     return measure
-
-
-def _compare_tokens(
-    batch: HeadBatch, backends: list[str]
-) -> dict[tuple[str, str], real_sampling.TokenAgreement]:
-    if not backends:
-        return {}
-    lm, aux, ids = batch.logits
-    return real_sampling.compare(real_sampling.every_position(lm, aux, ids != _IGNORED), backends)
-
-
-def _decoding(batch: HeadBatch, backends: list[str], quick: bool) -> Callable[[Progress], CaseResult]:
-    lm, aux, ids = batch.logits
-    positions = real_sampling.last_positions(lm, aux, ids != _IGNORED)
-    return real_sampling.measurement(positions, _MODEL, backends, QUICK if quick else NORMAL)
-
-
-def _inputs(op: str, batch: HeadBatch) -> Any:
-    """Rows without the shift: every implementation gets next tokens as its targets."""
-    target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
-    if op == "linear":
-        return linear.LinearInputs(
-            batch.lm.hidden.flatten(0, 1),
-            batch.lm.weight,
-            batch.aux.hidden.flatten(0, 1).detach().requires_grad_(),
-            batch.aux.weight.detach().requires_grad_(),
-            target,
-        )
-    lm, aux, _ = batch.logits
-    return cross_entropy.CrossEntropyInputs([lm.flatten(0, 1), aux.flatten(0, 1).requires_grad_()], target)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from auxkern.backends import choice
 from auxkern.bench import memory
-from auxkern.bench.cases import DTYPES, Case
 from auxkern.bench.operators import Implementation, Operator
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, OtherWork, clock_for, measure_in_turns
@@ -19,12 +19,7 @@ from auxkern.bench.timing import Call, OtherWork, clock_for, measure_in_turns
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
-
-    Attributes:
-        seconds: time for the rounds of one case.
-        min_rounds, max_rounds: bounds on their number.
-    """
+    """How long to measure: seconds for the rounds of one case, and bounds on their number."""
 
     seconds: float
     min_rounds: int
@@ -78,7 +73,7 @@ def backends_for(
 
 def measure_case(
     operator: Operator,
-    case: Case,
+    case: CaseResult,
     device: torch.device,
     backends: Sequence[str] | None,
     effort: Effort,
@@ -91,97 +86,67 @@ def measure_case(
     Raises:
         ValueError, RuntimeError: see ``backends_for``.
     """
-    names, notes = backends_for(device, DTYPES[case.dtype], backends, operator.kernel)
+    dtype = getattr(torch, case.dtype)
+    names, notes = backends_for(device, dtype, backends, operator.kernel)
+    case.notes += notes
     needed, available = operator.needed_bytes(case), memory.available_bytes(device)
-    result = CaseResult(
-        case.op,
-        case.model,
-        case.V,
-        case.N,
-        case.dtype,
-        case.terms,
-        notes=notes,
-        widths=list(case.widths),
-        filters=case.filters,
-    )
     if available is not None and needed > available:
-        result.notes.append(
+        case.notes.append(
             f"Not run: it needs up to {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free. "
             "Ask for fewer rows with --n."
         )
-        return result
+        return case
     progress(0.0, "inputs")
     inputs = operator.inputs(case, device)
-    implementations = operator.implementations(device, DTYPES[case.dtype], names)
-    return measure_inputs(operator, inputs, result, implementations, device, effort, progress)
+    implementations = operator.implementations(device, dtype, names)
+    return measure_inputs(operator, inputs, case, implementations, device, effort, progress)
 
 
 def measure_inputs(
     operator: Operator,
     inputs: Any,
-    result: CaseResult,
+    case: CaseResult,
     implementations: Sequence[Implementation],
     device: torch.device,
     effort: Effort,
     progress: Progress,
 ) -> CaseResult:
-    """Fills ``result``: check, peak memory, then times in turns.
+    """Fills ``case``: check, peak memory, then times in turns.
 
     Args:
         operator: what is measured.
         inputs: its tensors, on ``device``.
-        result: describes the case; floors, results and notes are added to it.
+        case: describes them; floors, results and notes are added to it.
         implementations: what to compare.
         device: where the tensors live.
         effort: how long to measure.
         progress: told how far it is.
 
     Returns:
-        ``result``.
+        ``case``.
     """
     progress(0.05, "reference")
     exact = operator.exact(inputs)
     memory_refusal = memory.refusal(device)
     if memory_refusal:
-        result.notes.append(f"Peak memory is n/a: {memory_refusal}.")
-    extra: dict[tuple[str, str], int | None] = {}
+        case.notes.append(f"Peak memory is n/a: {memory_refusal}.")
+    drop = partial(_drop_gradients, inputs)
+    calls: dict[tuple[int, str], Call] = {}
+    extra: dict[tuple[int, str], int] = {}
     for index, implementation in enumerate(implementations):
         progress(0.1 + 0.4 * index / len(implementations), f"checking {implementation.name}")
-        row = _check(operator, inputs, exact, implementation, result)
-        result.results.append(row)
-        if row.status != "ok":
-            continue
-        for name in result.pass_names:
-            extra[implementation.name, name] = (
-                None if memory_refusal else _extra_bytes(operator, inputs, implementation, name, device)
-            )
-    good = [
-        (row, implementation)
-        for row, implementation in zip(result.results, implementations, strict=True)
-        if row.status == "ok"
-    ]
-    _time(operator, inputs, result, good, extra, device, effort, progress)
-    return result
-
-
-def _time(
-    operator: Operator,
-    inputs: Any,
-    result: CaseResult,
-    good: list[tuple[Result, Implementation]],
-    extra: dict[tuple[str, str], int | None],
-    device: torch.device,
-    effort: Effort,
-    progress: Progress,
-) -> None:
+        case.results.append(_check(operator, inputs, exact, implementation, case))
+        for name in case.pass_names if case.results[-1].status == "ok" else ():
+            call = Call(partial(operator.step, inputs, implementation, name), drop)
+            calls[index, name] = call
+            if not memory_refusal:
+                drop()
+                implementation.release()
+                extra[index, name] = memory.peak_extra_bytes(call.run, device)
     floors = operator.floors(inputs)
-    names = result.pass_names
-    keys = [(row, name) for row, _ in good for name in names]
-    calls = [_call(operator, inputs, implementation, name) for _, implementation in good for name in names]
-    calls += [Call(floor.run, before=lambda: _drop_gradients(inputs)) for floor in floors.values()]
     other_work = OtherWork()
     timings = measure_in_turns(
-        calls,
+        [*calls.values(), *(Call(floor.run, drop) for floor in floors.values())],
         clock_for(device),
         seconds=effort.seconds,
         min_rounds=effort.min_rounds,
@@ -190,69 +155,44 @@ def _time(
     )
     busy = other_work.remark() if device.type == "cpu" else None
     if busy:
-        result.notes.append(busy)
-    _drop_gradients(inputs)
-    for (row, name), timing in zip(keys, timings, strict=False):
-        row.passes[name] = Measured(timing, extra[row.name, name])
-    for (name, floor), timing in zip(floors.items(), timings[len(keys) :], strict=True):
-        result.floor[name] = timing
-        result.floor_bytes[name] = floor.bytes
-        result.floor_flops[name] = floor.flops
-    noisy = [
-        f"{row.name} ({PASS_TITLES[name]})"
-        for row, _ in good
-        for name in names
-        if row.passes[name].time.noisy
-    ]
-    noisy += [f"floor ({PASS_TITLES[name]})" for name, timing in result.floor.items() if timing.noisy]
+        case.notes.append(busy)
+    drop()
+    noisy = []
+    for (index, name), timing in zip(calls, timings, strict=False):
+        result = case.results[index]
+        result.passes[name] = Measured(timing, extra.get((index, name)))
+        noisy += [f"{result.name} ({PASS_TITLES[name]})"] if timing.noisy else []
+    for (name, floor), timing in zip(floors.items(), timings[len(calls) :], strict=True):
+        case.floor[name], case.floor_bytes[name], case.floor_flops[name] = timing, floor.bytes, floor.flops
+        noisy += [f"floor ({PASS_TITLES[name]})"] if timing.noisy else []
     if noisy:
-        result.notes.append(f"Noisy: quartiles more than 20% of the median apart for {', '.join(noisy)}.")
+        case.notes.append(f"Noisy: quartiles more than 20% of the median apart for {', '.join(noisy)}.")
+    return case
 
 
 def _check(
     operator: Operator, inputs: Any, exact: Any, implementation: Implementation, case: CaseResult
 ) -> Result:
-    row = Result(implementation.name, implementation.description, implementation.ours)
+    result = Result(implementation.name, implementation.description, implementation.ours)
     _drop_gradients(inputs)
     start = time.perf_counter()
     try:
-        made = {name: operator.step(inputs, implementation, name) for name in case.pass_names}
-        row.first_call_seconds = time.perf_counter() - start
-        errors = operator.check(inputs, exact, implementation, made)
+        outputs = {name: operator.step(inputs, implementation, name) for name in case.pass_names}
+        result.first_call_seconds = time.perf_counter() - start
+        errors = operator.check(inputs, exact, implementation, outputs)
     except Exception as error:  # a peer may raise anything; the others are still worth measuring
-        row.status = "failed"
-        row.message = _first_line(error)
-        return row
+        lines = str(error).strip().splitlines()
+        message = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        result.status, result.message = "failed", message
+        return result
     finally:
         _drop_gradients(inputs)
-    row.loss_error = errors.values.get("loss")
-    row.gradient_error = errors.values.get("gradient")
-    row.draw_error = errors.values.get("draw")
+    for name in ("loss", "gradient", "draw"):
+        setattr(result, f"{name}_error", errors.values.get(name))
     case.tolerance = errors.tolerance
     if not errors.passed:
-        row.status = "wrong"
-        row.message = str(errors)
-    return row
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _extra_bytes(
-    operator: Operator, inputs: Any, implementation: Implementation, name: str, device: torch.device
-) -> int:
-    call = _call(operator, inputs, implementation, name)
-    call.before()
-    implementation.release()
-    return memory.peak_extra_bytes(call.run, device)
-
-
-def _call(operator: Operator, inputs: Any, implementation: Implementation, name: str) -> Call:
-    return Call(
-        run=lambda: operator.step(inputs, implementation, name), before=lambda: _drop_gradients(inputs)
-    )
+        result.status, result.message = "wrong", str(errors)
+    return result
 
 
 def _drop_gradients(inputs: Any) -> None:

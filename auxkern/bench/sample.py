@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -14,9 +14,19 @@ import torch
 from torch import Tensor
 
 import auxkern
-from auxkern.bench.cases import DTYPES, FILTERS, TEMPERATURE, Case, Filters
-from auxkern.bench.operators import Errors, Floor, Implementation, reading
-from auxkern.bench.peers import compiled_peers, is_installed
+from auxkern.bench.cases import FILTERS, TEMPERATURE, Filters
+from auxkern.bench.operators import (
+    Errors,
+    Floor,
+    Implementation,
+    Operator,
+    Peer,
+    is_installed,
+    normal_logits,
+    reading,
+    warpers,
+)
+from auxkern.bench.results import CaseResult
 from auxkern.core.draws import gumbel, random_bits
 
 _CHUNK_ELEMENTS = 2**21  # of a term, taken to float64 or to the reference at a time
@@ -31,17 +41,25 @@ class SampleInputs:
     Attributes:
         terms: (N, V) logits of one dtype.
         seed: (N,) int64, another one for each row.
-        filters: what is kept.
+        filters: what is kept, a name in ``FILTERS``.
         params: the same with the temperature, for auxkern.
     """
 
     terms: list[Tensor]
     seed: Tensor
-    filters: Filters
+    filters: str
     params: auxkern.SamplingParams
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"N": self.seed.numel(), "V": self.terms[0].shape[1], "filters": self.filters}
 
     def leaves(self) -> list[Tensor]:
         return []
+
+    def arguments(self) -> tuple[list[Tensor], int, float, float]:
+        filters = FILTERS[self.filters]
+        return self.terms, filters.top_k, filters.top_p, filters.min_p
 
 
 @dataclass(frozen=True)
@@ -62,29 +80,40 @@ class Exact:
     rounding: float
 
 
-class Sample:
-    name = "sample"
-    kernel = "draw"
+class Sample(Operator):
+    kernel = "sample"
 
-    def needed_bytes(self, case: Case) -> int:
+    def needed_bytes(self, case: CaseResult) -> int:
         # Hugging Face's top-p holds the sum, the scaled sum, both sorted with int64 ids, a softmax,
         # its cumulative sum, two masks and the result, at worst at one time; the check float32.
-        return case.terms * case.term_bytes + case.N * case.V * 48 + 2**29
+        size: int = getattr(torch, case.dtype).itemsize
+        return case.N * case.V * (case.terms * size + 48) + 2**29
 
-    def inputs(self, case: Case, device: torch.device) -> SampleInputs:
+    def inputs(self, case: CaseResult, device: torch.device) -> SampleInputs:
         """The LM's logits 3 N(0, 1), the others N(0, 1)."""
-        generator = torch.Generator(device).manual_seed(0)
-        shape, dtype = (case.N, case.V), DTYPES[case.dtype]
-        terms = [
-            torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
-            for std in [3.0] + [1.0] * (case.terms - 1)
-        ]
+        terms, _ = normal_logits(case, [3.0] + [1.0] * (case.terms - 1), device)
         return inputs_of(terms, case.filters)
 
-    def implementations(
-        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
-    ) -> list[Implementation]:
-        return [ours(backend) for backend in backends] + _peers(device, dtype)
+    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
+        return [ours(backend) for backend in backends]
+
+    def eager(self, dtype: torch.dtype) -> list[Peer]:
+        """Sampling as transformers' ``generate`` does it for one step, with the filters that are on."""
+        if not is_installed("transformers"):
+            return []
+        warped = warpers()
+
+        def pipeline(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
+            z = warped(reduce(add, terms).float(), TEMPERATURE, top_k, top_p, min_p)
+            return torch.multinomial(z.softmax(-1), 1)[:, 0]
+
+        logits = "(lm + aux).float()" if dtype != torch.float32 else "lm + aux"
+        return [("eager", f"{logits}, transformers' logits warpers, softmax, torch.multinomial", pipeline)]
+
+    def peers(self, device: torch.device) -> list[Peer]:
+        call = "(lm + aux).float() / temperature, flashinfer.sampling"
+        there = device.type == "cuda" and is_installed("flashinfer")
+        return [("FlashInfer", call, _flashinfer)] if there else []
 
     def exact(self, inputs: SampleInputs) -> Exact:
         """The reference's tokens, and in float64 what the filters keep, widened by rounding.
@@ -99,16 +128,13 @@ class Sample:
         rounding = (len(inputs.terms) * eps / 2 + 4 * 2**-24) * largest / TEMPERATURE
         tokens, logprob, surprise, variance = [], [], 0.0, 0.0
         for rows in torch.arange(N, device=inputs.seed.device).split(max(1, _CHUNK_ELEMENTS // V)):
-            terms, seed = [t[rows] for t in inputs.terms], inputs.seed[rows]
-            drawn = auxkern.sample(
-                terms, inputs.params, seed=seed, position=_POSITION, backend="reference"
-            ).tokens
-            log_p = kept_logprob(_scaled(terms), inputs.filters, rounding)
+            part = SampleInputs([t[rows] for t in inputs.terms], inputs.seed[rows], "", inputs.params)
+            log_p = kept_logprob(_scaled(part.terms), FILTERS[inputs.filters], rounding)
             bits = -log_p.masked_fill(log_p == -torch.inf, 0)
             mean = (log_p.exp() * bits).sum(-1)
             surprise += mean.sum().item() / N
             variance += ((log_p.exp() * bits**2).sum(-1) - mean**2).sum().item() / N
-            tokens.append(drawn)
+            tokens.append(_draw(part, "reference"))
             logprob.append(log_p.float())
         return Exact(torch.cat(tokens), torch.cat(logprob), surprise, variance, rounding)
 
@@ -121,7 +147,7 @@ class Sample:
         inputs: SampleInputs,
         exact: Exact,
         implementation: Implementation,
-        made: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
     ) -> Errors:
         """Whether tokens are those that may come, and whether they come as often as they should.
 
@@ -131,15 +157,14 @@ class Sample:
         "surprise": |mean of -logprob over the tokens - its expectation|, in nats, which sees a
         forgotten term or temperature. Bernstein's inequality bounds it, exceeded once in e**14.
         """
-        drawn = [made["draw"]]
+        drawn = [outputs["draw"]]
         if not implementation.ours:
             more = min(_MOST_DRAWS, math.ceil(_CHECKED_TOKENS / inputs.seed.numel()))
             drawn += [self.step(inputs, implementation, "draw") for _ in range(more - 1)]
         tokens = torch.stack([t.long() for t in drawn])  # (draws, N)
         V = exact.logprob.shape[1]
         log_p = exact.logprob.gather(1, tokens.T.clamp(0, V - 1)).T.double()
-        miss = (tokens < 0) | (tokens >= V) | (log_p == -torch.inf)
-        other = miss
+        miss = other = (tokens < 0) | (tokens >= V) | (log_p == -torch.inf)
         if implementation.ours:
             other = tokens != exact.tokens
             miss = miss | (other & ~tied(inputs, exact, tokens[0])[None])
@@ -148,14 +173,9 @@ class Sample:
         n, confidence = max(1, found.numel()), 14.0
         largest = math.log(V) + confidence
         bound = math.sqrt(2 * exact.variance * confidence / n) + largest * confidence / (3 * n)
-        return Errors(
-            {
-                "draw": other.double().mean().item(),
-                "miss": miss.double().mean().item(),
-                "surprise": abs(found.mean().item() - exact.surprise) if found.numel() else math.nan,
-            },
-            tolerance={"miss": 0.0, "surprise": bound + 2 * exact.rounding},
-        )
+        surprise = abs(found.mean().item() - exact.surprise) if found.numel() else math.nan
+        shares = {"draw": other.double().mean().item(), "miss": miss.double().mean().item()}
+        return Errors(shares | {"surprise": surprise}, {"miss": 0.0, "surprise": bound + 2 * exact.rounding})
 
     def floors(self, inputs: SampleInputs) -> dict[str, Floor]:
         """Every term is read once."""
@@ -174,7 +194,7 @@ def inputs_of(terms: list[Tensor], filters: str) -> SampleInputs:
     """
     seed = torch.arange(terms[0].shape[0], device=terms[0].device)
     params = auxkern.SamplingParams(temperature=TEMPERATURE, **asdict(FILTERS[filters]))
-    return SampleInputs(terms, seed, FILTERS[filters], params)
+    return SampleInputs(terms, seed, filters, params)
 
 
 def _scaled(terms: Sequence[Tensor]) -> Tensor:
@@ -225,56 +245,13 @@ def tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
 
 def ours(backend: str) -> Implementation:
     """``auxkern.sample`` on one backend."""
-
-    def draw(inputs: SampleInputs) -> Tensor:
-        return auxkern.sample(
-            inputs.terms, inputs.params, seed=inputs.seed, position=_POSITION, backend=backend
-        ).tokens
-
     call = f'auxkern.sample([lm, aux], params, seed=seed, position=position, backend="{backend}")'
-    return Implementation(f"auxkern {backend}", call, True, draw)
+    return Implementation(f"auxkern {backend}", call, True, partial(_draw, backend=backend))
 
 
-def _of_filters(function: Callable[..., Tensor]) -> Callable[[SampleInputs], Tensor]:
-    def draw(inputs: SampleInputs) -> Tensor:
-        filters = inputs.filters
-        return function(inputs.terms, filters.top_k, filters.top_p, filters.min_p)
-
-    return draw
-
-
-def _peers(device: torch.device, dtype: torch.dtype) -> list[Implementation]:
-    # Fresh functions: torch.compile gives up on one that it has compiled for many shapes.
-    torch.compiler.reset()
-    peers: list[Implementation] = []
-    if is_installed("transformers"):
-        pipeline = _hugging_face()
-        logits = "(lm + aux).float()" if dtype != torch.float32 else "lm + aux"
-        call = f"{logits}, transformers' logits warpers, softmax, torch.multinomial"
-        peers.append(Implementation("eager", call, False, _of_filters(pipeline)))
-        peers += compiled_peers(pipeline, device, _of_filters)
-    if device.type == "cuda" and is_installed("flashinfer"):
-        call = "(lm + aux).float() / temperature, flashinfer.sampling"
-        peers.append(Implementation("FlashInfer", call, False, _of_filters(_flashinfer)))
-    return peers
-
-
-def _hugging_face() -> Callable[..., Tensor]:
-    """Sampling as transformers' ``generate`` does it for one step, with the filters that are on."""
-    from transformers.generation import logits_process as warpers
-
-    def pipeline(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
-        none: Any = None  # token ids so far, which these warpers ignore
-        z = warpers.TemperatureLogitsWarper(TEMPERATURE)(none, reduce(add, terms).float())
-        if top_k:
-            z = warpers.TopKLogitsWarper(top_k)(none, z)
-        if top_p < 1:
-            z = warpers.TopPLogitsWarper(top_p)(none, z)
-        if min_p:
-            z = warpers.MinPLogitsWarper(min_p)(none, z)
-        return torch.multinomial(z.softmax(-1), 1)[:, 0]
-
-    return pipeline
+def _draw(inputs: SampleInputs, backend: str) -> Tensor:
+    options: dict[str, Any] = {"seed": inputs.seed, "position": _POSITION, "backend": backend}
+    return auxkern.sample(inputs.terms, inputs.params, **options).tokens
 
 
 def _flashinfer(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:

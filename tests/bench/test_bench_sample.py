@@ -15,7 +15,7 @@ from transformers.generation import logits_process as warpers
 
 import auxkern
 from auxkern.bench import __main__ as bench
-from auxkern.bench import real_sampling, report, tables
+from auxkern.bench import real, report, sample, tables
 from auxkern.bench.cases import FILTERS, TEMPERATURE, VOCABULARIES, Case, Filters, select_cases
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Measured, Result, Run, Timing
@@ -305,27 +305,30 @@ def real_logits():
 
 def test_decoding_draws_from_the_last_position_that_is_not_padding():
     lm, aux, counted = real_logits()
-    last = real_sampling.last_positions(lm, aux, counted)
+    last = real.last_positions(lm, aux, counted)
     assert torch.equal(last.lm, torch.stack([lm[0, 4], lm[1, 2], lm[2, 0]]))
     assert torch.equal(last.aux, torch.stack([aux[0, 4], aux[1, 2], aux[2, 0]]))
-    assert real_sampling.every_position(lm, aux, counted).lm.shape == (9, 40)
+    assert real.every_position(lm, aux, counted).lm.shape == (9, 40)
 
 
 def test_real_tokens_are_compared_with_the_references(monkeypatch):
-    positions = real_sampling.every_position(*real_logits())
-    found = real_sampling.compare(positions, ["reference"])
-    assert set(found) == {(filters, "reference") for filters in real_sampling.COMPARED}
+    positions = real.every_position(*real_logits())
+    found = real.compare_tokens(positions, ["reference"])
+    assert set(found) == {(filters, "reference") for filters in real.COMPARED}
     assert all(agreement == (9, 9, 0) and agreement.passed for agreement in found.values())
-    assert "9 of 9 tokens" in real_sampling.facts(found)["sample, temperature only, reference"]
+    assert "9 of 9 tokens" in real.token_facts(found)["sample, temperature only, reference"]
 
-    monkeypatch.setattr(real_sampling, "ours", lambda backend: drawing(other_position, mine=True))
-    assert not all(agreement.passed for agreement in real_sampling.compare(positions, ["other"]).values())
+    monkeypatch.setattr(sample, "ours", lambda backend: drawing(other_position, mine=True))
+    assert not all(agreement.passed for agreement in real.compare_tokens(positions, ["other"]).values())
 
 
 def test_real_decoding_is_measured(monkeypatch):
     peers = [ours("reference"), pipeline()]
     monkeypatch.setattr(OPERATOR, "implementations", lambda *arguments: peers)
-    positions = real_sampling.last_positions(*real_logits())
-    case = real_sampling.measurement(positions, "made up", ["reference"], SHORT)(lambda share, doing: None)
+    positions = real.last_positions(*real_logits())
+    measure = real.measurement(
+        "sample", "made up", lambda: inputs_of([*positions], real.MEASURED), CPU, ["reference"], SHORT
+    )
+    case = measure(lambda share, doing: None)
     assert case.title == f"sample · made up · V 40 · N 3 · float32 · {BOTH}"
     assert all(result.status == "ok" and set(result.passes) == {"draw"} for result in case.results)

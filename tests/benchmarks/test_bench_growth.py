@@ -62,9 +62,9 @@ def test_results_of_another_machine_are_left_alone(tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_left_out_with_a_note(tmp_path, monkeypatch, capsys):
-    needed = growth.needed_bytes
+    needed = growth.OPERATOR.needed_bytes
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**31)
-    monkeypatch.setattr(growth, "needed_bytes", lambda N, *rest: 2**40 if N == 4 else needed(N, *rest))
+    monkeypatch.setattr(growth.OPERATOR, "needed_bytes", lambda case: 2**40 if case.N == 4 else needed(case))
     path = tmp_path / "growth.json"
     assert measured(path) == 0
     cases = Run.from_json(path.read_text()).cases
