@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from auxkern.bench import memory, session
-from auxkern.bench.linear import OPERATOR
+from auxkern.bench.losses import LINEAR as OPERATOR
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
 from auxkern.core.files import replace_file
@@ -157,7 +157,7 @@ def _measurement(point: Point, dtype_name: str, device: torch.device) -> Any:
             implementations = [implementation for implementation in implementations if implementation.ours]
             case.notes.append("Eager PyTorch does not fit.")
         inputs = OPERATOR.inputs(case, device)
-        return measure_inputs(OPERATOR, inputs, case, implementations, device, _EFFORT, progress)
+        return measure_inputs(inputs, case, implementations, device, _EFFORT, progress)
 
     return measure
 

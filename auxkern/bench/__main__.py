@@ -7,11 +7,10 @@ import sys
 
 import torch
 
-from auxkern.bench import operators, session
+from auxkern.bench import session
 from auxkern.bench.cases import (
     DTYPES,
     FILTERS,
-    OPERATORS,
     TEMPERATURE,
     VOCABULARIES,
     WIDTHS,
@@ -20,7 +19,7 @@ from auxkern.bench.cases import (
 )
 from auxkern.bench.operators import is_installed
 from auxkern.bench.results import CaseResult, Run
-from auxkern.bench.runner import NORMAL, QUICK, Progress, backends_for, measure_case
+from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, Progress, backends_for, measure_case
 from auxkern.core.terms import MAX_TERMS
 from auxkern.terminal import device_from, positive
 
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         for op, dtype in {(case.op, case.dtype) for case in cases}:
-            backends_for(device, getattr(torch, dtype), options.backend, operators.load(op).kernel)
+            backends_for(device, getattr(torch, dtype), options.backend, OPERATORS[op].kernel)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     run = Run(*session.head(parser.prog, argv, device))
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 def _job(case: Case, device: torch.device, options: argparse.Namespace) -> session.Job:
     def measure(progress: Progress) -> CaseResult:
         effort = QUICK if options.quick else NORMAL
-        return measure_case(operators.load(case.op), case.result(), device, options.backend, effort, progress)
+        return measure_case(case.result(), device, options.backend, effort, progress)
 
     return str(case), measure
 

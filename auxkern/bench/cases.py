@@ -13,7 +13,6 @@ VOCABULARIES = {"gpt2": 50_257, "llama3": 128_256, "gemma": 262_144, "smollm2": 
 DTYPES = ("float32", "bfloat16", "float16")
 # D of the LM's head and of the auxiliary's.
 WIDTHS = {"gpt2": (768, 256), "llama3": (4096, 512), "gemma": (2304, 256), "smollm2": (576, 256)}
-OPERATORS = ("cross_entropy", "linear", "sample")
 TEMPERATURE = 0.8  # of every draw
 
 
@@ -41,7 +40,7 @@ class Case:
     """One line of work.
 
     Attributes:
-        op: a name in ``OPERATORS``.
+        op: a name in ``runner.OPERATORS``.
         model: a name in ``VOCABULARIES``.
         N: rows.
         dtype: a name in ``DTYPES``, of every term.
@@ -147,7 +146,7 @@ def select_cases(
 
     Args:
         device_type: "cpu" or "cuda".
-        ops: names in ``OPERATORS``; cross_entropy when None.
+        ops: names in ``runner.OPERATORS``; cross_entropy when None.
         models, dtypes: names in ``VOCABULARIES``, ``DTYPES``.
         rows: numbers of rows.
         terms: number of terms; linear has 2 in any case.

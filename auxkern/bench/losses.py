@@ -1,19 +1,101 @@
-"""What the benchmarks of losses have in common: their two passes, and how both are checked."""
+"""The benchmarks of ``auxkern.cross_entropy``: on logits, and on two output heads."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.bench.operators import Errors, Implementation, Operator
+from auxkern.bench import operators
+from auxkern.bench.operators import Errors, Floor, Implementation, Operator, Peer, imported, is_installed
+from auxkern.bench.results import CaseResult
+
+_CHECKED_ELEMENTS = 2**23  # of the logits' gradient; all of it if it is smaller
+_CHECKED_ROWS = 64  # of d_hidden
+_CHECKED_IDS = 512  # of d_weight, beside the targets of the checked rows
+_CONVERTED_IDS = 8192  # rows of a weight taken to float64 at a time
+_F, _CCE, _LINEAR = "torch.nn.functional", "cut_cross_entropy", "linear_cross_entropy"
+
+
+@dataclass(frozen=True)
+class CrossEntropyInputs:
+    """Terms (N, V) of one dtype, of which the last requires grad, and (N,) int64 targets.
+
+    Targets of -100 do not count.
+    """
+
+    terms: list[Tensor]
+    target: Tensor
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"N": self.target.numel(), "V": self.terms[0].shape[-1]}
+
+    def leaves(self) -> list[Tensor]:
+        return [term for term in self.terms if term.requires_grad]
+
+    def frozen(self) -> list[Tensor]:
+        return self.terms[:-1]
+
+    def arguments(self) -> tuple[list[Tensor], Tensor]:
+        return self.terms, self.target
+
+    def logits(self, rows: Tensor) -> Tensor:
+        return reduce(add, (term.detach()[rows].double() for term in self.terms))
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """A frozen head and one whose hidden states and weight require grad.
+
+    Attributes:
+        lm_hidden, lm_weight: (N, D_lm), (V, D_lm), frozen.
+        aux_hidden, aux_weight: (N, D_aux), (V, D_aux) leaves that require grad.
+        target: (N,) int64 ids; -100 does not count.
+    """
+
+    lm_hidden: Tensor
+    lm_weight: Tensor
+    aux_hidden: Tensor
+    aux_weight: Tensor
+    target: Tensor
+
+    @property
+    def terms(self) -> list[auxkern.Head]:
+        return [auxkern.Head(self.lm_hidden, self.lm_weight), auxkern.Head(self.aux_hidden, self.aux_weight)]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        widths = [self.lm_weight.shape[1], self.aux_weight.shape[1]]
+        return {"N": self.target.numel(), "V": self.lm_weight.shape[0], "widths": widths}
+
+    def leaves(self) -> list[Tensor]:
+        return [self.aux_hidden, self.aux_weight]
+
+    def frozen(self) -> list[Tensor]:
+        return [self.lm_hidden, self.lm_weight]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.lm_hidden, self.lm_weight, self.aux_hidden, self.aux_weight, self.target
+
+    arguments = tensors
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Weights are converted piece by piece."""
+        hidden = torch.cat([self.lm_hidden.detach()[rows], self.aux_hidden.detach()[rows]], 1).double()
+        weights = zip(*(w.split(_CONVERTED_IDS) for w in (self.lm_weight, self.aux_weight)), strict=True)
+        z = torch.empty((rows.numel(), self.lm_weight.shape[0]), dtype=torch.float64, device=rows.device)
+        for pair, out in zip(weights, z.split(_CONVERTED_IDS, 1), strict=True):
+            out.copy_(hidden @ torch.cat([part.detach() for part in pair], 1).double().T)
+        return z
 
 
 @dataclass
@@ -23,7 +105,7 @@ class Exact:
     Attributes:
         loss: mean over the rows that count.
         largest_logit: max |z| of those.
-        summed: the longest sum that an element of a gradient or the loss of a row is.
+        summed: the longest sum that the loss of a row or an element of a gradient is.
         rows: (R,) that have their ``gradient`` (R, V) of logits or ``d_hidden`` (R, D) of a head here.
         ids: (I,) that have their ``d_weight`` (I, D) here.
     """
@@ -47,12 +129,12 @@ class LossOperator(Operator):
     """An operator whose implementations return a 0-d loss, measured forward and with its backward.
 
     Its inputs also have ``terms``, the last of which is trained; ``target`` (N,), -100 is ignored;
-    ``frozen()``, what gets no gradient; ``V``; ``logits(rows)``, (C, V) in float64; and ``chunk``, how many
-    of these are made at a time.
+    ``frozen()``, what gets no gradient; and ``logits(rows)``, (C, V) in float64.
     """
 
     kernel = "cross_entropy_forward"
     call: str  # the terms of a call, for legends
+    chunk: int  # elements of float64 logits that are made at a time
 
     def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
         return [
@@ -60,7 +142,7 @@ class LossOperator(Operator):
                 f"auxkern {backend}",
                 f'auxkern.cross_entropy({self.call}, y, backend="{backend}")',
                 True,
-                partial(fused, backend=backend),
+                partial(_fused, backend=backend),
             )
             for backend in backends
         ]
@@ -73,12 +155,38 @@ class LossOperator(Operator):
         loss.backward()
         return loss.detach()
 
-    @abstractmethod
     def exact(self, inputs: Any, everything: bool = False) -> Exact:
-        """The float64 loss over all rows, and gradients of evenly spaced rows (and ids), or of all.
+        """The float64 loss over all rows, and gradients of evenly spaced rows and ids, or of all.
 
-        A check of every gradient element in float64 would take longer than the measurement.
+        A check of every gradient element in float64 would take longer than the measurement. The
+        targets of the checked rows are among the ids: there d_weight is largest.
         """
+        target, N, V = inputs.target, inputs.sizes["N"], inputs.sizes["V"]
+        counted, chunk = (target >= 0).nonzero()[:, 0], max(1, self.chunk // V)
+        head = inputs.leaves() if "widths" in inputs.sizes else None
+        checked = _CHECKED_ROWS if head else max(2, _CHECKED_ELEMENTS // V)
+        rows = _evenly_spaced(N, N if everything else checked, target.device)
+        ids = torch.cat([_evenly_spaced(V, V if everything else _CHECKED_IDS, target.device), target[rows]])
+        ids = ids[ids >= 0].unique()
+
+        total, largest, d_weight = 0.0, 0.0, torch.zeros((), dtype=torch.float64, device=target.device)
+        for part in counted.split(chunk):
+            z, y = inputs.logits(part), target[part]
+            total += F.cross_entropy(z, y, reduction="sum").item()
+            largest = max(largest, z.abs().max().item())
+            if head:
+                dz = z.softmax(-1)[:, ids] - (ids == y[:, None]).double()
+                d_weight = d_weight + dz.T @ head[0].detach()[part].double()
+        count, parts = max(1, counted.numel()), []
+        for part in rows.split(chunk):
+            dz = inputs.logits(part).softmax(-1)
+            dz[torch.arange(part.numel(), device=part.device), target[part].clamp(min=0)] -= 1
+            dz.mul_((target[part] >= 0)[:, None]).div_(count)
+            parts.append(_times_weight(dz, head[1].detach()) if head else dz)
+        found, total = torch.cat(parts) if len(parts) > 1 else parts[0], total / count
+        if head is None:
+            return Exact(total, largest, V, rows, found)
+        return Exact(total, largest, max(V, N), rows, d_hidden=found, ids=ids, d_weight=d_weight / count)
 
     def check(
         self, inputs: Any, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]
@@ -97,55 +205,251 @@ class LossOperator(Operator):
         probability by that share; code that returns the loss in it rounds each row and their mean. Both
         are common, so they pass, as what they are: the error column shows them.
         """
-        leaves = inputs.leaves()
-        if any(leaf.grad is None for leaf in leaves):
-            raise RuntimeError("the last term, in all its tensors, must have a gradient")
+        leaves, gradients = inputs.leaves(), []
         if any(tensor.grad is not None for tensor in inputs.frozen()):
             raise RuntimeError("the last term, and only it, must have a gradient; the others are frozen")
-        gradient = _worst(
-            _relative(leaf.grad, index, values)
-            for leaf, (index, values) in zip(leaves, exact.by_leaf(), strict=True)
-        )
+        for leaf, (index, values) in zip(leaves, exact.by_leaf(), strict=True):
+            if leaf.grad is None:
+                raise RuntimeError("the last term, in all its tensors, must have a gradient")
+            difference = (leaf.grad[index].double() - values).abs().max().item()
+            gradients.append(difference / (values.abs().max().item() or 1.0))
         summation = 4 * 2**-24 * math.sqrt(exact.summed)
         eps = torch.finfo(leaves[0].dtype).eps  # 2 u
+        relative = abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss))
         return Errors(
-            {"loss": abs(loss.item() - exact.loss) / max(1.0, abs(exact.loss)), "gradient": gradient},
+            {"loss": relative, "gradient": _worst(gradients)},
             {"loss": summation + 2 * eps, "gradient": summation + eps / 2 * (1 + exact.largest_logit)},
         )
 
 
-def fused(inputs: Any, **options: Any) -> Tensor:
-    """Ours."""
+class CrossEntropy(LossOperator):
+    call = "[lm, aux]"
+    chunk = 2**22
+
+    def needed_bytes(self, case: CaseResult) -> int:
+        # Eager holds the sum, its float32 copy, the log-softmax, two gradients in float32 and
+        # one in the term's dtype, at worst at one time.
+        return case.N * case.V * ((case.terms + 2) * operators.dtype_of(case).itemsize + 4 * 4)
+
+    def inputs(self, case: CaseResult, device: torch.device) -> CrossEntropyInputs:
+        """Frozen terms 3 N(0, 1), the trained one N(0, 1), targets uniform; no padding."""
+        shapes = [((case.N, case.V), std) for std in [3.0] * (case.terms - 1) + [1.0]]
+        terms, generator = operators.normal(shapes, operators.dtype_of(case), device)
+        terms[-1].requires_grad_()
+        target = torch.randint(case.V, (case.N,), generator=generator, device=device)
+        return CrossEntropyInputs(terms, target)
+
+    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
+        every = super().ours(device, backends)
+        if device.type == "cpu" and "cpu" in backends:
+            memory = auxkern.GradientMemory()
+            call = "the same with gradient_memory=auxkern.GradientMemory() kept over calls"
+            run = partial(_fused, gradient_memory=memory, backend="cpu")
+            every.append(Implementation("auxkern cpu, memory kept", call, True, run, memory.release))
+        return every
+
+    def eager(self, dtype: torch.dtype) -> list[Peer]:
+        logits = "lm + aux" if dtype == torch.float32 else "(lm + aux).float()"
+        widened = _of_sum(lambda z, target: F.cross_entropy(z.float(), target))
+        peers = [("eager", f"F.cross_entropy({logits}, y), as transformers' loss", widened)]
+        if dtype != torch.float32:
+            call = "F.cross_entropy(lm + aux, y): loss in the terms' dtype"
+            peers.append(("eager half", call, _of_sum(F.cross_entropy)))
+        return peers
+
+    def peers(self, device: torch.device) -> list[Peer]:
+        """On one tensor of logits; the sum is written for them, as a user would."""
+        known = [
+            ("Liger", "liger_kernel", "liger_kernel.transformers.functional", "liger_cross_entropy"),
+            ("QuACK", "quack", "quack.cross_entropy", "cross_entropy"),
+        ]
+        return [
+            (name, f"{module}.{call}(lm + aux, y)", _of_sum(imported(module, call, reduction="mean")))
+            for name, package, module, call in known
+            if device.type == "cuda" and is_installed(package)
+        ]
+
+    def floors(self, inputs: CrossEntropyInputs) -> dict[str, Floor]:
+        """Forward reads every term once; a backward reads them again and writes one gradient.
+
+        Rows that are ignored are not read, but their gradient is written. The calls below move
+        these bytes and no others, in buffers that exist already.
+        """
+        counted = inputs.target >= 0
+        every_row = bool(counted.all())
+        terms = [t.detach() if every_row else t.detach()[counted] for t in inputs.terms]
+        words, forward = [operators.as_words(t) for t in terms], operators.reading(terms)
+        out = torch.zeros_like(operators.as_words(inputs.terms[-1].detach()))
+        total, rest = out[: words[-1].numel()], out[words[-1].numel() :]
+
+        def forward_backward() -> None:
+            forward.run()
+            for w in words[:-2]:
+                torch.sum(w, dtype=torch.int32)
+            torch.add(words[-1], words[-2] if len(words) > 1 else 1, out=total)
+            rest.zero_()
+
+        both = Floor(forward_backward, 2 * forward.bytes + out.numel() * 4)
+        return {"forward": forward, "forward_backward": both}
+
+
+class Linear(LossOperator):
+    call = "[Head(h_lm, W_lm), Head(h_aux, W_aux)]"
+    chunk = 2**26
+
+    def needed_bytes(self, case: CaseResult) -> int:
+        # Beside the inputs these are eager's two products, their sum, its float32 copy, the log-softmax and
+        # gradients; the concatenated weight of the peers, its gradient, and their float32 sums of it.
+        size = operators.dtype_of(case).itemsize
+        return case.N * case.V * (3 * size + 4 * 4) + (case.V + case.N) * sum(case.widths) * (3 * size + 4)
+
+    def inputs(self, case: CaseResult, device: torch.device) -> LinearInputs:
+        """Logits of the LM 3 N(0, 1), of the auxiliary N(0, 1), targets uniform; no padding."""
+        scales = zip(case.widths, (3.0, 1.0), strict=True)
+        shapes = [
+            shape for D, std in scales for shape in (((case.N, D), 1.0), ((case.V, D), std / math.sqrt(D)))
+        ]
+        tensors, generator = operators.normal(shapes, operators.dtype_of(case), device)
+        h_lm, W_lm, h_aux, W_aux = tensors
+        target = torch.randint(case.V, (case.N,), generator=generator, device=device)
+        return LinearInputs(h_lm, W_lm, h_aux.requires_grad_(), W_aux.requires_grad_(), target)
+
+    def eager(self, dtype: torch.dtype) -> list[Peer]:
+        def eager(h_lm: Tensor, W_lm: Tensor, h_aux: Tensor, W_aux: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy((h_lm @ W_lm.T + h_aux @ W_aux.T).float(), target)
+
+        logits = "h_lm @ W_lm.T + h_aux @ W_aux.T"
+        call = logits if dtype == torch.float32 else f"({logits}).float()"
+        return [("eager", f"F.cross_entropy({call}, y)", eager)]
+
+    def peers(self, device: torch.device) -> list[Peer]:
+        """Libraries whose fused loss has one head; they make all D columns of both gradients."""
+        # (name, package, module, function, options, how they are written)
+        cce = "cce" if device.type == "cuda" else "torch_compile"
+        known: list[tuple[str, str, str, str, dict[str, Any], str]] = [
+            ("Cut Cross-Entropy", _CCE, _CCE, _LINEAR, {"impl": cce}, f', impl="{cce}"')
+        ]
+        if device.type == "cuda":
+            liger = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+            quack = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+            known += [("Liger", "liger_kernel", *liger, {}, ""), ("QuACK", "quack", *quack, {}, "")]
+        # Younger than the oldest torch that is supported.
+        if hasattr(F, _LINEAR) and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            # On a CPU its own choice is chunks of a few rows, five times slower than 256 (N 512, D 832,
+            # V 49,152, torch 2.13: 4.1 s and 0.86 s; in one piece 1.04 s). On a GPU its choice stands.
+            rows: dict[str, Any] = {"batch_chunk_size": 256, "chunking_method": None}
+            rows = rows if device.type == "cpu" else {}
+            words = ", ".join(f"{name}={value}" for name, value in rows.items())
+            options = {"options": torch.nn.LinearCrossEntropyOptions(**rows)}
+            words = f", options=LinearCrossEntropyOptions({words})"
+            known.insert(0, ("F.linear_cross_entropy", "torch", _F, _LINEAR, options, words))
+        whole = _WholeWeight()
+        return [
+            (
+                name,
+                f"{module}.{function}(cat(h_lm, h_aux), cat(W_lm, W_aux), y{words})".replace(_F, "F"),
+                _one_head(imported(module, function, **options), whole),
+            )
+            for name, package, module, function, options, words in known
+            if is_installed(package)
+        ]
+
+    def floors(self, inputs: LinearInputs) -> dict[str, Floor]:
+        """The bare matrix products over all rows that count, in one piece, in buffers that exist.
+
+        Forward: both heads' logits. A backward adds d_hidden and d_weight of the auxiliary.
+        """
+        counted = inputs.target >= 0
+        h_lm, W_lm, h_aux, W_aux, _ = (t.detach() for t in inputs.tensors())
+        if not bool(counted.all()):
+            h_lm, h_aux = h_lm[counted], h_aux[counted]
+        N, V, D_lm, D_aux = h_lm.shape[0], W_lm.shape[0], W_lm.shape[1], W_aux.shape[1]
+        z = torch.zeros((N, V), dtype=W_aux.dtype, device=W_aux.device)
+        d_hidden, d_weight = torch.zeros_like(h_aux), torch.zeros_like(W_aux)
+
+        def forward() -> None:
+            torch.mm(h_lm, W_lm.T, out=z)
+            z.addmm_(h_aux, W_aux.T)
+
+        def forward_backward() -> None:
+            forward()
+            torch.mm(z, W_aux, out=d_hidden)
+            torch.mm(z.T, h_aux, out=d_weight)
+
+        return {
+            "forward": Floor(forward, flops=2 * N * V * (D_lm + D_aux)),
+            "forward_backward": Floor(forward_backward, flops=2 * N * V * (D_lm + 3 * D_aux)),
+        }
+
+
+CROSS_ENTROPY, LINEAR = CrossEntropy(), Linear()
+
+
+def _fused(inputs: Any, **options: Any) -> Tensor:
     loss: Tensor = auxkern.cross_entropy(inputs.terms, inputs.target, **options)
     return loss
 
 
-def counted_rows(inputs: Any) -> Tensor:
-    """Whose target is not -100."""
-    return (inputs.target >= 0).nonzero()[:, 0]
+def _of_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda terms, target: function(reduce(add, terms), target)
 
 
-def d_logits(inputs: Any, rows: Tensor) -> Tensor:
-    """(C, V) float64 gradient of the sum of the losses for some rows' logits; 0 where a row is ignored."""
-    target = inputs.target[rows]
-    dz = inputs.logits(rows).softmax(-1)
-    dz[torch.arange(rows.numel(), device=rows.device), target.clamp(min=0)] -= 1
-    return dz.mul_((target >= 0)[:, None])
-
-
-def evenly_spaced(size: int, count: int, device: torch.device) -> Tensor:
-    """At most ``count`` of the integers below ``size``, in order."""
+def _evenly_spaced(size: int, count: int, device: torch.device) -> Tensor:
     ends = torch.linspace(0, size - 1, min(size, count), device=device, dtype=torch.float64)
     return ends.round().long().unique()
 
 
-def _relative(gradient: Tensor | None, index: Tensor | None, exact: Tensor) -> float:
-    if gradient is None:
-        return math.nan
-    largest = exact.abs().max().item() or 1.0
-    return (gradient[index].double() - exact).abs().max().item() / largest
+def _times_weight(dz: Tensor, weight: Tensor) -> Tensor:
+    parts = zip(dz.split(_CONVERTED_IDS, 1), weight.split(_CONVERTED_IDS), strict=True)
+    return reduce(add, (columns @ part.double() for columns, part in parts))
 
 
-def _worst(errors: Any) -> float:
+def _worst(errors: Iterable[float]) -> float:
     # max() would lose a NaN that is not its first argument.
     return float(torch.tensor(list(errors), dtype=torch.float64).max())
+
+
+class _Concatenated(torch.autograd.Function):
+    """(V, D_lm + D_aux) of a frozen (V, D_lm) and a trained (V, D_aux) weight.
+
+    The frozen half is in ``whole`` already; only the trained half is copied in, and only it gets a
+    gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, aux_weight: Tensor, whole: Tensor) -> Tensor:
+        ctx.D_aux = aux_weight.shape[1]
+        whole[:, -ctx.D_aux :] = aux_weight
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, d_whole: Tensor) -> tuple[Tensor, None]:
+        return d_whole[:, -ctx.D_aux :], None
+
+
+class _WholeWeight:
+    """The concatenated weights of a case, made once, as one would who trains with such a library.
+
+    All peers share it, since they run in turns and each has ended its backward before the next.
+    """
+
+    def __init__(self) -> None:
+        self._lm_weight: Tensor | None = None
+        self._whole: Tensor | None = None
+
+    def of(self, lm_weight: Tensor, aux_weight: Tensor) -> Tensor:
+        """(V, D_lm + D_aux), connected to ``aux_weight``."""
+        if self._whole is None or self._lm_weight is not lm_weight:
+            self._lm_weight = lm_weight
+            self._whole = torch.cat([lm_weight, aux_weight.detach()], 1)
+        weight: Tensor = _Concatenated.apply(aux_weight, self._whole)
+        return weight
+
+
+def _one_head(function: Callable[..., Tensor], whole: _WholeWeight) -> Callable[..., Tensor]:
+    """``function(hidden, weight, target)`` of a library with one head, on the concatenated heads."""
+
+    def loss(h_lm: Tensor, W_lm: Tensor, h_aux: Tensor, W_aux: Tensor, target: Tensor) -> Tensor:
+        return function(torch.cat([h_lm, h_aux], 1), whole.of(W_lm, W_aux), target)
+
+    return loss

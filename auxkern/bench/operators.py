@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.bench.cases import OPERATORS
 from auxkern.bench.results import CaseResult
 
 
@@ -114,27 +113,6 @@ class Operator(ABC):
     def peers(self, device: torch.device) -> list[Peer]:
         """Other libraries that are installed and run there."""
 
-    def implementations(
-        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
-    ) -> list[Implementation]:
-        """Ours on each of ``backends``, then every peer that is installed and runs there."""
-        every = self.ours(device, backends)
-        # torch.compile gives up on a function that it has compiled for many shapes.
-        torch.compiler.reset()
-        modes = {"torch.compile": "default"}
-        if device.type == "cuda":
-            # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
-            modes["compile, tuned"] = "max-autotune-no-cudagraphs"
-        eager = self.eager(dtype)
-        for name, mode in modes.items() if eager else ():
-            compiled = torch.compile(eager[0][2], mode=mode, fullgraph=True, dynamic=False)
-            eager.append((name, f'torch.compile(eager, mode="{mode}")', compiled))
-
-        def peer(name: str, description: str, function: Callable[..., Tensor]) -> Implementation:
-            return Implementation(name, description, False, lambda inputs: function(*inputs.arguments()))
-
-        return every + [peer(*one) for one in [*eager, *self.peers(device)]]
-
     @abstractmethod
     def exact(self, inputs: Any) -> Any:
         """The float64 result, computed once per case."""
@@ -153,13 +131,25 @@ class Operator(ABC):
     def floors(self, inputs: Any) -> dict[str, Floor]:
         """One floor by pass name."""
 
+    def implementations(
+        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
+    ) -> list[Implementation]:
+        """Ours on each of ``backends``, then every peer that is installed and runs there."""
+        # torch.compile gives up on a function that it has compiled for many shapes.
+        torch.compiler.reset()
+        modes = {"torch.compile": "default"}
+        if device.type == "cuda":
+            # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
+            modes["compile, tuned"] = "max-autotune-no-cudagraphs"
+        eager = self.eager(dtype)
+        for name, mode in modes.items() if eager else ():
+            compiled = torch.compile(eager[0][2], mode=mode, fullgraph=True, dynamic=False)
+            eager.append((name, f'torch.compile(eager, mode="{mode}")', compiled))
 
-def load(name: str) -> Operator:
-    """The operator called ``name``, one of ``auxkern.bench.cases.OPERATORS``."""
-    if name not in OPERATORS:
-        raise ValueError(f"op is {name!r}; choose one of {', '.join(OPERATORS)}")
-    operator: Operator = importlib.import_module(f"auxkern.bench.{name}").OPERATOR
-    return operator
+        def peer(name: str, description: str, function: Callable[..., Tensor]) -> Implementation:
+            return Implementation(name, description, False, lambda inputs: function(*inputs.arguments()))
+
+        return self.ours(device, backends) + [peer(*one) for one in [*eager, *self.peers(device)]]
 
 
 def reading(terms: Sequence[Tensor]) -> Floor:
@@ -178,15 +168,21 @@ def as_words(values: Tensor) -> Tensor:
     return flat[: flat.numel() - flat.numel() % 2].view(torch.int32)
 
 
-def normal_logits(
-    case: CaseResult, deviations: Sequence[float], device: torch.device
-) -> tuple[list[Tensor], torch.Generator]:
-    """(N, V) normal logits with each of these standard deviations, and the generator that drew them."""
-    generator = torch.Generator(device).manual_seed(0)
+def dtype_of(case: CaseResult) -> torch.dtype:
+    """Of every term."""
     dtype: torch.dtype = getattr(torch, case.dtype)
-    empty = [torch.empty((case.N, case.V), dtype=dtype, device=device) for _ in deviations]
-    drawn = zip(empty, deviations, strict=True)
-    return [term.normal_(0, std, generator=generator) for term, std in drawn], generator
+    return dtype
+
+
+def normal(
+    shapes: Sequence[tuple[tuple[int, int], float]], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], torch.Generator]:
+    """Normal tensors of each (shape, standard deviation), and the generator that drew them."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+        for shape, std in shapes
+    ], generator
 
 
 def is_installed(package: str) -> bool:

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern.bench import cross_entropy, linear, operators, sample, session
-from auxkern.bench.cases import OPERATORS
+from auxkern.bench import losses, sample, session
 from auxkern.bench.results import CaseResult, Run
-from auxkern.bench.runner import NORMAL, QUICK, Effort, Progress, backends_for, measure_inputs
+from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, Effort, Progress, backends_for, measure_inputs
 from auxkern.model.smollm2 import load_smollm2
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
 from auxkern.terminal import INTERRUPTED, command_parser, device_from, positive
@@ -251,7 +250,7 @@ def compare(batch: Batch | HeadBatch, backend: str) -> Agreement:
     terms: list[Any] = [_in_sentences(term, batch.ids) for term in inputs.terms]
     loss = auxkern.cross_entropy(terms, batch.ids, shift=True, backend=backend)
     loss.backward()
-    operator: Any = linear.OPERATOR if isinstance(batch, HeadBatch) else cross_entropy.OPERATOR
+    operator = losses.LINEAR if isinstance(batch, HeadBatch) else losses.CROSS_ENTROPY
     exact = operator.exact(inputs, everything=True)
     errors = operator.errors(inputs, exact, loss)
     difference = abs(loss.item() - exact.loss) / abs(exact.loss)
@@ -263,10 +262,10 @@ def _inputs(batch: Batch | HeadBatch) -> Any:
     target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
     if isinstance(batch, Batch):
         lm, aux = (logits.flatten(0, 1).detach() for logits in (batch.lm, batch.aux))
-        return cross_entropy.CrossEntropyInputs([lm, aux.requires_grad_()], target)
+        return losses.CrossEntropyInputs([lm, aux.requires_grad_()], target)
     lm, aux = (head.hidden.flatten(0, 1).detach() for head in (batch.lm, batch.aux))
     weight = batch.aux.weight.detach().requires_grad_()
-    return linear.LinearInputs(lm, batch.lm.weight, aux.requires_grad_(), weight, target)
+    return losses.LinearInputs(lm, batch.lm.weight, aux.requires_grad_(), weight, target)
 
 
 def _in_sentences(term: Any, ids: Tensor) -> Any:
@@ -346,10 +345,10 @@ def measurement(
     """
 
     def measure(progress: Progress) -> CaseResult:
-        operator, tensors = operators.load(op), inputs()
+        tensors = inputs()
         case = CaseResult(op, model, dtype="float32", terms=2, **tensors.sizes)
-        implementations = operator.implementations(device, torch.float32, backends)
-        return measure_inputs(operator, tensors, case, implementations, device, effort, progress)
+        implementations = OPERATORS[op].implementations(device, torch.float32, backends)
+        return measure_inputs(tensors, case, implementations, device, effort, progress)
 
     return measure
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from auxkern.backends import choice
-from auxkern.bench import memory
-from auxkern.bench.operators import Implementation, Operator
+from auxkern.bench import losses, memory, sample
+from auxkern.bench.operators import Implementation, Operator, dtype_of
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, OtherWork, clock_for, measure_in_turns
 
@@ -26,6 +25,11 @@ class Effort:
     max_rounds: int
 
 
+OPERATORS: dict[str, Operator] = {
+    "cross_entropy": losses.CROSS_ENTROPY,
+    "linear": losses.LINEAR,
+    "sample": sample.OPERATOR,
+}
 NORMAL = Effort(seconds=8.0, min_rounds=5, max_rounds=50)
 QUICK = Effort(seconds=2.5, min_rounds=3, max_rounds=20)
 
@@ -72,7 +76,6 @@ def backends_for(
 
 
 def measure_case(
-    operator: Operator,
     case: CaseResult,
     device: torch.device,
     backends: Sequence[str] | None,
@@ -86,7 +89,7 @@ def measure_case(
     Raises:
         ValueError, RuntimeError: see ``backends_for``.
     """
-    dtype = getattr(torch, case.dtype)
+    operator, dtype = OPERATORS[case.op], dtype_of(case)
     names, notes = backends_for(device, dtype, backends, operator.kernel)
     case.notes += notes
     needed, available = operator.needed_bytes(case), memory.available_bytes(device)
@@ -99,11 +102,10 @@ def measure_case(
     progress(0.0, "inputs")
     inputs = operator.inputs(case, device)
     implementations = operator.implementations(device, dtype, names)
-    return measure_inputs(operator, inputs, case, implementations, device, effort, progress)
+    return measure_inputs(inputs, case, implementations, device, effort, progress)
 
 
 def measure_inputs(
-    operator: Operator,
     inputs: Any,
     case: CaseResult,
     implementations: Sequence[Implementation],
@@ -114,8 +116,7 @@ def measure_inputs(
     """Fills ``case``: check, peak memory, then times in turns.
 
     Args:
-        operator: what is measured.
-        inputs: its tensors, on ``device``.
+        inputs: tensors of the case's operator, on ``device``.
         case: describes them; floors, results and notes are added to it.
         implementations: what to compare.
         device: where the tensors live.
@@ -126,6 +127,7 @@ def measure_inputs(
         ``case``.
     """
     progress(0.05, "reference")
+    operator = OPERATORS[case.op]
     exact = operator.exact(inputs)
     memory_refusal = memory.refusal(device)
     if memory_refusal:

@@ -21,8 +21,9 @@ from auxkern.bench.operators import (
     Implementation,
     Operator,
     Peer,
+    dtype_of,
     is_installed,
-    normal_logits,
+    normal,
     reading,
     warpers,
 )
@@ -86,12 +87,12 @@ class Sample(Operator):
     def needed_bytes(self, case: CaseResult) -> int:
         # Hugging Face's top-p holds the sum, the scaled sum, both sorted with int64 ids, a softmax,
         # its cumulative sum, two masks and the result, at worst at one time; the check float32.
-        size: int = getattr(torch, case.dtype).itemsize
-        return case.N * case.V * (case.terms * size + 48) + 2**29
+        return case.N * case.V * (case.terms * dtype_of(case).itemsize + 48) + 2**29
 
     def inputs(self, case: CaseResult, device: torch.device) -> SampleInputs:
         """The LM's logits 3 N(0, 1), the others N(0, 1)."""
-        terms, _ = normal_logits(case, [3.0] + [1.0] * (case.terms - 1), device)
+        shapes = [((case.N, case.V), std) for std in [3.0] + [1.0] * (case.terms - 1)]
+        terms, _ = normal(shapes, dtype_of(case), device)
         return inputs_of(terms, case.filters)
 
     def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:

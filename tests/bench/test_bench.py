@@ -20,7 +20,8 @@ from auxkern.backends import choice
 from auxkern.bench import __main__ as bench
 from auxkern.bench import memory, real, report, tables
 from auxkern.bench.cases import Case, select_cases
-from auxkern.bench.cross_entropy import OPERATOR, CrossEntropyInputs
+from auxkern.bench.losses import CROSS_ENTROPY as OPERATOR
+from auxkern.bench.losses import CrossEntropyInputs
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import (
     PASSES,
@@ -61,7 +62,7 @@ def eager(inputs):
 def measured(*implementations, dtype=torch.float32):
     case = CaseResult("cross_entropy", "made up", V, N, str(dtype).removeprefix("torch."), terms=2)
     inputs = made_inputs(dtype)
-    return measure_inputs(OPERATOR, inputs, case, implementations, CPU, SHORT, lambda share, doing: None)
+    return measure_inputs(inputs, case, implementations, CPU, SHORT, lambda share, doing: None)
 
 
 def stored_run():
@@ -274,7 +275,7 @@ def test_gradients_are_freed_before_the_clock_starts(monkeypatch):
     monkeypatch.setattr(WallClock, "seconds", watched)
     case = CaseResult("cross_entropy", "made up", V, N, "float32", terms=2)
     rivals = [implementation("eager", eager), implementation("other", eager)]
-    measure_inputs(OPERATOR, inputs, case, rivals, CPU, SHORT, lambda share, doing: None)
+    measure_inputs(inputs, case, rivals, CPU, SHORT, lambda share, doing: None)
     assert len(seen) > 2 * len(rivals) * len(PASSES)
     assert all(gradient is None for gradient in seen)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import auxkern
 from auxkern.bench import __main__ as bench
-from auxkern.bench import generate, generate_peers, plot, report, tables
+from auxkern.bench import generate, plot, report, tables
 from auxkern.bench.results import GenerateRun, Throughput
 from auxkern.model import TextFormat
 from tests.support.tiny import byte_tokenizer, tiny_lm_for, tiny_pair
@@ -49,7 +49,7 @@ def work():
     model = tiny_pair("shared head, features, pointer", lm, lm_layers=[], pointer_reads_lm=False)
     conditions, prompts = [*"abcdef"], ["", "x", "", "yy", "", "z"]
     lengths = [3, 9, 1, 5, 7, 2]
-    return generate_peers.Work(
+    return generate.Work(
         model, TextFormat(tokenizer), conditions, prompts, lengths, model.lm, model.auxiliary
     )
 
@@ -179,7 +179,7 @@ def test_continuous_batching_is_counted_by_what_it_writes(work, monkeypatch):
     assert result.tokens == 128 * len(work.lengths)
     assert any("writes 128 tokens" in note for note in notes)
     with pytest.raises(RuntimeError, match="wrote 5 texts of 9 tokens, not 6"):
-        generate_peers.continuous(replace(work, plain_lm=Batching(1)), 4)
+        generate.continuous(replace(work, plain_lm=Batching(1)), 4)
 
 
 @pytest.mark.parametrize(
@@ -222,11 +222,11 @@ def test_the_loop_computes_the_pairs_logits(work, monkeypatch):
         return scores.argmax(-1, keepdim=True)
 
     monkeypatch.setattr(torch, "multinomial", first)
-    monkeypatch.setattr(generate_peers, "FILTERS", {"temperature": 1.0, "top_k": 1, "top_p": 1.0})
+    monkeypatch.setattr(generate, "FILTERS", {"temperature": 1.0, "top_k": 1, "top_p": 1.0})
     rows = [1, 3]
-    generate_peers.two_model_loop(work, rows)
+    generate.two_model_loop(work, rows)
     greedy = work.model.generate(
-        **generate_peers.encoded(work, rows), do_sample=False, max_new_tokens=9, eos_token_id=None
+        **generate.encoded(work, rows), do_sample=False, max_new_tokens=9, eos_token_id=None
     )
     drawn = torch.stack([scores.argmax(-1) for scores in seen], 1)
     assert torch.equal(drawn, greedy[:, -9:])

@@ -12,7 +12,8 @@ import auxkern
 from auxkern.bench import __main__ as bench
 from auxkern.bench import real
 from auxkern.bench.cases import WIDTHS, Case, select_cases
-from auxkern.bench.linear import OPERATOR, LinearInputs, _one_head, _WholeWeight
+from auxkern.bench.losses import LINEAR as OPERATOR
+from auxkern.bench.losses import LinearInputs, _one_head, _WholeWeight
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Run
 from auxkern.bench.runner import Effort, measure_inputs
@@ -47,9 +48,7 @@ def eager(inputs):
 def measured(*losses, dtype=torch.float32):
     case = CaseResult("linear", "made up", V, N, "float32", terms=2, widths=[D_LM, D_AUX])
     implementations = [Implementation(f"loss {i}", "", False, loss) for i, loss in enumerate(losses)]
-    return measure_inputs(
-        OPERATOR, made_inputs(dtype), case, implementations, CPU, SHORT, lambda share, doing: None
-    )
+    return measure_inputs(made_inputs(dtype), case, implementations, CPU, SHORT, lambda share, doing: None)
 
 
 def test_the_exact_result_is_that_of_autograd_in_float64():

@@ -43,7 +43,7 @@ def made_inputs(filters=BOTH, dtype=torch.float32):
 def measured(*implementations, filters=BOTH, dtype=torch.float32):
     inputs = made_inputs(filters, dtype)
     case = CaseResult("sample", "made up", V, N, str(dtype).removeprefix("torch."), 2, filters=filters)
-    return measure_inputs(OPERATOR, inputs, case, implementations, CPU, SHORT, lambda share, doing: None)
+    return measure_inputs(inputs, case, implementations, CPU, SHORT, lambda share, doing: None)
 
 
 def pipeline(dtype=torch.float32):
