@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -33,6 +34,43 @@ def machine_facts(device: torch.device) -> dict[str, str]:
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class OtherWork:
+    """How much the rest of the machine computes, from construction on.
+
+    Linux only, from the time counters of all cores (proc(5), /proc/stat) and those of this
+    process. Time that a hypervisor took away counts as other work too.
+    """
+
+    def __init__(self) -> None:
+        self._before = self._seconds()
+
+    def cores(self) -> float | None:
+        """Cores that were busy with something else, on average; None where it cannot be read."""
+        now = self._seconds()
+        if now is None or self._before is None:
+            return None
+        busy, own, wall = (b - a for a, b in zip(self._before, now, strict=True))
+        return max(0.0, busy - own) / wall if wall > 0 else 0.0
+
+    def remark(self) -> str | None:
+        """What to tell the reader if it was a tenth of the machine or more."""
+        cores, total = self.cores(), os.cpu_count() or 1
+        if cores is None or cores < total / 10:
+            return None
+        return f"Busy: other programs kept {cores:.1f} of {total} cores; absolute times are too long."
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        """Busy time of all cores, CPU time of this process, wall time."""
+        counters = Path("/proc/stat")
+        if not counters.exists():
+            return None
+        # cpu user nice system idle iowait irq softirq steal; the rest is counted in these already
+        fields = [int(f) for f in counters.read_text().split("\n", 1)[0].split()[1:9]]
+        busy = sum(fields) - fields[3] - fields[4]
+        return busy / os.sysconf("SC_CLK_TCK"), time.process_time(), time.monotonic()
 
 
 def usable_cores() -> int:

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
 from auxkern.bench import session
-from auxkern.bench.cases import (
-    DTYPES,
-    FILTERS,
-    TEMPERATURE,
-    VOCABULARIES,
-    WIDTHS,
-    Case,
-    select_cases,
-)
+from auxkern.bench.cases import DTYPES, FILTERS, TEMPERATURE, VOCABULARIES, WIDTHS, Case, select_cases
 from auxkern.bench.operators import is_installed
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, Progress, backends_for, measure_case
 from auxkern.core.terms import MAX_TERMS
-from auxkern.terminal import device_from, positive
+from auxkern.terminal import command_parser, device_from, positive
 
 _EPILOG = f"""\
 Each implementation is first checked against float64; a wrong one is reported and not timed.
@@ -66,15 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             "--op sample compares with transformers, which is not installed; pip install transformers"
         )
     device = device_from(parser, options.device)
-    cases = select_cases(
-        device.type,
-        ops=options.op,
-        models=options.case,
-        rows=options.n,
-        dtypes=options.dtype,
-        terms=options.terms,
-        quick=options.quick,
-    )
+    chosen = {"ops": options.op, "models": options.case, "rows": options.n, "dtypes": options.dtype}
+    cases = select_cases(device.type, **chosen, terms=options.terms, quick=options.quick)
     try:
         for op, dtype in {(case.op, case.dtype) for case in cases}:
             backends_for(device, getattr(torch, dtype), options.backend, OPERATORS[op].kernel)
@@ -93,41 +79,28 @@ def _job(case: Case, device: torch.device, options: argparse.Namespace) -> sessi
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m auxkern.bench",
-        description=__doc__.split(": ", 1)[1] if __doc__ else None,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = "auxkern beside eager PyTorch, ``torch.compile`` and other libraries."
+    parser = command_parser("python -m auxkern.bench", about, _EPILOG)
     vocabularies = ", ".join(f"{name} {size:,}" for name, size in VOCABULARIES.items())
     widths = ", ".join(f"{name} {lm} + {aux}" for name, (lm, aux) in WIDTHS.items())
-    parser.add_argument(
-        "--op",
-        action="append",
-        choices=OPERATORS,
-        help="operator (repeatable; default: cross_entropy)",
+    case = (
+        f"vocabulary of a model (repeatable): {vocabularies}; with widths of the LM's and the auxiliary's "
+        f"head for linear: {widths}"
     )
-    parser.add_argument(
-        "--case",
-        action="append",
-        choices=VOCABULARIES,
-        help=f"vocabulary of a model (repeatable): {vocabularies}; with widths of the LM's and the "
-        f"auxiliary's head for linear: {widths}",
-    )
-    parser.add_argument("--n", action="append", type=positive, metavar="N", help="rows (repeatable)")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="dtype of every term (repeatable)")
-    parser.add_argument(
-        "--terms",
-        type=positive,
-        choices=range(1, MAX_TERMS + 1),
-        default=2,
-        metavar=f"1..{MAX_TERMS}",
-        help="number of terms; of a loss, the last one is trained (default 2; linear always has 2)",
-    )
+    terms = "number of terms; of a loss, the last one is trained (default 2; linear always has 2)"
+
+    def repeatable(name: str, words: str, **options: Any) -> None:
+        parser.add_argument(name, action="append", help=words, **options)
+
+    repeatable("--op", "operator (repeatable; default: cross_entropy)", choices=tuple(OPERATORS))
+    repeatable("--case", case, choices=VOCABULARIES)
+    repeatable("--n", "rows (repeatable)", type=positive, metavar="N")
+    repeatable("--dtype", "dtype of every term (repeatable)", choices=DTYPES)
+    several: dict[str, Any] = {"choices": range(1, MAX_TERMS + 1), "metavar": f"1..{MAX_TERMS}"}
+    parser.add_argument("--terms", type=positive, default=2, help=terms, **several)
     session.add_device(parser)
     session.add_effort(parser)
-    session.add_files(parser)
+    session.add_files(parser, "case", "bars of time and memory")
     return parser
 
 

@@ -139,18 +139,10 @@ def select_cases(
 ) -> list[Case]:
     """The cases to run.
 
-    Without ``models``, ``rows`` and ``dtypes`` these are the device's standard cases. With any
-    of them it is every combination, and what was left out is float32 and, for cross_entropy,
-    gpt2 and 512 rows (8,192 on a GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU), for
-    sample gpt2 and 64 rows, with each of the ``FILTERS``.
-
-    Args:
-        device_type: "cpu" or "cuda".
-        ops: names in ``runner.OPERATORS``; cross_entropy when None.
-        models, dtypes: names in ``VOCABULARIES``, ``DTYPES``.
-        rows: numbers of rows.
-        terms: number of terms; linear has 2 in any case.
-        quick: the shorter list of standard cases.
+    Without ``models``, ``rows`` and ``dtypes`` these are the device's standard cases, of the shorter list
+    if ``quick``. With any of them it is every combination, and what was left out is float32 and, for
+    cross_entropy, gpt2 and 512 rows (8,192 on a GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU),
+    for sample gpt2 and 64 rows, with each of the ``FILTERS``. linear has 2 ``terms`` in any case.
     """
     cases: list[Case] = []
     for op in ops or ["cross_entropy"]:

@@ -21,7 +21,7 @@ from auxkern.bench import session
 from auxkern.bench.operators import warpers
 from auxkern.bench.results import ENGINE, LM, LOOP, SHARES, GenerateRun, Throughput
 from auxkern.bench.runner import Progress
-from auxkern.bench.timing import OtherWork
+from auxkern.machine import OtherWork
 from auxkern.terminal import command_parser, device_from, positive
 
 SHORTEST, LONGEST = 8, 128
@@ -91,14 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         _EPILOG,
     )
     parser.add_argument("--requests", type=positive, default=64, metavar="N", help="texts (default 64)")
-    parser.add_argument(
-        "--batch",
-        type=positive,
-        nargs="+",
-        default=[1, 8, 32, 128],
-        metavar="N",
-        help="texts at a time (default 1 8 32 128)",
-    )
+    batches: dict[str, Any] = {
+        "default": [1, 8, 32, 128],
+        "metavar": "N",
+        "help": "texts at a time (default 1 8 32 128)",
+    }
+    parser.add_argument("--batch", type=positive, nargs="+", **batches)
     session.add_device(parser)
     session.add_files(parser, "measurement", "speed and shares of the time")
     return parser
@@ -180,21 +178,21 @@ def peers(work: Work) -> dict[str, Way]:
     return found
 
 
-def _generation(work: Work, length: int, end: int | None) -> dict[str, Any]:
+def _generation(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
     """Options of Hugging Face's ``generate`` for texts of one length."""
-    pad = work.text_format.pad_id
-    return {"do_sample": True, "max_new_tokens": length, "eos_token_id": end, "pad_token_id": pad, **FILTERS}
+    ends = {"eos_token_id": end, "pad_token_id": work.text_format.pad_id}
+    return {"do_sample": True, "max_new_tokens": length, **ends, **FILTERS}
 
 
 def generate_lm(work: Work, rows: list[int]) -> None:
     """Hugging Face's ``generate`` of the LM alone."""
     inputs = {name: encoded(work, rows)[name] for name in ("input_ids", "attention_mask")}
-    work.plain_lm.generate(**inputs, **_generation(work, max(work.lengths[i] for i in rows), None))
+    work.plain_lm.generate(**inputs, **_generation(work, max(work.lengths[i] for i in rows)))
 
 
 def generate_pair(work: Work, rows: list[int]) -> None:
     """Hugging Face's ``generate`` of the pair."""
-    work.model.generate(**encoded(work, rows), **_generation(work, max(work.lengths[i] for i in rows), None))
+    work.model.generate(**encoded(work, rows), **_generation(work, max(work.lengths[i] for i in rows)))
 
 
 @torch.no_grad()
@@ -205,7 +203,7 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
     model, inputs, warped = work.model, encoded(work, rows), warpers()
     embedding = work.plain_lm.get_input_embeddings().weight
     project = work.plain_lm.get_output_embeddings()
-    new = ids = inputs["input_ids"]
+    new = inputs["input_ids"]
     mask, lm_cache, aux_cache = inputs["attention_mask"], None, None
     for _ in range(max(work.lengths[i] for i in rows)):
         lm = work.plain_lm(
@@ -225,7 +223,6 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
         aux_logits[:, model.config.eos_token_id] += aux.end[:, -1]
         scores = warped(lm.logits[:, -1] + aux_logits, **FILTERS)
         new = torch.multinomial(scores.softmax(-1), 1)
-        ids = torch.cat([ids, new], 1)
         mask = torch.cat([mask, torch.ones_like(new)], 1)
 
 
@@ -241,7 +238,6 @@ def continuous(work: Work, batch: int) -> dict[str, float]:
 
     Args:
         work: with one length for all, for its call takes no length of each request.
-        batch: not used.
 
     Raises:
         RuntimeError: texts are missing or too short; the library only logs what went wrong.
@@ -322,7 +318,12 @@ def differing(work: Work, count: int = 4) -> list[int]:
     wrong, asked = [], requests(work)[:count]
     for request, done in zip(asked, engine(work, count).generate(asked), strict=True):
         inputs, length = encoded(work, [request.id]), request.max_new_tokens
-        options = {"seeds": [request.seed], "max_new_tokens": length, "eos_token_id": None, **FILTERS}
+        options: dict[str, Any] = {
+            "seeds": [request.seed],
+            "max_new_tokens": length,
+            "eos_token_id": None,
+            **FILTERS,
+        }
         ids = work.model.generate(**inputs, do_sample=True, **options)
         if ids[0, inputs["input_ids"].shape[1] :].tolist() != list(done.token_ids):
             wrong.append(request.id)
@@ -333,7 +334,7 @@ def _part_for(work: Work, batch: int) -> Work:
     """What is measured at a batch size: everything, or a part where small batches would take very long."""
     if batch >= _SMALL_BATCH:
         return work
-    parts = {"conditions": work.conditions, "prompts": work.prompts, "lengths": work.lengths}
+    parts: dict[str, Any] = {"conditions": work.conditions, "prompts": work.prompts, "lengths": work.lengths}
     return replace(work, **{name: values[: _FEW_PER_PLACE * batch] for name, values in parts.items()})
 
 
@@ -400,11 +401,7 @@ def _sampling_seconds(work: Work, rows: list[int]) -> float:
 
     On a CPU the product is the first part of ``auxkern.sample``, and most of it. So the small part is
     what is timed by itself, on logits of a prompt that are there already: the difference of two large
-    times would be noise.
-
-    Args:
-        work: gives the logits.
-        rows: how many texts each step drew a token for.
+    times would be noise. ``rows`` are how many texts each step drew a token for.
     """
     import auxkern
     from auxkern.model.base import output_head
@@ -428,14 +425,14 @@ def _sampling_seconds(work: Work, rows: list[int]) -> float:
 @contextmanager
 def _timed(modules: dict[str, Any]) -> Iterator[dict[str, float]]:
     """Seconds spent in the forward passes of modules."""
-    spent, handles = dict.fromkeys(modules, 0.0), []
+    spent, handles = dict.fromkeys(modules, 0.0), list[Any]()
+
+    def clock(*_: Any, name: str, sign: int) -> None:
+        spent[name] += sign * time.perf_counter()
+
     for name, module in modules.items():
-
-        def clock(*_: Any, name: str = name, sign: int) -> None:
-            spent[name] += sign * time.perf_counter()
-
-        handles.append(module.register_forward_pre_hook(partial(clock, sign=-1)))
-        handles.append(module.register_forward_hook(partial(clock, sign=1)))
+        handles.append(module.register_forward_pre_hook(partial(clock, name=name, sign=-1)))
+        handles.append(module.register_forward_hook(partial(clock, name=name, sign=1)))
     try:
         yield spent
     finally:

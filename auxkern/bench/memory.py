@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _SLACK = 8 * 2**20  # the kernel sums per-CPU page counters lazily
 
@@ -39,14 +40,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Most memory that ``call`` held at one time, beyond what was held when it began.
 
     On a CPU this counts touched pages of the whole process, so run the call once before: code
-    pages and thread stacks of a first call would be counted too.
-
-    Args:
-        call: what to measure; run once.
-        device: where its tensors live. ``refusal(device)`` must be None.
-
-    Returns:
-        Bytes; 0 if the call took nothing.
+    pages and thread stacks of a first call would be counted too. ``refusal(device)`` must be None.
     """
     gc.collect()
     if device.type == "cuda":
@@ -56,7 +50,10 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    _return_free_memory()
+    # glibc keeps freed blocks resident; the call would reuse them and seem to take nothing.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     _CLEAR_REFS.write_text("5")
     _, before = _resident()
     call()
@@ -70,10 +67,9 @@ def available_bytes(device: torch.device) -> int | None:
         # What PyTorch's allocator keeps for later is free for the next tensor too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:
+    if not _MEMINFO.exists():
         return None
+    lines = _MEMINFO.read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
@@ -81,10 +77,3 @@ def _resident() -> tuple[int, int]:
     """(VmHWM, VmRSS) of this process in bytes."""
     fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))  # type: ignore[return-value]
-
-
-def _return_free_memory() -> None:
-    # glibc keeps freed blocks resident; the call would reuse them and seem to take nothing.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

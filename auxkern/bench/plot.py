@@ -105,29 +105,20 @@ def _draw_cases(head: SubFigure, body: SubFigure, run: Run) -> str:
     cases = [case for case in run.cases if case.timed]
     kinds = {case.pass_names for case in cases}
     terms = " or ".join(map(str, sorted({case.terms for case in cases})))
-    eager = "eager PyTorch"
-    if DRAW not in kinds:
-        title = "Loss of a sum of logits"
-        what = f"cross-entropy of {terms} terms (N rows, V vocabulary), gradient for the last"
-    elif PASSES not in kinds:
-        title = "Tokens from a sum of logits"
-        what = f"a token for each of N rows from {terms} terms (V vocabulary)"
-        eager = "Hugging Face's pipeline (eager)"
-    else:
+    title, eager = "Loss of a sum of logits", "eager PyTorch"
+    what = f"cross-entropy of {terms} terms (N rows, V vocabulary), gradient for the last"
+    if DRAW in kinds and PASSES in kinds:
         title = "Loss of a sum of logits, and tokens from it"
         what = f"cross-entropy of {terms} terms, gradient for the last; a token for each row"
+    elif DRAW in kinds:
+        title, eager = "Tokens from a sum of logits", "Hugging Face's pipeline (eager)"
+        what = f"a token for each of N rows from {terms} terms (V vocabulary)"
     head.suptitle(f"{title}: how long it takes, how much memory", fontsize=14, y=0.97)
     what = f"{what}. Shorter is better; (2.0x) = twice the speed of {eager}"
     head.text(0.5, 0.58, what, ha="center", fontsize=9.5)
     handles = _legend_handles(kinds)
-    head.legend(
-        handles=handles,
-        loc="lower center",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=8.5,
-        columnspacing=1.4,
-    )
+    place = {"loc": "lower center", "ncols": len(handles), "columnspacing": 1.4}
+    head.legend(handles=handles, frameon=False, fontsize=8.5, **place)
     grid = body.subplots(len(cases), 2, height_ratios=_heights(run), width_ratios=(3, 2), squeeze=False)
     for case, (time_axes, memory_axes) in zip(cases, grid, strict=True):
         _draw_time(time_axes, case)
@@ -171,15 +162,13 @@ def _draw_time(axes: Axes, case: CaseResult) -> None:
 def _draw_memory(axes: Axes, case: CaseResult) -> None:
     known = False
     for offset, height, shade, name in _bars(case):
-        for index, result in enumerate(case.timed):
+        for position, result in enumerate(case.timed):
             extra = result.passes[name].extra_bytes
-            position = index + offset
-            if extra is None:
-                _label(axes, 0, position, "n/a")
-                continue
-            known = True
-            axes.barh(position, extra / 1e6, height, color=_colour(result, shade))
-            _label(axes, extra / 1e6, position, f"{extra / 1e6:,.0f} MB")
+            text = "n/a" if extra is None else f"{extra / 1e6:,.0f} MB"
+            if extra is not None:
+                known = True
+                axes.barh(position + offset, extra / 1e6, height, color=_colour(result, shade))
+            _label(axes, (extra or 0) / 1e6, position + offset, text)
     _finish(axes, case.timed, "peak memory beyond the inputs", "memory, MB")
     axes.set_yticklabels([])
     if not known:
@@ -317,13 +306,10 @@ def _draw_shares(axes: Axes, results: list[Throughput]) -> None:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlabel(f"share of the time; outside the models: {' + '.join(OUTSIDE)}", fontsize=9)
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=len(SHARES),
-        frameon=False,
-        fontsize=8.5,
-        handlelength=1.0,
-        columnspacing=1.2,
-        borderaxespad=0.2,
-    )
+    legend: dict[str, Any] = {
+        "loc": "lower left",
+        "bbox_to_anchor": (-0.01, 1.0),
+        "ncols": len(SHARES),
+        "borderaxespad": 0.2,
+    }
+    axes.legend(frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2, **legend)

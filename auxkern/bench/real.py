@@ -29,12 +29,7 @@ _MODEL = "SmolLM2 on WordNet"
 
 
 class Batch(NamedTuple):
-    """Logits of both models and the ids they are scored on.
-
-    Attributes:
-        lm, aux: (B, T, V) float32.
-        ids: (B, T) int64 token ids, -100 where padded.
-    """
+    """Logits (B, T, V) float32 of both models, and (B, T) int64 ids to score them on, -100 where padded."""
 
     lm: Tensor
     aux: Tensor
@@ -42,12 +37,7 @@ class Batch(NamedTuple):
 
 
 class HeadBatch(NamedTuple):
-    """The same logits as ``Batch`` before the output heads.
-
-    Attributes:
-        lm, aux: heads of hidden states (B, T, D) and weight (V, D), float32.
-        ids: (B, T) int64 token ids, -100 where padded.
-    """
+    """The same before the output heads: hidden states (B, T, D) and weight (V, D) float32."""
 
     lm: auxkern.Head
     aux: auxkern.Head
@@ -55,7 +45,6 @@ class HeadBatch(NamedTuple):
 
     @property
     def logits(self) -> Batch:
-        """Both models' logits."""
         return Batch(self.lm.hidden @ self.lm.weight.T, self.aux.hidden @ self.aux.weight.T, self.ids)
 
 
@@ -108,19 +97,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = command_parser("python -m auxkern.bench.real", _DESCRIPTION, _EPILOG)
     parser.add_argument(
-        "--op", action="append", choices=OPERATORS, help="operator (repeatable; default: all)"
+        "--op", action="append", choices=tuple(OPERATORS), help="operator (repeatable; default: all)"
     )
-    parser.add_argument("--n", type=positive, default=512, help=f"rows; {T} for each sentence (default 512)")
-    parser.add_argument(
-        "--wordnet",
-        type=Path,
-        default=DEBIAN_FOLDER,
-        metavar="DIR",
-        help=f"folder with WordNet's data files (default {DEBIAN_FOLDER})",
-    )
+    rows = f"rows; {T} for each sentence (default 512)"
+    parser.add_argument("--n", type=positive, default=512, help=rows)
+    folder = f"folder with WordNet's data files (default {DEBIAN_FOLDER})"
+    parser.add_argument("--wordnet", type=Path, default=DEBIAN_FOLDER, metavar="DIR", help=folder)
     session.add_device(parser)
     session.add_effort(parser)
-    session.add_files(parser)
+    session.add_files(parser, "case", "bars of time and memory")
     options = parser.parse_args(argv)
     session.check_files(parser, options)
     if options.n < T:
@@ -162,16 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     each = {op: samplers if op == "sample" else backends for op in ops}
     jobs = [(op, measurement(op, _MODEL, inputs[op], device, names, effort)) for op, names in each.items()]
     status = session.carry_out(run, jobs, options)
-    wrong = [
-        f"{op} of backend {backend} is further than {LARGEST_DIFFERENCE} from float64"
-        for (op, backend), agreement in agreements.items()
-        if not agreement.passed
-    ]
-    wrong += [
-        f"tokens of backend {backend} differ, {filters}"
-        for (filters, backend), agreement in tokens.items()
-        if not agreement.passed
-    ]
+    bad = [key for key, agreement in agreements.items() if not agreement.passed]
+    wrong = [f"{op} of backend {name} is further than {LARGEST_DIFFERENCE} from float64" for op, name in bad]
+    strange = [key for key, agreement in tokens.items() if not agreement.passed]
+    wrong += [f"tokens of backend {name} differ, {filters}" for filters, name in strange]
     for sentence in wrong:
         print(f"{parser.prog}: {sentence}", file=sys.stderr)
     return status or int(bool(wrong))
@@ -190,11 +169,6 @@ def real_batch(wordnet: Path, B: int, device: torch.device) -> HeadBatch:
     """Final hidden states and heads of SmolLM2 and of an untrained auxiliary over B example sentences.
 
     SmolLM2's head is its (tied) input embedding.
-
-    Args:
-        wordnet: folder with WordNet's data files.
-        B: number of sentences, spread evenly over all of WordNet.
-        device: where the models run.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: what is missing, and how to install it.
@@ -246,8 +220,11 @@ def untrained_auxiliary(V: int) -> Any:
 
 def compare(batch: Batch | HeadBatch, backend: str) -> Agreement:
     """The fused loss and its gradients for the auxiliary beside float64, in every row and id."""
-    inputs = _inputs(batch)
-    terms: list[Any] = [_in_sentences(term, batch.ids) for term in inputs.terms]
+    inputs, shape = _inputs(batch), batch.ids.shape
+    if isinstance(batch, HeadBatch):
+        terms = [auxkern.Head(term.hidden.unflatten(0, shape), term.weight) for term in inputs.terms]
+    else:
+        terms = [term.unflatten(0, shape) for term in inputs.terms]
     loss = auxkern.cross_entropy(terms, batch.ids, shift=True, backend=backend)
     loss.backward()
     operator = losses.LINEAR if isinstance(batch, HeadBatch) else losses.CROSS_ENTROPY
@@ -266,13 +243,6 @@ def _inputs(batch: Batch | HeadBatch) -> Any:
     lm, aux = (head.hidden.flatten(0, 1).detach() for head in (batch.lm, batch.aux))
     weight = batch.aux.weight.detach().requires_grad_()
     return losses.LinearInputs(lm, batch.lm.weight, aux.requires_grad_(), weight, target)
-
-
-def _in_sentences(term: Any, ids: Tensor) -> Any:
-    """Rows (N, ...) of a term as (B, T, ...)."""
-    if isinstance(term, auxkern.Head):
-        return auxkern.Head(term.hidden.unflatten(0, ids.shape), term.weight)
-    return term.unflatten(0, ids.shape)
 
 
 def _facts(batch: HeadBatch, agreements: dict[tuple[str, str], Agreement]) -> dict[str, str]:
@@ -334,15 +304,7 @@ def measurement(
     backends: Sequence[str],
     effort: Effort,
 ) -> Callable[[Progress], CaseResult]:
-    """A job that measures an operator on two float32 terms.
-
-    Args:
-        op: its name.
-        model: what tables call the data.
-        inputs: makes them, on ``device``.
-        device, backends: of the run.
-        effort: how long to measure.
-    """
+    """A job that measures an operator on two float32 terms, which ``inputs`` makes of the data ``model``."""
 
     def measure(progress: Progress) -> CaseResult:
         tensors = inputs()

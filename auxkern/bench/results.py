@@ -62,12 +62,10 @@ class Measured:
 
 @dataclass
 class Result:
-    """One implementation on one case.
+    """One implementation on one case; ``operators.Implementation`` says who it is.
 
     Attributes:
-        name, description, ours: as in ``operators.Implementation``.
-        status: "ok", "wrong" (fails the check, not timed) or "failed" (raised).
-        message: why it is wrong or failed, empty otherwise.
+        status: "ok", "wrong" (fails the check, not timed) or "failed" (raised); ``message`` says why.
         loss_error: |loss - exact| / max(1, |exact|).
         gradient_error: max |d - exact| / max |exact| over the checked rows.
         first_call_seconds: time of its first run of each pass, compilation included.
@@ -95,16 +93,13 @@ class Result:
 
 @dataclass
 class CaseResult:
-    """Everything measured on one case.
+    """Everything measured on one case; ``cases.Case`` says which.
 
     Attributes:
-        op, dtype, terms, N, filters: as in ``cases.Case``; V: vocabulary; widths: D of each head, if any.
         model: name of the vocabulary ("gpt2") or of the data ("smollm2 on wordnet").
         tolerance: largest errors that pass the check, by what is compared.
-        floor, floor_bytes, floor_flops: time of the least work by pass name, the bytes that it moves, and
-            its multiplications and additions; 0 where that is not what bounds it.
-        results: one per implementation.
-        notes: remarks for the reader.
+        floor: time of the least work by pass name.
+        floor_bytes, floor_flops: what it moves, and what it multiplies and adds, where that is its bound.
     """
 
     op: str
@@ -131,8 +126,7 @@ class CaseResult:
     def details(self) -> list[str]:
         """V, N, of heads the widths D, dtype, and filters, as text."""
         widths = [f"D {' + '.join(map(str, self.widths))}"] if self.widths else []
-        filters = [self.filters] if self.filters else []
-        return [f"V {self.V:,}", f"N {self.N:,}", *widths, self.dtype, *filters]
+        return [f"V {self.V:,}", f"N {self.N:,}", *widths, self.dtype, *filter(None, [self.filters])]
 
     @property
     def title(self) -> str:
@@ -157,11 +151,9 @@ class Throughput:
     """One way to write texts at one batch size.
 
     Attributes:
-        implementation: its name.
         batch: texts at a time.
         requests: texts that were written; fewer than the run's where the batch is small.
-        tokens: that were asked for, all of them written.
-        seconds: for all of these requests.
+        tokens: that were asked for, all of them written, in ``seconds``.
         shares: of the time, in [0, 1], by what it went to (``SHARES``); empty if not known.
         busy_cores: cores that other programs kept busy meanwhile; None where it cannot be read.
     """
@@ -187,13 +179,7 @@ class Throughput:
 
 @dataclass
 class Record:
-    """What every benchmark writes down of a run; subclasses say what it measured.
-
-    Attributes:
-        command: what was typed.
-        date: ISO 8601, UTC.
-        machine: facts from ``auxkern.machine``, printable values by name.
-    """
+    """What every benchmark writes down: what was typed, when (ISO 8601, UTC), facts of the machine."""
 
     KIND: ClassVar[str | None] = None  # what its file says it is
     PROGRAM: ClassVar[str] = "auxkern.bench"
@@ -244,7 +230,6 @@ class Run(Record):
     """Operators, case by case.
 
     Attributes:
-        cases: finished cases.
         facts: printable values by name that belong to no case (losses on real input).
         notes: remarks for the reader.
         interrupted: whether the run ended before its last case.
@@ -295,8 +280,6 @@ class GenerateRun(Record):
         lengths: shortest and longest text, in tokens.
         filters: sampling parameters of every request, by name.
         parameters: of the LM and of the auxiliary, by these names.
-        results: in the order in which they were measured.
-        notes, interrupted: as in ``Run``.
     """
 
     KIND: ClassVar[str | None] = "generate"
@@ -311,6 +294,7 @@ class GenerateRun(Record):
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
 
+    facts: ClassVar[dict[str, str]] = {}
     failed: ClassVar[bool] = False  # wrong texts are not timed
 
     @property
@@ -348,11 +332,7 @@ _KINDS: dict[str | None, type[Run] | type[GenerateRun]] = {None: Run, "gpu": Run
 
 
 def read(text: str, source: object) -> AnyRun:
-    """The run in a file of any kind that has tables and a picture.
-
-    Args:
-        text: what the file holds.
-        source: what messages call it.
+    """The run in a file of any kind that has tables and a picture; messages call it ``source``.
 
     Raises:
         ValueError: it is not JSON, of another kind, or see ``Record.from_json``.

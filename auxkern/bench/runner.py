@@ -13,7 +13,9 @@ import torch
 from auxkern.bench import losses, memory, sample
 from auxkern.bench.operators import Implementation, Operator, dtype_of
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
-from auxkern.bench.timing import Call, OtherWork, clock_for, measure_in_turns
+from auxkern.bench.timing import Call, clock_for, measure_in_turns
+from auxkern.machine import OtherWork
+from auxkern.backends import choice
 
 
 @dataclass(frozen=True)

@@ -29,20 +29,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_effort(parser: argparse.ArgumentParser) -> None:
     """--backend and --quick."""
-    parser.add_argument(
-        "--backend",
-        action="append",
-        metavar="NAME",
-        help="measure this auxkern backend (repeatable); by default every fast one that runs on the device",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer cases and fewer repeats: a first impression"
-    )
+    which = "measure this auxkern backend (repeatable); by default every fast one that runs on the device"
+    parser.add_argument("--backend", action="append", metavar="NAME", help=which)
+    quick = "fewer cases and fewer repeats: a first impression"
+    parser.add_argument("--quick", action="store_true", help=quick)
 
 
-def add_files(
-    parser: argparse.ArgumentParser, part: str = "case", drawn: str = "bars of time and memory"
-) -> None:
+def add_files(parser: argparse.ArgumentParser, part: str, drawn: str) -> None:
     """--json, written after each ``part``, and --plot of what is ``drawn``."""
     written = f"write everything measured, after each {part}"
     parser.add_argument("--json", type=Path, metavar="FILE.json", help=written)
@@ -86,8 +79,7 @@ def carry_out(
     Ctrl-C and errors keep what is finished: it is printed and written like a run that ended by itself.
 
     Args:
-        run: takes the results; its header is printed first.
-        jobs: what measures its parts.
+        run: takes the results of the jobs; its header is printed first.
         options: with ``json`` and ``plot``.
         remarks: notes that can be made when all is measured.
 
@@ -125,14 +117,9 @@ def carry_out(
         if options.json is not None:
             replace_file(options.json, run.to_json())
             print(f"wrote {options.json}", file=sys.stderr)
-        if options.plot is not None:
-            _plot(run, options.plot)
+        if options.plot is not None and run.timed:
+            plot(run, options.plot)
+            print(f"wrote {options.plot}", file=sys.stderr)
+        elif options.plot is not None:
+            print(f"nothing was timed, so {options.plot} is not drawn", file=sys.stderr)
     return INTERRUPTED if run.interrupted else int(run.failed)
-
-
-def _plot(run: AnyRun, path: Path) -> None:
-    if not run.timed:
-        print(f"nothing was timed, so {path} is not drawn", file=sys.stderr)
-        return
-    plot(run, path)
-    print(f"wrote {path}", file=sys.stderr)

@@ -71,15 +71,15 @@ def print_header(console: Console, run: AnyRun) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
     console.print(f"[bold]auxkern bench[/bold]  {escape(run.date)}  {escape(run.command)}", highlight=False)
     console.print(escape(facts), highlight=False, style="dim")
-    if isinstance(run, Run):
-        for name, value in run.facts.items():
-            console.print(f"[bold]{escape(name)}[/]: {escape(value)}", highlight=False)
+    for name, value in run.facts.items():
+        console.print(f"[bold]{escape(name)}[/]: {escape(value)}", highlight=False)
 
 
 def print_part(console: Console, part: object) -> None:
     """One case's table and its notes; ways to write texts are compared when all are there."""
     if not isinstance(part, CaseResult):
         return
+    lines = []
     if part.results:
         rows = [row for result in part.results for row in _result_rows(part, result)]
         for name, timing in part.floor.items():
@@ -87,44 +87,37 @@ def print_part(console: Console, part: object) -> None:
             rows.append(("dim", [title, PASS_TITLES[name], *timing.milliseconds()]))
         _print_table(console, part.title, _CASE_COLUMNS, rows, left=2)
     else:
-        console.print(f"[bold]{escape(part.title)}", highlight=False)
+        lines.append(f"[bold]{escape(part.title)}")
     words = {"wrong": "[bold red]WRONG[/]", "failed": "[red]failed[/]"}
-    for result in part.results:
-        if result.status in words:
-            text = f"{words[result.status]} {escape(result.name)}: {escape(result.message)}"
-            console.print(text, highlight=False)
-    _print_notes(console, part.notes)
+    bad = [result for result in part.results if result.status in words]
+    lines += [f"{words[one.status]} {escape(one.name)}: {escape(one.message)}" for one in bad]
+    for line in [*lines, *(f"[yellow]{escape(note)}" for note in part.notes)]:
+        console.print(line, highlight=False)
 
 
 def print_footer(console: Console, run: AnyRun) -> None:
     """What can be said when all is measured: legend or comparison, what columns mean, and remarks."""
+    lines: list[str] = []
     if isinstance(run, Run):
-        _print_legend(console, run)
-        caption = _caption(run)
+        lines, caption = _legend(run), _caption(run)
     else:
-        caption = _SPEED_CAPTION
+        caption, shares = _SPEED_CAPTION, _shares(run)
         if run.results:
             rows = [("bold cyan" if row[0] == ENGINE else "", row) for row in _speeds(run)]
             _print_table(console, run.work, _SPEED_COLUMNS, rows)
-        if shares := _shares(run):
+        if shares:
             _print_table(console, _SHARES_TITLE, _SHARE_COLUMNS, [("", row) for row in shares])
-    if run.parts:
-        console.print(f"[dim]{escape(caption)}", highlight=False)
-    _print_notes(console, run.notes)
+    lines += [f"[dim]{escape(caption)}"] if run.parts else []
+    for line in [*lines, *(f"[yellow]{escape(note)}" for note in run.notes)]:
+        console.print(line, highlight=False)
 
 
 def _print_table(
     console: Console, title: str, columns: Sequence[str], rows: Iterable[_Row], left: int = 1
 ) -> None:
     """The first ``left`` columns are text, the others numbers."""
-    table = Table(
-        title=escape(title),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        title_justify="left",
-        title_style="bold",
-    )
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.padding, table.collapse_padding = (0, 1), True
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
     for style, cells in rows:
@@ -132,23 +125,17 @@ def _print_table(
     console.print(table)
 
 
-def _print_notes(console: Console, notes: Sequence[str]) -> None:
-    for note in notes:
-        console.print(f"[yellow]{escape(note)}", highlight=False)
-
-
-def _print_legend(console: Console, run: Run) -> None:
-    ops = list(dict.fromkeys(case.op for case in run.cases))
+def _legend(run: Run) -> list[str]:
+    lines, ops = [], list(dict.fromkeys(case.op for case in run.cases))
     for op in ops:
-        descriptions: dict[str, str] = {}
-        for result in (result for case in run.cases if case.op == op for result in case.results):
+        words: dict[str, str] = {}
+        for one in (result for case in run.cases if case.op == op for result in case.results):
             # The longest: eager's description says more where the dtype is narrow.
-            descriptions[result.name] = max(descriptions.get(result.name, ""), result.description, key=len)
-        width = max(map(len, descriptions), default=0)
-        if len(ops) > 1:
-            console.print(f"[dim]{op}:", highlight=False)
-        for name, description in descriptions.items():
-            console.print(f"  [dim]{escape(f'{name:{width}}')}  {escape(description)}", highlight=False)
+            words[one.name] = max(words.get(one.name, ""), one.description, key=len)
+        width = max(map(len, words), default=0)
+        lines += [f"[dim]{op}:"] if len(ops) > 1 else []
+        lines += [f"  [dim]{escape(f'{name:{width}}')}  {escape(text)}" for name, text in words.items()]
+    return lines
 
 
 # ---- Markdown --------------------------------------------------------------------------------------
@@ -156,12 +143,15 @@ def _print_legend(console: Console, run: Run) -> None:
 
 def markdown(run: AnyRun) -> str:
     """The run as Markdown: its tables, then where and how it was measured."""
-    if isinstance(run, Run):
-        lines, remarks = _operator_lines(run)
-    else:
-        lines, remarks = _text_lines(run), run.notes
     facts = "; ".join(f"{name} {value}" for name, value in run.machine.items())
-    lines += ["", f"Measured {run.date} with `{run.command}`; {facts}."]
+    remarks = [
+        f"Measured {run.date} with `{run.command}`; {facts}.",
+        *(f"{name}: {value}" for name, value in run.facts.items()),
+        *run.notes,
+    ]
+    if isinstance(run, Run):
+        remarks += [f"{_short(case)}: {note}" for case in run.cases for note in case.notes]
+    lines = _operator_lines(run) if isinstance(run, Run) else _text_lines(run)
     return "\n".join([*lines, *(line for remark in remarks for line in ("", remark))]) + "\n"
 
 
@@ -169,13 +159,11 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _operator_lines(run: Run) -> tuple[list[str], list[str]]:
-    """A table for neighbouring cases with the same passes and the caption; what stands below."""
+def _operator_lines(run: Run) -> list[str]:
+    """A table for neighbouring cases with the same passes, and the caption."""
     tables = [_case_lines(run, names, cases) for names, cases in groupby(run.cases, lambda c: c.pass_names)]
     lines = [line for table in tables or [_case_lines(run, PASSES, [])] for line in [*table, ""]]
-    lines.append(_caption(run) + (_LAST_COLUMNS if PASSES in _kinds(run) else "") + _ceilings(run))
-    notes = [f"{_short(case)}: {note}" for case in run.cases for note in case.notes]
-    return lines, [*(f"{name}: {value}" for name, value in run.facts.items()), *run.notes, *notes]
+    return [*lines, _caption(run) + (_LAST_COLUMNS if PASSES in _kinds(run) else "") + _ceilings(run)]
 
 
 def _case_lines(run: Run, names: tuple[str, ...], cases: Iterable[CaseResult]) -> list[str]:
@@ -192,11 +180,8 @@ def _case_lines(run: Run, names: tuple[str, ...], cases: Iterable[CaseResult]) -
             lines.append(_line([title, "not run"]) + " |" * (len(columns) - 2))
         for index, result in enumerate(case.results):
             cells = [title if index == 0 else "", f"**{result.name}**" if result.ours else result.name]
-            lines.append(
-                _line(
-                    cells + _markdown_cells(case, result) + ([_of_copy(case, result, copy)] if copy else [])
-                )
-            )
+            cells += _markdown_cells(case, result)
+            lines.append(_line([*cells, _of_copy(case, result, copy)] if copy else cells))
     return lines
 
 
@@ -299,22 +284,16 @@ def _status(result: Result) -> str:
     return "WRONG" if result.status == "wrong" else result.status
 
 
-def _ratio(reference: float | None, value: float) -> str:
-    return "-" if reference is None else f"{reference / value:.2f}x"
+def _ratio(faster: float | None, slower: float) -> str:
+    return "-" if faster is None else f"{faster / slower:.2f}x"
 
 
 def _speeds(run: GenerateRun) -> list[list[str]]:
     """Cells of ``_SPEED_COLUMNS`` for each result."""
     best = [run.best(name) for name in (LOOP, LM)]
     return [
-        [
-            one.implementation,
-            str(one.batch),
-            str(one.requests),
-            f"{one.seconds:.1f}",
-            f"{one.speed:,.1f}",
-            *("-" if reference is None else f"{one.speed / reference:.2f}x" for reference in best),
-        ]
+        [one.implementation, str(one.batch), str(one.requests), f"{one.seconds:.1f}", f"{one.speed:,.1f}"]
+        + ["-" if reference is None else _ratio(one.speed, reference) for reference in best]
         for one in run.results
     ]
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -22,12 +20,7 @@ MAX_REPEATS = 5
 
 @dataclass(frozen=True)
 class Call:
-    """One thing to time.
-
-    Attributes:
-        run: what is timed.
-        before: what has to happen before each run, outside the timing.
-    """
+    """One thing to time; ``before`` is what has to happen before each run, outside the timing."""
 
     run: Callable[[], object]
     before: Callable[[], object]
@@ -52,9 +45,6 @@ class CudaClock:
 
     The write also keeps the device busy while Python launches the call, so that launch latency
     up to its length (about 0.1 ms) is hidden, as it is in a training step.
-
-    Args:
-        device: CUDA device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -93,8 +83,7 @@ def measure_in_turns(
     times, and at most ``MAX_REPEATS``. The first run of each call warms up and is not counted.
 
     Args:
-        calls: what to time.
-        clock: how to time it.
+        calls, clock: what to time, and how.
         seconds: rounds start until this much time has gone by.
         min_rounds, max_rounds: bounds on the counted rounds.
         on_round: told the share of the work that is done, in [0, 1].
@@ -129,45 +118,7 @@ def measure_in_turns(
 
 def summary(seconds: Sequence[float]) -> Timing:
     """Median, quartiles and extremes of at least one measurement."""
-    if len(seconds) == 1:
-        q1 = q3 = seconds[0]
-    else:
+    q1 = q3 = seconds[0]
+    if len(seconds) > 1:
         q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(statistics.median(seconds), q1, q3, min(seconds), max(seconds), len(seconds))
-
-
-class OtherWork:
-    """How much the rest of the machine computes, from construction on.
-
-    Linux only, from the time counters of all cores (proc(5), /proc/stat) and those of this
-    process. Time that a hypervisor took away counts as other work too.
-    """
-
-    def __init__(self) -> None:
-        self._before = self._seconds()
-
-    def cores(self) -> float | None:
-        """Cores that were busy with something else, on average; None where it cannot be read."""
-        now = self._seconds()
-        if now is None or self._before is None:
-            return None
-        busy, own, wall = (b - a for a, b in zip(self._before, now, strict=True))
-        return max(0.0, busy - own) / wall if wall > 0 else 0.0
-
-    def remark(self) -> str | None:
-        """What to tell the reader if it was a tenth of the machine or more."""
-        cores, total = self.cores(), os.cpu_count() or 1
-        if cores is None or cores < total / 10:
-            return None
-        return f"Busy: other programs kept {cores:.1f} of {total} cores; absolute times are too long."
-
-    @staticmethod
-    def _seconds() -> tuple[float, float, float] | None:
-        """Busy time of all cores, CPU time of this process, wall time."""
-        counters = Path("/proc/stat")
-        if not counters.exists():
-            return None
-        # cpu user nice system idle iowait irq softirq steal; the rest is counted in these already
-        fields = [int(f) for f in counters.read_text().split("\n", 1)[0].split()[1:9]]
-        busy = sum(fields) - fields[3] - fields[4]
-        return busy / os.sysconf("SC_CLK_TCK"), time.process_time(), time.monotonic()
