@@ -18,7 +18,6 @@ from auxkern.bench.results import (
     AnyRun,
     CaseResult,
     GenerateRun,
-    Result,
     Run,
     Throughput,
 )
@@ -35,6 +34,9 @@ _FLOOR = ("#e6a15c", "#c8102e")
 _BARS = 0.76  # height of all bars of an implementation where neighbours are 1 apart
 _INCH_PER_IMPLEMENTATION = {1: 0.3, 2: 0.46}  # by number of passes
 _INCH_PER_CASE = 0.8
+# On white, so that the lines of the floor do not strike the numbers out.
+_WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3}
+_LABEL: dict[str, Any] = {"padding": 5, "fontsize": 8, "bbox": _WHITE}
 
 # The same hue for the same loop; dashes where it runs on our kernels.
 _LINES = {
@@ -54,11 +56,7 @@ _LEGIBLE = 0.04  # share whose bar has room for its number
 
 
 def plot(run: AnyRun, path: Path) -> None:
-    """Draws ``run`` into ``path``.
-
-    Args:
-        run: what was measured.
-        path: file name that ends in .png or .svg.
+    """Draws ``run`` into ``path``, whose name ends in .png or .svg.
 
     Raises:
         ValueError: nothing was timed, or the file name ends otherwise.
@@ -121,81 +119,48 @@ def _draw_cases(head: SubFigure, body: SubFigure, run: Run) -> str:
     head.legend(handles=handles, frameon=False, fontsize=8.5, **place)
     grid = body.subplots(len(cases), 2, height_ratios=_heights(run), width_ratios=(3, 2), squeeze=False)
     for case, (time_axes, memory_axes) in zip(cases, grid, strict=True):
-        _draw_time(time_axes, case)
-        _draw_memory(memory_axes, case)
+        _draw_case(time_axes, memory_axes, case)
     return (
         "Median of runs in turns, quartiles as error bars. Floor: time of one pass over the same bytes "
         "(logits), of the bare matrix products (heads)."
     )
 
 
-def _bars(case: CaseResult) -> list[tuple[float, float, int, str]]:
-    """(offset from the implementation's place, height, shade, pass) of each bar; a single one is dark."""
-    count = len(case.pass_names)
-    height = _BARS / count
-    return [
-        ((index - (count - 1) / 2) * height, height, index + 2 - count, name)
-        for index, name in enumerate(case.pass_names)
-    ]
-
-
-def _draw_time(axes: Axes, case: CaseResult) -> None:
-    for offset, height, shade, name in _bars(case):
-        timings = [result.passes[name].time for result in case.timed]
-        positions = [index + offset for index in range(len(timings))]
-        axes.barh(
-            positions,
-            [t.median * 1e3 for t in timings],
-            height,
-            xerr=[[(t.median - t.q1) * 1e3 for t in timings], [(t.q3 - t.median) * 1e3 for t in timings]],
-            color=[_colour(result, shade) for result in case.timed],
-            error_kw={"lw": 0.8, "alpha": 0.6},
-        )
-        axes.axvline(case.floor[name].median * 1e3, color=_FLOOR[shade], lw=1.1, ls="--")
+def _draw_case(time_axes: Axes, memory_axes: Axes, case: CaseResult) -> None:
+    results, count = case.timed, len(case.pass_names)
+    for index, name in enumerate(case.pass_names):
+        shade, height = index + 2 - count, _BARS / count  # a single pass is dark
+        places = [row + (index - (count - 1) / 2) * height for row in range(len(results))]
+        colours = [(_OURS if result.ours else _PEER)[shade] for result in results]
+        times = [result.passes[name].time for result in results]
+        quartiles = [[(t.median - t.q1) * 1e3 for t in times], [(t.q3 - t.median) * 1e3 for t in times]]
+        medians, thin = [t.median * 1e3 for t in times], {"lw": 0.8, "alpha": 0.6}
+        bars = time_axes.barh(places, medians, height, xerr=quartiles, color=colours, error_kw=thin)
         eager = case.eager(name)
-        for position, timing in zip(positions, timings, strict=True):
-            ratio = f"  ({eager / timing.median:.1f}x)" if eager and eager != timing.median else ""
-            _label(axes, timing.q3 * 1e3, position, f"{timing.milliseconds()[0]} ms{ratio}")
-    _finish(axes, case.timed, f"{case.model}: {' · '.join(case.details)}", "time, ms")
-
-
-def _draw_memory(axes: Axes, case: CaseResult) -> None:
-    known = False
-    for offset, height, shade, name in _bars(case):
-        for position, result in enumerate(case.timed):
-            extra = result.passes[name].extra_bytes
-            text = "n/a" if extra is None else f"{extra / 1e6:,.0f} MB"
-            if extra is not None:
-                known = True
-                axes.barh(position + offset, extra / 1e6, height, color=_colour(result, shade))
-            _label(axes, (extra or 0) / 1e6, position + offset, text)
-    _finish(axes, case.timed, "peak memory beyond the inputs", "memory, MB")
-    axes.set_yticklabels([])
-    if not known:
-        axes.set_xlim(0, 1)
-
-
-def _label(axes: Axes, x: float, y: float, text: str) -> None:
-    # On white, so that the lines of the floor do not strike the numbers out.
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3}
-    axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
-
-
-def _finish(axes: Axes, results: list[Result], title: str, unit: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(unit, fontsize=8)
-    axes.tick_params(labelsize=8.5)
-    axes.set_yticks(range(len(results)), [result.name for result in results])
-    for label, result in zip(axes.get_yticklabels(), results, strict=True):
+        ratios = [f"  ({eager / t.median:.1f}x)" if eager and eager != t.median else "" for t in times]
+        labels = [f"{t.milliseconds()[0]} ms{ratio}" for t, ratio in zip(times, ratios, strict=True)]
+        time_axes.bar_label(bars, labels, **_LABEL)
+        time_axes.axvline(case.floor[name].median * 1e3, color=_FLOOR[shade], lw=1.1, ls="--")
+        extra = [result.passes[name].extra_bytes for result in results]
+        bars = memory_axes.barh(places, [(size or 0) / 1e6 for size in extra], height, color=colours)
+        labels = ["n/a" if size is None else f"{size / 1e6:,.0f} MB" for size in extra]
+        memory_axes.bar_label(bars, labels, **_LABEL)
+    title = f"{case.model}: {' · '.join(case.details)}"
+    words = ((title, "time, ms"), ("peak memory beyond the inputs", "memory, MB"))
+    for axes, (title, unit) in zip((time_axes, memory_axes), words, strict=True):
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(unit, fontsize=8)
+        axes.tick_params(labelsize=8.5)
+        axes.set_yticks(range(len(results)), [result.name for result in results])
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        # Room for the numbers at the ends of the bars.
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.25)
+    for label, result in zip(time_axes.get_yticklabels(), results, strict=True):
         label.set_fontweight("bold" if result.ours else "normal")
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    # Room for the numbers at the ends of the bars.
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.25)
-
-
-def _colour(result: Result, shade: int) -> str:
-    return (_OURS if result.ours else _PEER)[shade]
+    memory_axes.set_yticklabels([])
+    if all(one.extra_bytes is None for result in results for one in result.passes.values()):
+        memory_axes.set_xlim(0, 1)
 
 
 def _legend_handles(kinds: set[tuple[str, ...]]) -> list[Any]:
@@ -266,12 +231,7 @@ def _draw_speed(axes: Axes, results: list[Throughput]) -> None:
 
 
 def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """Heights of labels at least ``gap`` apart, in the same order, none lower than it was.
-
-    Args:
-        heights: of what they label, by name; at least 0.
-        gap: least distance of neighbours.
-    """
+    """Heights, by name and at least 0, moved up in their order until they are ``gap`` apart."""
     found: dict[str, float] = {}
     below = -gap
     for name, height in sorted(heights.items(), key=lambda item: item[1]):
@@ -289,12 +249,10 @@ def _draw_shares(axes: Axes, results: list[Throughput]) -> None:
     left = [0.0] * len(results)
     for name, colour in _PARTS.items():
         shares = [one.shares[name] for one in results]
-        axes.barh(range(len(results)), shares, 0.62, left=left, color=colour, label=name)
+        bars = axes.barh(range(len(results)), shares, 0.62, left=left, color=colour, label=name)
+        texts = [f"{share:.0%}" if share >= _LEGIBLE else "" for share in shares]
         ink = "white" if name in _ON_DARK else "black"
-        for row, (share, start) in enumerate(zip(shares, left, strict=True)):
-            if share >= _LEGIBLE:
-                place = (start + share / 2, row)
-                axes.text(*place, f"{share:.0%}", ha="center", va="center", fontsize=8.5, color=ink)
+        axes.bar_label(bars, texts, label_type="center", fontsize=8.5, color=ink)
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for row, one in enumerate(results):
         axes.text(1.01, row, f"{one.outside:.1%}", va="center", fontsize=8.5)

@@ -166,6 +166,8 @@ class Throughput:
     shares: dict[str, float]
     busy_cores: float | None
 
+    timed: ClassVar[bool] = True
+
     @property
     def speed(self) -> float:
         """Tokens per second."""
@@ -183,11 +185,22 @@ class Record:
 
     KIND: ClassVar[str | None] = None  # what its file says it is
     PROGRAM: ClassVar[str] = "auxkern.bench"
-    PARTS: ClassVar[str] = "cases"  # what one measurement after the other makes, in a reader's words
+    PARTS: ClassVar[tuple[str, str]] = ("cases", "cases")  # attribute with what is measured; a reader's word
 
     command: str
     date: str
     machine: dict[str, str]
+
+    @property
+    def parts(self) -> list[Any]:
+        """What was measured so far, in order."""
+        parts: list[Any] = getattr(self, self.PARTS[0])
+        return parts
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(part.timed for part in self.parts)
 
     def to_json(self) -> str:
         kind = {} if self.KIND is None else {"kind": self.KIND}
@@ -244,15 +257,6 @@ class Run(Record):
     ceilings: dict[str, float] = field(default_factory=dict)
 
     @property
-    def parts(self) -> list[CaseResult]:
-        return self.cases
-
-    @property
-    def timed(self) -> bool:
-        """Whether there is anything to draw."""
-        return any(case.timed for case in self.cases)
-
-    @property
     def failed(self) -> bool:
         """Whether an implementation of ours was wrong or raised."""
         return any(one.ours and one.status != "ok" for case in self.cases for one in case.results)
@@ -284,7 +288,7 @@ class GenerateRun(Record):
 
     KIND: ClassVar[str | None] = "generate"
     PROGRAM: ClassVar[str] = "auxkern.bench --op generate"
-    PARTS: ClassVar[str] = "measurements"
+    PARTS: ClassVar[tuple[str, str]] = ("results", "measurements")
 
     requests: int
     lengths: list[int]
@@ -296,15 +300,6 @@ class GenerateRun(Record):
 
     facts: ClassVar[dict[str, str]] = {}
     failed: ClassVar[bool] = False  # wrong texts are not timed
-
-    @property
-    def parts(self) -> list[Throughput]:
-        return self.results
-
-    @property
-    def timed(self) -> bool:
-        """Whether there is anything to draw."""
-        return bool(self.results)
 
     def best(self, implementation: str) -> float | None:
         """Tokens per second of an implementation at its best batch; None if it was not measured."""

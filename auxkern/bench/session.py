@@ -94,7 +94,7 @@ def carry_out(
     out, err = console_for_stdout(), Console(stderr=True)
     tables.print_header(out, run)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    parts: list[Any] = run.parts
+    parts = run.parts
     try:
         # The bar is for eyes: a log file gets none of it.
         with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
@@ -110,7 +110,7 @@ def carry_out(
                     replace_file(options.json, run.to_json())
     except KeyboardInterrupt:
         run.interrupted = True
-        run.notes.append(f"Interrupted: {len(parts)} of {len(jobs)} {run.PARTS} are finished.")
+        run.notes.append(f"Interrupted: {len(parts)} of {len(jobs)} {run.PARTS[1]} are finished.")
     finally:
         run.notes += remarks()
         tables.print_footer(out, run)
