@@ -78,11 +78,7 @@ def backends_for(
 
 
 def measure_case(
-    case: CaseResult,
-    device: torch.device,
-    backends: Sequence[str] | None,
-    effort: Effort,
-    progress: Progress,
+    case: CaseResult, device: torch.device, backends: Sequence[str] | None, effort: Effort, progress: Progress
 ) -> CaseResult:
     """Makes the case's inputs and measures every implementation on them.
 

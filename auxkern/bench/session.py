@@ -69,10 +69,7 @@ def head(prog: str, argv: Sequence[str] | None, device: torch.device) -> tuple[s
 
 
 def carry_out(
-    run: AnyRun,
-    jobs: Sequence[Job],
-    options: argparse.Namespace,
-    remarks: Callable[[], list[str]] = list,
+    run: AnyRun, jobs: Sequence[Job], options: argparse.Namespace, remarks: Callable[[], list[str]] = list
 ) -> int:
     """Runs the jobs, prints each as it ends, writes the files.
 
