@@ -42,8 +42,8 @@ class CrossEntropyInputs:
     def leaves(self) -> list[Tensor]:
         return [term for term in self.terms if term.requires_grad]
 
-    def frozen(self) -> list[Tensor]:
-        return self.terms[:-1]
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.terms, self.target
 
     def arguments(self) -> tuple[list[Tensor], Tensor]:
         return self.terms, self.target
@@ -79,9 +79,6 @@ class LinearInputs:
 
     def leaves(self) -> list[Tensor]:
         return [self.aux_hidden, self.aux_weight]
-
-    def frozen(self) -> list[Tensor]:
-        return [self.lm_hidden, self.lm_weight]
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.lm_hidden, self.lm_weight, self.aux_hidden, self.aux_weight, self.target
@@ -129,7 +126,7 @@ class LossOperator(Operator):
     """An operator whose implementations return a 0-d loss, measured forward and with its backward.
 
     Its inputs also have ``terms``, the last of which is trained; ``target`` (N,), -100 is ignored;
-    ``frozen()``, what gets no gradient; and ``logits(rows)``, (C, V) in float64.
+    ``tensors()``, all of them; and ``logits(rows)``, (C, V) in float64.
     """
 
     kernel = "cross_entropy_forward"
@@ -146,14 +143,6 @@ class LossOperator(Operator):
             )
             for backend in backends
         ]
-
-    def step(self, inputs: Any, implementation: Implementation, name: str) -> Tensor:
-        if name == "forward":
-            with torch.no_grad():
-                return implementation.run(inputs)
-        loss = implementation.run(inputs)
-        loss.backward()
-        return loss.detach()
 
     def exact(self, inputs: Any, everything: bool = False) -> Exact:
         """The float64 loss over all rows, and gradients of evenly spaced rows and ids, or of all.
@@ -206,7 +195,7 @@ class LossOperator(Operator):
         are common, so they pass, as what they are: the error column shows them.
         """
         leaves, gradients = inputs.leaves(), []
-        if any(tensor.grad is not None for tensor in inputs.frozen()):
+        if any(t.grad is not None for t in inputs.tensors() if not t.requires_grad):
             raise RuntimeError("the last term, and only it, must have a gradient; the others are frozen")
         for leaf, (index, values) in zip(leaves, exact.by_leaf(), strict=True):
             if leaf.grad is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from auxkern.bench import losses, memory, sample
-from auxkern.bench.operators import Implementation, Operator, dtype_of
+from auxkern.bench.operators import Implementation, Operator, dtype_of, step
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, clock_for, measure_in_turns
 from auxkern.machine import OtherWork
@@ -137,7 +137,7 @@ def measure_inputs(
         progress(0.1 + 0.4 * index / len(implementations), f"checking {implementation.name}")
         case.results.append(_check(operator, inputs, exact, implementation, case))
         for name in case.pass_names if case.results[-1].status == "ok" else ():
-            call = Call(partial(operator.step, inputs, implementation, name), drop)
+            call = Call(partial(step, inputs, implementation, name), drop)
             calls[index, name] = call
             if not memory_refusal:
                 drop()
@@ -177,7 +177,7 @@ def _check(
     _drop_gradients(inputs)
     start = time.perf_counter()
     try:
-        outputs = {name: operator.step(inputs, implementation, name) for name in case.pass_names}
+        outputs = {name: step(inputs, implementation, name) for name in case.pass_names}
         result.first_call_seconds = time.perf_counter() - start
         errors = operator.check(inputs, exact, implementation, outputs)
     except Exception as error:  # a peer may raise anything; the others are still worth measuring

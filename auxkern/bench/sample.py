@@ -25,6 +25,7 @@ from auxkern.bench.operators import (
     is_installed,
     normal,
     reading,
+    step,
     warpers,
 )
 from auxkern.bench.results import CaseResult
@@ -139,10 +140,6 @@ class Sample(Operator):
             logprob.append(log_p.float())
         return Exact(torch.cat(tokens), torch.cat(logprob), surprise, variance, rounding)
 
-    def step(self, inputs: SampleInputs, implementation: Implementation, name: str) -> Tensor:
-        with torch.no_grad():
-            return implementation.run(inputs)
-
     def check(
         self,
         inputs: SampleInputs,
@@ -161,7 +158,7 @@ class Sample(Operator):
         drawn = [outputs["draw"]]
         if not implementation.ours:
             more = min(_MOST_DRAWS, math.ceil(_CHECKED_TOKENS / inputs.seed.numel()))
-            drawn += [self.step(inputs, implementation, "draw") for _ in range(more - 1)]
+            drawn += [step(inputs, implementation, "draw") for _ in range(more - 1)]
         tokens = torch.stack([t.long() for t in drawn])  # (draws, N)
         V = exact.logprob.shape[1]
         log_p = exact.logprob.gather(1, tokens.T.clamp(0, V - 1)).T.double()
