@@ -129,7 +129,7 @@ class LossOperator(Operator):
     ``tensors()``, all of them; and ``logits(rows)``, (C, V) in float64.
     """
 
-    kernel = "cross_entropy_forward"
+    kernel = "losses"
     call: str  # the terms of a call, for legends
     chunk: int  # elements of float64 logits that are made at a time
 

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         backends, notes = backends_for(device, torch.float32, options.backend)
         samplers: list[str] = []
         if "sample" in ops:
-            samplers, _ = backends_for(device, torch.float32, options.backend, "draw")
+            samplers, _ = backends_for(device, torch.float32, options.backend, OPERATORS["sample"].kernel)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     try:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from auxkern.backends import choice
 from auxkern.bench import losses, memory, sample
 from auxkern.bench.operators import Implementation, Operator, dtype_of, step
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, clock_for, measure_in_turns
 from auxkern.machine import OtherWork
-from auxkern.backends import choice
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def backends_for(
     device: torch.device,
     dtype: torch.dtype,
     asked: Iterable[str] | None,
-    kernel: str = "losses",
+    kernel: str = losses.LossOperator.kernel,
 ) -> tuple[list[str], list[str]]:
     """The auxkern backends to measure on ``device``, and remarks for the reader.
 

@@ -83,7 +83,7 @@ class Exact:
 
 
 class Sample(Operator):
-    kernel = "sample"
+    kernel = "draw"
 
     def needed_bytes(self, case: CaseResult) -> int:
         # Hugging Face's top-p holds the sum, the scaled sum, both sorted with int64 ids, a softmax,

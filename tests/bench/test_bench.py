@@ -35,8 +35,7 @@ from auxkern.bench.runner import Effort, backends_for, measure_inputs
 from auxkern.bench.timing import Call, WallClock, measure_in_turns, summary
 from auxkern.core.files import replace_file
 from auxkern.machine import OtherWork
-from auxkern.ops import registry
-from auxkern.tasks.smollm2 import load_smollm2
+from auxkern.model.smollm2 import load_smollm2
 
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.0, min_rounds=2, max_rounds=2)

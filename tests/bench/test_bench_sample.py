@@ -103,7 +103,9 @@ def test_right_samplers_are_timed(filters, dtype):
 
 
 def test_all_that_runs_on_a_cpu_is_right():
-    every = OPERATOR.implementations(CPU, torch.float32, backends_for(CPU, torch.float32, None, "draw")[0])
+    every = OPERATOR.implementations(
+        CPU, torch.float32, backends_for(CPU, torch.float32, None, OPERATOR.kernel)[0]
+    )
     assert [implementation.name for implementation in every][1:] == ["eager", "torch.compile"]
     results = measured(*every, filters=PLAIN).results
     assert [result.message for result in results] == ["", "", ""]
