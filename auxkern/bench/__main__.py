@@ -36,8 +36,7 @@ Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options; 130 after C
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints tables, and writes JSON and a plot if asked.
 
-    Args:
-        argv: arguments after the program's name; those of the process when None.
+    ``argv`` are the arguments after the program's name; None: those of the process.
 
     Returns:
         0; 1 if an implementation of auxkern was wrong or failed; 130 after Ctrl-C. Bad options
@@ -96,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     repeatable("--case", case, choices=VOCABULARIES)
     repeatable("--n", "rows (repeatable)", type=positive, metavar="N")
     repeatable("--dtype", "dtype of every term (repeatable)", choices=DTYPES)
-    several: dict[str, Any] = {"choices": range(1, MAX_TERMS + 1), "metavar": f"1..{MAX_TERMS}"}
-    parser.add_argument("--terms", type=positive, default=2, help=terms, **several)
+    count: dict[str, Any] = {"choices": range(1, MAX_TERMS + 1), "metavar": f"1..{MAX_TERMS}"}
+    parser.add_argument("--terms", type=positive, default=2, help=terms, **count)
     session.add_device(parser)
     session.add_effort(parser)
     session.add_files(parser, "case", "bars of time and memory")

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,8 +50,7 @@ Exit status: 0; 1 if the engine's texts are wrong; 2 for bad options or missing 
 def main(argv: list[str] | None = None) -> int:
     """Checks, measures, prints a table.
 
-    Args:
-        argv: arguments after the program's name and its --op; those of the process when None.
+    ``argv`` are the arguments after the program's name and its --op; None: those of the process.
 
     Returns:
         0; 1 if the engine's texts are wrong; 2 if a package is missing; 130 after Ctrl-C. Bad options
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     session.check_files(parser, options)
     device = device_from(parser, options.device)
     try:
-        work = made_work(options.requests, device)
+        work = new_work(options.requests, device)
     except (ModuleNotFoundError, FileNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -146,8 +145,8 @@ class Work:
 
 def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
     """What the models are given for some requests: ids and masks, padded, on the model's device."""
-    found = work.text_format.prompts([work.conditions[i] for i in rows], [work.prompts[i] for i in rows])
-    return {name: tensor.to(work.model.device) for name, tensor in found.items()}
+    tensors = work.text_format.prompts([work.conditions[i] for i in rows], [work.prompts[i] for i in rows])
+    return {name: tensor.to(work.model.device) for name, tensor in tensors.items()}
 
 
 Way = Callable[[Work, int], dict[str, float]]  # (work, batch) -> shares of the time, {} if not known
@@ -170,12 +169,12 @@ def peers(work: Work) -> dict[str, Way]:
         return all_batches
 
     ways = {LOOP: two_model_loop, LM: generate_lm, "generate, pair": generate_pair}
-    found = {name: way(write, {}) for name, write in ways.items()}
+    every_way = {name: way(write, {}) for name, write in ways.items()}
     if work.plain_lm is not work.model.lm:
         ours = {"plain_lm": work.model.lm, "plain_auxiliary": work.model.auxiliary}
-        found["loop, our kernels"] = way(two_model_loop, ours)
-        found["LM alone, our kernels"] = way(generate_lm, ours)
-    return found
+        every_way["loop, our kernels"] = way(two_model_loop, ours)
+        every_way["LM alone, our kernels"] = way(generate_lm, ours)
+    return every_way
 
 
 def _generation(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def continuous(work: Work, batch: int) -> dict[str, float]:
     return {}
 
 
-def made_work(count: int, device: torch.device) -> Work:
+def new_work(count: int, device: torch.device) -> Work:
     """Requests for WordNet's keywords, with prompts and lengths of their own, always the same.
 
     Raises:
@@ -369,30 +368,23 @@ def _measured(work: Work, name: str, batch: int, way: Way) -> Throughput:
 
 
 def _engine(work: Work, batch: int) -> dict[str, float]:
-    made = engine(work, min(batch, len(work.lengths)))
+    running, rows = engine(work, min(batch, len(work.lengths))), []  # rows that each step draws at once
     with _timed({"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}) as spent:
         began = time.perf_counter()
-        rows = _generated(made, requests(work))
+        for request in requests(work):
+            running.submit(request)
+        while not running.scheduler.idle:
+            before = running.stats.new_tokens
+            running.step()
+            rows.append(running.stats.new_tokens - before)
         whole = time.perf_counter() - began
     if work.model.device.type != "cpu":
         return {}
-    drawing = made.stats.seconds["sampling"]
+    drawing = running.stats.seconds["sampling"]
     sampling = min(drawing, _sampling_seconds(work, rows))
     seconds = {**spent, "heads": drawing - sampling, "sampling": sampling}
     seconds["rest"] = whole - sum(seconds.values())
     return {name: seconds[name] / whole for name in SHARES}
-
-
-def _generated(made: Any, asked: Sequence[Any]) -> list[int]:
-    """Answers requests; how many rows each step drew at once."""
-    for request in asked:
-        made.submit(request)
-    rows = []
-    while not made.scheduler.idle:
-        before = made.stats.new_tokens
-        made.step()
-        rows.append(made.stats.new_tokens - before)
-    return rows
 
 
 @torch.inference_mode()

@@ -172,10 +172,10 @@ class LossOperator(Operator):
             dz[torch.arange(part.numel(), device=part.device), target[part].clamp(min=0)] -= 1
             dz.mul_((target[part] >= 0)[:, None]).div_(count)
             parts.append(_times_weight(dz, head[1].detach()) if head else dz)
-        found, total = torch.cat(parts) if len(parts) > 1 else parts[0], total / count
+        gradient, total = torch.cat(parts) if len(parts) > 1 else parts[0], total / count
         if head is None:
-            return Exact(total, largest, V, rows, found)
-        return Exact(total, largest, max(V, N), rows, d_hidden=found, ids=ids, d_weight=d_weight / count)
+            return Exact(total, largest, V, rows, gradient)
+        return Exact(total, largest, max(V, N), rows, d_hidden=gradient, ids=ids, d_weight=d_weight / count)
 
     def check(
         self, inputs: Any, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]

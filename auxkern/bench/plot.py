@@ -232,11 +232,11 @@ def _draw_speed(axes: Axes, results: list[Throughput]) -> None:
 
 def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
     """Heights, by name and at least 0, moved up in their order until they are ``gap`` apart."""
-    found: dict[str, float] = {}
+    apart: dict[str, float] = {}
     below = -gap
     for name, height in sorted(heights.items(), key=lambda item: item[1]):
-        found[name] = below = max(height, below + gap)
-    return found
+        apart[name] = below = max(height, below + gap)
+    return apart
 
 
 def _draw_shares(axes: Axes, results: list[Throughput]) -> None:

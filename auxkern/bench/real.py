@@ -87,8 +87,7 @@ class Positions(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Scores sentences with SmolLM2 plus a small untrained auxiliary, checks, then measures.
 
-    Args:
-        argv: arguments after the program's name; those of the process when None.
+    ``argv`` are the arguments after the program's name; None: those of the process.
 
     Returns:
         0; 1 if a fused loss or gradient is not within 1e-5 of float64, a token is not the
@@ -262,7 +261,10 @@ def _facts(batch: HeadBatch, agreements: dict[tuple[str, str], Agreement]) -> di
 
 def token_facts(agreements: dict[tuple[str, str], TokenAgreement]) -> dict[str, str]:
     """What was compared, in words."""
-    return {f"sample, {filters}, {backend}": str(found) for (filters, backend), found in agreements.items()}
+    return {
+        f"sample, {filters}, {backend}": str(agreement)
+        for (filters, backend), agreement in agreements.items()
+    }
 
 
 def _counted(batch: HeadBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,15 +287,15 @@ def last_positions(lm: Tensor, aux: Tensor, counted: Tensor) -> Positions:
 
 def compare_tokens(positions: Positions, backends: Sequence[str]) -> dict[tuple[str, str], TokenAgreement]:
     """Each backend's tokens beside the reference's, by (filters, backend), with those of ``COMPARED``."""
-    found = {}
+    agreements = {}
     for filters in COMPARED:
         inputs = sample.inputs_of(list(positions), filters)
         exact = sample.OPERATOR.exact(inputs)
         for backend in backends:
             tokens = sample.ours(backend).run(inputs)
             equal, tied = (tokens == exact.tokens).sum(), sample.tied(inputs, exact, tokens).sum()
-            found[filters, backend] = TokenAgreement(tokens.numel(), int(equal), int(tied))
-    return found
+            agreements[filters, backend] = TokenAgreement(tokens.numel(), int(equal), int(tied))
+    return agreements
 
 
 def measurement(

@@ -14,8 +14,7 @@ from auxkern.core.files import replace_file
 def main(argv: list[str] | None = None) -> int:
     """Renders what ``python -m auxkern.bench --json`` wrote.
 
-    Args:
-        argv: arguments after the program's name; those of the process when None.
+    ``argv`` are the arguments after the program's name; None: those of the process.
 
     Returns:
         0, or 2 if a file cannot be read, drawn or updated.

@@ -87,8 +87,8 @@ class Result:
 
     def error(self, name: str) -> float | None:
         """What the pass called ``name`` is checked for."""
-        found: float | None = getattr(self, _ERROR_OF[name])
-        return found
+        error: float | None = getattr(self, _ERROR_OF[name])
+        return error
 
 
 @dataclass

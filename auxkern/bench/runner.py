@@ -47,10 +47,8 @@ def backends_for(
     """The auxkern backends to measure on ``device``, and remarks for the reader.
 
     Args:
-        device: where the tensors live.
-        dtype: of the terms.
-        asked: backend names from the user, each of which must run; None for every backend that
-            is chosen on this device for speed.
+        dtype: of the terms, on ``device``.
+        asked: names from the user, each of which must run; None for all that are chosen there for speed.
         kernel: the method that a backend must have.
 
     Raises:
@@ -115,14 +113,9 @@ def measure_inputs(
 
     Args:
         inputs: tensors of the case's operator, on ``device``.
-        case: describes them; floors, results and notes are added to it.
+        case: describes them; floors, results and notes are added to it, and it is returned.
         implementations: what to compare.
-        device: where the tensors live.
-        effort: how long to measure.
         progress: told how far it is.
-
-    Returns:
-        ``case``.
     """
     progress(0.05, "reference")
     operator = OPERATORS[case.op]

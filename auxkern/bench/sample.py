@@ -166,12 +166,12 @@ class Sample(Operator):
         if implementation.ours:
             other = tokens != exact.tokens
             miss = miss | (other & ~tied(inputs, exact, tokens[0])[None])
-        found = -log_p[log_p > -torch.inf]
+        surprises = -log_p[log_p > -torch.inf]
         # P(-logprob > s) <= V exp(-s), so one in e**14 is larger than this.
-        n, confidence = max(1, found.numel()), 14.0
+        n, confidence = max(1, surprises.numel()), 14.0
         largest = math.log(V) + confidence
         bound = math.sqrt(2 * exact.variance * confidence / n) + largest * confidence / (3 * n)
-        surprise = abs(found.mean().item() - exact.surprise) if found.numel() else math.nan
+        surprise = abs(surprises.mean().item() - exact.surprise) if surprises.numel() else math.nan
         shares = {"draw": other.double().mean().item(), "miss": miss.double().mean().item()}
         return Errors(shares | {"surprise": surprise}, {"miss": 0.0, "surprise": bound + 2 * exact.rounding})
 
@@ -227,7 +227,7 @@ def kept_logprob(scaled: Tensor, filters: Filters, rounding: float) -> Tensor:
 
 def tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
     """(N,) where another token than the reference's scores as high as that, up to float32's rounding."""
-    found = torch.zeros_like(tokens, dtype=torch.bool)
+    ties = torch.zeros_like(tokens, dtype=torch.bool)
     V = exact.logprob.shape[1]
     for row in ((tokens != exact.tokens) & (tokens >= 0) & (tokens < V)).nonzero()[:, 0].tolist():
         here = slice(row, row + 1)
@@ -237,8 +237,8 @@ def tied(inputs: SampleInputs, exact: Exact, tokens: Tensor) -> Tensor:
         mine, theirs = ((scaled + noise)[0, t[row]] for t in (tokens, exact.tokens))
         size = scaled[0, tokens[row]].abs() + mine.abs() + theirs.abs()
         float32 = 4 * 2**-24 * sum(t[row].abs().amax().item() for t in inputs.terms) / TEMPERATURE
-        found[row] = (mine - theirs).abs() <= 8 * 2**-24 * size + 2 * float32
-    return found
+        ties[row] = (mine - theirs).abs() <= 8 * 2**-24 * size + 2 * float32
+    return ties
 
 
 def ours(backend: str) -> Implementation:

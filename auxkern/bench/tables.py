@@ -149,8 +149,10 @@ def markdown(run: AnyRun) -> str:
         *(f"{name}: {value}" for name, value in run.facts.items()),
         *run.notes,
     ]
-    if isinstance(run, Run):
-        remarks += [f"{_short(case)}: {note}" for case in run.cases for note in case.notes]
+    for case in run.cases if isinstance(run, Run) else ():
+        # Enough to tell a run's cases apart.
+        title = ", ".join([case.model, *case.details]) if case.filters else f"{case.model} {case.dtype}"
+        remarks += [f"{title}: {note}" for note in case.notes]
     lines = _operator_lines(run) if isinstance(run, Run) else _text_lines(run)
     return "\n".join([*lines, *(line for remark in remarks for line in ("", remark))]) + "\n"
 
@@ -180,14 +182,14 @@ def _case_lines(run: Run, names: tuple[str, ...], cases: Iterable[CaseResult]) -
             lines.append(_line([title, "not run"]) + " |" * (len(columns) - 2))
         for index, result in enumerate(case.results):
             cells = [title if index == 0 else "", f"**{result.name}**" if result.ours else result.name]
-            cells += _markdown_cells(case, result)
+            if result.passes:
+                each = [_cells(case, result, name) for name in names]
+                cells += [cell for ms, spread, eager, *_ in each for cell in (f"{ms} ± {spread}", eager)]
+                cells += [*each[-1][3:6], _error(names, result)]
+            else:
+                cells += [_status(result)] + [""] * (2 * len(names) + 3)
             lines.append(_line([*cells, _of_copy(case, result, copy)] if copy else cells))
     return lines
-
-
-def _short(case: CaseResult) -> str:
-    """Enough to tell a run's cases apart."""
-    return ", ".join([case.model, *case.details]) if case.filters else f"{case.model} {case.dtype}"
 
 
 def _of_copy(case: CaseResult, result: Result, copy: float) -> str:
@@ -262,14 +264,6 @@ def _cells(case: CaseResult, result: Result, name: str) -> list[str]:
         "n/a" if measured.extra_bytes is None else f"{measured.extra_bytes / 1e6:,.1f}",
         _error([name], result),
     ]
-
-
-def _markdown_cells(case: CaseResult, result: Result) -> list[str]:
-    if result.status != "ok":
-        return [_status(result)] + [""] * (2 * len(case.pass_names) + 3)
-    each = [_cells(case, result, name) for name in case.pass_names]
-    times = [cell for median, spread, eager, *_ in each for cell in (f"{median} ± {spread}", eager)]
-    return [*times, *each[-1][3:6], _error(case.pass_names, result)]
 
 
 def _error(names: Sequence[str], result: Result) -> str:

@@ -56,7 +56,7 @@ def work():
 
 @pytest.fixture
 def tiny_work(work, monkeypatch):
-    monkeypatch.setattr(generate, "made_work", lambda count, device: work)
+    monkeypatch.setattr(generate, "new_work", lambda count, device: work)
     return work
 
 
@@ -95,7 +95,7 @@ def test_every_way_is_measured_and_written_down(tiny_work, tmp_path, capsys):
 def test_small_batches_write_fewer_texts_and_large_ones_all_at_once(work, monkeypatch, tmp_path):
     count = 20
     many = replace(work, conditions=["c"] * count, prompts=[""] * count, lengths=[1] * 16 + [2] * 4)
-    monkeypatch.setattr(generate, "made_work", lambda count, device: many)
+    monkeypatch.setattr(generate, "new_work", lambda count, device: many)
     slots, real = [], generate.engine
     monkeypatch.setattr(generate, "engine", lambda work, n: slots.append(n) or real(work, n))
     monkeypatch.setattr(generate, "differing", lambda work: [])
@@ -191,7 +191,7 @@ def test_continuous_batching_is_counted_by_what_it_writes(work, monkeypatch):
     ],
 )
 def test_bad_options_end_before_anything_is_loaded(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "made_work", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(generate, "new_work", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(SystemExit) as ended:
         command(*arguments)
     assert ended.value.code == 2
