@@ -22,7 +22,6 @@ _CHECKED_ELEMENTS = 2**23  # of the logits' gradient; all of it if it is smaller
 _CHECKED_ROWS = 64  # of d_hidden
 _CHECKED_IDS = 512  # of d_weight, beside the targets of the checked rows
 _CONVERTED_IDS = 8192  # rows of a weight taken to float64 at a time
-_F, _CCE, _LINEAR = "torch.nn.functional", "cut_cross_entropy", "linear_cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -313,35 +312,32 @@ class Linear(LossOperator):
 
     def peers(self, device: torch.device) -> list[Peer]:
         """Libraries whose fused loss has one head; they make all D columns of both gradients."""
-        # (name, package, module, function, options, how they are written)
-        cce = "cce" if device.type == "cuda" else "torch_compile"
-        known: list[tuple[str, str, str, str, dict[str, Any], str]] = [
-            ("Cut Cross-Entropy", _CCE, _CCE, _LINEAR, {"impl": cce}, f', impl="{cce}"')
-        ]
-        if device.type == "cuda":
-            liger = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
-            quack = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
-            known += [("Liger", "liger_kernel", *liger, {}, ""), ("QuACK", "quack", *quack, {}, "")]
+        linear, cce = "linear_cross_entropy", "cce" if device.type == "cuda" else "torch_compile"
+        # (name, package, module, function), its options, and how they are written
+        known: list[tuple[tuple[str, str, str, str], dict[str, Any], str]] = []
         # Younger than the oldest torch that is supported.
-        if hasattr(F, _LINEAR) and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        if hasattr(F, linear) and hasattr(torch.nn, "LinearCrossEntropyOptions"):
             # On a CPU its own choice is chunks of a few rows, five times slower than 256 (N 512, D 832,
             # V 49,152, torch 2.13: 4.1 s and 0.86 s; in one piece 1.04 s). On a GPU its choice stands.
             rows: dict[str, Any] = {"batch_chunk_size": 256, "chunking_method": None}
             rows = rows if device.type == "cpu" else {}
-            words = ", ".join(f"{name}={value}" for name, value in rows.items())
             options = {"options": torch.nn.LinearCrossEntropyOptions(**rows)}
-            words = f", options=LinearCrossEntropyOptions({words})"
-            known.insert(0, ("F.linear_cross_entropy", "torch", _F, _LINEAR, options, words))
-        whole = _WholeWeight()
-        return [
-            (
-                name,
-                f"{module}.{function}(cat(h_lm, h_aux), cat(W_lm, W_aux), y{words})".replace(_F, "F"),
-                _one_head(imported(module, function, **options), whole),
-            )
-            for name, package, module, function, options, words in known
-            if is_installed(package)
-        ]
+            words = ", ".join(f"{name}={value}" for name, value in rows.items())
+            torchs = ("F.linear_cross_entropy", "torch", "torch.nn.functional", linear)
+            known.append((torchs, options, f", options=LinearCrossEntropyOptions({words})"))
+        cut = ("Cut Cross-Entropy", "cut_cross_entropy", "cut_cross_entropy", linear)
+        known.append((cut, {"impl": cce}, f', impl="{cce}"'))
+        if device.type == "cuda":
+            liger = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+            quack = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+            known += [(("Liger", "liger_kernel", *liger), {}, ""), (("QuACK", "quack", *quack), {}, "")]
+        peers, whole = [], _WholeWeight()
+        for (name, package, module, function), options, words in known:
+            if is_installed(package):
+                place = module.replace("torch.nn.functional", "F")
+                call = f"{place}.{function}(cat(h_lm, h_aux), cat(W_lm, W_aux), y{words})"
+                peers.append((name, call, _one_head(imported(module, function, **options), whole)))
+        return peers
 
     def floors(self, inputs: LinearInputs) -> dict[str, Floor]:
         """The bare matrix products over all rows that count, in one piece, in buffers that exist.

@@ -164,8 +164,8 @@ def reading(terms: Sequence[Tensor]) -> Floor:
     It works on int32 views, because integer adds are never slowed by NaN or subnormal bit patterns.
     """
     words = [as_words(term.detach()) for term in terms]
-    run = lambda: [torch.sum(w, dtype=torch.int32) for w in words]  # noqa: E731
-    return Floor(run, sum(w.numel() * 4 for w in words))
+    nbytes = sum(w.numel() * 4 for w in words)
+    return Floor(lambda: [torch.sum(w, dtype=torch.int32) for w in words], nbytes)
 
 
 def as_words(values: Tensor) -> Tensor:
