@@ -118,18 +118,18 @@ def explain(
     if dtypes:
         raise TypeError("dtypes go with a device; terms have their own")
     terms = as_terms(device)
-    (_, where), asked = one_device(terms), _float_dtypes(terms)
+    (_, where), present = one_device(terms), _float_dtypes(tensors_of(terms))
     check_rows(terms)
     V = vocabulary_of(terms, checked_vocabulary(terms, vocab_size))
-    chosen = choose(backend, where, asked)
-    explanation = _explained(where, asked) if backend is None else Explanation(backend, where, asked, {})
+    chosen = choose(backend, where, present)
+    explanation = _explained(where, present) if backend is None else Explanation(backend, where, present, {})
     loss = Loss(label_smoothing=label_smoothing, stats=return_stats)
     route = chosen.route(Sum.of(terms, V), loss)
     return replace(explanation, route=route.name, route_refusals=route.refusals)
 
 
-def _float_dtypes(terms: Sequence[Term]) -> tuple[torch.dtype, ...]:
-    return tuple([t.dtype for t in tensors_of(terms) if t.is_floating_point()])
+def _float_dtypes(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    return tuple([t.dtype for t in tensors if t.is_floating_point()])
 
 
 @cache
@@ -163,6 +163,6 @@ def choose(backend: str | None, device: torch.device, dtypes: tuple[torch.dtype,
     return load(backend)
 
 
-def backend_of(backend: str | None, terms: Sequence[Term]) -> Backend:
-    """``choose`` for these terms."""
-    return choose(backend, tensors_of(terms)[0].device, _float_dtypes(terms))
+def backend_of(backend: str | None, tensors: Sequence[Tensor]) -> Backend:
+    """``choose`` for the tensors of a sum."""
+    return choose(backend, tensors[0].device, _float_dtypes(tensors))

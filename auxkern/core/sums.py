@@ -146,7 +146,11 @@ class Layout(NamedTuple):
 
     @staticmethod
     def vocabulary(tensors: Sequence[Tensor], kinds: Sequence[int]) -> int:
-        """Ids of the first term that has a logit for every id, from flat tensors and the terms' kinds."""
+        """Ids of the first term that has a logit for every id, from flat tensors and the terms' kinds.
+
+        Raises:
+            ValueError: there is none.
+        """
         first = 0
         for kind in kinds:
             if kind == _LOGITS:

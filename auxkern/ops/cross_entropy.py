@@ -168,17 +168,16 @@ def cross_entropy(
         problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
         return problem._replace(transformed=transformed)
 
-    asked = Loss(ignore_index, label_smoothing, z_loss, return_stats)
+    loss = Loss(ignore_index, label_smoothing, z_loss, return_stats)
     if group is None:
         problem = checked(as_terms(terms), vocab_size)
         weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-        rows: tuple[Tensor, ...]
         if problem.transformed:
-            rows = dense_rows(problem.terms, problem.target, vocab_size, asked)
+            rows = dense_rows(problem.terms, problem.target, vocab_size, loss)
         else:
             gradient = _expected_gradient(problem, weight, denominator, reduction)
             expected = None if gradient is None else Expected(gradient, gradient_memory)
-            call = (asked, chunk_rows, problem.vocab_size, problem.backend)
+            call = (loss, chunk_rows, problem.vocab_size, problem.backend)
             rows = loss_rows(problem.terms, problem.target, expected, *call)
     else:
         facts = {
@@ -194,15 +193,15 @@ def cross_entropy(
         problem, shard, V = _agreed(cut, terms, checked, facts, ignore_index)
         weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
         share = Share(layout_of(problem.terms), shard, V, chunk_rows, problem.backend)
-        rows = rows_over_ranks(share, tensors_of(problem.terms), problem.target, asked)
+        rows = rows_over_ranks(share, tensors_of(problem.terms), problem.target, loss)
     row, nll, lse, argmax, term_nll = rows
-    loss = row if weight is None else row * weight
+    result = row if weight is None else row * weight
     if reduction == "none":
-        loss = loss.view(problem.shape)
+        result = result.view(problem.shape)
     else:
-        loss = loss.sum() if denominator is None else loss.sum() / denominator
+        result = result.sum() if denominator is None else result.sum() / denominator
     if not return_stats:
-        return loss
+        return result
     shape = problem.shape
     stats = CrossEntropyStats(
         nll=nll.view(shape),
@@ -211,7 +210,7 @@ def cross_entropy(
         z_loss=(z_loss * lse.square()).view(shape),
         term_nll=term_nll.view(len(problem.terms), *shape),
     )
-    return loss, stats
+    return result, stats
 
 
 def _number(value: _Value) -> _Value:
@@ -344,7 +343,7 @@ def _chosen(backend: str | None, terms: list[Term]) -> str:
 
     A graph holds no imports: the operators in it choose when they run.
     """
-    return backend or "" if torch.compiler.is_compiling() else backend_of(backend, terms).name
+    return backend or "" if torch.compiler.is_compiling() else backend_of(backend, tensors_of(terms)).name
 
 
 def _checked_weight(token_weight: object, target: Tensor, terms: list[Term]) -> Tensor | None:
@@ -384,12 +383,12 @@ def _weighting(
         return weight, None
     dtype = row_dtype(tensors_of(problem.terms))
     # Where no row counts the sum is 0, and 0 / 0 would turn "nothing" into NaN.
-    if normalizer is None and weight is None:
-        return None, counts.sum().clamp(min=1).to(dtype)
-    if normalizer is None and weight is not None:
+    if normalizer is None:
+        if weight is None:
+            return None, counts.sum().clamp(min=1).to(dtype)
         normalizer = weight.sum()
     if not isinstance(normalizer, Tensor):
-        return weight, normalizer if normalizer is None else float(normalizer)
+        return weight, float(normalizer)
     return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
 
 

@@ -64,8 +64,8 @@ def _products(head: Head, V: int, dtype: torch.dtype) -> Tensor:
 
 def dense_rows(
     terms: Sequence[Term], target: Tensor, vocab_size: int | None, loss: Loss
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row, nll, lse, argmax and term_nll of (N,) targets from whole logits, by torch's own functions.
+) -> tuple[Tensor, ...]:
+    """``torch_ops.loss_rows`` of (N,) targets from whole logits, by torch's own functions.
 
     For derivatives that kernels lack: right in every mode of differentiation, of (N, V) memory.
     """
@@ -96,8 +96,8 @@ def dense_rows(
     return row, nll.detach(), lse.detach(), argmax, torch.stack(alone).detach()
 
 
-def _alone(term: Term, V: int, like: Tensor) -> Tensor:
+def _alone(term: Term, V: int, whole: Tensor) -> Tensor:
     """(..., V) logits of a term alone; a sparse one's are 0 but for its ids."""
     if isinstance(term, Sparse):
-        return torch.zeros_like(like).scatter_add(-1, term.ids.long(), term.values.to(like.dtype))
-    return dense_logits([term], vocab_size=V).to(like.dtype)
+        return torch.zeros_like(whole).scatter_add(-1, term.ids.long(), term.values.to(whole.dtype))
+    return dense_logits([term], vocab_size=V).to(whole.dtype)

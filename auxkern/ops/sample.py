@@ -178,7 +178,7 @@ def _over_ranks(terms: Terms, asked: _Asked, cut: CutVocabulary) -> Sample:
         return terms, {**facts, "seed": seed}
 
     def within(terms: list[Term], V: int) -> tuple[list[Term], Draws]:
-        backend_of(asked.backend, terms)
+        backend_of(asked.backend, tensors_of(terms))  # its refusal is raised on every rank
         return terms, _draws(terms, asked, V)
 
     (given, draws), shard, V = cut.agreed(terms, checked, within)
@@ -187,7 +187,9 @@ def _over_ranks(terms: Terms, asked: _Asked, cut: CutVocabulary) -> Sample:
     z = dense_logits(with_own_entries(given, shard), vocab_size=shard.used_sizes(V)[shard.rank])
     z = z.reshape(leading.numel(), z.shape[-1])
     whole: list[Term] = []
-    if _is_unfiltered(asked.params) and not asked.top_logprobs and asked.backend is None:
+    params = asked.params
+    temperature_alone = params.is_plain and not params.penalises and not params.logit_bias
+    if temperature_alone and not asked.top_logprobs and asked.backend is None:
         drawn = drawn_over_ranks(z, draws, shard, asked.return_logprobs)
     else:
         # What acts on all ids needs the logits of all.
@@ -203,7 +205,7 @@ def _over_ranks(terms: Terms, asked: _Asked, cut: CutVocabulary) -> Sample:
 
 def _drawn(backend: str | None, terms: Sequence[Term], draws: Draws, V: int, want_logprob: bool) -> RowTokens:
     """A token for each row."""
-    kernel, temperature = backend_of(backend, terms), draws["temperature"]
+    kernel, temperature = backend_of(backend, tensors_of(terms)), draws["temperature"]
     N = temperature.shape[0]
     if N == 0:
         return RowTokens(draws.seed, draws.seed.int(), temperature if want_logprob else temperature[:0])
@@ -330,16 +332,11 @@ def _bias(
     return ids, torch.tensor(list(listed.values()), dtype=dtype, device=device).expand(N, -1).contiguous()
 
 
-def _is_unfiltered(params: SamplingParams) -> bool:
-    """Whether it is known, without a look at a tensor, that temperature is all that acts on a row."""
-    return params.is_plain and not params.penalises and not params.logit_bias
-
-
 def _with_logprobs(
     result: Sample, terms: Sequence[Term], V: int, processed: Tensor, shard: VocabularyShard | None = None
 ) -> Sample:
     _, stats = cross_entropy(
-        [_scaled(t) for t in terms],
+        [_without_row_scale(t) for t in terms],
         result.tokens,
         ignore_index=_NO_TOKEN,
         reduction="none",
@@ -352,8 +349,8 @@ def _with_logprobs(
     return replace(result, logprob=logprob, processed_logprob=processed, term_logprobs=each)
 
 
-def _scaled(term: Term) -> Term:
-    """The same term without a scale for each row, which ``cross_entropy`` does not take."""
+def _without_row_scale(term: Term) -> Term:
+    """The same logits, as ``cross_entropy`` takes them."""
     if isinstance(term, Sparse) or not isinstance(term.scale, Tensor):
         return term
     return Logits(dense_logits([term]))

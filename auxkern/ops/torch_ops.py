@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from auxkern.backends.choice import choose
-from auxkern.core.backend import Backend
+from auxkern.backends.choice import backend_of
 from auxkern.core.loss import Loss, RowLosses, RowSlopes, RowSums
 from auxkern.core.memory import GradientMemory
 from auxkern.core.sums import (
@@ -210,12 +209,6 @@ def _decoded(integers: tuple[int, ...], numbers: tuple[float, ...]) -> _Call:
     return _Call(Layout(tuple(kinds), tuple(scales), tuple(softcaps)), loss, chunk_rows or None)
 
 
-def loaded(backend: str, tensors: Sequence[Tensor]) -> Backend:
-    """The backend of that name, or for "" the first that can run on these tensors."""
-    dtypes = tuple([t.dtype for t in tensors if t.is_floating_point()])
-    return choose(backend or None, tensors[0].device, dtypes)
-
-
 def _checked_sum(call: _Call, tensors: Sequence[Tensor], target: Tensor, V: int) -> Sum:
     """The sum; ids are checked where looking at them stops no device."""
     result = call.layout.sum(tensors, V, call.chunk_rows)
@@ -270,7 +263,7 @@ def _losses(
         return _fake_losses(tensors, target, integers, numbers, V, backend)
     call = _decoded(tuple(integers), tuple(numbers))
     sum = _checked_sum(call, tensors, target, V)
-    rows = loaded(backend, tensors).losses(sum, target, call.loss, None, [{}] * len(sum.terms))
+    rows = backend_of(backend or None, tensors).losses(sum, target, call.loss, None, [{}] * len(sum.terms))
     return _as_outputs(rows, call.loss)
 
 
@@ -299,7 +292,7 @@ def _gradients(
         return [torch.zeros_like(tensors[i]) for i in wanted]
     call = _decoded(tuple(integers), tuple(numbers))
     sum = call.layout.sum(tensors, V, call.chunk_rows)
-    kernel, loss = loaded(backend, tensors), replace(call.loss, stats=False)
+    kernel, loss = backend_of(backend or None, tensors), replace(call.loss, stats=False)
     result = Gradients(sum, tensors, wanted)
     if sum.is_logits:
         slopes = RowSlopes(g, RowSums(*sums), target != loss.ignore_index, loss, V)
@@ -382,7 +375,7 @@ def _with_gradients(
     """``_losses``, and gradients where the backend makes them with the losses; in eager mode."""
     # As torch's dispatcher would: the memory of a lazy negation holds what is to be negated.
     tensors = [t.resolve_neg() for t in tensors]
-    sum, kernel = _checked_sum(call, tensors, target, V), loaded(backend, tensors)
+    sum, kernel = _checked_sum(call, tensors, target, V), backend_of(backend or None, tensors)
     route = kernel.route(sum, call.loss)
     if not route.fused:
         rows = kernel.losses(sum, target, call.loss, None, [{}] * len(sum.terms))
@@ -515,6 +508,9 @@ def loss_rows(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not.
+
+    All of them are (N,), and term_nll (I, N), as in ``CrossEntropyStats``; the last two have no elements
+    without stats.
 
     Args:
         target: (N,) int64, contiguous.

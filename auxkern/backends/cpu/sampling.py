@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.chunked import RowKernels
-from auxkern.backends.cpu.abi import CRowIds, CSampling, Native, address, c_terms
+from auxkern.backends.cpu.abi import CRowIds, CSampling, Native, address, c_terms, float32
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
 
@@ -36,7 +36,7 @@ class LogitDraws(Native, RowKernels):
         drawn = RowTokens(
             token=torch.empty(N, dtype=torch.int64, device="cpu"),
             status=torch.empty(N, dtype=torch.int32, device="cpu"),
-            logprob=torch.empty(N if want_logprob else 0, dtype=torch.float32, device="cpu"),
+            logprob=float32(N if want_logprob else 0),
         )
         self.library.auxkern_sample(
             c_terms(terms),

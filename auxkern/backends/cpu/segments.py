@@ -93,8 +93,8 @@ class Segments(Native, RowKernels):
         if self.products_refusal is not None:
             return self.products_refusal
         if loss.stats or loss.smooth:
-            asked = "return_stats" if loss.stats else "label_smoothing"
-            return f"{asked} needs the logits themselves"
+            option = "return_stats" if loss.stats else "label_smoothing"
+            return f"{option} needs the logits themselves"
         if sum.logits:
             return "there are logits beside the heads"
         if not heads:
@@ -121,11 +121,11 @@ class Segments(Native, RowKernels):
         # The first chunk writes the gradients of weights, later ones add.
         clear(wanted, sum.V if chunks else 0)
         e = None if weight is None else _exponentials(target, chunks, sum.V)
+        wanted = [{}] * len(sum.terms) if weight is None else wanted
         for number, rows in enumerate(chunks):
             factor = None if weight is None else weight[rows]
             live = None if factor is None or bool(factor.all()) else factor != 0
-            asked = wanted if factor is not None else [{}] * len(sum.terms)
-            kept = self._forward(sum.rows(rows), target[rows].contiguous(), live, asked, e)
+            kept = self._forward(sum.rows(rows), target[rows].contiguous(), live, wanted, e)
             losses = kept.losses()
             result.store(rows, losses)
             if factor is not None:
@@ -166,7 +166,7 @@ class Segments(Native, RowKernels):
         by_id, order = target.sort(stable=True)
         elsewhere = int(torch.searchsorted(by_id, 0))  # NO_TARGET comes first
         by_id, order = by_id[elsewhere:], order[elsewhere:]
-        entries = _entries([term for term in sum.sparse if term.ids.numel()])
+        entries = _entries(sum)
         tensors = [by_id, order, maximum, total, *(t for t in (live, e) if t is not None)]
         back = [
             float32(S, term.hidden.shape[1], stride) if "hidden" in gradients else None
@@ -244,12 +244,11 @@ def _exponentials(target: Tensor, chunks: Sequence[Rows], V: int) -> Tensor:
     return empty(torch.Size((V * _stride(longest),)), torch.float32, target.device)
 
 
-def _entries(sparse: Sequence[Sparse]) -> _Entries:
-    if not sparse:
-        none = torch.empty(0, dtype=torch.int64)
-        return _Entries(none, none, torch.empty(0, dtype=torch.float32), none)
-    ids = torch.cat([term.ids.long() for term in sparse], 1)
-    values = torch.cat([term.values.float() for term in sparse], 1)
+def _entries(sum: Sum) -> _Entries:
+    if not sum.sparse:
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        return _Entries(none, none, float32(0), none)
+    ids, values = sum.entries()
     by_id, order = ids.reshape(-1).sort(stable=True)
     return _Entries(by_id, order // ids.shape[1], values.reshape(-1)[order].contiguous(), order)
 

@@ -1,6 +1,6 @@
 """What stands for the launches of a kernel: one for each binary, on tensors without memory.
 
-The launches come from the planner that dispatch itself uses, so they cannot drift from what users run.
+The launches come from the functions that dispatch itself uses, so they cannot drift from what users run.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class TileConfig:
     group: int
 
 
-# Every accumulator is rows * ids float32 in registers; a float32 operand takes twice the memory.
+# By the number of accumulators, each rows * ids float32 in registers; a float32 operand takes twice the
+# memory.
 TILES_HALF = {1: TileConfig(128, 128, 64, 8, 3, 16), 2: TileConfig(64, 64, 64, 8, 3, 16)}
 TILES_FLOAT = {1: TileConfig(64, 64, 16, 4, 2, 16), 2: TileConfig(32, 64, 32, 4, 2, 16)}
 TILES_MANY = TileConfig(32, 64, 32, 8, 2, 16)

@@ -13,7 +13,6 @@ from auxkern.backends.triton import configs
 from auxkern.backends.triton.launch import Launch, encode
 from auxkern.core.terms import Head
 
-MAX_HEADS = 4
 HALF = (torch.float16, torch.bfloat16)
 # An accumulator passes from one scale to the next by their ratio, unless that is extreme.
 _MOST_RESCALING = 2.0**20
@@ -45,26 +44,37 @@ class HeadsSum:
     """A sum of heads as the tile kernels take it.
 
     Attributes:
-        arguments, constants: of every kernel that makes tiles.
+        heads: those without a soft cap first, which share an accumulator.
+        groups: scale and soft cap of each accumulator.
+        constants: of every kernel that makes tiles.
         config: its launch configuration.
         group_of: the accumulator of each head, in the order given.
-        N, V, width: rows, ids, sum of the heads' D.
+        V: ids.
         half: whether every product has 16-bit operands.
     """
 
-    arguments: dict[str, Any]
+    heads: tuple[_HeadArgument, ...]
+    groups: tuple[_Group, ...]
     constants: dict[str, Any]
     config: configs.TileConfig
     group_of: list[int]
-    N: int
     V: int
-    width: int
     half: bool
+
+    @property
+    def N(self) -> int:
+        """Rows."""
+        return self.heads[0].hidden.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Sum of the heads' D."""
+        return sum(head.hidden.shape[1] for head in self.heads)
 
     def slope_of(self, head: int) -> int:
         """The group whose soft cap's slope a head's gradient takes; -1 if it has none."""
         group = self.group_of[head]
-        return group if self.constants["CAPPED"][group] else -1
+        return group if self.groups[group].softcap > 0 else -1
 
     @property
     def tiles(self) -> int:
@@ -74,21 +84,19 @@ class HeadsSum:
     @property
     def input_bytes(self) -> int:
         """Bytes of hidden states and weights, each once."""
-        itemsizes = [(h.hidden.element_size(), h.weight.element_size()) for h in self.arguments["heads"]]
         return sum(
-            D * (self.N * hidden + self.V * weight)
-            for D, (hidden, weight) in zip(self.constants["D"], itemsizes, strict=True)
+            h.hidden.shape[1] * (self.N * h.hidden.element_size() + self.V * h.weight.element_size())
+            for h in self.heads
         )
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """Uninitialised (N, tiles * BLOCK_V): as wide as whole tiles, so that stores need no mask."""
-        hidden: Tensor = self.arguments["heads"][0].hidden
-        return hidden.new_empty((self.N, self.tiles * self.config.ids), dtype=dtype)
+        return self.heads[0].hidden.new_empty((self.N, self.tiles * self.config.ids), dtype=dtype)
 
     def launch(
         self,
         kernel: Any,
-        arguments: dict[str, Any],
+        arguments: dict[str, object],
         constants: dict[str, Any],
         *,
         bytes_moved: int,
@@ -110,7 +118,15 @@ class HeadsSum:
         return Launch(
             kernel,
             (blocks * tiles,),
-            self.arguments | {"row_blocks": blocks, "tiles": tiles} | arguments,
+            {
+                "heads": self.heads,
+                "groups": self.groups,
+                "N": self.N,
+                "V": self.V,
+                "row_blocks": blocks,
+                "tiles": tiles,
+                **arguments,
+            },
             self.constants | shape | {"GROUP": config.group} | constants,
             config.warps,
             bytes_moved=bytes_moved,
@@ -118,23 +134,6 @@ class HeadsSum:
             num_stages=config.stages,
             tensor_flops=products if self.half else 0,
         )
-
-
-def heads_refusal(heads: Sequence[Head]) -> str | None:
-    """Why no kernel takes this sum of heads; None if one does."""
-    if len(heads) > MAX_HEADS:
-        return f"there are {len(heads)} heads; kernels take {MAX_HEADS} at most"
-    if any(head.hidden.shape[1] == 0 for head in heads):
-        return "a head has hidden states of width 0"
-    if any(isinstance(head.scale, Tensor) for head in heads):
-        return "a head has a scale for each row"
-    if heads[0].hidden.device.type == "cpu" and any(h.hidden.dtype == torch.bfloat16 for h in heads):
-        return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
-    return None
-
-
-def _scale(head: Head) -> float:
-    return float(head.scale)
 
 
 def _order(heads: Sequence[Head], separate: bool) -> list[int]:
@@ -147,7 +146,7 @@ def _joins(previous: Head, head: Head) -> bool:
     """Whether a head's products can be added to what the previous head's accumulator holds."""
     if previous.softcap or head.softcap or not previous.scale or not head.scale:
         return False
-    return 1 / _MOST_RESCALING <= abs(_scale(previous) / _scale(head)) <= _MOST_RESCALING
+    return 1 / _MOST_RESCALING <= abs(float(previous.scale) / float(head.scale)) <= _MOST_RESCALING
 
 
 def _as_head(head: Head, rescale: float) -> _HeadArgument:
@@ -178,22 +177,17 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
         head = heads[i]
         joins = previous is not None and not separate and _joins(previous, head)
         begins.append(not joins)
-        rescales.append(_scale(previous) / _scale(head) if joins and previous is not None else 1.0)
+        rescales.append(float(previous.scale) / float(head.scale) if joins and previous is not None else 1.0)
         # A group counts in units of its last head's scale.
-        group = _Group(_scale(head), head.softcap or 0.0)
+        group = _Group(float(head.scale), head.softcap or 0.0)
         groups[-1:] = [group] if joins else [*groups[-1:], group]
         group_of[i] = len(groups) - 1
         previous = head
     ordered = [heads[i] for i in order]
-    N = heads[0].hidden.shape[0]
     half = all(h.hidden.dtype == h.weight.dtype and h.weight.dtype in HALF for h in heads)
     return HeadsSum(
-        arguments={
-            "heads": tuple(map(_as_head, ordered, rescales)),
-            "groups": tuple(groups),
-            "N": N,
-            "V": V,
-        },
+        heads=tuple(map(_as_head, ordered, rescales)),
+        groups=tuple(groups),
         constants={
             "D": tuple(h.hidden.shape[1] for h in ordered),
             "UNIT_HIDDEN": tuple(h.hidden.stride(1) == 1 for h in ordered),
@@ -205,23 +199,11 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
             "CAPPED": tuple(g.softcap > 0 for g in groups),
             "PRECISION": precision or _float32_products(),
         },
-        config=_tiles(len(groups), half),
+        config=(configs.TILES_HALF if half else configs.TILES_FLOAT).get(len(groups), configs.TILES_MANY),
         group_of=group_of,
-        N=N,
         V=V,
-        width=sum(h.hidden.shape[1] for h in heads),
         half=half,
     )
-
-
-def _tiles(accumulators: int, half: bool) -> configs.TileConfig:
-    """Configuration of the kernels that make tiles of logits.
-
-    Args:
-        accumulators: that a program holds.
-        half: whether every product has 16-bit operands.
-    """
-    return (configs.TILES_HALF if half else configs.TILES_FLOAT).get(accumulators, configs.TILES_MANY)
 
 
 def _float32_products() -> str:

@@ -53,7 +53,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
     constants: dict[str, Any]
     num_warps: int
     bytes_moved: int
@@ -79,7 +79,7 @@ class Launch:
         }
         signature = {name: _signature(self.arguments[name]) for name in self.arguments}
         signature |= dict.fromkeys(self.constants, "constexpr")
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        attributes: dict[tuple[int, ...], object] = {}
         for name in self.arguments:
             if name not in plain:
                 _mark_aligned((names.index(name),), self.arguments[name], attributes)
@@ -94,18 +94,18 @@ class Launch:
         return triton.compile(self.source(), target=target, options=self.options)
 
 
-def _signature(value: Any) -> Any:
+def _signature(value: object) -> object:
     if isinstance(value, tuple):
-        parts = map(_signature, value)
+        parts: Iterable[Any] = map(_signature, value)
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "i32" if isinstance(value, int) and -(2**31) <= value < 2**31 else "i64"
 
 
-def _mark_aligned(path: tuple[int, ...], value: Any, attributes: dict[tuple[int, ...], Any]) -> None:
+def _mark_aligned(path: tuple[int, ...], value: object, attributes: dict[tuple[int, ...], object]) -> None:
     """Note the pointers that Triton sees to be multiples of 16 bytes; ints are coded never to be."""
     if isinstance(value, tuple):
         for index, part in enumerate(value):
@@ -168,7 +168,7 @@ def splits(rows: int, tiles: int, multiprocessors: int, programs: int) -> int:
 class LogitsArgument(NamedTuple):
     """A term, or a gradient, as kernels take it: [n // inner, n % inner, v] of a strided tensor."""
 
-    logits: Any  # Tensor
+    logits: Tensor
     outer_stride: int  # coded, in elements, like the three that follow
     inner_stride: int
     inner: int

@@ -11,7 +11,7 @@ each makes the gradient of its own logits from the maximum and the sum over all 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,23 +23,10 @@ from auxkern.ops.parallel.vocabulary import local_ids
 from auxkern.ops.torch_ops import refuse_second_derivatives
 
 
-class GlobalRows(NamedTuple):
-    """What all ranks know together; the same bits on each of them.
-
-    Attributes:
-        row: (N,) loss of each row, differentiable; 0 where the row is ignored.
-        nll, lse: (N,), argmax (N,) int64 in [0, V), term_nll (I, N): as in ``CrossEntropyStats``.
-    """
-
-    row: Tensor
-    nll: Tensor
-    lse: Tensor
-    argmax: Tensor
-    term_nll: Tensor
-
-
-def rows_over_ranks(share: Share, tensors: Sequence[Tensor], target: Tensor, loss: Loss) -> GlobalRows:
-    """The rows of a sum that is cut over ranks; every rank calls it.
+def rows_over_ranks(
+    share: Share, tensors: Sequence[Tensor], target: Tensor, loss: Loss
+) -> tuple[Tensor, ...]:
+    """``torch_ops.loss_rows`` of a sum that is cut over ranks; every rank calls it, and has the same bits.
 
     Args:
         share: this rank's part.
@@ -53,7 +40,7 @@ def rows_over_ranks(share: Share, tensors: Sequence[Tensor], target: Tensor, los
     owner = share.shard.owner_of(target)
     with torch.autocast(target.device.type, enabled=False):
         rows: Callable[..., tuple[Tensor, ...]] = _ShardedRows.apply
-        return GlobalRows(*rows(share, loss, local, owner, *tensors))
+        return rows(share, loss, local, owner, *tensors)
 
 
 def _columns(rows: RowLosses) -> list[Tensor]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from auxkern.backends.choice import backend_of
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Layout, Sum
 from auxkern.core.terms import Sparse
 from auxkern.ops.parallel.vocabulary import VocabularyShard, local_ids, with_own_entries
-from auxkern.ops.torch_ops import Gradients, loaded
+from auxkern.ops.torch_ops import Gradients
 
 IGNORED = -100  # a target that is ignored; those of this rank count from 0
 
@@ -29,7 +30,7 @@ class Share:
         shard: of this rank.
         V: ids of all ranks that count.
         chunk_rows: rows whose logits exist at a time, with heads; None for the default.
-        backend: its name.
+        backend: its name; "" for the first that can run.
     """
 
     layout: Layout
@@ -52,12 +53,12 @@ class Share:
         Returns:
             Rows whose ``argmax`` counts from this rank's first id.
         """
-        sum, kernel = self.sum(tensors), loaded(self.backend, tensors)
-        asked = [(sum, replace(loss, ignore_index=IGNORED))]
-        asked += [(one, Loss(IGNORED)) for one in sum.alone()] if loss.stats else []
+        sum, kernel = self.sum(tensors), backend_of(self.backend or None, tensors)
+        sums = [(sum, replace(loss, ignore_index=IGNORED))]
+        sums += [(alone, Loss(IGNORED)) for alone in sum.alone()] if loss.stats else []
         if not target.numel():
-            return [RowLosses.empty(target, one.dtype, len(one.terms), its) for one, its in asked]
-        return [kernel.losses(one, target, its, None, [{}] * len(one.terms)) for one, its in asked]
+            return [RowLosses.empty(target, one.dtype, len(one.terms), its) for one, its in sums]
+        return [kernel.losses(one, target, its, None, [{}] * len(one.terms)) for one, its in sums]
 
     def gradients(
         self, tensors: Sequence[Tensor], target: Tensor, slopes: RowSlopes, wanted: Sequence[int]
@@ -72,7 +73,7 @@ class Share:
         result = Gradients(sum, tensors, wanted, float32=True)
         if not target.numel():
             return {i: torch.zeros_like(d) for i, d in result.flat.items()}
-        loaded(self.backend, tensors).gradients(sum, target, slopes, result.wanted)
+        backend_of(self.backend or None, tensors).gradients(sum, target, slopes, result.wanted)
         for index, term in enumerate(self.layout.sum(tensors, self.V).terms):
             if isinstance(term, Sparse) and result.wanted[index]:
                 here, _ = local_ids(term.ids, self.shard)

@@ -18,7 +18,7 @@ from auxkern.backends.triton.heads_loss.kernels import (
 )
 from auxkern.backends.triton.launch import Launch, LossRows
 from auxkern.core.loss import Coefficients, Loss, RowLosses
-from auxkern.core.terms import Head
+from auxkern.core.sums import Sum
 
 # Scale, maximum, difference, exp, add: per logit, beside the products.
 _LOGIT_FLOPS = 6
@@ -37,9 +37,10 @@ class _Partial(NamedTuple):
     target: Tensor  # (1 or 1 + G, N) float32
 
 
-def gradient_dtype(heads: Sequence[Head]) -> torch.dtype:
+def gradient_dtype(sum: Sum, wanted: Sequence[int]) -> torch.dtype:
     """What dz is rounded to for these heads: their dtype if it is 16-bit and they agree, else float32."""
-    dtypes = {x.dtype for head in heads for x in (head.hidden, head.weight)}
+    heads = sum.heads
+    dtypes = {x.dtype for i in wanted for x in (heads[i].hidden, heads[i].weight)}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
@@ -69,7 +70,7 @@ def forward(
         e: ``heads.buffer(...)`` that receives exp(z - the tile's maximum), or None.
     """
     N, want_smooth, want_stats = heads.N, loss.smooth, loss.stats
-    groups = len(heads.arguments["groups"])
+    groups = len(heads.groups)
     fields = 3 + 2 * groups if want_stats else 3 if want_smooth else 2
     partial = _Partial(
         sums=target.new_empty((fields, heads.tiles, N), dtype=torch.float32),

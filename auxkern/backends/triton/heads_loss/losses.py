@@ -13,19 +13,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton.heads import HeadsSum, heads_refusal, heads_sum
+from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches
 from auxkern.backends.triton.launch import TritonKernels, run
 from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear
 from auxkern.core.terms import Head
 
+_MAX_HEADS = 4
 _CHUNK_BYTES = 512 << 20
 _BLOCK_IDS = 8192  # ids of a weight or of a gradient that are converted to float32 at a time
 
 
 @dataclass(frozen=True)
-class _Products:
+class _ProductGradients:
     """The gradient of a sum of heads with respect to their products, for one unit of each row's loss.
 
     d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is ``scale * unit[n] * dz[i][n, v] / magnified``.
@@ -42,7 +43,16 @@ class HeadsLoss(TritonKernels):
     heads_way = "tiles"
 
     def heads_refusal(self, sum: Sum) -> str | None:
-        return heads_refusal(sum.heads)
+        heads = sum.heads
+        if len(heads) > _MAX_HEADS:
+            return f"there are {len(heads)} heads; kernels take {_MAX_HEADS} at most"
+        if any(head.hidden.shape[1] == 0 for head in heads):
+            return "a head has hidden states of width 0"
+        if any(isinstance(head.scale, Tensor) for head in heads):
+            return "a head has a scale for each row"
+        if sum.device.type == "cpu" and any(head.hidden.dtype == torch.bfloat16 for head in heads):
+            return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
+        return None
 
     def heads_losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
@@ -58,7 +68,7 @@ class HeadsLoss(TritonKernels):
                 run(kernels, target.device)
                 result.store(rows, losses.summed())
             return result
-        gradients = _Gradients.of(sum, wanted, asking, weight)
+        gradients = _HeadGradients.of(sum, wanted, asking, weight)
         for rows in chunks:
             some, y, factor = sum.rows(rows), target[rows].contiguous(), weight[rows]
             counts = (y != loss.ignore_index) & (factor != 0)
@@ -72,11 +82,11 @@ class HeadsLoss(TritonKernels):
         clear(wanted)
         asking = [i for i, gradients in enumerate(wanted) if gradients]
         weight = torch.where(slopes.counts, slopes.g, 0.0).float()
-        gradients = _Gradients.of(sum, wanted, asking, weight)
+        gradients = _HeadGradients.of(sum, wanted, asking, weight)
         for rows in chunks_of_rows(slopes.counts, sum.chunk_rows or _chunk_rows(sum)):
             some, factor = sum.rows(rows), weight[rows]
             counts = slopes.counts[rows] & (factor != 0)
-            tiles, dtype = heads_sum(some.heads, sum.V, False), _gradient_dtype(some, asking)
+            tiles, dtype = heads_sum(some.heads, sum.V, False), launches.gradient_dtype(some, asking)
             y = target[rows].contiguous()
             products = _made_again(tiles, y, slopes.rows(rows, counts), asking, dtype)
             gradients.add(some, rows, products, torch.where(counts, factor, 0.0))
@@ -89,19 +99,15 @@ def _chunk_rows(sum: Sum) -> int:
     return max(64, _CHUNK_BYTES // ((2 if half else 4) * sum.V) // 64 * 64)
 
 
-def _gradient_dtype(sum: Sum, asking: list[int]) -> torch.dtype:
-    return launches.gradient_dtype([sum.heads[i] for i in asking])
-
-
 def _with_products(
     sum: Sum, target: Tensor, counts: Tensor, loss: Loss, asking: list[int]
-) -> tuple[RowLosses, _Products]:
+) -> tuple[RowLosses, _ProductGradients]:
     """The rows of a chunk, and the gradients of the products of the heads in ``asking``.
 
     Args:
         counts: (C,) bool: not ignored, and of a weight that is not 0.
     """
-    tiles, dtype = heads_sum(sum.heads, sum.V, loss.stats), _gradient_dtype(sum, asking)
+    tiles, dtype = heads_sum(sum.heads, sum.V, loss.stats), launches.gradient_dtype(sum, asking)
     e = tiles.buffer(launches.e_dtype(dtype)) if launches.one_write(tiles, asking) else None
     losses, tops, kernels = launches.forward(tiles, target, loss, e)
     run(kernels, target.device)
@@ -112,12 +118,12 @@ def _with_products(
     coefficients, unit = _unit_coefficients(slopes, magnified)
     d, launch = launches.scale(tiles, target, e, tops, coefficients, dtype)
     run([launch], target.device)
-    return losses.summed(), _Products([d] * len(asking), unit, magnified)
+    return losses.summed(), _ProductGradients([d] * len(asking), unit, magnified)
 
 
 def _made_again(
     tiles: HeadsSum, target: Tensor, slopes: RowSlopes, asking: list[int], dtype: torch.dtype
-) -> _Products:
+) -> _ProductGradients:
     """Gradients of the heads' products, from their hidden states."""
     magnified = launches.MAGNIFIED[dtype]
     coefficients, unit = _unit_coefficients(slopes, magnified)
@@ -125,7 +131,7 @@ def _made_again(
     distinct = list(dict.fromkeys(groups))
     gradients, launch = launches.gradient(tiles, target, coefficients, distinct, dtype)
     run([launch], target.device)
-    return _Products([gradients[distinct.index(group)] for group in groups], unit, magnified)
+    return _ProductGradients([gradients[distinct.index(group)] for group in groups], unit, magnified)
 
 
 def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[Coefficients, Tensor]:
@@ -141,7 +147,7 @@ def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[Coefficient
 
 
 @dataclass(frozen=True)
-class _Gradients:
+class _HeadGradients:
     """Where the gradients of a sum of heads are collected, over its chunks.
 
     Attributes:
@@ -156,12 +162,12 @@ class _Gradients:
     largest: Tensor
 
     @classmethod
-    def of(cls, sum: Sum, wanted: Wanted, asking: list[int], weight: Tensor) -> _Gradients:
+    def of(cls, sum: Sum, wanted: Wanted, asking: list[int], weight: Tensor) -> _HeadGradients:
         """For rows of this weight (N,)."""
         largest = weight.abs().amax()
         return cls(wanted, asking, torch.where(largest == 0, 1.0, largest))
 
-    def add(self, sum: Sum, rows: Rows, products: _Products, weight: Tensor) -> None:
+    def add(self, sum: Sum, rows: Rows, products: _ProductGradients, weight: Tensor) -> None:
         """Bring the gradients of a chunk's products to the heads' inputs, for rows of this weight (C,)."""
         # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
         share = torch.where(weight != 0, weight / self.largest * products.unit, 0.0)
