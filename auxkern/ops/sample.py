@@ -173,9 +173,12 @@ def _over_ranks(terms: Terms, asked: _Asked, cut: CutVocabulary) -> Sample:
 
     def checked(terms: list[Term]) -> tuple[list[Term], dict[str, object]]:
         _checked_rows(terms, asked)
-        seed = asked.seed if not isinstance(asked.seed, Tensor) else fingerprint(asked.seed)
-        facts = {name: getattr(asked, name) for name in ("return_logprobs", "top_logprobs", "backend")}
-        return terms, {**facts, "seed": seed}
+        return terms, {
+            "return_logprobs": asked.return_logprobs,
+            "top_logprobs": asked.top_logprobs,
+            "backend": asked.backend,
+            "seed": fingerprint(asked.seed) if isinstance(asked.seed, Tensor) else asked.seed,
+        }
 
     def within(terms: list[Term], V: int) -> tuple[list[Term], Draws]:
         backend_of(asked.backend, tensors_of(terms))  # its refusal is raised on every rank

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -267,8 +267,9 @@ def _losses(
     return _as_outputs(rows, call.loss)
 
 
-def _fake_gradients(tensors: list[Tensor], *arguments: Any) -> list[Tensor]:
-    return [tensors[i].new_empty(tensors[i].shape) for i in arguments[-2]]
+def _fake_gradients(tensors: list[Tensor], *rest: object) -> list[Tensor]:
+    wanted = cast("list[int]", rest[-2])
+    return [tensors[i].new_empty(tensors[i].shape) for i in wanted]
 
 
 @operator(

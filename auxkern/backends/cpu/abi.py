@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Array, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,11 +217,11 @@ def _loaded(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _kernels() -> dict[str, list[Any]]:
+def _kernels() -> dict[str, list[type]]:
     """The arguments of each kernel but for the last, which says how it runs."""
-    terms: list[Any] = [POINTER(CTerm), c_int32]
-    heads: list[Any] = [POINTER(CHead), c_int32, POINTER(CHeadRows), c_int64]
-    rows: list[Any] = [*terms, c_void_p, c_int64, c_int64]
+    terms: list[type] = [POINTER(CTerm), c_int32]
+    heads: list[type] = [POINTER(CHead), c_int32, POINTER(CHeadRows), c_int64]
+    rows: list[type] = [*terms, c_void_p, c_int64, c_int64]
     return {
         "auxkern_cross_entropy_forward": [*rows, c_int64, *[c_void_p] * 6, POINTER(CGradient)],
         "auxkern_cross_entropy_backward": [*rows, *[c_void_p] * 5],
@@ -234,7 +233,7 @@ def _kernels() -> dict[str, list[Any]]:
     }
 
 
-def _check(status: int, *_: Any) -> int:
+def _check(status: int, *_: object) -> int:
     if status:
         raise RuntimeError(f"the native kernel refused: {STATUS.get(status, f'status {status}')}")
     return status

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class HeadsSum:
 
     heads: tuple[_HeadArgument, ...]
     groups: tuple[_Group, ...]
-    constants: dict[str, Any]
+    constants: dict[str, object]
     config: configs.TileConfig
     group_of: list[int]
     V: int
@@ -96,8 +96,8 @@ class HeadsSum:
     def launch(
         self,
         kernel: Any,
-        arguments: dict[str, object],
-        constants: dict[str, Any],
+        arguments: Mapping[str, object],
+        constants: Mapping[str, object],
         *,
         bytes_moved: int,
         logit_flops: int,
@@ -127,7 +127,7 @@ class HeadsSum:
                 "tiles": tiles,
                 **arguments,
             },
-            self.constants | shape | {"GROUP": config.group} | constants,
+            {**self.constants, **shape, "GROUP": config.group, **constants},
             config.warps,
             bytes_moved=bytes_moved,
             flops=self.N * self.V * logit_flops + (0 if self.half else products),

@@ -271,7 +271,7 @@ def as_arguments(terms: Sequence[Logits]) -> tuple[LogitsArgument, ...]:
     )
 
 
-def term_constants(terms: Sequence[Logits]) -> dict[str, Any]:
+def term_constants(terms: Sequence[Logits]) -> dict[str, object]:
     """The constants of every kernel that reads these terms."""
     return {
         "UNIT": tuple(t.values.stride(2) == 1 for t in terms),
@@ -279,7 +279,7 @@ def term_constants(terms: Sequence[Logits]) -> dict[str, Any]:
     }
 
 
-class LossRows(NamedTuple):
+class RowsArgument(NamedTuple):
     """``RowLosses`` as kernels take them."""
 
     nll: Tensor

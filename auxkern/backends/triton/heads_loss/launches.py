@@ -16,7 +16,7 @@ from auxkern.backends.triton.heads_loss.kernels import (
     heads_gradient_kernel,
     heads_scale_kernel,
 )
-from auxkern.backends.triton.launch import Launch, LossRows
+from auxkern.backends.triton.launch import Launch, RowsArgument
 from auxkern.core.loss import Coefficients, Loss, RowLosses
 from auxkern.core.sums import Sum
 
@@ -93,7 +93,7 @@ def forward(
         {
             "target": target,
             "partial": partial,
-            "out": LossRows(*rows[:-1]),
+            "out": RowsArgument(*rows[:-1]),
             "N": N,
             "V": heads.V,
             "ignore_index": loss.ignore_index,

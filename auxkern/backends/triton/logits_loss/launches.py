@@ -11,7 +11,7 @@ from auxkern.backends.triton import configs
 from auxkern.backends.triton.launch import (
     MAX_SPLITS,
     Launch,
-    LossRows,
+    RowsArgument,
     TritonKernels,
     alignment,
     as_argument,
@@ -69,7 +69,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
     arguments = {
         "terms": as_arguments(terms),
         "target": target,
-        "out": LossRows(*rows[:-1]),
+        "out": RowsArgument(*rows[:-1]),
         "partial": _Partial(
             sums=target.new_empty((fields, *shared), dtype=torch.float32),
             best=target.new_empty((2 if want_stats else 0, *shared), dtype=torch.int32),
