@@ -1,6 +1,6 @@
 """What stands for the launches of a kernel: one for each binary, on tensors without memory.
 
-The launches come from the functions that dispatch itself uses, so they cannot drift from what users run.
+The launches come from the functions that the backend itself uses, so they cannot drift from what users run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Case:
         label: what is special about it, such as "fp16+fp32, smooth".
         model: key of ``VOCABULARIES``.
         rows: N.
-        launch: as dispatch would launch it.
+        launch: as the backend would launch it.
     """
 
     label: str

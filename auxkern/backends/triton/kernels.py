@@ -1,4 +1,4 @@
-"""Every kernel that dispatch launches, each with launches that stand for the rest.
+"""Every kernel that the backend launches, each with launches that stand for the rest.
 
 This is the one place where kernels register: what compiles, inspects or tests them ahead of time
 walks ``KERNELS``.

@@ -1,4 +1,4 @@
-"""From checked output heads to the launches that draw tokens, run by dispatch or compiled ahead of time."""
+"""From checked heads to the launches that draw tokens, run by the backend or compiled ahead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From checked tensors to the launches that draw tokens, run by dispatch or compiled ahead of time."""
+"""From checked tensors to the launches that draw tokens, run by the backend or compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Drawing:
     """A draw of N tokens from V ids, whatever their logits are made of.
 
     Attributes:
-        draws: as dispatch hands them over.
+        draws: as the backend is given them.
         V: ids.
         want_logprob: whether log-probabilities are filled.
         rows: ``draws`` as kernels take them.

@@ -1,4 +1,4 @@
-"""From checked tensors to kernel launches: what dispatch runs, and what is compiled ahead of time."""
+"""From checked tensors to kernel launches: what the backend runs, and what is compiled ahead of time."""
 
 from __future__ import annotations
 
