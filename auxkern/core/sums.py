@@ -55,6 +55,8 @@ class Sum:
         rows: list[Term] = []
         for index, term in enumerate(terms):
             row = term.as_rows(index)
+            if any(tensor.is_neg() for tensor in row.tensors.values()):
+                row = like(row, **{name: tensor.resolve_neg() for name, tensor in row.tensors.items()})
             if not isinstance(row, Sparse) and isinstance(row.scale, Tensor):
                 scale = row.scale.reshape(-1).to(row_dtype(tensors_of(terms))).contiguous()
                 row = like(row, scale=scale)
@@ -166,7 +168,9 @@ class Layout(NamedTuple):
         first = 0
         for index, (kind, scale, softcap) in enumerate(zip(*self, strict=True)):
             names = _NAMES[kind]
-            own = dict(zip(names, tensors[first : first + len(names)], strict=True))
+            # The memory of a lazy negation holds what is to be negated.
+            given = [tensor.resolve_neg() for tensor in tensors[first : first + len(names)]]
+            own = dict(zip(names, given, strict=True))
             first += len(names)
             cap = softcap or None
             if kind == _LOGITS:

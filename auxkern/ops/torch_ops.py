@@ -374,8 +374,6 @@ def _with_gradients(
     expected: Expected,
 ) -> tuple[_Rows, _Ready | None]:
     """``_losses``, and gradients where the backend makes them with the losses; in eager mode."""
-    # As torch's dispatcher would: the memory of a lazy negation holds what is to be negated.
-    tensors = [t.resolve_neg() for t in tensors]
     sum, kernel = _checked_sum(call, tensors, target, V), backend_of(backend or None, tensors)
     route = kernel.route(sum, call.loss)
     if not route.fused:

@@ -447,3 +447,12 @@ def test_the_largest_logit_comes_first_where_log_probabilities_are_rounded_alike
     assert made.top_logprobs[0, 0] == made.top_logprobs[0, 1]
     assert made.top_ids.tolist() == [[200, 7, 0]]
     assert made.tokens.tolist() == [200]
+
+
+@backends
+def test_a_lazy_negation_is_drawn_from_as_what_it_says(backend: str) -> None:
+    """Its memory holds the numbers before they are negated."""
+    z = torch.randn(4, 37, dtype=torch.complex64, generator=generator(0)).to(device_of(backend))
+    given = {"seed": torch.arange(4, device=z.device), "position": 0, "backend": backend}
+    drawn = auxkern.sample([z.conj().imag], **given)
+    assert torch.equal(drawn.tokens, auxkern.sample([-z.imag], **given).tokens)
