@@ -25,92 +25,66 @@ STATUS = {
 }
 
 
+def _each(kind: type, names: str) -> list[tuple[str, type]]:
+    """Neighbouring fields of one type."""
+    return [(name, kind) for name in names.split()]
+
+
 class CTerm(Structure):
     _fields_ = [
         ("values", c_void_p),
-        ("width", c_int64),
-        ("inner", c_int64),
-        ("stride_outer", c_int64),
-        ("stride_inner", c_int64),
-        ("stride_column", c_int64),
+        *_each(c_int64, "width inner stride_outer stride_inner stride_column"),
         ("dtype", c_int32),
-        ("scale", c_float),
-        ("softcap", c_float),
+        *_each(c_float, "scale softcap"),
     ]
 
 
 class CGradient(Structure):
     _fields_ = [
         ("row_weight", c_void_p),
-        ("label_smoothing", c_float),
-        ("z_loss", c_float),
+        *_each(c_float, "label_smoothing z_loss"),
         ("gradients", POINTER(c_void_p)),
     ]
 
 
 class CHead(Structure):
     _fields_ = [
-        ("hidden", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("weight_stride", c_int64),
-        ("D", c_int64),
+        *_each(c_void_p, "hidden weight bias"),
+        *_each(c_int64, "weight_stride D"),
         ("dtype", c_int32),
         ("scale", c_float),
-        ("back", c_void_p),
-        ("d_weight", c_void_p),
-        ("d_bias", c_void_p),
+        *_each(c_void_p, "back d_weight d_bias"),
     ]
 
 
 class CEntries(Structure):
-    _fields_ = [("count", c_int64), ("ids", c_void_p), ("rows", c_void_p)]
+    _fields_ = [("count", c_int64), *_each(c_void_p, "ids rows")]
 
 
 class CHeadRows(Structure):
     _fields_ = [
-        ("C", c_int64),
-        ("stride", c_int64),
-        ("targets", CEntries),
-        ("sparse", CEntries),
-        ("values", c_void_p),
-        ("live", c_void_p),
-        ("e", c_void_p),
-        ("segment_max", c_void_p),
-        ("segment_sum", c_void_p),
-        ("z_target", c_void_p),
+        *_each(c_int64, "C stride"),
+        *_each(CEntries, "targets sparse"),
+        *_each(c_void_p, "values live e segment_max segment_sum z_target"),
     ]
 
 
 class CHeadsGradient(Structure):
-    _fields_ = [
-        ("coefficient", c_void_p),
-        ("target_gradient", c_void_p),
-        ("d_values", c_void_p),
-        ("accumulate", c_int32),
-    ]
+    _fields_ = [*_each(c_void_p, "coefficient target_gradient d_values"), ("accumulate", c_int32)]
 
 
 class CLinear(Structure):
     _fields_ = [
-        ("M", c_int64),
-        ("N", c_int64),
-        ("K", c_int64),
-        ("x", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("y", c_void_p),
-        ("x_stride", c_int64),
-        ("weight_stride", c_int64),
-        ("y_stride", c_int64),
-        ("dtype", c_int32),
-        ("accumulate", c_int32),
+        *_each(c_int64, "M N K"),
+        *_each(c_void_p, "x weight bias y"),
+        *_each(c_int64, "x_stride weight_stride y_stride"),
+        *_each(c_int32, "dtype accumulate"),
     ]
 
 
 class CAttention(Structure):
     _fields_ = [
-        *[(name, c_int64) for name in ("B", "T", "P", "D", "heads", "key_heads")],
+        *_each(c_int64, "B T P D heads key_heads"),
         ("query", c_void_p),
         ("query_strides", c_int64 * 3),
         ("key", c_void_p),
@@ -131,20 +105,15 @@ class CRowIds(Structure):
 class CSampling(Structure):
     _fields_ = [
         *[(number.name, c_void_p) for number in ROW_NUMBERS],
-        ("seed", c_void_p),
-        ("position", c_void_p),
-        ("prompt", CRowIds),
-        ("history", CRowIds),
-        ("added", CRowIds),
-        ("bias", CRowIds),
-        ("added_values", c_void_p),
-        ("bias_values", c_void_p),
+        *_each(c_void_p, "seed position"),
+        *_each(CRowIds, "prompt history added bias"),
+        *_each(c_void_p, "added_values bias_values"),
         ("row_scales", POINTER(c_void_p)),
     ]
 
 
 class CExecution(Structure):
-    _fields_ = [("threads", c_int32), ("isa", c_int32), ("parallel", c_void_p)]
+    _fields_ = [*_each(c_int32, "threads isa"), ("parallel", c_void_p)]
 
 
 class Native(Backend):
