@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from auxkern.commands.ranks import Launched
-from auxkern.generation import (
-    BadLine,
-    CompletionWriter,
-    Engine,
-    Request,
-    file_fingerprint,
-    read_requests,
-)
+from auxkern.generation import BadLine, CompletionWriter, Engine, Request, file_fingerprint, read_requests
 from auxkern.model import fingerprint
 from auxkern.ops.sampling_params import SamplingParams
 from auxkern.terminal import INTERRUPTED
@@ -31,11 +24,7 @@ _AHEAD = 4
 
 
 def answer_file(
-    options: argparse.Namespace,
-    model: Any,
-    text_format: Any,
-    params: SamplingParams,
-    launched: Launched,
+    options: argparse.Namespace, model: Any, text_format: Any, params: SamplingParams, launched: Launched
 ) -> int:
     """Answers every request in ``options.input`` that ``options.output`` does not answer yet.
 

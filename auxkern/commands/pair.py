@@ -84,9 +84,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--aux-scale", type=finite, metavar="X", help="weight of the auxiliary's logits")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the base (default: the checkpoint's on a GPU, float32 on a CPU)",
+        "--dtype", choices=DTYPES, help="of the base (default: the checkpoint's on a GPU, float32 on a CPU)"
     )
 
 

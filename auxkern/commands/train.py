@@ -36,13 +36,7 @@ from auxkern.training.checkpoint import (
 from auxkern.training.examples import Items, PlacedExamples, encode
 from auxkern.training.fit import check_fit, check_padding
 from auxkern.training.log import check_unused
-from auxkern.training.loop import (
-    ExampleSet,
-    TrainingInterrupted,
-    TrainResult,
-    fingerprint_of,
-    train,
-)
+from auxkern.training.loop import ExampleSet, TrainingInterrupted, TrainResult, fingerprint_of, train
 from auxkern.training.progress import duration, progress_for
 from auxkern.training.settings import TrainSettings, add_flags, settings_from
 from auxkern.training.wording import PLAIN, SPACED, Wording, wording_of

@@ -74,12 +74,7 @@ class UnigramCounts:
 
     @classmethod
     def of_ids(
-        cls,
-        sequences: Iterable[Sequence[int]],
-        vocab_size: int,
-        *,
-        source: str,
-        tokenizer_fingerprint: str,
+        cls, sequences: Iterable[Sequence[int]], vocab_size: int, *, source: str, tokenizer_fingerprint: str
     ) -> UnigramCounts:
         """Counts every id of the sequences.
 

@@ -49,12 +49,7 @@ class PairInputs:
         return PairInputs(*(tensor[rows] for tensor in vars(self).values()))
 
     def for_auxiliary(
-        self,
-        lm_states: Tensor,
-        lm_embedding: Tensor,
-        lm_scores: Tensor | None,
-        cache: Any,
-        use_cache: bool,
+        self, lm_states: Tensor, lm_embedding: Tensor, lm_scores: Tensor | None, cache: Any, use_cache: bool
     ) -> AuxiliaryInputs:
         """With what comes from the base and from the auxiliary's own cache."""
         return AuxiliaryInputs(

@@ -199,10 +199,7 @@ class _Ragged:
 
 
 def encode(
-    examples: Records,
-    text_format: TextFormat,
-    *,
-    place: Callable[[int], str] = "example {}".format,
+    examples: Records, text_format: TextFormat, *, place: Callable[[int], str] = "example {}".format
 ) -> EncodedExamples:
     """All examples as ids.
 
