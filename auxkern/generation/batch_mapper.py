@@ -96,7 +96,8 @@ class BatchMapper:
         rows = [(i, one) for i in range(count) for one in answers[i]]
         columns = {name: [_plain_value(batch[name][i]) for i, _ in rows] for name in ("id", *self._carry)}
         columns |= {name: [one.as_record().get(name) for _, one in rows] for name in _WRITTEN}
-        return {name: _column(values) for name, values in columns.items()}
+        # Of objects, one by one: numpy would make lists of one length into a matrix.
+        return {name: np.fromiter(values, object, len(rows)) for name, values in columns.items()}
 
     def _check(self, batch: Mapping[str, Any]) -> None:
         if "id" not in batch:
@@ -120,11 +121,3 @@ class BatchMapper:
 def _plain_value(value: Any) -> Any:
     """A number, str or list in place of numpy's."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
-
-
-def _column(values: list[Any]) -> np.ndarray[Any, Any]:
-    # Filled one by one: numpy would make lists of one length into a matrix.
-    column = np.empty(len(values), dtype=object)
-    for i, value in enumerate(values):
-        column[i] = value
-    return column

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxkern.core.terms import Sparse, Term
 from auxkern.generation.request import Request, Sequence, Sequences
+from auxkern.model.text import padded
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
@@ -19,7 +20,6 @@ _NUMBERS = tuple(one.name for one in fields(SamplingParams) if one.name != "logi
 
 _FLOAT32 = torch.finfo(torch.float32)
 
-Ids = list[int] | tuple[int, ...]
 Logprob = tuple[float, float, float, float | None]
 
 
@@ -62,8 +62,11 @@ class Drawer:
             terms: of rows (n,).
             sequences: n of them.
         """
-        params, seed = self._settled(list(sequences))
-        device = seed.device
+        device = self.model.device
+        if self._known is None or [*map(id, self._known[0])] != [*map(id, sequences)]:
+            seed = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
+            self._known = [*sequences], _params_of_rows([s.request.params for s in sequences], device), seed
+        _, params, seed = self._known
         penalised = any(s.request.params.penalises for s in sequences)
         wanted = any(s.request.logprobs for s in sequences)
         drawn = sample(
@@ -71,8 +74,8 @@ class Drawer:
             params,
             seed=seed,
             position=torch.tensor([s.length for s in sequences], device=device),
-            history=_ragged([s.generated for s in sequences], device) if penalised else None,
-            prompt=_ragged([s.prompt_ids for s in sequences], device) if penalised else None,
+            history=padded([s.generated for s in sequences], -1)[0].to(device) if penalised else None,
+            prompt=padded([s.prompt_ids for s in sequences], -1)[0].to(device) if penalised else None,
             vocab_size=self.model.config.vocab_size,
             return_logprobs=wanted,
         )
@@ -85,15 +88,6 @@ class Drawer:
         if request.aux_scale is not None:
             return request.aux_scale
         return 1.0 if request.auxiliary is None else self.model.auxiliary_scale(request.auxiliary)
-
-    def _settled(self, sequences: list[Sequence]) -> tuple[SamplingParams, Tensor]:
-        known = self._known
-        if known is None or [*map(id, known[0])] != [*map(id, sequences)]:
-            device = self.model.device
-            seed = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
-            known = (sequences, _params_of_rows([s.request.params for s in sequences], device), seed)
-            self._known = known
-        return known[1], known[2]
 
     def _logprobs(self, terms: list[Term], drawn: Any, sequences: Sequences) -> list[Logprob]:
         """Of the terms as ``model.terms(separate=True)`` gives them: the base's first."""
@@ -140,14 +134,6 @@ def check_drawable(request: Request, V: int) -> None:
             raise ValueError(f"stop_token_ids has the id {token}, but there are {V} tokens; leave it out")
     if params.top_k >= 2**63:
         raise ValueError(f"top_k is {params.top_k}; it must be below 2**63, and 0 keeps all tokens")
-
-
-def _ragged(rows: list[Ids], device: torch.device) -> Tensor:
-    """(n, longest) int64, -1 behind the shorter ones."""
-    longest = max(map(len, rows), default=0)
-    return torch.tensor(
-        [[*row] + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device
-    ).view(len(rows), longest)
 
 
 def _params_of_rows(each: list[SamplingParams], device: torch.device) -> SamplingParams:

@@ -22,7 +22,7 @@ from auxkern.generation.texts import Text
 from auxkern.model.base import counts_positions
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
-from auxkern.model.text import TextFormat
+from auxkern.model.text import TextFormat, padded
 
 
 @dataclass
@@ -40,9 +40,7 @@ class EngineStats:
     steps: int = 0
     prefill_tokens: int = 0
     new_tokens: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("models", "sampling", "rest"), 0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: {"models": 0.0, "sampling": 0.0, "rest": 0.0})
 
 
 class Engine:
@@ -102,15 +100,13 @@ class Engine:
         self._texts: dict[Sequence, Text] = {}  # of what runs, and of what ended and was not told yet
         self._told = True
         record = self._recorder(graphs)
-
-        def table(columns: int, recordable: bool) -> SlotTable:
-            return SlotTable(slots, columns, model.device, fixed=recordable and record is not None)
-
-        self._table = table(max_length, True)
+        fixed, columns = record is not None, max_length + max_condition
+        self._table = SlotTable(slots, max_length, model.device, fixed=fixed)
         self._lanes = {}
         for name in model.auxiliary_names:
-            columns, recordable = max_length + max_condition, model.auxiliary_traits(name).counts_positions
-            self._lanes[name] = Lane(name, table(columns, recordable), max_condition)
+            recordable = fixed and model.auxiliary_traits(name).counts_positions
+            table = SlotTable(slots, columns, model.device, fixed=recordable)
+            self._lanes[name] = Lane(name, table, max_condition)
         self._condition = torch.zeros(2, slots, max_condition, dtype=torch.int64, device=model.device)
         self._drawer = Drawer(model)
         model.eval()
@@ -183,9 +179,8 @@ class Engine:
         self._settle()
         gone = [sequence for sequence in self.scheduler.sequences if sequence.request.id == id]
         done = [completion for completion in self.scheduler.unanswered if completion.id == id]
-        for sequence in [one for one in self._texts if one.request.id == id]:
-            if sequence not in gone:
-                del self._texts[sequence]
+        for sequence in [one for one in self._texts if one.request.id == id and one not in gone]:
+            del self._texts[sequence]
         self._forget(done)
         self._discard(gone)
         return len(gone) + len(done)
@@ -280,20 +275,16 @@ class Engine:
     def _fail_unloaded(self) -> None:
         """Ends what an auxiliary was to write that the model has no longer."""
         unloaded = self._lanes.keys() - {*self.model.auxiliary_names}
-        if not unloaded:
-            return
         gone = [one for one in self.scheduler.sequences if one.request.auxiliary in unloaded]
-        self.scheduler.unanswered += [
-            Completion.failed(
-                one.request, one.sample, f"auxiliary {one.request.auxiliary!r} has been unloaded"
-            )
-            for one in gone
-        ]
+        for one in gone:
+            problem = f"auxiliary {one.request.auxiliary!r} has been unloaded"
+            self.scheduler.unanswered.append(Completion.failed(one.request, one.sample, problem))
         self._end(gone)
 
     def _advance_all(self) -> None:
         """Schedules, runs both models, draws, and ends what is at its end."""
-        began, models, sampling = time.perf_counter(), *self._spent()
+        began, seconds = time.perf_counter(), self.stats.seconds
+        counted = seconds["models"] + seconds["sampling"]
         before = self.scheduler.running
         plan = self.scheduler.schedule()
         if not plan.running:
@@ -310,10 +301,8 @@ class Engine:
         for sequence in self.scheduler.running:
             self._texts[sequence].keep()
         self.stats.steps += 1
-        spent = self._spent()
-        self.stats.seconds["rest"] += (
-            time.perf_counter() - began - (spent[0] - models) - (spent[1] - sampling)
-        )
+        counted -= seconds["models"] + seconds["sampling"]
+        seconds["rest"] += time.perf_counter() - began + counted
 
     def _decoded(self, sequences: Sequences) -> list[Term]:
         """The terms of the next token of running sequences, rows (n,)."""
@@ -362,7 +351,9 @@ class Engine:
         place = {keys[i]: row for row, i in enumerate(unique)}
         of = torch.tensor([place[key] for key in keys], device=self.model.device)
         readers = [newcomers[i] for i in unique]
-        inputs = self._padded(readers)
+        prompts = padded([s.ids for s in readers], 0, side="left")
+        conditions = padded([s.condition_ids for s in readers], 0)
+        inputs = PairInputs(*(ids.to(self.model.device) for ids in (*prompts, *conditions)))
         terms, cache = self.model.terms(
             inputs,
             # Layers with sliding windows keep all columns too, as the table does.
@@ -396,7 +387,8 @@ class Engine:
         ended = []
         for row, sequence in enumerate(sequences):
             if sequence not in self._texts:
-                self._texts[sequence] = Text(sequence, self.text_format, self._ends(sequence))
+                ends = () if sequence.request.ignore_eos else self.text_format.end_ids(self.model)
+                self._texts[sequence] = Text(sequence, self.text_format, frozenset(ends))
             text = self._texts[sequence]
             if drawn.status[row]:
                 problem = "the logits are NaN or infinite; look at the models' weights and aux_scale"
@@ -409,15 +401,10 @@ class Engine:
                 ended.append((sequence, text.completion(reason)))
         return ended
 
-    def _ends(self, sequence: Sequence) -> frozenset[int]:
-        """Ids that end a text."""
-        return frozenset(() if sequence.request.ignore_eos else self.text_format.end_ids(self.model))
-
     def _remove(self, ended: Sequences, moves: list[Move]) -> None:
         if not ended:
             return
-        left = len(self.scheduler.running)
-        self._table.leave(moves, left)
+        self._table.leave(moves, len(self.scheduler.running))
         for source, destination in moves:
             self._condition[:, destination] = self._condition[:, source]
         for lane in self._lanes.values():
@@ -438,39 +425,23 @@ class Engine:
         return sequences, []
 
     def _sequences(self, request: Request, samples: Iterable[int]) -> list[Sequence]:
-        names = self.model.auxiliary_names
-        if request.auxiliary in self._lanes and request.auxiliary not in names:
-            raise ValueError(f"auxiliary {request.auxiliary!r} has been unloaded; choose one of {names}")
-        if request.auxiliary is not None and request.auxiliary not in self._lanes:
+        name, names = request.auxiliary, self.model.auxiliary_names
+        if name in self._lanes and name not in names:
+            raise ValueError(f"auxiliary {name!r} has been unloaded; choose one of {names}")
+        if name is not None and name not in self._lanes:
+            can = ", ".join(self._lanes)
             raise ValueError(
-                f"there is no auxiliary {request.auxiliary!r}; choose one of {', '.join(self._lanes)}, or "
-                "null for the base alone"
+                f"there is no auxiliary {name!r}; choose one of {can}, or null for the base alone"
             )
         check_drawable(request, self.model.config.vocab_size)
         inputs = self.text_format.prompts([request.condition], [request.prompt])
-        condition = inputs["condition_ids"][0].tolist() if request.auxiliary is not None else []
-        if (
-            request.auxiliary is not None
-            and not condition
-            and self.model.auxiliary_traits(request.auxiliary).needs_condition
-        ):
+        condition = inputs["condition_ids"][0].tolist() if name is not None else []
+        if name is not None and not condition and self.model.auxiliary_traits(name).needs_condition:
             raise ValueError(
-                f"the condition has no tokens, but the encoder of auxiliary {request.auxiliary!r} needs one; "
-                "give a condition"
+                f"the condition has no tokens, but the encoder of auxiliary {name!r} needs one; give a "
+                "condition"
             )
         return request.sequences(inputs["input_ids"][0].tolist(), condition, samples)
-
-    def _padded(self, sequences: Sequences) -> PairInputs:
-        """(R, T) prompts and what was written, padded on the left; (R, K) conditions, on the right."""
-        T = max(s.length for s in sequences)
-        K = max(len(s.condition_ids) for s in sequences)
-        prompts = [[0] * (T - s.length) + [*s.ids] for s in sequences]
-        mask = [[0] * (T - s.length) + [1] * s.length for s in sequences]
-        conditions = [[*s.condition_ids] + [0] * (K - len(s.condition_ids)) for s in sequences]
-        real = [[1] * len(s.condition_ids) + [0] * (K - len(s.condition_ids)) for s in sequences]
-        device = self.model.device
-        sides = (prompts, mask, conditions, real)
-        return PairInputs(*(torch.tensor(ids, dtype=torch.int64, device=device) for ids in sides))
 
     @torch.no_grad()
     def _reserve(self) -> None:
@@ -524,9 +495,6 @@ class Engine:
         if graphs and refusal is not None:
             raise ValueError(f"graphs cannot be recorded: {refusal}; leave graphs out")
         return CudaRecorder() if refusal is None and graphs is not False else None
-
-    def _spent(self) -> tuple[float, float]:
-        return self.stats.seconds["models"], self.stats.seconds["sampling"]
 
 
 def _wants_logprobs(sequences: Sequences) -> bool:

@@ -6,7 +6,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ class DecodeGraphs:
         self._recorded: dict[tuple[str | None, int], tuple[Callable[[], None], list[Term]]] = {}
         for name in (None, *lanes):
             # The largest first: the others find room in its memory.
-            for size in reversed(list(sizes(slots))):
+            for size in reversed(sizes(slots)):
                 self._recorded[name, size] = record(partial(self._step, name, size))
 
     def serves(self, name: str | None) -> bool:
@@ -105,10 +105,6 @@ class DecodeGraphs:
         return terms
 
 
-def sizes(slots: int) -> Iterator[int]:
+def sizes(slots: int) -> list[int]:
     """1, 2, 4, ... and the number of slots."""
-    size = 1
-    while size < slots:
-        yield size
-        size *= 2
-    yield slots
+    return [*(1 << i for i in range((slots - 1).bit_length())), slots]

@@ -13,6 +13,7 @@ from auxkern.generation.request import Sequence
 from auxkern.model.base import counts_positions, run_base
 
 _USE = "use model.generate for this model"
+_NO_SLOTS = f"whose state cannot be kept in slots; {_USE}"
 # Rotary embeddings whose frequencies change for a whole batch when one of its texts grows long.
 _BATCH_WIDE_ROTARY = ("longrope", "dynamic")
 
@@ -39,10 +40,7 @@ def check_slots_of_base(model: Any, max_length: int) -> None:
     kinds = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in cache.layers]
     for kind, layer in zip(kinds, cache.layers, strict=False):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"the base, a {name}, has layers of type {kind!r}, whose state cannot be kept in slots; "
-                f"{_USE}"
-            )
+            raise ValueError(f"the base, a {name}, has layers of type {kind!r}, {_NO_SLOTS}")
         window = getattr(layer, "sliding_window", None)
         if kind == "chunked_attention" and window is not None and window < max_length:
             raise ValueError(
@@ -75,10 +73,7 @@ def check_slots_of_auxiliary(model: Any, name: str, columns: int) -> None:
     for layer in cache.layers:
         window = getattr(layer, "sliding_window", None)
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"auxiliary {name!r} has a {type(layer).__name__}, whose state cannot be kept in slots; "
-                f"{_USE}"
-            )
+            raise ValueError(f"auxiliary {name!r} has a {type(layer).__name__}, {_NO_SLOTS}")
         if window is not None and window < columns:
             # The padding of conditions stands between a condition and its text.
             raise ValueError(
@@ -125,10 +120,9 @@ def _check_rotary(who: str, config: Any, columns: int) -> None:
     rotary = getattr(config, "rope_parameters", None) or {}
     every = rotary.values() if all(isinstance(one, dict) for one in rotary.values()) else [rotary]
     for one in every:
-        begun = one.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        limit = begun or getattr(config, "max_position_embeddings", None)
+        names = ("original_max_position_embeddings", "max_position_embeddings")
+        limits = (one.get(names[0]), *(getattr(config, name, None) for name in names))
+        limit = next(filter(None, limits), None)
         if one.get("rope_type") in _BATCH_WIDE_ROTARY and limit is not None and columns > limit:
             raise ValueError(
                 f"{who} has rotary embeddings of type {one['rope_type']}, which change for a whole batch "

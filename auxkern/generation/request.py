@@ -70,14 +70,25 @@ class Request:
         check_id(self.id)
         for name in ("condition", "prompt"):
             _check_text(name, getattr(self, name))
-        _check_params(self.params)
+        if not isinstance(self.params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, got {type(self.params).__name__}")
+        for name in _SAMPLING:
+            if isinstance(getattr(self.params, name), (Tensor, Sparse)):
+                raise TypeError(
+                    f"params.{name} is of many rows; a request takes one number, or a dict of biases"
+                )
         _check_integer("seed", self.seed, 0, _SEEDS)
         for name in ("max_new_tokens", "samples"):
             _check_integer(name, getattr(self, name), 1)
         for name in ("logprobs", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r:.60}")
-        _check_stop(self.stop)
+        if not isinstance(self.stop, tuple):
+            raise TypeError(f"stop must be a tuple of str, got {type(self.stop).__name__}; write (text,)")
+        for text in self.stop:
+            _check_text("stop", text)
+            if not text:
+                raise ValueError("stop holds an empty str, which would end every text at once; leave it out")
         if not isinstance(self.stop_token_ids, tuple):
             kind = type(self.stop_token_ids).__name__
             raise TypeError(f"stop_token_ids must be a tuple of int, got {kind}; write (id,)")
@@ -117,11 +128,8 @@ class Request:
         if not isinstance(record, Mapping):
             raise TypeError(f"a request must be an object with named fields, got {type(record).__name__}")
         _check_field_names(record)
-        given = {
-            name: value
-            for name, value in record.items()
-            if name != "text" and (value is not None or name == "auxiliary")
-        }
+        given = {name: value for name, value in record.items() if value is not None or name == "auxiliary"}
+        given.pop("text", None)
         given.setdefault("id", id)
         given["id"] = as_number(given["id"])
         if given["id"] is None:
@@ -211,7 +219,14 @@ class TokenLogprobs:
         Raises:
             ValueError: a number is NaN or infinity.
         """
-        return {one.name: _numbers(one.name, getattr(self, one.name)) for one in fields(self)}
+        record: dict[str, Any] = {}
+        for name, values in vars(self).items():
+            for value in values or ():
+                if not value < math.inf:
+                    raise ValueError(f"logprobs.{name} holds {value}, which is no log-probability")
+            finite = (None if value == -math.inf else value for value in values or ())
+            record[name] = None if values is None else list(finite)
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TokenLogprobs:
@@ -419,23 +434,6 @@ def _check_integer(name: str, value: Any, least: int, below: int | None = None) 
         raise ValueError(f"{name} is {value}; it must be {limit}")
 
 
-def _check_params(params: Any) -> None:
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
-    for name in _SAMPLING:
-        if isinstance(getattr(params, name), (Tensor, Sparse)):
-            raise TypeError(f"params.{name} is of many rows; a request takes one number, or a dict of biases")
-
-
-def _check_stop(stop: Any) -> None:
-    if not isinstance(stop, tuple):
-        raise TypeError(f"stop must be a tuple of str, got {type(stop).__name__}; write (text,)")
-    for text in stop:
-        _check_text("stop", text)
-        if not text:
-            raise ValueError("stop holds an empty str, which would end every text at once; leave it out")
-
-
 def _check_field_names(record: Mapping[str, Any]) -> None:
     for name in record:
         if name not in REQUEST_FIELDS and name != "text":
@@ -468,12 +466,3 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
         one = "an int" if kind is int else "a str"
         raise TypeError(f"{name} must be {one} or a list of them, got {type(value).__name__}: {value!r:.60}")
     return tuple(value)
-
-
-def _numbers(name: str, values: tuple[float, ...] | None) -> list[float | None] | None:
-    if values is None:
-        return None
-    for value in values:
-        if not value < math.inf:
-            raise ValueError(f"logprobs.{name} holds {value}, which is no log-probability")
-    return [None if value == -math.inf else value for value in values]

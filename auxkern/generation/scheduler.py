@@ -93,12 +93,8 @@ class Scheduler:
                 raise ValueError(f"{name} is {value}; it must be {least} or more")
         if not 0 <= max_padding < 1:
             raise ValueError(f"max_padding is {max_padding}; it must be in [0, 1)")
-        self.slots = slots
-        self.max_length = max_length
-        self.prefill_tokens = prefill_tokens
-        self.max_condition = max_condition
-        self.look_ahead = look_ahead
-        self.max_padding = max_padding
+        self.slots, self.max_length, self.max_condition = slots, max_length, max_condition
+        self.prefill_tokens, self.look_ahead, self.max_padding = prefill_tokens, look_ahead, max_padding
         self._queue: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         # All that wait or run, in the order in which they came.
@@ -231,10 +227,9 @@ class Scheduler:
         """Ends sequences, whether they wait or run; results as of ``cancel``."""
         gone = set(sequences)
         waiting = [sequence for sequence in self._queue if sequence in gone]
-        if waiting:
-            self._queue = deque(sequence for sequence in self._queue if sequence not in gone)
-            for sequence in waiting:
-                self._end(sequence)
+        self._queue = deque(sequence for sequence in self._queue if sequence not in gone)
+        for sequence in waiting:
+            self._end(sequence)
         running = [sequence for sequence in self._running if sequence in gone]
         slots = [slot for slot, sequence in enumerate(self._running) if sequence in gone]
         return waiting + running, self.finish(slots)

@@ -40,16 +40,13 @@ class SlotLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.is_initialized = False
 
-    def allocate(self, keys: Tensor, values: Tensor) -> None:
-        """Room like these (R, heads, T, width) for all slots."""
+    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+        """Takes room like these (R, heads, T, width) for all slots."""
         # Zeros: what is masked is still multiplied, and NaN times 0 is NaN.
         slots, columns = self.table.mask.shape[0], self.table.columns
         self.keys = keys.new_zeros(slots, keys.shape[1], columns, keys.shape[3])
         self.values = values.new_zeros(slots, values.shape[1], columns, values.shape[3])
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.allocate(key_states, value_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -142,7 +139,7 @@ class SlotTable:
         sources = [_plain_layer(layer) for layer in cache.layers]
         self.layers = [SlotLayer(self) for _ in sources]
         for layer, (keys, values) in zip(self.layers, sources, strict=True):
-            layer.allocate(keys, values)
+            layer.lazy_initialization(keys, values)
         self.cache = Cache(layers=list(self.layers))
 
     def join(self, cache: Cache, mask: Tensor) -> None:

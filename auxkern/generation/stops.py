@@ -34,6 +34,9 @@ class TextStream:
         prompt_ids: (T) what the tokens follow. Without it a tokenizer that writes a space before each
             word leaves out the first one.
 
+    Attributes:
+        stopped: the stop string that ended the text; None if there was none yet.
+
     Raises:
         TypeError: stop is one str.
         ValueError: stop holds an empty str.
@@ -52,18 +55,13 @@ class TextStream:
         self._pieces: list[str] = []
         # Certain text that may be the beginning of a stop string; special tokens are only seen by them.
         self._held: list[tuple[str, bool]] = []
-        self._stopped: str | None = None
+        self.stopped: str | None = None
         self._ended = False
 
     @property
     def text(self) -> str:
         """All that was returned so far."""
         return "".join(self._pieces)
-
-    @property
-    def stopped(self) -> str | None:
-        """The stop string that ended the text; None if there was none yet."""
-        return self._stopped
 
     def push(self, token_id: int) -> str:
         """Takes the next token; returns new text, often none.
@@ -74,7 +72,12 @@ class TextStream:
         if self._ended:
             raise ValueError(f"token {token_id} comes after the end of the text; begin another TextStream")
         text = self._out(self._detokenizer.push(token_id))
-        return text + self._marked(self._special[token_id]) if token_id in self._special else text
+        if token_id not in self._special:
+            return text
+        spelled, pending = self._special[token_id], self._detokenizer.rest_seen()
+        if _first_stop(self._seen() + pending + spelled, self.stop) is not None:
+            self._held.append((pending, True))  # no later token can change what a stop string ends
+        return text + self._out(spelled, visible=False)
 
     def finish(self) -> str:
         """Ends the text; returns what was held back, which may still hold a stop string.
@@ -90,13 +93,6 @@ class TextStream:
         self._held = []
         return text
 
-    def _marked(self, spelled: str) -> str:
-        """New text, after a special token."""
-        pending = self._detokenizer.rest_seen()
-        if _first_stop(self._seen() + pending + spelled, self.stop) is not None:
-            self._held.append((pending, True))  # no later token can change what a stop string ends
-        return self._out(spelled, visible=False)
-
     def _seen(self) -> str:
         return "".join(part for part, _ in self._held)
 
@@ -108,7 +104,7 @@ class TextStream:
         stop = _first_stop(seen, self.stop)
         if stop is None:
             return self._released(len(seen) - _begun_stop(seen, self.stop))
-        start, self._stopped = stop
+        start, self.stopped = stop
         self._ended = True
         return self._released(start)
 
@@ -147,12 +143,15 @@ class _Detokenizer:
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        if self._is_byte(token_id):
+        token = self._format.tokenizer.convert_ids_to_tokens(token_id)
+        if isinstance(token, str) and _BYTE.fullmatch(token):
             # Decoders with a fallback to bytes write a run of byte tokens by what the whole run spells.
             self._text = None
             return ""
         text = self._format.decode(self._ids)
-        if (self._text is None or self._text == text) and self._is_nothing(token_id):
+        # A special token, or none at all, does not even end a run of bytes. Twice, for a decoder may drop
+        # the first space of a text.
+        if self._text in (None, text) and not self._format.decode([token_id, token_id]):
             self._ids.pop()
             return ""
         # Bytes at the end that may become a character are one undecodable one until then.
@@ -176,15 +175,6 @@ class _Detokenizer:
         new = certain[self._sent :]
         self._sent += len(new)
         return new
-
-    def _is_byte(self, token_id: int) -> bool:
-        token = self._format.tokenizer.convert_ids_to_tokens(token_id)
-        return isinstance(token, str) and _BYTE.fullmatch(token) is not None
-
-    def _is_nothing(self, token_id: int) -> bool:
-        """Whether it is a special token, or no token at all; they do not even end a run of bytes."""
-        # Twice, for a decoder may drop the first space of a text.
-        return not self._format.decode([token_id, token_id])
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:

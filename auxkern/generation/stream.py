@@ -115,6 +115,10 @@ class CompletionWriter:
         besides: an output of the same run that another process writes; what it holds now is not pending
             here either.
 
+    Attributes:
+        done: completions that were there when it was opened.
+        failed: those of them that are errors.
+
     Raises:
         OSError: the files cannot be opened or written.
         ValueError: the output is of another run, or no output of this class, a line in it is damaged
@@ -140,17 +144,26 @@ class CompletionWriter:
             if errors_path is not None:
                 self._errors = _Appender(errors_path, sync_seconds)
             self._run = json.loads(json.dumps(dict(run)))
-            self._claim(self._run)
+            self._claim()
             self._done: set[int | bytes] = set()
-            self._failed: set[int | bytes] = set()
+            failed: set[int | bytes] = set()
             for number, record in self._out.recover():
-                self._remember(number, record)
-            if retry_errors and self._failed:
+                key = _record_key(path, number, record)
+                if key in self._done:
+                    raise ValueError(
+                        f"{path}, line {number}: sample {record['sample']} of request {record['id']!r} is "
+                        "there twice; remove one line"
+                    )
+                self._done.add(key)
+                if _is_failed(record):
+                    failed.add(key)
+            if retry_errors and failed:
                 self._out.drop(_is_failed)
-                self._done -= self._failed
-                self._failed = set()
+                self._done -= failed
+                failed.clear()
             if besides is not None:
                 self._done |= {_record_key(besides, n, record) for n, _, record in _whole_lines(besides)}
+            self.done, self.failed = len(self._done), len(failed)
             self._reported = set()
             if self._errors is not None:
                 self._reported = {
@@ -159,16 +172,6 @@ class CompletionWriter:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def done(self) -> int:
-        """Completions that were there when it was opened."""
-        return len(self._done)
-
-    @property
-    def failed(self) -> int:
-        """Those of them that are errors."""
-        return len(self._failed)
 
     @property
     def takes_bad_lines(self) -> bool:
@@ -257,22 +260,11 @@ class CompletionWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _remember(self, number: int, record: dict[str, Any]) -> None:
-        key = _record_key(self._out.path, number, record)
-        if key in self._done:
-            raise ValueError(
-                f"{self._out.path}, line {number}: sample {record['sample']} of request {record['id']!r} is "
-                "there twice; remove one line"
-            )
-        self._done.add(key)
-        if _is_failed(record):
-            self._failed.add(key)
-
-    def _claim(self, run: dict[str, Any]) -> None:
+    def _claim(self) -> None:
         """Makes sure that the lines that are there are of this run, or that there are none."""
         if not (self._out.size or (self._errors is not None and self._errors.size)):
             with _naming_file(self.run_path):
-                replace_file(self.run_path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+                replace_file(self.run_path, json.dumps(self._run, indent=1, ensure_ascii=False) + "\n")
             return
         if not self.run_path.is_file():
             raise ValueError(
@@ -283,7 +275,7 @@ class CompletionWriter:
             saved = json.loads(self.run_path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.run_path} is not JSON: {error}; choose another output") from error
-        difference = _first_difference(saved, run)
+        difference = _first_difference(saved, self._run)
         if difference is not None:
             name, before, now = difference
             raise ValueError(
@@ -341,10 +333,9 @@ class _Appender:
             copy = lock_file(self._copy)  # who opens the file under its new name finds it locked
             try:
                 os.fchmod(copy, os.fstat(file).st_mode & 0o777)
+                lines = (line for _, line, record in _whole_lines(self.path) if not unwanted(record))
                 with open(copy, "wb", closefd=False) as kept:
-                    kept.writelines(
-                        line for _, line, record in _whole_lines(self.path) if not unwanted(record)
-                    )
+                    kept.writelines(lines)
                 os.fsync(copy)
                 os.replace(self._copy, self.path.resolve())
             except BaseException:
@@ -356,9 +347,8 @@ class _Appender:
 
     def append(self, record: dict[str, Any]) -> None:
         # Half a surrogate pair, as a bad line may hold, is written as JSON's own escape.
-        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode(
-            errors="backslashreplace"
-        )
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        line = text.encode(errors="backslashreplace")
         file, size = self._open(), self.size
         try:
             write_whole(file, line)

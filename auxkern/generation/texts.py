@@ -21,8 +21,7 @@ class Text:
         self.sequence, self._format, self._ends = sequence, text_format, ends
         self._stops = frozenset(sequence.request.stop_token_ids)
         self._logprobs: list[Logprob] = []
-        self._kept = 0
-        self._told = 0
+        self._kept = self._told = 0
         self._stream = self._new_stream()
 
     def take(self, token: int, logprob: Logprob | None) -> FinishReason | None:
