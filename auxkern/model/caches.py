@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What transformers' models call the cache that they take and return; 5.24 has renamed it.
-CACHE_NAME = (
-    "cache" if "cache" in {one.name for one in fields(BaseModelOutputWithPast)} else "past_key_values"
-)
+_RETURNED = {one.name for one in fields(BaseModelOutputWithPast)}
+CACHE_NAME = "cache" if "cache" in _RETURNED else "past_key_values"
 
 
 @dataclass

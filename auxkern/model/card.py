@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 import transformers
 
+from auxkern.core.files import replace_file
 from auxkern.model.config import AuxTunedConfig
 
 _CARD = """---
@@ -73,6 +73,4 @@ def write_model_card(folder: Path, config: AuxTunedConfig, parameters: int) -> N
         torch=torch.__version__,
         transformers=transformers.__version__,
     )
-    temporary = folder / ".README.md.new"
-    temporary.write_text(card, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, card)

@@ -30,20 +30,11 @@ DEFAULT_ENCODER_DECODER = {
     "dropout_rate": 0.0,
 }
 # What transformers itself adds to the keywords of a config that it saved or loads.
-_INHERITED = frozenset(
-    {
-        "_commit_hash",
-        "_name_or_path",
-        "name_or_path",
-        "model_type",
-        "torch_dtype",
-        "attn_implementation",
-        "output_attentions",
-        "num_labels",
-        "auto_map",
-        "experts_implementation",
-    }
-)
+_INHERITED_NAMES = """
+_commit_hash _name_or_path name_or_path model_type torch_dtype attn_implementation output_attentions
+num_labels auto_map experts_implementation
+"""
+_INHERITED = frozenset(_INHERITED_NAMES.split())
 
 
 class AuxTunedConfig(PreTrainedConfig):
@@ -140,10 +131,12 @@ class AuxTunedConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number")
-        for name in ("from_lm_layers", "pointer_size"):
+        for name, least in (("from_lm_layers", 0), ("pointer_size", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.lm_layers):
@@ -152,9 +145,6 @@ class AuxTunedConfig(PreTrainedConfig):
             )
         if self.lm_layers != sorted(set(self.lm_layers)):
             raise ValueError(f"lm_layers is {self.lm_layers}; give each layer once, in rising order")
-        for name, least in (("from_lm_layers", 0), ("pointer_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.from_lm_layers and (self.architecture != "decoder" or self.input_embedding != "shared"):
             raise ValueError(
                 f'from_lm_layers is {self.from_lm_layers}, which needs architecture="decoder" and '
@@ -177,9 +167,8 @@ class AuxTunedConfig(PreTrainedConfig):
             ValueError: the architecture is "custom", or the config is of another kind.
         """
         encoder_decoder = self.architecture == "encoder-decoder"
-        settings = dict(
-            self.auxiliary_config or (DEFAULT_ENCODER_DECODER if encoder_decoder else DEFAULT_DECODER)
-        )
+        default = DEFAULT_ENCODER_DECODER if encoder_decoder else DEFAULT_DECODER
+        settings = dict(self.auxiliary_config or default)
         model_type = settings.pop("model_type", None)
         if model_type is None:
             raise ValueError(

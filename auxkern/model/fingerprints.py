@@ -39,9 +39,8 @@ def fingerprint(lm: Any) -> str:
         ValueError: the weights are on the meta device, and have no values.
     """
     fields = json.dumps(computing_fields(lm), sort_keys=True, default=str)
-    return hashlib.sha256(
-        f"{weights_fingerprint(lm)} {_digest(buffers_of(lm, saved=True))} {fields}".encode()
-    ).hexdigest()
+    named = f"{weights_fingerprint(lm)} {_digest(buffers_of(lm, saved=True))} {fields}"
+    return hashlib.sha256(named.encode()).hexdigest()
 
 
 def weights_fingerprint(lm: Any) -> str:

@@ -97,13 +97,12 @@ def first_layers(lm: Any, count: int) -> dict[str, Any]:
     config = copy.deepcopy(lm.config.get_text_config())
     layers = config.num_hidden_layers
     config.num_hidden_layers = count
-    settings = config.to_diff_dict()
+    known = type(config)().to_dict()
     settings = {
         name: value[:count] if isinstance(value, list) and len(value) == layers else value
-        for name, value in settings.items()
+        for name, value in config.to_diff_dict().items()
+        if name in known and name != "dtype"
     }
-    known = type(config)().to_dict()
-    settings = {name: value for name, value in settings.items() if name in known and name != "dtype"}
     return {"model_type": config.model_type, **settings}
 
 

@@ -20,7 +20,7 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from auxkern.core.terms import Term, rows_of
+from auxkern.core.terms import rows_of
 from auxkern.model.caches import PairCache
 from auxkern.model.inputs import PairInputs
 from auxkern.ops.sample import sample
@@ -38,16 +38,8 @@ _SETTINGS: dict[type, Callable[[Any], dict[str, Any]]] = {
         "logit_bias": {int(ids[0]): float(bias) for ids, bias in one.sequence_bias.items()}
     },
 }
-_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "condition_ids",
-    "condition_mask",
-    "auxiliary_ids",
-    "aux_scale",
-    "seeds",
-    "output_hidden_states",
-)
+_TENSORS = ("input_ids", "attention_mask", "condition_ids", "condition_mask")
+_INPUTS = (*_TENSORS, "auxiliary_ids", "aux_scale", "seeds", "output_hidden_states")
 _ROLLS_BACK = "assisted generation takes tokens back, which the caches of a pair cannot"
 _ON_THE_HUB = "transformers has moved that search to code on the Hub, which knows no pairs"
 _TWO_MODELS = "a pair is two models; ask model.lm for its own"
@@ -105,18 +97,15 @@ class PairGeneration(GenerationMixin):
             ValueError: there is no such auxiliary, an argument has the wrong number of entries, or an
                 option is unknown or not for pairs.
         """
-        ids = _checked_ids(
-            inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
-        )
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        ids = _checked_ids(ids, kwargs.get("attention_mask"))
         B = ids.shape[0]
         if auxiliary != "default":
             kwargs["auxiliary_ids"] = self._auxiliary_ids(auxiliary, B).to(ids.device)
         if aux_scale is not None:
             kwargs["aux_scale"] = _mixing(aux_scale, B, ids.device)
         if seeds is not None:
-            kwargs["seeds"] = tuple(
-                int(seed) for seed in seeds
-            )  # a tuple is not repeated for return sequences
+            kwargs["seeds"] = tuple(map(int, seeds))  # a tuple is not repeated for return sequences
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def transformer_config(self, auxiliary: str | None) -> Any:
@@ -132,9 +121,8 @@ class PairGeneration(GenerationMixin):
             raise ValueError(f"auxiliary has {len(asked)} names but there are {B} inputs; give each one")
         for name in asked:
             if name not in names:
-                raise ValueError(
-                    f"there is no auxiliary {name!r}; choose one of {names}, or load_auxiliary it"
-                )
+                problem = f"there is no auxiliary {name!r}"
+                raise ValueError(f"{problem}; choose one of {names}, or load_auxiliary it")
         return torch.tensor([names.index(name) - 1 for name in asked])
 
     def prepare_inputs_for_generation(
@@ -202,20 +190,17 @@ class PairGeneration(GenerationMixin):
             used = set(model_kwargs["auxiliary_ids"].tolist())
             names += [name for i, name in enumerate(self.auxiliary_names) if i in used]
         for name in names:
-            self._check_positions(name, generation_config.max_length + (0 if name is None else K))
+            needed = generation_config.max_length + (0 if name is None else K)
+            config = self.transformer_config(name)
+            positions = getattr(config, "max_position_embeddings", None)
+            # Refuses what a table of learned positions does not hold; rotary embeddings have no end.
+            if positions is not None and not getattr(config, "rope_parameters", None) and needed > positions:
+                who = "the base" if name is None else f"auxiliary {name!r}"
+                raise ValueError(
+                    f"prompt, max_new_tokens and condition take {needed} positions, but {who} has "
+                    f"{positions}; shorten them"
+                )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    def _check_positions(self, name: str | None, needed: int) -> None:
-        """Refuses what a table of learned positions does not hold; rotary embeddings have no end."""
-        config = self.transformer_config(name)
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is None or getattr(config, "rope_parameters", None) or needed <= positions:
-            return
-        who = "the base" if name is None else f"auxiliary {name!r}"
-        raise ValueError(
-            f"prompt, max_new_tokens and condition take {needed} positions, but {who} has {positions}; "
-            "shorten them"
-        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -248,19 +233,13 @@ class PairGeneration(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        params = _params_of(logits_processor, bool(generation_config.do_sample))
+        settings: dict[str, Any] = {} if generation_config.do_sample else {"temperature": 0.0}
+        for one in logits_processor:
+            settings |= _SETTINGS[type(one)](one)
+        params = SamplingParams(**settings)
         return self._draw(
             input_ids, params, stopping_criteria, generation_config, streamer, seeds, model_kwargs
         )
-
-    def _next_terms(
-        self, ids: Tensor, mask: Tensor, cache: PairCache | None, use_cache: bool, inputs: dict[str, Any]
-    ) -> tuple[list[Term], PairCache | None]:
-        """The terms of the next token's logits, rows (B,), and the caches."""
-        batch = PairInputs(ids, mask, inputs.get("condition_ids"), inputs.get("condition_mask"))
-        options = {name: inputs.get(name) for name in ("auxiliary_ids", "aux_scale")}
-        terms, cache = self.terms(batch, cache=cache, use_cache=use_cache, keep=1, **options)
-        return [rows_of(term, torch.arange(len(ids), device=ids.device)) for term in terms], cache
 
     def _draw(
         self,
@@ -273,10 +252,13 @@ class PairGeneration(GenerationMixin):
         inputs: dict[str, Any],
     ) -> Tensor:
         B, device = ids.shape[0], ids.device
+        rows = torch.arange(B, device=device)
         seed = _seed_tensor(seeds, B).to(device)
         mask = inputs.pop("attention_mask", None)  # transformers drops one that is all ones
         mask = torch.ones_like(ids) if mask is None else mask
-        use_cache = inputs.get("use_cache", True)
+        conditions = (inputs.get("condition_ids"), inputs.get("condition_mask"))
+        options = {name: inputs.get(name) for name in ("auxiliary_ids", "aux_scale")}
+        options |= {"use_cache": inputs.get("use_cache", True), "keep": 1}
         penalised = params.repetition_penalty != 1.0
         prompt = ids.masked_fill(mask == 0, -1) if penalised else None
         start = ids.shape[1]
@@ -285,7 +267,8 @@ class PairGeneration(GenerationMixin):
         cache: PairCache | None = None
         while True:
             new = ids if cache is None else ids[:, -1:]
-            terms, cache = self._next_terms(new, mask, cache, use_cache, inputs)
+            terms, cache = self.terms(PairInputs(new, mask, *conditions), cache=cache, **options)
+            terms = [rows_of(term, rows) for term in terms]
             history = ids[:, start:] if penalised else None
             # Positions count real tokens, so that padding does not change the noise.
             drawn = sample(
@@ -298,7 +281,12 @@ class PairGeneration(GenerationMixin):
                 vocab_size=self.config.vocab_size,
             )
             tokens = drawn.tokens if pad is None else torch.where(unfinished, drawn.tokens, pad)
-            _refuse_failed(drawn.status, unfinished)
+            failed = ((drawn.status != 0) & unfinished).nonzero()[:, 0].tolist()
+            if failed:
+                raise RuntimeError(
+                    f"the logits of sequences {failed} are NaN or infinite; look at the models' weights and "
+                    "aux_scale"
+                )
             ids = torch.cat([ids, tokens[:, None]], 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             if streamer is not None:
@@ -343,13 +331,6 @@ def _is_known(processor: Any) -> bool:
     return type(processor) in _SETTINGS
 
 
-def _params_of(processors: LogitsProcessorList, do_sample: bool) -> SamplingParams:
-    settings: dict[str, Any] = {} if do_sample else {"temperature": 0.0}
-    for one in processors:
-        settings |= _SETTINGS[type(one)](one)
-    return SamplingParams(**settings)
-
-
 def _mixing(aux_scale: float | Sequence[float] | Tensor, B: int, device: torch.device) -> float | Tensor:
     if isinstance(aux_scale, (int, float)) and not isinstance(aux_scale, bool):
         return float(aux_scale)
@@ -369,21 +350,11 @@ def _seed_tensor(seeds: tuple[int, ...] | None, B: int) -> Tensor:
 
 def _padding(generation_config: Any, stopping_criteria: Any) -> Tensor | None:
     """What follows the end of a finished sequence; None if nothing ends one."""
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    pad: Tensor | None = generation_config._pad_token_tensor
-    if not ends:
+    if not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
         return None
+    pad: Tensor | None = generation_config._pad_token_tensor
     if pad is None:
         raise ValueError(
             "eos_token_id is set but pad_token_id is not; pass pad_token_id for finished sequences"
         )
     return pad
-
-
-def _refuse_failed(status: Tensor, unfinished: Tensor) -> None:
-    failed = (status != 0) & unfinished
-    if bool(failed.any()):
-        rows = failed.nonzero()[:, 0].tolist()
-        raise RuntimeError(
-            f"the logits of sequences {rows} are NaN or infinite; look at the models' weights and aux_scale"
-        )

@@ -172,9 +172,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             OSError: there is no such checkpoint.
         """
         if not isinstance(config, AuxTunedConfig):
-            hub = {
-                k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
-            }
+            asked = ("revision", "token", "cache_dir", "local_files_only")
+            hub = {name: kwargs[name] for name in asked if name in kwargs}
             config = AuxTunedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if lm is None or isinstance(lm, str):
             lm = fitting.base_of(config, lm, base_options)
@@ -312,11 +311,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         super()._apply(fn, recurse)
         # The device only: a cast is for the auxiliary, the base keeps the dtype that it was loaded in.
         device = self.head.weight.device
-        if (
-            "lm" in self.__dict__
-            and device.type != "meta"
-            and getattr(self.lm, "hf_device_map", None) is None
-        ):
+        mapped = getattr(self.__dict__.get("lm"), "hf_device_map", None) is not None
+        if "lm" in self.__dict__ and device.type != "meta" and not mapped:
             if base.output_device(self.lm) != device:
                 self.lm.to(device)
             for other in self._others.values():
@@ -403,11 +399,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             keep=0 if labels is not None else logits_to_keep,
         )
         loss = None if labels is None else self._loss(terms, labels, num_items_in_batch)
-        logits = None
         if return_logits is None:
             return_logits = labels is None or not (self.training or torch.is_grad_enabled())
-        if return_logits:
-            logits = dense_logits(terms, vocab_size=self.config.vocab_size)
+        logits = dense_logits(terms, vocab_size=self.config.vocab_size) if return_logits else None
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_NAME: new_cache}
         )

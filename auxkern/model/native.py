@@ -45,7 +45,13 @@ def use_native_kernels(module: nn.Module) -> nn.Module:
     reason = native_refusal()
     if reason is not None:
         raise RuntimeError(f"native kernels cannot run: {reason}; leave the model as it is")
-    _swap_layers(module)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            # Subclasses that compute otherwise stay.
+            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
+                setattr(parent, name, FrozenLinear.of(child))
+            elif isinstance(child, nn.Embedding) and type(child).forward is nn.Embedding.forward:
+                setattr(parent, name, FrozenEmbedding.of(child))
     for layer in module.modules():
         for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             narrow = isinstance(layer, (FrozenLinear, FrozenEmbedding)) and name == "weight"
@@ -57,16 +63,6 @@ def use_native_kernels(module: nn.Module) -> nn.Module:
             AttentionMaskInterface.register(ATTENTION, sdpa_mask)
             model.set_attn_implementation(ATTENTION)
     return module
-
-
-def _swap_layers(module: nn.Module) -> None:
-    """Linear layers and embeddings become frozen ones; subclasses that compute otherwise stay."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
-                setattr(parent, name, FrozenLinear.of(child))
-            elif isinstance(child, nn.Embedding) and type(child).forward is nn.Embedding.forward:
-                setattr(parent, name, FrozenEmbedding.of(child))
 
 
 def _attention_function(

@@ -38,9 +38,7 @@ def open_pair(
     Raises:
         OSError, ValueError: there is no such pair or base, it is damaged, or the base is another one.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     known: Any = config or AuxTunedConfig.from_pretrained(name_or_path)
     name = base or known.base_model_name_or_path
     if name is None:

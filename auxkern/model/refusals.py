@@ -37,10 +37,8 @@ def check_base(lm: Any, config: AuxTunedConfig) -> None:
         ValueError: later tokens or padding reach its output, a cache changes it, or it computes something
             else than the pair reads.
     """
-    name = f"{type(lm).__name__} (model_type {lm.config.model_type!r})"
-    vocabulary = base.vocabulary(lm)
     room = _room(lm.config.get_text_config())
-    ids = trial_ids(vocabulary, base.output_device(lm), _special(lm), room)
+    ids = trial_ids(base.vocabulary(lm), base.output_device(lm), _special(lm), room)
     try:
         base.check_logits(lm, ids)
         if config.lm_term == "head":
@@ -49,12 +47,10 @@ def check_base(lm: Any, config: AuxTunedConfig) -> None:
     except base.UnfitBaseError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{name} cannot be a base: it does not run on tokens, a mask and a cache alone "
-            f"({type(error).__name__}: {error}); {_instead(lm)}"
-        ) from error
+        reason = f"it does not run on tokens, a mask and a cache alone ({type(error).__name__}: {error})"
+        raise _no_base(lm, reason) from error
     if flaw is not None:
-        raise ValueError(f"{name} cannot be a base: {flaw}; {_instead(lm)}")
+        raise _no_base(lm, flaw)
 
 
 def check_auxiliary(config: AuxTunedConfig, auxiliary: nn.Module | None = None) -> None:
@@ -69,13 +65,11 @@ def check_auxiliary(config: AuxTunedConfig, auxiliary: nn.Module | None = None) 
     """
     if auxiliary is not None:
         name, instead = type(auxiliary).__name__, "see AuxiliaryModule for what it has to do"
-        module = auxiliary
     else:
         kind = (config.auxiliary_config or {}).get("model_type", config.body_config().model_type)
         name, instead = f"a {kind!r} (auxiliary_config)", 'use another "model_type", such as "llama"'
-        module = None
     try:
-        flaw = _auxiliary_flaw(config, module)
+        flaw = _auxiliary_flaw(config, auxiliary)
     except Exception as error:
         raise ValueError(
             f"{name} cannot be an auxiliary: it does not run on input vectors, a mask and a cache "
@@ -103,24 +97,21 @@ def check_kind(lm: Any) -> None:
             f"the base is a {type(lm).__name__}; it must be a causal language model of transformers.{inner}"
         )
     if lm.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(lm).__name__} (model_type {lm.config.model_type!r}) cannot be a base: it is an "
-            f"encoder-decoder; {_instead(lm)}"
-        )
+        raise _no_base(lm, "it is an encoder-decoder")
     if lm.get_input_embeddings() is None or base.transformer(lm) is lm:
-        raise ValueError(
-            f"{type(lm).__name__} (model_type {lm.config.model_type!r}) cannot be a base: it has no "
-            f"transformer and output embedding of its own; {_instead(lm)}"
-        )
+        raise _no_base(lm, "it has no transformer and output embedding of its own")
 
 
-def _instead(lm: Any) -> str:
-    """The language model inside one of several parts; another one where there is none."""
+def _no_base(lm: Any, reason: str) -> ValueError:
+    """Says what to use in place of it: the language model in one of several parts, or another one."""
+    instead = _OTHER
     for name, part in lm.named_modules():
         inner = isinstance(part, PreTrainedModel) and part is not lm
         if inner and not part.config.is_encoder_decoder and part.get_output_embeddings() is not None:
-            return f"pass the language model in it, model.{name}"
-    return _OTHER
+            instead = f"pass the language model in it, model.{name}"
+            break
+    kind = f"{type(lm).__name__} (model_type {lm.config.model_type!r})"
+    return ValueError(f"{kind} cannot be a base: {reason}; {instead}")
 
 
 def _special(lm: Any) -> tuple[int, ...]:

@@ -35,8 +35,12 @@ def shard_base(lm: Any, mesh: DeviceMesh) -> Any:
         )
     if getattr(lm, "hf_quantizer", None) is not None:
         raise ValueError("the base is quantised; keep a copy of it on every rank")
+    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        kind = type(lm.base_model).__name__
+        raise ValueError(f"{kind} has no list of layers; keep a copy of it on every rank")
     # Only the layers: transformers finds what a model's class can record by its name, which FSDP changes.
-    for layer in _layers(lm.base_model):
+    for layer in max(lists, key=lambda one: sum(parameter.numel() for parameter in one.parameters())):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     return lm
 
@@ -71,11 +75,3 @@ def _check_one_dimension(mesh: DeviceMesh) -> None:
         raise ValueError(
             f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; pass one of them, such as mesh['dp']"
         )
-
-
-def _layers(body: nn.Module) -> nn.ModuleList:
-    """The list of a model's blocks: the one that holds the most parameters."""
-    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"{type(body).__name__} has no list of layers; keep a copy of it on every rank")
-    return max(lists, key=lambda one: sum(parameter.numel() for parameter in one.parameters()))

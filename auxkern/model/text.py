@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,8 +32,7 @@ class Example:
     prompt: str = ""
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a str, got {type(value).__name__}: {value!r:.60}")
 
@@ -118,14 +117,11 @@ class TextFormat:
         check_condition_template(condition_template)
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}; the start token and one of the text need 2")
-        self.tokenizer = tokenizer
-        self.condition_template = condition_template
         if not isinstance(text_prefix, str):
-            raise TypeError(
-                f"text_prefix must be a str, got {type(text_prefix).__name__}: {text_prefix!r:.60}"
-            )
-        self.max_length = max_length
-        self.text_prefix = text_prefix
+            kind = type(text_prefix).__name__
+            raise TypeError(f"text_prefix must be a str, got {kind}: {text_prefix!r:.60}")
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.condition_template, self.text_prefix = condition_template, text_prefix
 
     @property
     def start_id(self) -> int:
@@ -211,14 +207,11 @@ class TextFormat:
                 f"there are {len(conditions)} conditions and {len(prompts)} prompts; pass as many, 1 at least"
             )
         begun = [self._begun(ids) for ids in self._ids(prompts)]
-        input_ids, attention_mask = padded(begun, self.pad_id, side="left")
-        condition_ids, condition_mask = padded(self._condition_ids(conditions), self.pad_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "condition_ids": condition_ids,
-            "condition_mask": condition_mask,
-        }
+        inputs: dict[str, Tensor] = {}
+        inputs["input_ids"], inputs["attention_mask"] = padded(begun, self.pad_id, side="left")
+        condition_ids = self._condition_ids(conditions)
+        inputs["condition_ids"], inputs["condition_mask"] = padded(condition_ids, self.pad_id)
+        return inputs
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """The text of (T) ids, without special tokens; spaces and line ends are kept.

@@ -53,27 +53,24 @@ class Trial:
     def flaw(self) -> str | None:
         """What the model does that a pair cannot have; None if nothing."""
         with torch.autocast(self.ids.device.type, enabled=False):
-            return self._flaw()
-
-    def _flaw(self) -> str | None:
-        ids = self.ids
-        whole = self.read(ids, torch.ones_like(ids), None, False).values
-        if not whole.isfinite().all():
-            return "its output is NaN or infinite"
-        later = ids.clone()
-        later[:, -2:] = ids[:, :2]
-        changed = self.read(later, torch.ones_like(ids), None, False).values
-        if self._differ(whole[:, :-2], changed[:, :-2]):
-            return "later tokens reach the output at earlier ones"
-        for beside in (False, True):
-            padded, mask = self._padded(beside)
-            with_padding = self.read(padded, mask, None, False).values
-            if self._differ(whole, with_padding[:1, PADDING:]):
-                return "padding before a text reaches its output"
-        padded, mask = self._padded(True)
-        if self._differ(whole, self._in_steps(padded, mask)[:1, PADDING:]):
-            return "its output with a cache, token by token, is another than at once"
-        return None
+            ids = self.ids
+            whole = self.read(ids, torch.ones_like(ids), None, False).values
+            if not whole.isfinite().all():
+                return "its output is NaN or infinite"
+            later = ids.clone()
+            later[:, -2:] = ids[:, :2]
+            changed = self.read(later, torch.ones_like(ids), None, False).values
+            if self._differ(whole[:, :-2], changed[:, :-2]):
+                return "later tokens reach the output at earlier ones"
+            for beside in (False, True):
+                padded, mask = self._padded(beside)
+                with_padding = self.read(padded, mask, None, False).values
+                if self._differ(whole, with_padding[:1, PADDING:]):
+                    return "padding before a text reaches its output"
+            padded, mask = self._padded(True)
+            if self._differ(whole, self._in_steps(padded, mask)[:1, PADDING:]):
+                return "its output with a cache, token by token, is another than at once"
+            return None
 
     def _padded(self, beside: bool) -> tuple[Tensor, Tensor]:
         """The ids behind padding, alone or beside a text without any, and their mask."""

@@ -49,8 +49,8 @@ def tiny_config(config: Any, **changes: Any) -> Any:
         whatever the config's class says of fields that do not fit each other.
     """
     settings = {name: copy.deepcopy(value) for name, value in config.to_dict().items()}
-    kept = _kept_layers(settings.get("layer_types") or settings.get("layers_block_type"), settings)
     count = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), None)
+    kept = _kept_layers(settings.get("layer_types") or settings.get("layers_block_type"), count)
     heads = next((settings[n] for n in ("num_attention_heads", "n_head", "n_heads") if settings.get(n)), None)
     width = settings.get("hidden_size") if "word_embed_proj_dim" in settings else None
     tiny: dict[str, Any] = {}
@@ -64,10 +64,8 @@ def tiny_config(config: Any, **changes: Any) -> Any:
             value = [value[i] for i in kept]
         elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
             value = {kept.index(int(key)): one for key, one in value.items() if int(key) in kept}
-        elif name == "num_key_value_heads" and value == heads:
-            value = min(value, _LIMITS["num_attention_heads"])
         elif name == "num_key_value_heads" and isinstance(value, int):
-            value = min(value, 2)
+            value = min(value, _LIMITS["num_attention_heads"] if value == heads else 2)
         elif name.endswith("token_id"):
             value = _tiny_token(name, value)
         elif "vocab_size" in name and isinstance(value, int):
@@ -138,13 +136,11 @@ def _limited(name: str, value: Any) -> Any:
     return value
 
 
-def _kept_layers(types: Any, settings: dict[str, Any]) -> list[int]:
+def _kept_layers(types: Any, count: int | None) -> list[int]:
     """Indices of the first layer of each type, two at least where there are as many."""
     if not isinstance(types, list) or not types:
-        count = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), 2)
-        return list(range(min(count, 2)))
-    first = {kind: types.index(kind) for kind in types}
-    kept = sorted(first.values())
+        return list(range(2 if count is None else min(count, 2)))
+    kept = sorted(map(types.index, set(types)))
     rest = [i for i in range(len(types)) if i not in kept]
     return sorted(kept + rest[: max(0, 2 - len(kept))])
 
