@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
-def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def command_parser(
+    prog: str, description: str, epilog: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> argparse.ArgumentParser:
     """A parser that knows no abbreviations and shows the epilog as it is written."""
-    return argparse.ArgumentParser(
+    return kind(
         prog=prog,
         description=description,
         epilog=epilog,

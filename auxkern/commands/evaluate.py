@@ -28,7 +28,7 @@ from auxkern.model.base import positions_for
 from auxkern.model.text import Example, TextFormat
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.tasks.registry import TASKS, load_task
-from auxkern.terminal import INTERRUPTED, natural, positive
+from auxkern.terminal import INTERRUPTED, command_parser, natural, positive
 from auxkern.training.examples import PlacedExamples, encode, read_jsonl
 from auxkern.training.fit import check_fit
 from auxkern.training.progress import Progress, progress_for
@@ -55,6 +55,7 @@ _TASK_SAMPLES = 100
 _NAMES = {"lm": "LM alone", "aux": "auxiliary alone", "pair": "pair"}
 _SAMPLERS = {"pair": "default", "lm": None}  # which auxiliary writes the samples
 _WRITERS = {"lm": "LM alone", "pair": "pair", "reference": "references"}
+_COUNTED = ("source", "tokens", "vocab_size", "data_fingerprint", "tokenizer_fingerprint")
 _BLEU = 4
 _MEASURES = (
     "contains_condition",
@@ -106,7 +107,10 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
     date = now()
     with _clocked(seconds, "loading"):
         model, text_format = pair.load_pair(parser, options, options.max_length)
-        counts = _unigram_counts(model, text_format, unigram)
+        counts = unigram if isinstance(unigram, UnigramCounts) else None
+        if isinstance(unigram, tuple):
+            name, counted = unigram
+            counts = UnigramCounts.of_texts(counted, text_format, model.config.vocab_size, source=name)
     progress = progress_for()
     writers = _Writers(model, text_format, asked, options, progress)
     measured: dict[str, _Figures] = {}
@@ -138,7 +142,10 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
     _print_table(results)
     if measured:
         _print_measures(results, len(asked))
-    _print_data(report, counts, seconds, options)
+    print(f"{options.task or options.file}: {report.sequences:,} sequences, {report.tokens:,} tokens scored")
+    if counts is not None:
+        print(f"SLOR: p_LM of the base, p_unigram of {counts.tokens:,} tokens ({counts.source})")
+    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05))
     if options.json is not None:
         record = {
             "kind": "evaluation",
@@ -174,9 +181,8 @@ def _asked(examples: Sequence[Example], options: argparse.Namespace) -> list[Exa
 
     Where there are fewer conditions than samples it goes round again, with each condition's next example.
     """
-    wanted = options.samples
-    if wanted is None:
-        wanted = _TASK_SAMPLES if options.task is not None else 0
+    by_default = _TASK_SAMPLES if options.task is not None else 0
+    wanted = by_default if options.samples is None else options.samples
     of: dict[str, list[Example]] = {}
     for example in examples if wanted else ():
         if not example.condition.strip():
@@ -189,11 +195,9 @@ def _asked(examples: Sequence[Example], options: argparse.Namespace) -> list[Exa
         for name in order
         if turn < len(of[name])
     ]
-    if wanted > len(listed):
-        if options.samples is None:
-            wanted = len(listed)
-        else:
-            raise ValueError(f"--samples {wanted}, but there are {len(listed)} examples; lower it")
+    if options.samples is not None and wanted > len(listed):
+        raise ValueError(f"--samples {wanted}, but there are {len(listed)} examples; lower it")
+    wanted = min(wanted, len(listed))
     if options.unigram is not None and not wanted:
         raise ValueError(f"--unigram {options.unigram}, but there are no samples to measure; pass --samples")
     return listed[:wanted]
@@ -213,16 +217,6 @@ def _unigram_source(
     if not examples:
         raise ValueError(f"{path} has no examples to count")
     return f"{name}, each text once", list(dict.fromkeys(example.text for example in examples))
-
-
-def _unigram_counts(
-    model: Any, text_format: TextFormat, source: UnigramCounts | tuple[str, list[str]] | None
-) -> UnigramCounts | None:
-    if source is None or isinstance(source, UnigramCounts):
-        return source
-    name, texts = source
-    plain = TextFormat(text_format.tokenizer)
-    return UnigramCounts.of_texts(texts, plain, model.config.vocab_size, source=name)
 
 
 @dataclass(frozen=True)
@@ -314,15 +308,13 @@ def _results(report: NllReport, measured: dict[str, _Figures]) -> dict[str, _Fig
     results: dict[str, _Figures] = {}
     for who in _NAMES:
         perplexity = getattr(report, f"{who}_perplexity")
-        results[who] = {
-            "nll": getattr(report, f"{who}_nll"),
-            # JSON has no infinity.
-            "perplexity": perplexity if math.isfinite(perplexity) else None,
-        }
-    for who in (*_NAMES, "reference"):
-        if who in _NAMES or who in measured:
-            results.setdefault(who, {"nll": None, "perplexity": None})
-            results[who].update(measured.get(who, dict.fromkeys(_MEASURES)))
+        # JSON has no infinity.
+        shown = perplexity if math.isfinite(perplexity) else None
+        results[who] = {"nll": getattr(report, f"{who}_nll"), "perplexity": shown}
+    if "reference" in measured:
+        results["reference"] = {"nll": None, "perplexity": None}
+    for who, figures in results.items():
+        figures.update(measured.get(who, dict.fromkeys(_MEASURES)))
     return results
 
 
@@ -381,26 +373,15 @@ def _print_cells(heads: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def _print_data(
-    report: NllReport, counts: UnigramCounts | None, seconds: dict[str, float], options: argparse.Namespace
-) -> None:
-    data = options.task or options.file
-    print(f"{data}: {report.sequences:,} sequences, {report.tokens:,} tokens scored")
-    if counts is not None:
-        print(f"SLOR: p_LM of the base, p_unigram of {counts.tokens:,} tokens ({counts.source})")
-    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05))
-
-
 def _model_record(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     config = model.config
-    scale = config.aux_scale if options.aux_scale is None else options.aux_scale
     return {
         "name": options.model,
         "base": options.base or config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
         "base_dtype": str(model.lm.dtype).removeprefix("torch."),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "aux_scale": scale,
+        "aux_scale": config.aux_scale if options.aux_scale is None else options.aux_scale,
     }
 
 
@@ -417,15 +398,7 @@ def _samples_record(options: argparse.Namespace, count: int, counts: UnigramCoun
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
         "confidence": 0.95,
-        "unigram": None
-        if counts is None
-        else {
-            "source": counts.source,
-            "tokens": counts.tokens,
-            "vocab_size": counts.vocab_size,
-            "data_fingerprint": counts.data_fingerprint,
-            "tokenizer_fingerprint": counts.tokenizer_fingerprint,
-        },
+        "unigram": counts and {name: getattr(counts, name) for name in _COUNTED},
     }
 
 
@@ -439,11 +412,8 @@ def _clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = pair.CommandParser(
-        prog="auxkern evaluate",
-        description="Measure a trained pair, its base alone and its auxiliary alone.",
-        epilog=_EPILOG,
-    )
+    description = "Measure a trained pair, its base alone and its auxiliary alone."
+    parser = command_parser("auxkern evaluate", description, _EPILOG, pair.CommandParser)
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

@@ -14,7 +14,7 @@ from auxkern.commands.ranks import Launched
 from auxkern.core.files import is_descriptor, replace_file
 from auxkern.model.text import Example
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.terminal import natural, positive
+from auxkern.terminal import command_parser, natural, positive
 
 _EPILOG = """\
 Without options it draws from the pair's own distribution: temperature 1, no filter. Each sample has a seed
@@ -74,8 +74,12 @@ def _answer_conditions(options: argparse.Namespace, model: Any, text_format: Any
     total = len(requests) * options.number
     try:
         for record in _records(model, text_format, requests, options):
-            _print(record, len(records), total)
+            if records:
+                print()
             records.append(record)
+            cut = "" if record["finished"] else ", cut off"
+            print(f"[{len(records)}/{total}{cut}] {record['condition']}")
+            print(record["prompt"] + record["text"], flush=True)
     finally:
         # What is done stays, however the rest ended.
         if options.json is not None and records:
@@ -89,10 +93,8 @@ def _records(
     model: Any, text_format: Any, requests: list[Example], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-    if options.repetition_penalty is not None:
-        settings["repetition_penalty"] = options.repetition_penalty
-    if options.aux_scale is not None:
-        settings["aux_scale"] = options.aux_scale
+    given = {"repetition_penalty": options.repetition_penalty, "aux_scale": options.aux_scale}
+    settings |= {name: value for name, value in given.items() if value is not None}
     seeds = None
     if options.num_beams > 1:
         # The beams of one search are different texts; searches of their own would all find the same.
@@ -112,14 +114,6 @@ def _records(
 def _filters(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in _SAMPLING}
     return {name: _SAMPLING[name] if value is None else value for name, value in given.items()}
-
-
-def _print(record: dict[str, Any], index: int, total: int) -> None:
-    if index:
-        print()
-    cut = "" if record["finished"] else ", cut off"
-    print(f"[{index + 1}/{total}{cut}] {record['condition']}")
-    print(record["prompt"] + record["text"], flush=True)
 
 
 def _check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -168,20 +162,16 @@ def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -
             f"--input {options.input} is no file, which is read several times and gone on with; what comes "
             "from a pipe has to be written to one first"
         )
-    _check_output_file(parser, options.output)
-    if options.output.exists() and options.output.samefile(options.input):
-        parser.error(f"--input and --output are both {options.input}; the texts need a file of their own")
-    options.max_length = options.max_length or 512
-    options.max_condition = options.max_condition or 64
-
-
-def _check_output_file(parser: argparse.ArgumentParser, path: Path) -> None:
-    """A run goes on with its output, and has files beside it: a pipe or a device has neither."""
-    folder = path.absolute().parent
+    path, folder = options.output, options.output.absolute().parent
+    # A run goes on with its output, and has files beside it: a pipe or a device has neither.
     if str(path) == "-" or is_descriptor(path) or (path.exists() and not path.is_file()):
         parser.error(f"--output {path} is no plain file, which a stopped run could go on with; name one")
     if not folder.is_dir():
         parser.error(f"--output {path}: the folder {folder} does not exist; make it first")
+    if path.exists() and path.samefile(options.input):
+        parser.error(f"--input and --output are both {options.input}; the texts need a file of their own")
+    options.max_length = options.max_length or 512
+    options.max_condition = options.max_condition or 64
 
 
 def _file(name: str) -> Path:
@@ -199,19 +189,14 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = pair.CommandParser(
-        prog="auxkern generate",
-        description="Write texts with a trained pair, for conditions.",
-        epilog=_EPILOG,
-    )
+    description = "Write texts with a trained pair, for conditions."
+    parser = command_parser("auxkern generate", description, _EPILOG, pair.CommandParser)
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--condition", action="append", metavar="TEXT", help="a condition (repeatable)")
     source.add_argument("--input", type=_file, metavar="FILE.jsonl", help="requests, any number of them")
-    parser.add_argument(
-        "--prompt", default="", metavar="TEXT", help="what the text of every condition continues"
-    )
     for flag, kind, letter, what in (
+        ("--prompt", str, "TEXT", "what the text of every condition continues"),
         ("--number", positive, "N", "texts for each condition (default 1)"),
         ("--max-new-tokens", positive, "N", "longest text (default 64)"),
         ("--batch-size", positive, "N", "texts, or searches, at a time (default 16)"),
@@ -222,25 +207,22 @@ def _parser() -> argparse.ArgumentParser:
         ("--min-p", float, "X", "draw among tokens with this share of the largest probability"),
         ("--repetition-penalty", float, "X", "above 1: tokens of prompt and text so far are less likely"),
         ("--seed", natural, "N", "of the draws (default 0)"),
+        ("--output", _file, "FILE.jsonl", "with --input: the texts"),
+        ("--max-length", positive, "N", "with --input: most tokens of a text and its prompt (default 512)"),
+        ("--max-condition", positive, "N", "with --input: most tokens of a condition (default 64)"),
     ):
         parser.add_argument(flag, type=kind, metavar=letter, help=what)
-    parser.add_argument("--output", type=_file, metavar="FILE.jsonl", help="with --input: the texts")
     for flag, what in (
-        ("--max-length", "with --input: most tokens of a text and its prompt (default 512)"),
-        ("--max-condition", "with --input: most tokens of a condition (default 64)"),
+        ("--stop-on-error", "with --input: end at the first bad line"),
+        (
+            "--retry-errors",
+            "with --input: take texts that are errors out of --output, and ask for them again",
+        ),
+        ("--greedy", "always take the most likely token"),
     ):
-        parser.add_argument(flag, type=positive, metavar="N", help=what)
-    parser.add_argument(
-        "--stop-on-error", action="store_true", help="with --input: end at the first bad line"
-    )
-    parser.add_argument(
-        "--retry-errors",
-        action="store_true",
-        help="with --input: take texts that are errors out of --output, and ask for them again",
-    )
-    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+        parser.add_argument(flag, action="store_true", help=what)
     parser.add_argument("--json", type=_file, metavar="FILE.jsonl", help="write the texts there too")
-    parser.set_defaults(number=1, max_new_tokens=64, batch_size=16, num_beams=1)
+    parser.set_defaults(prompt="", number=1, max_new_tokens=64, batch_size=16, num_beams=1)
     return parser
 
 

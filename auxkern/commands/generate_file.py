@@ -63,30 +63,30 @@ def answer_file(
         aux_scale=options.aux_scale,
         samples=options.number,
     )
-    work, run = _FileRun(options, engine, defaults, launched), _identity(options, model, defaults)
+    run = {  # what makes another output if it changes
+        "input": file_fingerprint(options.input),
+        "auxiliary": fingerprint(model),
+        "base": model.lm_fingerprint,
+        "condition_template": model.config.condition_template,
+        "defaults": defaults.as_record(),
+        "max_length": options.max_length,
+        "max_condition": options.max_condition,
+    }
+    work = _FileRun(options, engine, defaults, launched)
     return work.lead(run) if launched.rank == 0 else work.follow(run)
 
 
 @dataclass
 class _FileRun:
-    """A process's share of the input, and its texts so far.
-
-    Attributes:
-        options: of ``auxkern generate``.
-        engine: what writes.
-        defaults: what lines leave out.
-        launched: this process among those that share the input.
-        done, failed: texts in its output, and errors among them.
-        bad: lines of the input that are no requests.
-    """
+    """A process's share of the input, and its texts so far."""
 
     options: argparse.Namespace
     engine: Engine
     defaults: Request
     launched: Launched
-    done: int = 0
-    failed: int = 0
-    bad: int = 0
+    done: int = 0  # texts in its output,
+    failed: int = 0  # errors among them,
+    bad: int = 0  # and lines of the input that are no requests
 
     def lead(self, run: dict[str, Any]) -> int:
         """What the first process does; returns its exit status."""
@@ -107,7 +107,13 @@ class _FileRun:
                     file=sys.stderr,
                 )
                 return INTERRUPTED
-            self._check_parts()
+            missing = [rank for rank in range(1, self.launched.count) if not self._part(rank).is_file()]
+            if missing:
+                raise ValueError(
+                    f"processes {missing} have written no {self._part(missing[0]).name} beside {output}; all "
+                    "need one folder that they share. What they wrote is where they are, and will be taken "
+                    "over from here"
+                )
             self._gather(writer)
         self._print_summary(time.monotonic() - began, errors)
         return 1 if self.failed or self.bad else 0
@@ -127,15 +133,6 @@ class _FileRun:
     def _part(self, rank: int) -> Path:
         output: Path = self.options.output
         return output.with_name(f"{output.name}.part-{rank}")
-
-    def _check_parts(self) -> None:
-        missing = [rank for rank in range(1, self.launched.count) if not self._part(rank).is_file()]
-        if missing:
-            raise ValueError(
-                f"processes {missing} have written no {self._part(missing[0]).name} beside "
-                f"{self.options.output}; all need one folder that they share. What they wrote is where they "
-                "are, and will be taken over from here"
-            )
 
     def _gather(self, writer: CompletionWriter, *, errors: bool = True) -> None:
         """Takes over what other processes wrote beside the output."""
@@ -159,7 +156,9 @@ class _FileRun:
         lines = read_requests(path, self.defaults, None if self.options.stop_on_error else report)
         mine = itertools.islice(lines, rank, None, count)
         progress = progress_for() if rank == 0 else Progress()
-        meter = _Meter(self.engine, -(-_count_lines(path) // count), progress)
+        with path.open("rb") as file:
+            total = sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b"")) or 1
+        meter = _Meter(self.engine, -(-total // count), progress)
         try:
             for completion in _completions(self.engine, writer.pending(meter.counted(mine))):
                 writer.write(completion)
@@ -184,9 +183,8 @@ class _FileRun:
                 file=sys.stderr,
             )
         if self.bad:
-            print(
-                f"{self.bad:,} lines of {self.options.input} are no requests; see {errors}", file=sys.stderr
-            )
+            bad = f"{self.bad:,} lines of {self.options.input} are no requests"
+            print(f"{bad}; see {errors}", file=sys.stderr)
 
 
 def _completions(engine: Engine, pending: Iterator[tuple[Request, tuple[int, ...]]]) -> Iterator[Any]:
@@ -211,11 +209,6 @@ class _Meter:
         self._shown = 0.0
         progress.start(0, total, "requests")
 
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._began
-
     def counted(self, requests: Iterator[Request]) -> Iterator[Request]:
         """The same requests."""
         for request in requests:
@@ -231,26 +224,9 @@ class _Meter:
         scheduler, stats = self._engine.scheduler, self._engine.stats
         done = max(0, self._read - scheduler.waiting - len(scheduler.running))
         self._progress.advance(done)
-        left = self.seconds / done * (self._total - done) if done else 0.0
+        seconds = now - self._began
+        left = seconds / done * (self._total - done) if done else 0.0
         self._progress.figures(
-            f"{stats.new_tokens / self.seconds:,.0f} tokens/s written, "
-            f"{stats.prefill_tokens / self.seconds:,.0f} read, {duration(left)} left"
+            f"{stats.new_tokens / seconds:,.0f} tokens/s written, "
+            f"{stats.prefill_tokens / seconds:,.0f} read, {duration(left)} left"
         )
-
-
-def _identity(options: argparse.Namespace, model: Any, defaults: Request) -> dict[str, Any]:
-    """What makes another output if it changes."""
-    return {
-        "input": file_fingerprint(options.input),
-        "auxiliary": fingerprint(model),
-        "base": model.lm_fingerprint,
-        "condition_template": model.config.condition_template,
-        "defaults": defaults.as_record(),
-        "max_length": options.max_length,
-        "max_condition": options.max_condition,
-    }
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b"")) or 1

@@ -18,10 +18,10 @@ import torch
 
 from auxkern.core.files import is_descriptor
 from auxkern.core.seeds import mixed_seed
-from auxkern.machine import machine_facts
+from auxkern.machine import machine_facts, version
 from auxkern.model.text import Example, check_unicode
 from auxkern.terminal import INTERRUPTED, device_from, finite
-from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
+from auxkern.training.checkpoint import newest_checkpoint
 from auxkern.training.settings import DTYPES
 
 _ERRNO = re.compile(r"^\[Errno \d+\] ")
@@ -41,16 +41,7 @@ class Continuation(NamedTuple):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Without abbreviations, and with errors of one line: the usage of many flags would bury it."""
-
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+    """With errors of one line: the usage of many flags would bury it."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """First what was given and means nothing: argparse would name what is missing instead."""
@@ -65,9 +56,8 @@ class CommandParser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             if flag.startswith("--") and flag not in known:
                 close = difflib.get_close_matches(flag, known, n=1)
-                self.error(
-                    f"unrecognized arguments: {flag}" + (f"; did you mean {close[0]}?" if close else "")
-                )
+                remedy = f"; did you mean {close[0]}?" if close else ""
+                self.error(f"unrecognized arguments: {flag}{remedy}")
         return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -262,8 +252,8 @@ def _check_model(name: str) -> None:
         return
     path = folder / "config.json"
     if not path.is_file():
-        steps = checkpoint_steps(folder)
-        hint = f"; its run is not finished, try {checkpoint_folder(folder, steps[-1])}" if steps else ""
+        newest = newest_checkpoint(folder)
+        hint = f"; its run is not finished, try {newest}" if newest else ""
         raise ValueError(f"{folder} holds no config.json, so no model{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -276,6 +266,4 @@ def _check_model(name: str) -> None:
 
 def versions(device: torch.device) -> dict[str, str]:
     """The machine, and the versions of what a pair runs on."""
-    import transformers
-
-    return {**machine_facts(device), "transformers": transformers.__version__}
+    return {**machine_facts(device), "transformers": version("transformers")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import shlex
 import shutil
@@ -24,15 +23,8 @@ from auxkern.core.seeds import mixed_seed
 from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
-from auxkern.terminal import INTERRUPTED
-from auxkern.training.checkpoint import (
-    RunIdentity,
-    check_output,
-    checkpoint_folder,
-    checkpoint_steps,
-    load_state,
-    model_fields,
-)
+from auxkern.terminal import INTERRUPTED, command_parser
+from auxkern.training import checkpoint
 from auxkern.training.examples import Items, PlacedExamples, encode
 from auxkern.training.fit import check_fit, check_padding
 from auxkern.training.log import check_unused
@@ -62,7 +54,7 @@ class _Job:
     text_format: TextFormat
     training: Items
     validation: Items
-    identity: RunIdentity
+    identity: checkpoint.RunIdentity
     condition: str  # one of the validation set's
     launched: Launched  # this process among those that share the run
 
@@ -78,7 +70,12 @@ def main(argv: list[str] | None = None) -> int:
         after SIGINT or SIGTERM. Flags that argparse refuses exit with 2 (``SystemExit``).
     """
     arguments = sys.argv[1:] if argv is None else argv
-    options = _parser().parse_args(arguments)
+    description = "An auxiliary for a frozen language model."
+    parser = command_parser("auxkern train", description, _EPILOG, CommandParser)
+    parser.add_argument("--config", type=input_file, metavar="FILE", help="YAML file with settings")
+    parser.add_argument("--show", action="store_true", help="print all settings as a YAML file, and stop")
+    add_flags(parser)
+    options = parser.parse_args(arguments)
     try:
         settings = settings_from(options, options.config)
         if options.show:
@@ -98,17 +95,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _device(name: str) -> torch.device:
+    known = f"device is {name!r}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(
-            f"device is {name!r}, which PyTorch does not know; use cpu, cuda or cuda:N"
-        ) from error
+        raise ValueError(f"{known}, which PyTorch does not know; use cpu, cuda or cuda:N") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"device is {name!r}, but PyTorch {torch.__version__} sees {count} CUDA devices here"
-        )
+        raise ValueError(f"{known}, but PyTorch {torch.__version__} sees {count} CUDA devices here")
     return device
 
 
@@ -136,20 +130,12 @@ def _run_job(settings: TrainSettings, device: str | None, launched: Launched) ->
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser("auxkern train", "An auxiliary for a frozen language model.", _EPILOG)
-    parser.add_argument("--config", type=input_file, metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--show", action="store_true", help="print all settings as a YAML file, and stop")
-    add_flags(parser)
-    return parser
-
-
 def _prepare(settings: TrainSettings, device: str | None, launched: Launched) -> _Job:
     """Reads data and base, cheapest first, so that a mistake shows soon."""
     if settings.shard_base and launched.count == 1:
         raise ValueError("shard_base is for several processes; start them with torchrun, or leave it out")
     output = Path(settings.output)
-    check_output(output, settings.resume)
+    checkpoint.check_output(output, settings.resume)
     if launched.rank == 0:
         check_unused(output)
     sides = _read_examples(settings, launched)
@@ -158,12 +144,12 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     training, validation = (encode(side.examples, text_format, place=side.place) for side in sides)
     for side, encoded in zip(sides, (training, validation), strict=True):
         check_fit(model, encoded, side.place)
-    identity = RunIdentity(
-        settings, fingerprint_of(training), fingerprint_of(validation), model_fields(model)
+    identity = checkpoint.RunIdentity(
+        settings, fingerprint_of(training), fingerprint_of(validation), checkpoint.model_fields(model)
     )
-    steps = checkpoint_steps(output)
-    if steps:
-        load_state(checkpoint_folder(output, steps[-1]), identity)
+    newest = checkpoint.newest_checkpoint(output)
+    if newest is not None:
+        checkpoint.load_state(newest, identity)
     condition = sides[1].examples[0].condition
     return _Job(settings, model, text_format, training, validation, identity, condition, launched)
 
@@ -254,8 +240,7 @@ def _data(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     """Both data sets; of several processes the first computes the base's states, and the others find them."""
     if not job.settings.cache_states:
         known = job.identity
-        training = ExampleSet(job.training, known.training)
-        return training, ExampleSet(job.validation, known.validation)
+        return ExampleSet(job.training, known.training), ExampleSet(job.validation, known.validation)
     is_first = job.launched.rank == 0
     if is_first:
         sets = _with_states(job)
@@ -272,12 +257,18 @@ def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     settings, config = job.settings, job.model.config
     layers, dtype = list(config.lm_layers), getattr(torch, settings.states_dtype)
     root = Path(settings.states_folder) if settings.states_folder else cache_folder() / "states"
-    kinds = (("training", job.training), ("validation", job.validation))
     plans = []
-    for kind, encoded in kinds:
+    for kind, encoded in (("training", job.training), ("validation", job.validation)):
         folder = states_folder(root, data_fingerprint(encoded), config.base_fingerprint, layers, dtype)
         plans.append((kind, encoded, folder, announce_size(encoded, job.model.lm, layers, dtype)))
-    _check_space(root, sum(size for _, _, folder, size in plans if not folder.is_dir()))
+    needed = sum(size for _, _, folder, size in plans if not folder.is_dir())
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"the base's states need {needed / 1e6:,.0f} MB but {existing} has {free / 1e6:,.0f} MB free; "
+            "name another states_folder, fewer lm_layers, or set cache_states to false"
+        )
     sets = []
     for kind, encoded, folder, size in plans:
         print(f"states of the base for {kind}: {size / 1e6:,.1f} MB in {folder}", flush=True)
@@ -296,16 +287,6 @@ def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
             progress.close()
         sets.append(ExampleSet(states.dataset(encoded), getattr(job.identity, kind), states.lm_nll))
     return sets[0], sets[1]
-
-
-def _check_space(root: Path, needed: int) -> None:
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ValueError(
-            f"the base's states need {needed / 1e6:,.0f} MB but {existing} has {free / 1e6:,.0f} MB free; "
-            "name another states_folder, fewer lm_layers, or set cache_states to false"
-        )
 
 
 def _train_job(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResult:
@@ -331,20 +312,19 @@ def _print_job(job: _Job) -> None:
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     each = settings.batch_size * settings.gradient_accumulation
     epochs = settings.steps * each / len(job.training)
-    rows = [
+    _print_rows(
         ("base", f"{settings.base}: {lm_size:,} parameters, {model.lm.dtype}, {model.lm.device}, frozen"),
         ("auxiliary", f"{model.config.architecture}: {size:,} trainable parameters"),
-        *((kind, _size_of(getattr(job, kind))) for kind in ("training", "validation")),
+        ("training", _size_of(job.training)),
+        ("validation", _size_of(job.validation)),
         ("steps", f"{settings.steps:,} of {each:,} examples, {epochs:.1f} epochs"),
-    ]
-    _print_rows(rows)
+    )
 
 
 def _size_of(examples: Items) -> str:
-    tokens = sum(
-        label != IGNORED for index in range(len(examples)) for label in examples[index]["labels"][1:]
-    )
-    return f"{len(examples):,} examples, {tokens:,} tokens to learn"
+    count = len(examples)
+    tokens = sum(label != IGNORED for i in range(count) for label in examples[i]["labels"][1:])
+    return f"{count:,} examples, {tokens:,} tokens to learn"
 
 
 def _print_summary(job: _Job, result: TrainResult) -> None:
@@ -354,25 +334,25 @@ def _print_summary(job: _Job, result: TrainResult) -> None:
         if nll is not None:
             # exp overflows beyond 709.
             rows.append((name, f"validation nll {nll:.4f}, perplexity {math.exp(min(nll, 700.0)):,.2f}"))
-    rows.append(("time", f"{duration(state.seconds)} for {state.step:,} steps, {state.tokens:,} tokens"))
-    rows.append(("model", str(result.output)))
     command = ["auxkern", "generate", str(result.output), "--condition", job.condition]
-    rows.append(("try it", shlex.join(command)))
     print()
-    _print_rows(rows)
+    _print_rows(
+        *rows,
+        ("time", f"{duration(state.seconds)} for {state.step:,} steps, {state.tokens:,} tokens"),
+        ("model", str(result.output)),
+        ("try it", shlex.join(command)),
+    )
 
 
-def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+def _print_rows(*rows: tuple[str, str]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}", flush=True)
 
 
 def _say_how_to_resume(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int:
-    if isinstance(stop, TrainingInterrupted):
-        print(f"\nauxkern train: {stop}", file=sys.stderr)
-    else:
-        print("\nauxkern train: stopped; what was saved before is kept", file=sys.stderr)
+    said = stop if isinstance(stop, TrainingInterrupted) else "stopped; what was saved before is kept"
+    print(f"\nauxkern train: {said}", file=sys.stderr)
     others = [argument for argument in arguments if argument not in ("--resume", "--no-resume")]
     print(f"resume: {shlex.join(['auxkern', 'train', *others, '--resume'])}", file=sys.stderr)
     return INTERRUPTED

@@ -87,20 +87,17 @@ class RunIdentity:
         """
         if saved.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {saved.get('format')}, but this version reads {FORMAT}")
-        current = self.settings.as_json()
-        names = self.settings.changed(saved["settings"])
-        if names:
-            pairs = [_differs(name, current[name], saved["settings"].get(name)) for name in names]
+        current, before = self.settings.as_json(), saved["settings"]
+        pairs = [_differs(name, current[name], before.get(name)) for name in self.settings.changed(before)]
+        if pairs:
             raise ValueError(
                 f"{folder} was made with other settings: {'; '.join(pairs)}; "
                 "set them back, or start anew in another output folder"
             )
         # A newer transformers may know more fields, with defaults.
-        names = [
-            name for name in self.model if self.model[name] != saved["model"].get(name, self.model[name])
-        ]
-        if names:
-            pairs = [_differs(name, self.model[name], saved["model"][name]) for name in names]
+        values = [(name, now, saved["model"].get(name, now)) for name, now in self.model.items()]
+        pairs = [_differs(*field) for field in values if field[1] != field[2]]
+        if pairs:
             raise ValueError(
                 f"{folder} is of another model: {'; '.join(pairs)}; "
                 "make the same one, or start anew in another output folder"
@@ -149,6 +146,12 @@ def checkpoint_steps(output: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
+def newest_checkpoint(output: Path) -> Path | None:
+    """The last complete checkpoint in a folder; None if there is none."""
+    steps = checkpoint_steps(output)
+    return checkpoint_folder(output, steps[-1]) if steps else None
+
+
 def check_output(output: Path, resume: bool) -> None:
     """Looks whether a run may begin in a folder.
 
@@ -161,10 +164,10 @@ def check_output(output: Path, resume: bool) -> None:
         raise ValueError(f"output is {output}, but {place} is not a folder; name another")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"output is {output}, but nothing can be written to {place}; name another folder")
-    steps = checkpoint_steps(output)
-    if steps and not resume:
+    newest = newest_checkpoint(output)
+    if newest is not None and not resume:
         raise ValueError(
-            f"output {output} holds a run with {checkpoint_folder(output, steps[-1]).name} already; "
+            f"output {output} holds a run with {newest.name} already; "
             "resume it (resume=True, --resume), or name another folder"
         )
 

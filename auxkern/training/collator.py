@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from auxkern.model.text import IGNORED, padded
 
@@ -52,19 +52,19 @@ class AuxCollator:
             raise ValueError("a batch needs one item at least, got none")
         for i, item in enumerate(items):
             _check_fields(i, item)
-        input_ids, attention_mask = padded([item["input_ids"] for item in items], self.pad_token_id)
-        labels, _ = padded([item["labels"] for item in items], IGNORED)
-        condition_ids, condition_mask = padded([item["condition_ids"] for item in items], self.pad_token_id)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "condition_ids": condition_ids,
-            "condition_mask": condition_mask,
-        }
+        batch: dict[str, Tensor] = {}
+        ids, labels, conditions = ([item[name] for item in items] for name in _NEEDED)
+        batch["input_ids"], batch["attention_mask"] = padded(ids, self.pad_token_id)
+        batch["labels"], _ = padded(labels, IGNORED)
+        batch["condition_ids"], batch["condition_mask"] = padded(conditions, self.pad_token_id)
         having = sum(_STATES in item for item in items)
         if having == len(items):
-            batch[_STATES] = _padded_states([item[_STATES] for item in items])
+            states = [item[_STATES] for item in items]
+            kinds = {(some.shape[1:], some.dtype) for some in states}
+            if len(kinds) > 1:
+                seen = " and ".join(sorted(f"{tuple(shape)} {dtype}" for shape, dtype in kinds))
+                raise ValueError(f"items have {_STATES} of {seen}; all must come from the same cached states")
+            batch[_STATES] = pad_sequence(states, batch_first=True)
         elif having:
             raise ValueError(
                 f"{having} of {len(items)} items have {_STATES}; give them to all items of a batch or to none"
@@ -96,15 +96,3 @@ def _check_fields(i: int, item: Mapping[str, Any]) -> None:
             f"item {i} has {length} input_ids but {_STATES} of shape {tuple(states.shape)}; "
             "they must be (T, 1 + L, D) of the same sequence"
         )
-
-
-def _padded_states(rows: list[Tensor]) -> Tensor:
-    kinds = {(row.shape[1:], row.dtype) for row in rows}
-    if len(kinds) > 1:
-        seen = " and ".join(sorted(f"{tuple(shape)} {dtype}" for shape, dtype in kinds))
-        raise ValueError(f"items have {_STATES} of {seen}; all must come from the same cached states")
-    longest = max(len(row) for row in rows)
-    batch = torch.zeros((len(rows), longest, *rows[0].shape[1:]), dtype=rows[0].dtype)
-    for b, row in enumerate(rows):
-        batch[b, : len(row)] = row
-    return batch

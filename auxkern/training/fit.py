@@ -23,12 +23,11 @@ def check_fit(model: Any, encoded: Items, place: Callable[[int], str]) -> None:
         ValueError: an example has ids beyond the vocabulary, more tokens than a model has positions for,
             or no condition where the auxiliary needs one; or nothing is to be learnt from any.
     """
-    fits = _Fits(model) if isinstance(model, AuxTunedForCausalLM) else None
     labels = False
     for i in range(len(encoded)):
         example = encoded[i]
         labels = labels or any(label != IGNORED for label in _listed(example["labels"])[1:])
-        problem = None if fits is None else fits.problem(example)
+        problem = _problem(model, example) if isinstance(model, AuxTunedForCausalLM) else None
         if problem:
             raise ValueError(f"{place(i)}: {problem}")
     if not labels:
@@ -68,38 +67,28 @@ def checked_lengths(lm: Any, encoded: Items) -> list[int]:
     return lengths
 
 
-class _Fits:
-    """What a pair can take, and what is wrong with an example that it cannot."""
-
-    def __init__(self, model: AuxTunedForCausalLM) -> None:
-        self.V = model.config.vocab_size
-        self.positions = positions_for(model.lm)
-        traits = model.auxiliary_traits(DEFAULT)
-        self.needs_condition = traits.needs_condition
-        # An encoder reads the condition apart, and positions of the T5 family are relative.
-        together = None if self.needs_condition else traits.transformer_config
-        self.auxiliary_positions = getattr(together, "max_position_embeddings", None)
-
-    def problem(self, example: Mapping[str, Any]) -> str | None:
-        ids, condition = _listed(example["input_ids"]), _listed(example.get("condition_ids", ()))
-        for name, some in (("prompt and text", ids), ("the condition", condition)):
-            if some and not (min(some) >= 0 and max(some) < self.V):
-                worst = max(some) if max(some) >= self.V else min(some)
-                return f"{name} have the id {worst}, but the base has 0 to {self.V - 1}; is it its tokenizer?"
-        if self.needs_condition and not condition:
-            return "the condition is empty, and the auxiliary's encoder has nothing to read; give it one"
-        T, K = len(ids), len(condition)
-        if self.positions is not None and self.positions < T:
-            return (
-                f"{T} tokens, but the base has positions for {self.positions}; pass max_length (--max-length)"
-            )
-        if self.auxiliary_positions is not None and self.auxiliary_positions < K + T:
-            return (
-                f"{K} tokens of the condition and {T} of prompt and text, but the auxiliary has positions "
-                f"for {self.auxiliary_positions}; raise max_position_embeddings in auxiliary_config, or cut "
-                "the text"
-            )
-        return None
+def _problem(model: AuxTunedForCausalLM, example: Mapping[str, Any]) -> str | None:
+    """Why a pair cannot take an example; None if it can."""
+    ids, condition = _listed(example["input_ids"]), _listed(example.get("condition_ids", ()))
+    V, traits = model.config.vocab_size, model.auxiliary_traits(DEFAULT)
+    for name, some in (("prompt and text", ids), ("the condition", condition)):
+        if some and not (min(some) >= 0 and max(some) < V):
+            worst = max(some) if max(some) >= V else min(some)
+            return f"{name} have the id {worst}, but the base has 0 to {V - 1}; is it its tokenizer?"
+    if traits.needs_condition and not condition:
+        return "the condition is empty, and the auxiliary's encoder has nothing to read; give it one"
+    T, K, positions = len(ids), len(condition), positions_for(model.lm)
+    if positions is not None and positions < T:
+        return f"{T} tokens, but the base has positions for {positions}; pass max_length (--max-length)"
+    # An encoder reads the condition apart, and positions of the T5 family are relative.
+    together = None if traits.needs_condition else traits.transformer_config
+    positions = getattr(together, "max_position_embeddings", None)
+    if positions is not None and positions < K + T:
+        return (
+            f"{K} tokens of the condition and {T} of prompt and text, but the auxiliary has positions for "
+            f"{positions}; raise max_position_embeddings in auxiliary_config, or cut the text"
+        )
+    return None
 
 
 def _listed(ids: Any) -> list[int]:

@@ -14,6 +14,7 @@ import os
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +41,12 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 _STALE_SECONDS = 3600
 
 
-class _Shard(NamedTuple):
+@dataclass
+class _Shard:
     """Consecutive sequences of the longest-first order; their places in the data set, and their tokens."""
 
-    members: list[int]
-    tokens: int
+    members: list[int] = field(default_factory=list)
+    tokens: int = 0
 
 
 class _Layout(NamedTuple):
@@ -132,7 +134,12 @@ def cache_lm_states(
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be 1 or more")
     batch_tokens, shard_tokens = int(batch_tokens), int(shard_tokens)
-    _check_lm(lm, layers)
+    if lm.training:
+        raise ValueError("lm is in training mode, and dropout would be stored; call lm.eval()")
+    most = lm.config.get_text_config().num_hidden_layers
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer <= most:
+            raise ValueError(f"layers names {layer!r}, but {type(lm).__name__} has 0 to {most}")
     if not len(encoded):
         raise ValueError("encoded is empty; there are no states to compute")
     checked_lengths(lm, encoded)
@@ -235,15 +242,12 @@ class LMStates:
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no sequence {index} among {len(self)}")
         shard, first, length = self._places[index].tolist()
-        # A slice shares the whole file's mapping; a copy may be sent, saved and written to.
-        return self._shard(shard).get_slice(name)[first : first + length].clone()
-
-    def _shard(self, shard: int) -> Any:
         if self._process != os.getpid():
             self._opened, self._process = {}, os.getpid()
         if shard not in self._opened:
             self._opened[shard] = safe_open(_shard_file(self.folder, shard), framework="pt")
-        return self._opened[shard]
+        # A slice shares the whole file's mapping; a copy may be sent, saved and written to.
+        return self._opened[shard].get_slice(name)[first : first + length].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
@@ -278,20 +282,16 @@ def _unique(encoded: Items) -> tuple[list[int], list[int]]:
 def _layout(encoded: Items, shard_tokens: int) -> _Layout:
     unique, first_of = _unique(encoded)
     length = {i: len(encoded[i]["input_ids"]) for i in unique}
-    shards: list[list[int]] = []
-    tokens: list[int] = []
+    shards: list[_Shard] = []
     place: dict[int, list[int]] = {}
     # Longest first: little padding in a batch, and too little memory shows in the first one.
     for i in sorted(unique, key=lambda i: (-length[i], i)):
-        if not shards or tokens[-1] + length[i] > shard_tokens:
-            shards.append([])
-            tokens.append(0)
-        place[i] = [len(shards) - 1, tokens[-1], length[i]]
-        shards[-1].append(i)
-        tokens[-1] += length[i]
-    return _Layout(
-        [_Shard(*shard) for shard in zip(shards, tokens, strict=True)], [place[i] for i in first_of]
-    )
+        if not shards or shards[-1].tokens + length[i] > shard_tokens:
+            shards.append(_Shard())
+        place[i] = [len(shards) - 1, shards[-1].tokens, length[i]]
+        shards[-1].members.append(i)
+        shards[-1].tokens += length[i]
+    return _Layout(shards, [place[i] for i in first_of])
 
 
 def _cheapest_batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
@@ -336,7 +336,7 @@ def _computed(
         last = first + len(nll)
         states[first:last] = _stored(exact, layers, dtype)
         lm_nll[first:last] = nll
-        report.add(last - first)
+        report.add(len(nll))
         first = last
     return {"states": states, "lm_nll": lm_nll}
 
@@ -362,9 +362,8 @@ def _stored(states: Tensor, layers: tuple[int, ...], dtype: torch.dtype) -> Tens
     if not stored.isfinite().all():
         for k, name in enumerate(["the final hidden states", *(f"layer {layer}" for layer in layers)]):
             if not states[:, k].isfinite().all():
-                raise ValueError(
-                    f"{name} of the base held NaN or infinity; load it in a dtype that can hold them"
-                )
+                problem = "held NaN or infinity; load it in a dtype that can hold them"
+                raise ValueError(f"{name} of the base {problem}")
             if not stored[:, k].isfinite().all():
                 largest = states[:, k].abs().max().item()
                 wider = "bfloat16" if dtype == torch.float16 else "float32"
@@ -382,25 +381,11 @@ def _dtype_name(dtype: torch.dtype | str) -> str:
     return name
 
 
-def _check_lm(lm: Any, layers: Sequence[int]) -> None:
-    if lm.training:
-        raise ValueError("lm is in training mode, and dropout would be stored; call lm.eval()")
-    most = lm.config.get_text_config().num_hidden_layers
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer <= most:
-            raise ValueError(f"layers names {layer!r}, but {type(lm).__name__} has 0 to {most}")
-
-
 def _header(
     data: str, base: str, layers: Sequence[int], dtype: str | None = None, width: int | None = None
 ) -> dict[str, Any]:
     """What must agree between a folder and its user; dtype and width only with one who writes."""
-    header: dict[str, Any] = {
-        "format": FORMAT,
-        "data": data,
-        "base": base,
-        "layers": [int(layer) for layer in layers],
-    }
+    header: dict[str, Any] = {"format": FORMAT, "data": data, "base": base, "layers": [*map(int, layers)]}
     if dtype is not None:
         header |= {"dtype": dtype, "shape": ["tokens", 1 + len(layers), width]}
     return header
@@ -434,9 +419,8 @@ def _read_index(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 def _begin(folder: Path, header: dict[str, Any], layout: _Layout, shard_tokens: int) -> str:
     """Writes the index where there is none, and removes what a killed process left; the index's digest."""
     path = folder / INDEX
-    written = json.dumps(
-        {**header, "shard_tokens": shard_tokens, "tokens": layout.tokens, "sequences": layout.places}
-    )
+    places = {"shard_tokens": shard_tokens, "tokens": layout.tokens, "sequences": layout.places}
+    written = json.dumps({**header, **places})
     if not path.is_file():
         replace_file(path, written)
     elif path.read_text(encoding="utf-8") != written:

@@ -30,21 +30,8 @@ from auxkern.core.seeds import mixed_seed
 from auxkern.model.base import lm_term, run_base
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
-from auxkern.training.checkpoint import (
-    RunIdentity,
-    TrainState,
-    check_output,
-    checkpoint_folder,
-    checkpoint_steps,
-    load_state,
-    load_weights,
-    model_fields,
-    prune_checkpoints,
-    publish,
-    remove_unfinished,
-    save_checkpoint,
-    whole_weights,
-)
+from auxkern.training import checkpoint
+from auxkern.training.checkpoint import RunIdentity, TrainState, checkpoint_folder, newest_checkpoint
 from auxkern.training.examples import Items
 from auxkern.training.fit import check_fit
 from auxkern.training.log import RunLog
@@ -256,9 +243,9 @@ class _Run:
             settings,
             training.fingerprint or fingerprint_of(training.examples),
             None if validation is None else validation.fingerprint or fingerprint_of(validation.examples),
-            model_fields(model),
+            checkpoint.model_fields(model),
         )
-        check_output(self.output, settings.resume)
+        checkpoint.check_output(self.output, settings.resume)
         self.state = TrainState()
         self._log: RunLog | None = None
 
@@ -272,8 +259,8 @@ class _Run:
             self._load()
             with self.ranks.first_alone(), self._writing("the log"):
                 if self._log is not None:
-                    self._log.cut(self._is_of_the_past)
-                    remove_unfinished(self.output)
+                    self._log.cut(self._is_past)
+                    checkpoint.remove_unfinished(self.output)
         except BaseException:
             self.__exit__()
             raise
@@ -291,14 +278,13 @@ class _Run:
 
     def _load(self) -> None:
         """The newest checkpoint's state and weights, if there is one."""
-        steps = checkpoint_steps(self.output)
-        if steps:
-            folder = checkpoint_folder(self.output, steps[-1])
-            self.state = load_state(folder, self.identity)
-            load_weights(folder, self.model, self.optimizer)
+        folder = newest_checkpoint(self.output)
+        if folder is not None:
+            self.state = checkpoint.load_state(folder, self.identity)
+            checkpoint.load_weights(folder, self.model, self.optimizer)
         if self.state.step > self.settings.steps:
             raise ValueError(f"{self.output} is at step {self.state.step}, past steps={self.settings.steps}")
-        self._saved = (self.state.step if steps else None, self.state.evaluated_step)
+        self._saved = (self.state.step if folder else None, self.state.evaluated_step)
         self.ranks.same_weights(self.model.parameters())
 
     def is_evaluation_due(self) -> bool:
@@ -320,17 +306,18 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
+        # One denominator for the group: batches with more labels weigh more, as in one big batch.
+        denominator = torch.tensor(max(1, tokens), device=self.device)
         for batch, place, _ in own:
             # A batch has a dropout of its own, whoever works on it.
             torch.manual_seed(mixed_seed(settings.seed, "batch", state.step * batches + place))
-            # One denominator for the group: batches with more labels weigh more, as in one big batch.
-            part = self.model(
-                **batch, num_items_in_batch=torch.tensor(max(1, tokens), device=self.device)
-            ).loss
+            part = self.model(**batch, num_items_in_batch=denominator).loss
             part.backward()
             loss += part.item()
         self.ranks.add_gradients(self.parameters)
-        loss, norm = self.ranks.total(loss)[0], self._clip()
+        loss = self.ranks.total(loss)[0]
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
+        norm = (clipped.full_tensor() if isinstance(clipped, DTensor) else clipped).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._what_to_try(loss, norm))
         self.optimizer.step()
@@ -362,25 +349,24 @@ class _Run:
             state.best_nll, state.best_step = nll, state.step
         state.seconds = self._seconds_before + time.monotonic() - self._began
         best = state.best_step == state.step
-        self._record(
-            {"step": state.step, "evaluation": True, "nll": nll, "lm_nll": state.lm_nll, "best": best}
-            | measured
-        )
+        figures = {"nll": nll, "lm_nll": state.lm_nll, "best": best}
+        self._record({"step": state.step, "evaluation": True, **figures, **measured})
         self._mark = (state.tokens, time.monotonic())
 
     def save(self) -> None:
         """A checkpoint of this step; older ones make room."""
         there = self._saved[0] == self.state.step
-        weights = None if there else whole_weights(self.model, self.optimizer)
+        weights = None if there else checkpoint.whole_weights(self.model, self.optimizer)
         with self.ranks.first_alone(), self._writing(f"checkpoint-{self.state.step}"):
             if self._log is not None:
                 in_place = self._log.is_in_place()
                 if not in_place and self._log.path.exists():
                     raise OSError("another run has taken the folder's place")
-                save_checkpoint(self.output, self.model, weights, self.state, self.identity)
+                checkpoint.save_checkpoint(self.output, self.model, weights, self.state, self.identity)
                 if not in_place:
                     raise FileNotFoundError("the folder was removed; this checkpoint is in a new one")
-                prune_checkpoints(self.output, self.settings.keep_checkpoints, self.state.best_step)
+                keep = self.settings.keep_checkpoints
+                checkpoint.prune_checkpoints(self.output, keep, self.state.best_step)
         self._saved = (self.state.step, self.state.evaluated_step)
 
     def publish(self) -> None:
@@ -388,7 +374,7 @@ class _Run:
         best = self.state.best_step
         with self.ranks.first_alone(), self._writing("the model"):
             if self.ranks.is_first:
-                publish(self.output, self.state.step if best is None else best)
+                checkpoint.publish(self.output, self.state.step if best is None else best)
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -400,17 +386,15 @@ class _Run:
         try:
             yield
         except (OSError, SafetensorError) as error:
+            newest = newest_checkpoint(self.output)
+            kept = f"{newest} is whole: go on from it with resume (--resume)"
+            if newest is None:
+                kept = "nothing is saved there"
             told = _SYSTEM_ERROR.search(str(error))  # safetensors hands the number on in words
             number = int(told[1]) if told else getattr(error, "errno", None)
             reason = str(error) if number is None else os.strerror(number)
-            text = f"{what} cannot be written to {self.output}: {reason}; {self._kept()}"
+            text = f"{what} cannot be written to {self.output}: {reason}; {kept}"
             raise (OSError(text) if number is None else OSError(number, text)) from error
-
-    def _kept(self) -> str:
-        steps = checkpoint_steps(self.output)
-        if not steps:
-            return "nothing is saved there"
-        return f"{checkpoint_folder(self.output, steps[-1])} is whole: go on from it with resume (--resume)"
 
     def _batches(self) -> tuple[list[_Batch], int]:
         """This rank's batches of the next step, and how many all ranks have together."""
@@ -432,11 +416,6 @@ class _Run:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             own.append(_Batch(batch, place, group))
         return own
-
-    def _clip(self) -> float:
-        limit = self.settings.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     @torch.no_grad()
     def _validation_mean(
@@ -462,12 +441,11 @@ class _Run:
 
     def _pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
         one = torch.tensor(1, device=self.device)
-        loss: Tensor = self.model(**batch, num_items_in_batch=one, return_logits=False).loss
-        return loss.item()
+        return float(self.model(**batch, num_items_in_batch=one, return_logits=False).loss)
 
     def _lm_alone(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
         if chosen.lm_nll is None:
-            return _base_nll(self.model, batch).item()
+            return _base_nll(self.model, batch)
         total = 0.0
         for index, labels in zip(indices, batch["labels"].cpu(), strict=True):
             nll = chosen.lm_nll(index)
@@ -509,7 +487,7 @@ class _Run:
                 self._log.write(record)
         self.progress.record(record)
 
-    def _is_of_the_past(self, record: dict[str, Any]) -> bool:
+    def _is_past(self, record: dict[str, Any]) -> bool:
         past = self.state.evaluated_step if record.get("evaluation") else self.state.step
         return bool(record["step"] <= past)
 
@@ -519,8 +497,8 @@ class _Run:
             what = f"the validation loss is {loss} after step {self.state.step}"
         else:
             what = f"the loss is {loss} and the gradient's norm {norm} in step {self.state.step + 1}"
-        steps = checkpoint_steps(self.output)
-        kept = f"; {checkpoint_folder(self.output, steps[-1])} is kept" if steps else ""
+        newest = newest_checkpoint(self.output)
+        kept = f"; {newest} is kept" if newest else ""
         return (
             f"{what}: try a lower learning_rate (it is {self.settings.learning_rate}), a longer warmup_steps "
             f"({self.settings.warmup_steps}), max_grad_norm=1.0 ({self.settings.max_grad_norm}), or "
@@ -562,28 +540,24 @@ def _label_count(batch: Mapping[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def _base_nll(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """0-d float32 summed nll that the base alone gives the labels; it runs unless its states are cached."""
+def _base_nll(model: Any, batch: Mapping[str, Tensor]) -> float:
+    """Summed nll that the base alone gives the labels; it runs unless its states are cached."""
     states, logits = batch.get("lm_states"), None
-    if states is None or model.config.lm_term == "logits":
-        own_logits = model.config.lm_term == "logits"
-        output = run_base(model.lm, batch["input_ids"], batch["attention_mask"], want_logits=own_logits)
-        states, logits = output.states, output.logits
+    own_logits = model.config.lm_term == "logits"
+    if states is None or own_logits:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        states, logits, _ = run_base(model.lm, ids, mask, want_logits=own_logits)
     term = lm_term(model.lm, states[:, :, 0], logits)
-    loss: Tensor = cross_entropy(
-        [term], batch["labels"], shift=True, reduction="sum", vocab_size=model.config.vocab_size
-    )
-    return loss
+    V = model.config.vocab_size
+    return float(cross_entropy([term], batch["labels"], shift=True, reduction="sum", vocab_size=V))
 
 
 def _optimizer(model: Any, settings: LoopSettings) -> torch.optim.AdamW:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter that requires a gradient; there is nothing to train")
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        # Biases and norms are not pulled to 0.
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    matrices = [p for p in trainable if p.dim() >= 2]
+    others = [p for p in trainable if p.dim() < 2]  # biases and norms are not pulled to 0
+    decays = ((matrices, settings.weight_decay), (others, 0.0))
+    groups = [{"params": some, "weight_decay": decay} for some, decay in decays if some]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)

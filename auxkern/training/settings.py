@@ -35,10 +35,7 @@ def _setting(help: str, default: Any = MISSING, *, resumable: bool = False, **li
     ``resumable`` says that a resumed run may have another value; ``limits`` are choices, at_least,
     above, at_most and below.
     """
-    metadata = {"help": help, "resumable": resumable, **limits}
-    if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "resumable": resumable, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
