@@ -45,8 +45,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"auxkern: there is no command {arguments[0]!r}{remedy}\n", file=sys.stderr)
         print(_usage(), file=sys.stderr)
         return 2
-    if argv is None:
-        _prepare_process()
+    if argv is None:  # a process that is this command and nothing else
+        # Read when tqdm is imported: transformers' bar for GGUF files knows no other switch.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        # An exception in the middle of an import comes out as whatever the importing code makes of it. A
+        # shell's background job ignores SIGINT on purpose.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _leave)
     try:
         module = importlib.import_module(COMMANDS[arguments[0]][0])
         if argv is None and signal.getsignal(signal.SIGINT) is _leave:
@@ -55,16 +60,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"auxkern {arguments[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _prepare_process() -> None:
-    """For a process that is this command and nothing else."""
-    # Read when tqdm is imported: transformers' bar for GGUF files knows no other switch.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    # An exception in the middle of an import comes out as whatever the importing code makes of it. A shell's
-    # background job ignores SIGINT on purpose.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

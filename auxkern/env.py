@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterator
 
 import torch
 
@@ -13,13 +12,6 @@ from auxkern.backends import choice
 from auxkern.machine import cpu_name, version
 
 _PACKAGES = ("triton", "transformers", "safetensors", "numpy", "liger-kernel", "cut-cross-entropy")
-
-
-def _devices() -> Iterator[torch.device]:
-    yield torch.device("cpu")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            yield torch.device("cuda", index)
 
 
 def describe() -> str:
@@ -31,9 +23,9 @@ def describe() -> str:
         f"cpu {cpu_name()}",
     ]
     lines += [f"{package} {version(package)}" for package in _PACKAGES]
-    lines += [
-        f"{device} {torch.cuda.get_device_name(device)}" for device in _devices() if device.type == "cuda"
-    ]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.device("cuda", index) for index in range(count)]
+    lines += [f"{gpu} {torch.cuda.get_device_name(gpu)}" for gpu in gpus]
     reason = choice.refusal("cpu", torch.device("cpu"), (torch.float32,))
     if reason is None:
         # Importing it loads the library, which may be missing.
@@ -44,7 +36,7 @@ def describe() -> str:
     else:
         lines.append(f"native kernels: {reason}")
     lines.append("")
-    for device in _devices():
+    for device in (torch.device("cpu"), *gpus):
         for dtypes in ((torch.float32,), (torch.float16, torch.float32), (torch.float64,)):
             lines.append(str(choice.explain(device, *dtypes)))
     return "\n".join(lines)

@@ -16,8 +16,12 @@ import auxkern
 
 def machine_facts(device: torch.device) -> dict[str, str]:
     """Printable facts by name: processor, threads, device, versions, system, load."""
+    name = device.type
+    if name == "cuda":
+        gpu, cuda = torch.cuda.get_device_properties(device), torch.version.cuda or torch.version.hip
+        name = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {cuda}"
     facts = {
-        "device": _device_name(device),
+        "device": name,
         "processor": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": f"{torch.get_num_threads()} of {usable_cores()} cores",
         "auxkern": auxkern.__version__,
@@ -96,11 +100,3 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        size = properties.total_memory / 2**30
-        return f"{properties.name}, {size:.0f} GiB, CUDA {torch.version.cuda or torch.version.hip}"
-    return device.type

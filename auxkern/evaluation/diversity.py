@@ -138,26 +138,21 @@ def _tops(counts: list[Counter[_Gram]]) -> dict[_Gram, _Top]:
 
 def _clipped(i: int, count: Counter[_Gram], tops: dict[_Gram, _Top]) -> int:
     """Matches of text i in the others, each n-gram as often as one of them has it at most."""
-    matches = 0
-    for gram, number in count.items():
-        top = tops[gram]
-        matches += min(number, top.second if top.owner == i else top.most)
-    return matches
+    known = ((number, tops[gram]) for gram, number in count.items())
+    return sum(min(number, top.second if top.owner == i else top.most) for number, top in known)
 
 
 def _closest(lengths: Counter[int], own: int) -> int:
     """Length of another text that is nearest to ``own``, the shorter of two."""
     if lengths[own] > 1:
         return own
-    return min(
-        (length for length in lengths if length != own), key=lambda length: (abs(length - own), length)
-    )
+    return min(lengths.keys() - {own}, key=lambda length: (abs(length - own), length))
 
 
 def _bleu(matches: list[int], length: int, closest: int) -> float:
     if not matches[0]:
         return 0.0
     logs = 0.0
-    for k, matched in enumerate(matches, start=1):
-        logs += math.log((matched or _EPSILON) / max(1, length - k + 1))
+    for k, matched in enumerate(matches):
+        logs += math.log((matched or _EPSILON) / max(1, length - k))
     return min(1.0, math.exp(1 - closest / length)) * math.exp(logs / len(matches))

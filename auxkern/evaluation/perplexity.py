@@ -93,7 +93,19 @@ def evaluate_nll(
     if not len(encoded):
         raise ValueError("encoded is empty; there is nothing to score")
     lengths = checked_lengths(model.lm, encoded)
-    examples: Items = encoded if lm_states is None else _states_of(model, encoded, lm_states)
+    examples = encoded
+    if lm_states is not None:
+        config = model.config
+        if config.lm_term != "head":
+            raise ValueError(
+                f'lm_states hold no logits, but lm_term is "{config.lm_term}"; leave lm_states out'
+            )
+        if list(lm_states.layers) != list(config.lm_layers):
+            raise ValueError(
+                f"lm_states hold the layers {list(lm_states.layers)}, but the auxiliary reads "
+                f"{list(config.lm_layers)}; cache states for these"
+            )
+        examples = lm_states.dataset(encoded)
     collate = AuxCollator(model.config.pad_token_id or 0)
     scale = model.config.aux_scale if aux_scale is None else aux_scale
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
@@ -112,16 +124,13 @@ def evaluate_nll(
         model.train(was_training)
     if not tokens:
         raise ValueError(f"no label is to be scored: all of them are {IGNORED} in {len(encoded)} sequences")
-    return _report(tokens, len(encoded), (sums / tokens).tolist())
-
-
-def _report(tokens: int, sequences: int, means: list[float]) -> NllReport:
+    means = (sums / tokens).tolist()
     for name, mean in zip(("LM alone", "auxiliary alone", "pair"), means, strict=True):
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the mean nll of the {name} is {mean}; look at the weights and the dtype of both models"
             )
-    return NllReport(tokens, sequences, *means)
+    return NllReport(tokens, len(encoded), *means)
 
 
 def _exp(nll: float) -> float:
@@ -131,28 +140,13 @@ def _exp(nll: float) -> float:
         return math.inf
 
 
-def _states_of(model: Any, encoded: Items, lm_states: LMStates) -> Items:
-    layers = tuple(model.config.lm_layers)
-    if model.config.lm_term != "head":
-        raise ValueError(
-            f'lm_states hold no logits, but lm_term is "{model.config.lm_term}"; leave lm_states out'
-        )
-    if tuple(lm_states.layers) != layers:
-        raise ValueError(
-            f"lm_states hold the layers {list(lm_states.layers)}, but the auxiliary reads {list(layers)}; "
-            "cache states for these"
-        )
-    return lm_states.dataset(encoded)
-
-
 def _token_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices, longest sequences first, in batches of at most ``batch_tokens`` with padding, or of one."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    first = 0
-    while first < len(order):
-        count = max(1, batch_tokens // max(1, lengths[order[first]]))
-        yield order[first : first + count]
-        first += count
+    while order:
+        count = max(1, batch_tokens // max(1, lengths[order[0]]))
+        yield order[:count]
+        order = order[count:]
 
 
 def _row_nll(model: Any, batch: dict[str, Tensor], scale: float) -> Tensor:
@@ -180,14 +174,8 @@ def _separate_terms(
     inputs = PairInputs(*(batch[name] for name in _INPUTS))
     logits, states = None, batch.get("lm_states")
     if states is None:
-        base = run_base(
-            model.lm,
-            inputs.input_ids,
-            inputs.attention_mask,
-            layers=model.config.lm_layers,
-            want_logits=model.config.lm_term == "logits",
-        )
-        states, logits = base.states, base.logits
+        ids, mask, own = inputs.input_ids, inputs.attention_mask, model.config.lm_term == "logits"
+        states, logits, _ = run_base(model.lm, ids, mask, layers=model.config.lm_layers, want_logits=own)
     lm = lm_term(model.lm, states[b, t, :1], None if logits is None else logits[b, t][:, None])
     embedding = model.lm.get_input_embeddings().weight
     scores = model.lm_scores(states[:, :, 0], logits, inputs.condition_ids)

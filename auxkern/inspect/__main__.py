@@ -10,13 +10,14 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from auxkern import machine
 from auxkern.core.files import replace_file
 from auxkern.inspect.targets import TARGETS
+from auxkern.terminal import INTERRUPTED, command_parser
 
 if TYPE_CHECKING:
     from auxkern.inspect.survey import Finding
@@ -59,23 +60,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         findings = _survey(options)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     tables.show(findings, options.model)
     if options.json is not None:
         arguments = sys.argv[1:] if argv is None else argv
-        replace_file(options.json, _json(findings, shlex.join([*parser.prog.split(), *arguments])))
+        content = {
+            "command": shlex.join([*parser.prog.split(), *arguments]),
+            "date": machine.now(),
+            "machine": machine.machine_facts(torch.device("cpu")),
+            "targets": {name: asdict(TARGETS[name]) for name in dict.fromkeys(f.target for f in findings)},
+            "findings": [asdict(finding) for finding in findings],
+        }
+        replace_file(options.json, json.dumps(content, indent=1) + "\n")
         print(f"wrote {options.json}", file=sys.stderr)
     return 1 if any(finding.problems for finding in findings) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m auxkern.inspect",
-        description=__doc__.partition(": ")[2],
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("python -m auxkern.inspect", __doc__.partition(": ")[2], _EPILOG)
     parser.add_argument(
         "--target",
         action="append",
@@ -123,17 +125,6 @@ def _survey(options: argparse.Namespace) -> list[Finding]:
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=len(work))
         return survey.survey(work, processes, lambda: bar.advance(task))
-
-
-def _json(findings: list[Finding], command: str) -> str:
-    content: dict[str, Any] = {
-        "command": command,
-        "date": machine.now(),
-        "machine": machine.machine_facts(torch.device("cpu")),
-        "targets": {name: asdict(TARGETS[name]) for name in dict.fromkeys(f.target for f in findings)},
-        "findings": [asdict(finding) for finding in findings],
-    }
-    return json.dumps(content, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -121,7 +121,13 @@ def read(compiled: Any) -> Assembly:
     """
     shared = compiled.metadata.shared
     if "cubin" in compiled.asm:
-        resources, text = _disassembled(compiled.asm["cubin"])
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(compiled.asm["cubin"])
+            resources = _output(tools / "cuobjdump", "--dump-resource-usage", path)
+            # Without data-flow analysis the listing is the same, and there a third sooner.
+            text = _output(tools / "nvdisasm", "-c", "-ndf", path)
         registers = _number(r"REG:(\d+)", resources)
         spill = _number(r"STACK:(\d+)", resources) + _number(r"LOCAL:(\d+)", resources)
         return _assembly(_SASS, text.splitlines(), registers, spill, shared)
@@ -136,16 +142,6 @@ def _number(pattern: str, text: str) -> int:
     if found is None:
         raise RuntimeError(f"no {pattern!r} in the compiler's resource report: {text[:200]!r}")
     return int(found[1])
-
-
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        resources = _output(tools / "cuobjdump", "--dump-resource-usage", path)
-        # Without data-flow analysis the listing is the same, and there a third sooner.
-        return resources, _output(tools / "nvdisasm", "-c", "-ndf", path)
 
 
 def _output(tool: Path, *arguments: str | Path) -> str:

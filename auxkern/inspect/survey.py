@@ -111,6 +111,12 @@ def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Ca
         made = read(launch.compile(GPUTarget(target.backend, target.arch, target.warp)))
     except Exception as reason:  # the compiler's own errors have no common class; all are reported
         error = f"{type(reason).__name__}: {reason}".strip()
+    if made is not None:
+        # Exact float32 products cannot run in tensor cores.
+        broken = problems(kernel, target, made, launch.tensor_flops > 0)
+    else:
+        # AMD's compiler is not in every Triton; the table shows that it failed, and no more.
+        broken = ["does not compile"] if target.backend == "cuda" else []
     warps = launch.num_warps
     return Finding(
         kernel=kernel.name,
@@ -125,18 +131,15 @@ def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Ca
         resident_limit=target.warps,
         # A tile of a kernel that is bound by products is read more than once, and should be.
         floors=[_floor(other, target, made if kernel.vectors else None) for other in floors],
-        # Exact float32 products cannot run in tensor cores.
-        problems=problems(kernel, target, made, launch.tensor_flops > 0) if made else _not_made(target),
+        problems=broken,
     )
 
 
-def _not_made(target: Target) -> list[str]:
-    # AMD's compiler is not in every Triton; the table shows that it failed, and no more.
-    return ["does not compile"] if target.backend == "cuda" else []
-
-
 def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
-    launch = case.launch
+    launch, tile, loop_bytes = case.launch, case.launch.constants.get("BLOCK"), None
+    if made is not None and tile is not None and made.loop_instructions:
+        per_tile = (sum(made.load_bytes) + sum(made.store_bytes)) * launch.num_warps * target.warp
+        loop_bytes = round(per_tile / tile * case.rows * VOCABULARIES[case.model])
     return Floor(
         model=case.model,
         rows=case.rows,
@@ -145,17 +148,9 @@ def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
         flops=launch.flops,
         memory_us=launch.bytes_moved / target.bandwidth * 1e6,
         compute_us=max(launch.flops / target.flops, launch.tensor_flops / target.tensor_flops) * 1e6,
-        loop_bytes=_loop_bytes(case, target, made),
+        loop_bytes=loop_bytes,
         tensor_flops=launch.tensor_flops,
     )
-
-
-def _loop_bytes(case: Case, target: Target, made: Assembly | None) -> int | None:
-    tile = case.launch.constants.get("BLOCK")
-    if made is None or tile is None or not made.loop_instructions:
-        return None
-    per_tile = (sum(made.load_bytes) + sum(made.store_bytes)) * case.launch.num_warps * target.warp
-    return round(per_tile / tile * case.rows * VOCABULARIES[case.model])
 
 
 @cache
@@ -192,7 +187,11 @@ def survey(
         done: called after each job.
     """
     if processes == 1:
-        return [_after(done, _inspect(job)) for job in work]
+        findings = []
+        for job in work:
+            findings.append(_inspect(job))
+            done()
+        return findings
     # Forking a process that has threads, as torch has, may deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -204,11 +203,6 @@ def survey(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
-
-
-def _after(done: Callable[[], None], finding: Finding) -> Finding:
-    done()
-    return finding
 
 
 def failures(findings: Sequence[Finding]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from auxkern.inspect.assembly import Assembly
-from auxkern.inspect.survey import Finding, Floor, failures
+from auxkern.inspect.survey import Finding, failures
 from auxkern.inspect.targets import TARGETS
 from auxkern.terminal import console_for_stdout
 
@@ -58,14 +58,11 @@ def _show_target(out: Console, target: str, findings: Sequence[Finding]) -> None
             cells += [str(made.registers), str(made.spill_bytes), str(made.shared_bytes)]
             cells.append(f"{finding.resident_warps}/{finding.resident_limit}")
             cells += [_widths(made, made.load_bytes), _widths(made, made.store_bytes)]
-            cells += [" ".join(sorted(set(map(_family, made.tensor_core))))] if dots else []
+            # AMD names shapes and types in an instruction; which kind it is says enough here.
+            kinds = {"MFMA" if kind.startswith("v_") else kind for kind in made.tensor_core}
+            cells += [" ".join(sorted(kinds))] if dots else []
         _add_row(table, finding.kernel, seen, finding.case, *cells)
     out.print(table)
-
-
-def _family(instruction: str) -> str:
-    """AMD names shapes and types in an instruction; which kind it is says enough here."""
-    return "MFMA" if instruction.startswith("v_") else instruction
 
 
 def _widths(made: Assembly, widths: tuple[int, ...]) -> str:
@@ -94,16 +91,13 @@ def _show_floors(out: Console, targets: Sequence[str], findings: Sequence[Findin
         floors = [next(floor for floor in f.floors if floor.model == model) for f in same]
         first = floors[0]
         flops = first.flops + first.tensor_flops
-        costs = [f"{first.rows}", f"{first.bytes_moved / 1e9:.2f}", f"{flops / 1e9:,.1f}", _moved(floors)]
+        # The largest share of the floor's bytes that the loop moves on any target.
+        shares = [f.loop_bytes / f.bytes_moved for f in floors if f.loop_bytes is not None]
+        moved = f"{max(shares):.2f}x" if shares else ""
+        costs = [f"{first.rows}", f"{first.bytes_moved / 1e9:.2f}", f"{flops / 1e9:,.1f}", moved]
         for floor in floors:
             mark = " c" if floor.compute_us > floor.memory_us else ""
             least = max(floor.compute_us, floor.memory_us) / 1e3
             costs.append(f"{least:.{3 if least < 10 else 1}f}{mark}")
         _add_row(table, same[0].kernel, seen, same[0].case, *costs)
     out.print(table)
-
-
-def _moved(floors: Sequence[Floor]) -> str:
-    """The largest share of the floor's bytes that the loop moves on any target."""
-    shares = [f.loop_bytes / f.bytes_moved for f in floors if f.loop_bytes is not None]
-    return f"{max(shares):.2f}x" if shares else ""

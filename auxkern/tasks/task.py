@@ -122,9 +122,8 @@ def split_by_condition(
     of = share or (lambda condition: condition_share(condition, DATA_SEED))
     shares = {condition: of(condition) for condition in dict.fromkeys(one.condition for one in examples)}
     splits = sides(examples, validation, test, shares.__getitem__)
-    for name, side, wanted in zip(
-        Splits._fields, splits, (1 - validation - test, validation, test), strict=True
-    ):
+    asked = (1 - validation - test, validation, test)
+    for name, side, wanted in zip(Splits._fields, splits, asked, strict=True):
         if wanted > 0 and not side:
             raise ValueError(
                 f"{len(examples)} examples of {len(set(shares.values()))} conditions leave none for {name} "

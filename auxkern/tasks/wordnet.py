@@ -80,7 +80,4 @@ def read_synsets(folder: Path = DEBIAN_FOLDER, names: Sequence[str] = FILES) -> 
             )
     for path in paths:
         with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                synset = parse_line(line)
-                if synset is not None:
-                    yield synset
+            yield from filter(None, map(parse_line, lines))
