@@ -35,11 +35,10 @@ def describe() -> str:
         lines.append(f"native kernels: {native.isa}, {native.threading}, {native.path}")
     else:
         lines.append(f"native kernels: {reason}")
-    lines.append("")
-    for device in (torch.device("cpu"), *gpus):
-        for dtypes in ((torch.float32,), (torch.float16, torch.float32), (torch.float64,)):
-            lines.append(str(choice.explain(device, *dtypes)))
-    return "\n".join(lines)
+    kinds = ((torch.float32,), (torch.float16, torch.float32), (torch.float64,))
+    devices = (torch.device("cpu"), *gpus)
+    explained = [str(choice.explain(device, *dtypes)) for device in devices for dtypes in kinds]
+    return "\n".join([*lines, "", *explained])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,9 +29,8 @@ class InputVectors(nn.Module):
         # A copy of the base's first layers reads the base's embedding as it is.
         exact = bool(config.from_lm_layers)
         self.embedding = None if self.shared else nn.Embedding(config.vocab_size, D)
-        self.projection = (
-            nn.Linear(config.lm_embedding_size, D, bias=False) if self.shared and not exact else None
-        )
+        projected = self.shared and not exact
+        self.projection = nn.Linear(config.lm_embedding_size, D, bias=False) if projected else None
         # Hidden states in the middle of a language model hold single values in the tens of thousands.
         self.norms = nn.ModuleList(nn.LayerNorm(D_lm) for _ in range(L))
         feature = ZeroLinear if exact else nn.Linear

@@ -121,8 +121,9 @@ class PairGeneration(GenerationMixin):
             raise ValueError(f"auxiliary has {len(asked)} names but there are {B} inputs; give each one")
         for name in asked:
             if name not in names:
-                problem = f"there is no auxiliary {name!r}"
-                raise ValueError(f"{problem}; choose one of {names}, or load_auxiliary it")
+                raise ValueError(
+                    f"there is no auxiliary {name!r}; choose one of {names}, or load_auxiliary it"
+                )
         return torch.tensor([names.index(name) - 1 for name in asked])
 
     def prepare_inputs_for_generation(

@@ -122,12 +122,8 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         """
         options = dict(base_options or {})
         if isinstance(lm, str):
-            fields = {
-                "base_model_name_or_path": lm,
-                "base_revision": options.get("revision"),
-                "base_gguf_file": options.get("gguf_file"),
-                **fields,
-            }
+            source = {"base_revision": options.get("revision"), "base_gguf_file": options.get("gguf_file")}
+            fields = {"base_model_name_or_path": lm, **source, **fields}
             lm = base.load_base(lm, **options)
         elif options:
             raise ValueError(

@@ -48,7 +48,7 @@ def tiny_config(config: Any, **changes: Any) -> Any:
     Raises:
         whatever the config's class says of fields that do not fit each other.
     """
-    settings = {name: copy.deepcopy(value) for name, value in config.to_dict().items()}
+    settings = copy.deepcopy(config.to_dict())
     count = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), None)
     kept = _kept_layers(settings.get("layer_types") or settings.get("layers_block_type"), count)
     heads = next((settings[n] for n in ("num_attention_heads", "n_head", "n_heads") if settings.get(n)), None)

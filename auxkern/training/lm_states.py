@@ -362,8 +362,9 @@ def _stored(states: Tensor, layers: tuple[int, ...], dtype: torch.dtype) -> Tens
     if not stored.isfinite().all():
         for k, name in enumerate(["the final hidden states", *(f"layer {layer}" for layer in layers)]):
             if not states[:, k].isfinite().all():
-                problem = "held NaN or infinity; load it in a dtype that can hold them"
-                raise ValueError(f"{name} of the base {problem}")
+                raise ValueError(
+                    f"{name} of the base held NaN or infinity; load it in a dtype that can hold them"
+                )
             if not stored[:, k].isfinite().all():
                 largest = states[:, k].abs().max().item()
                 wider = "bfloat16" if dtype == torch.float16 else "float32"
