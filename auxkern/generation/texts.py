@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from auxkern.generation.drawing import Logprob
 from auxkern.generation.request import Completion, FinishReason, Sequence, TokenLogprobs
 from auxkern.generation.stops import TextStream
@@ -55,13 +58,13 @@ class Text:
         """Whether there is text that was not told yet."""
         return len(self._stream.text) > self._told
 
-    def news(self) -> tuple[str | int, int, str]:
-        """Request, sample, and text that was not told yet; it counts as told from now on."""
+    def news(self) -> Iterator[Any]:
+        """Request, sample, and text that was not told yet; it counts as told once all three are taken."""
         whole = self._stream.text
-        try:
-            return self.sequence.request.id, self.sequence.sample, whole[self._told :]
-        finally:  # not before: Ctrl-C would lose it on its way
-            self._told = len(whole)
+        yield self.sequence.request.id
+        yield self.sequence.sample
+        yield whole[self._told :]
+        self._told = len(whole)  # not before: Ctrl-C would lose it on its way
 
     def completion(self, reason: FinishReason, error: str | None = None) -> Completion:
         """The whole text, which is at its end."""
