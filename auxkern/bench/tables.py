@@ -1,4 +1,4 @@
-"""Terminal and Markdown tables of a run."""
+"""Tables of a run: made once, printed on a terminal or written as Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from auxkern.bench.results import (
     DRAW,
@@ -39,10 +38,8 @@ _ERROR = {
     "noise), or not one that float64 keeps (others). Eager, of draws, is Hugging Face's pipeline.",
 }
 _LAST_COLUMNS = " The last columns are of forward + backward; the error is the larger of both."
-_CASE_COLUMNS = ("implementation", "pass", "ms", "±", "vs eager", "vs peer", "% floor", "MB", "error")
-
-_SPEED_COLUMNS = ("implementation", "batch", "requests", "seconds", "tokens/s", "vs loop", "vs LM alone")
-_SHARE_COLUMNS = ("batch", *SHARES, "outside the models")
+_SPEED_COLUMNS = ("Implementation", "Batch", "Requests", "Seconds", "Tokens/s", "Vs loop", "Vs LM alone")
+_SHARE_COLUMNS = ("Batch", *(name[0].upper() + name[1:] for name in SHARES), "Outside the models")
 _SHARES_TITLE = "Where the engine's time goes"
 _SPEED_CAPTION = (
     "Each was measured once. tokens/s: tokens that were asked for over the time of all requests of that row. "
@@ -51,10 +48,7 @@ _SPEED_CAPTION = (
     "with the output embedding; rest: scheduler, caches, text. Outside the models: sampling and rest."
 )
 
-_Row = tuple[str, Sequence[str | Text]]  # style, cells
-
-
-# ---- terminal --------------------------------------------------------------------------------------
+_Row = tuple[bool, list[str]]  # whether it is ours, and its first cells; the others are empty
 
 
 def print_run(run: AnyRun) -> None:
@@ -79,18 +73,11 @@ def print_part(console: Console, part: object) -> None:
     """One case's table and its notes; ways to write texts are compared when all are there."""
     if not isinstance(part, CaseResult):
         return
-    lines = []
-    if part.results:
-        rows = [row for result in part.results for row in _result_rows(part, result)]
-        for name, timing in part.floor.items():
-            title = "floor" if name == part.pass_names[0] else ""
-            rows.append(("dim", [title, PASS_TITLES[name], *timing.milliseconds()]))
-        _print_table(console, part.title, _CASE_COLUMNS, rows, left=2)
-    else:
-        lines.append(f"[bold]{escape(part.title)}")
-    words = {"wrong": "[bold red]WRONG[/]", "failed": "[red]failed[/]"}
-    bad = [result for result in part.results if result.status in words]
-    lines += [f"{words[one.status]} {escape(one.name)}: {escape(one.message)}" for one in bad]
+    _print_table(console, part.title, _case_columns(part.pass_names), _case_rows(part))
+    floors = [f"{PASS_TITLES[name]} {' ± '.join(time.milliseconds())}" for name, time in part.floor.items()]
+    lines = [f"[dim]floor, ms: {', '.join(floors)}"] if floors else []
+    bad = [result for result in part.results if result.status != "ok"]
+    lines += [f"[red]{_status(result)}[/] {escape(f'{result.name}: {result.message}')}" for result in bad]
     for line in [*lines, *(f"[yellow]{escape(note)}" for note in part.notes)]:
         console.print(line, highlight=False)
 
@@ -101,27 +88,25 @@ def print_footer(console: Console, run: AnyRun) -> None:
     if isinstance(run, Run):
         lines, caption = _legend(run), _caption(run)
     else:
-        caption, shares = _SPEED_CAPTION, _shares(run)
+        caption = _SPEED_CAPTION
         if run.results:
-            rows = [("bold cyan" if row[0] == ENGINE else "", row) for row in _speeds(run)]
-            _print_table(console, run.work, _SPEED_COLUMNS, rows)
-        if shares:
-            _print_table(console, _SHARES_TITLE, _SHARE_COLUMNS, [("", row) for row in shares])
+            _print_table(console, run.work, _SPEED_COLUMNS, _speeds(run))
+        if shares := _shares(run):
+            _print_table(console, _SHARES_TITLE, _SHARE_COLUMNS, shares)
     lines += [f"[dim]{escape(caption)}"] if run.parts else []
     for line in [*lines, *(f"[yellow]{escape(note)}" for note in run.notes)]:
         console.print(line, highlight=False)
 
 
-def _print_table(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[_Row], left: int = 1
-) -> None:
-    """The first ``left`` columns are text, the others numbers."""
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[_Row]) -> None:
+    """The first column is text, the others numbers."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.padding, table.collapse_padding = (0, 1), True
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
-    for style, cells in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else escape(cell) for cell in cells), style=style)
+    table.padding = 0
+    for name in columns:
+        justify = "right" if table.columns else "left"
+        table.add_column("\n".join(name.rsplit(" ", 1)), justify=justify, no_wrap=True, vertical="bottom")
+    for ours, cells in rows:
+        table.add_row(*map(escape, cells), style="bold cyan" if ours else "")
     console.print(table)
 
 
@@ -138,9 +123,6 @@ def _legend(run: Run) -> list[str]:
     return lines
 
 
-# ---- Markdown --------------------------------------------------------------------------------------
-
-
 def markdown(run: AnyRun) -> str:
     """The run as Markdown: its tables, then where and how it was measured."""
     facts = "; ".join(f"{name} {value}" for name, value in run.machine.items())
@@ -149,64 +131,50 @@ def markdown(run: AnyRun) -> str:
         *(f"{name}: {value}" for name, value in run.facts.items()),
         *run.notes,
     ]
-    for case in run.cases if isinstance(run, Run) else ():
-        # Enough to tell a run's cases apart.
-        title = ", ".join([case.model, *case.details]) if case.filters else f"{case.model} {case.dtype}"
-        remarks += [f"{title}: {note}" for note in case.notes]
-    lines = _operator_lines(run) if isinstance(run, Run) else _text_lines(run)
+    if isinstance(run, Run):
+        copy, lines = run.ceilings.get("copy"), []
+        groups = [(names, [*cases]) for names, cases in groupby(run.cases, lambda case: case.pass_names)]
+        for names, cases in groups or [(PASSES, [])]:
+            rows = [
+                (ours, [", ".join([case.model, *case.details]) if index == 0 else "", *cells])
+                for case in cases
+                for index, (ours, cells) in enumerate(_case_rows(case, copy))
+            ]
+            lines += [*_lines(["Case", *_case_columns(names, copy)], rows, name=1), ""]
+        lines.append(_caption(run) + _ceilings(run))
+        for case in run.cases:
+            # Enough to tell a run's cases apart.
+            title = ", ".join([case.model, *case.details]) if case.filters else f"{case.model} {case.dtype}"
+            remarks += [f"{title}: {note}" for note in case.notes]
+    else:
+        lines = [*_lines(_SPEED_COLUMNS, _speeds(run)), ""]
+        if shares := _shares(run):
+            lines += [f"{_SHARES_TITLE}:", "", *_lines(_SHARE_COLUMNS, shares), ""]
+        lines.append(f"{run.work}. {_SPEED_CAPTION}")
     return "\n".join([*lines, *(line for remark in remarks for line in ("", remark))]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _lines(columns: Sequence[str], rows: Iterable[_Row], name: int = 0) -> list[str]:
+    """A Markdown table; columns up to ``name`` are text, and that one names who is ours."""
+    table = [[*columns]]
+    for ours, cells in rows:
+        shown = [f"**{cell}**" if ours and index == name else cell for index, cell in enumerate(cells)]
+        table.append(shown + [""] * (len(columns) - len(cells)))
+    head, *body = [f"| {' | '.join(cells)} |" for cells in table]
+    return [head, "|" + "---|" * (name + 1) + "--:|" * (len(columns) - name - 1), *body]
 
 
-def _operator_lines(run: Run) -> list[str]:
-    """A table for neighbouring cases with the same passes, and the caption."""
-    tables = [_case_lines(run, names, cases) for names, cases in groupby(run.cases, lambda c: c.pass_names)]
-    lines = [line for table in tables or [_case_lines(run, PASSES, [])] for line in [*table, ""]]
-    return [*lines, _caption(run) + (_LAST_COLUMNS if PASSES in _kinds(run) else "") + _ceilings(run)]
-
-
-def _case_lines(run: Run, names: tuple[str, ...], cases: Iterable[CaseResult]) -> list[str]:
-    """Lines of the table of cases that all have the passes ``names``."""
-    copy = run.ceilings.get("copy")
-    columns = ["Case", "Implementation"]
-    for name in names:
-        columns += [f"{PASS_TITLES[name].capitalize()}, ms", "vs eager"]
-    columns += ["vs best peer", "% of floor", "Memory, MB", "Error", *(["% of copy"] if copy else [])]
-    lines = [_line(columns), "|---|---|" + "--:|" * (len(columns) - 2)]
-    for case in cases:
-        title = ", ".join([case.model, *case.details])
-        if not case.results:
-            lines.append(_line([title, "not run"]) + " |" * (len(columns) - 2))
-        for index, result in enumerate(case.results):
-            cells = [title if index == 0 else "", f"**{result.name}**" if result.ours else result.name]
-            if result.passes:
-                each = [_cells(case, result, name) for name in names]
-                cells += [cell for ms, spread, eager, *_ in each for cell in (f"{ms} ± {spread}", eager)]
-                cells += [*each[-1][3:6], _error(names, result)]
-            else:
-                cells += [_status(result)] + [""] * (2 * len(names) + 3)
-            lines.append(_line([*cells, _of_copy(case, result, copy)] if copy else cells))
-    return lines
-
-
-def _of_copy(case: CaseResult, result: Result, copy: float) -> str:
-    """Bytes of the floor over time, in percent of ``copy`` bytes/s: of each pass."""
-    rates = [
-        f"{100 * case.floor_bytes[name] / result.passes[name].time.median / copy:.0f}"
-        if name in result.passes and case.floor_bytes.get(name)
-        else "-"
-        for name in case.pass_names
-    ]
-    return " / ".join(rates) if result.passes else ""
+def _caption(run: Run) -> str:
+    kinds = {case.pass_names for case in run.cases} or {PASSES}
+    errors = "".join(words for kind, words in _ERROR.items() if kind in kinds)
+    return _CAPTION + errors + (_LAST_COLUMNS if PASSES in kinds else "")
 
 
 def _ceilings(run: Run) -> str:
     words, product = "", run.ceilings.get("bf16 product")
     if copy := run.ceilings.get("copy"):
-        passes = ", ".join(" / ".join(PASS_TITLES[name] for name in names) for names in sorted(_kinds(run)))
+        kinds = sorted({case.pass_names for case in run.cases} or {PASSES})
+        passes = ", ".join(" / ".join(PASS_TITLES[name] for name in names) for names in kinds)
         words = (
             f" % of copy: the floor's bytes over the time, {passes}, against a measured "
             f"device copy of {copy / 1e9:,.0f} GB/s, read and written."
@@ -216,62 +184,40 @@ def _ceilings(run: Run) -> str:
     return words
 
 
-def _text_lines(run: GenerateRun) -> list[str]:
-    speeds = [[f"**{row[0]}**" if row[0] == ENGINE else row[0], *row[1:]] for row in _speeds(run)]
-    lines = _plain_lines(_SPEED_COLUMNS, speeds)
-    if shares := _shares(run):
-        lines += ["", f"{_SHARES_TITLE}:", "", *_plain_lines(_SHARE_COLUMNS, shares)]
-    return [*lines, "", f"{run.work}. {_SPEED_CAPTION}"]
+def _case_columns(names: Iterable[str], copy: float | None = None) -> list[str]:
+    times = [column for name in names for column in (f"{PASS_TITLES[name].capitalize()}, ms", "vs eager")]
+    last = ["vs best peer", "% of floor", "Memory, MB", "Error", *(["% of copy"] if copy else [])]
+    return ["Implementation", *times, *last]
 
 
-def _plain_lines(columns: Sequence[str], rows: list[list[str]]) -> list[str]:
-    head = [[name[0].upper() + name[1:] for name in columns], ["---", *["--:"] * (len(columns) - 1)]]
-    return [_line(cells) for cells in [*head, *rows]]
+def _case_rows(case: CaseResult, copy: float | None = None) -> list[_Row]:
+    """One for each result; with the share of ``copy`` bytes/s at which the floor's bytes go, if given."""
+    return [(one.ours, _cells(case, one, copy)) for one in case.results] or [(False, ["not run"])]
 
 
-# ---- cells of both ---------------------------------------------------------------------------------
-
-
-def _kinds(run: Run) -> set[tuple[str, ...]]:
-    """Which passes its cases have."""
-    return {case.pass_names for case in run.cases} or {PASSES}
-
-
-def _caption(run: Run) -> str:
-    return _CAPTION + "".join(words for kind, words in _ERROR.items() if kind in _kinds(run))
-
-
-def _result_rows(case: CaseResult, result: Result) -> Iterable[_Row]:
-    """One for each pass."""
-    style = "bold cyan" if result.ours else ""
-    if result.status != "ok":
-        return [(style, [result.name, Text(_status(result), style="red")])]
-    titles = {name: "" for name in case.pass_names} | {case.pass_names[0]: result.name}
+def _cells(case: CaseResult, result: Result, copy: float | None) -> list[str]:
+    if not result.passes:
+        return [result.name, _status(result)]
+    cells, rates = [result.name], []
+    for name in case.pass_names:
+        time = result.passes[name].time
+        cells += [" ± ".join(time.milliseconds()), _ratio(case.eager(name), time.median)]
+        moved = case.floor_bytes.get(name)
+        rates.append(f"{100 * moved / time.median / copy:.0f}" if moved and copy else "-")
+    # The last pass speaks for all.
+    extra, errors = result.passes[name].extra_bytes, [result.error(name) for name in case.pass_names]
     return [
-        (style, [title, PASS_TITLES[name], *_cells(case, result, name)]) for name, title in titles.items()
+        *cells,
+        _ratio(case.best_peer(name), time.median),
+        f"{100 * case.floor[name].median / time.median:.0f}" if name in case.floor else "-",
+        "n/a" if extra is None else f"{extra / 1e6:,.1f}",
+        _error(max((error for error in errors if error is not None), default=None)),
+        *([" / ".join(rates)] if copy else []),
     ]
 
 
-def _cells(case: CaseResult, result: Result, name: str) -> list[str]:
-    """Of ``_CASE_COLUMNS`` from the third on, for the pass called ``name``."""
-    measured = result.passes[name]
-    median = measured.time.median
-    return [
-        *measured.time.milliseconds(),
-        _ratio(case.eager(name), median),
-        _ratio(case.best_peer(name), median),
-        f"{100 * case.floor[name].median / median:.0f}" if name in case.floor else "-",
-        "n/a" if measured.extra_bytes is None else f"{measured.extra_bytes / 1e6:,.1f}",
-        _error([name], result),
-    ]
-
-
-def _error(names: Sequence[str], result: Result) -> str:
-    """The largest error of these passes."""
-    errors = [error for name in names if (error := result.error(name)) is not None]
-    if not errors:
-        return "-"
-    return "0" if max(errors) == 0 else f"{max(errors):.0e}"
+def _error(error: float | None) -> str:
+    return "-" if error is None else f"{error:.0e}" if error else "0"
 
 
 def _status(result: Result) -> str:
@@ -282,20 +228,20 @@ def _ratio(faster: float | None, slower: float) -> str:
     return "-" if faster is None else f"{faster / slower:.2f}x"
 
 
-def _speeds(run: GenerateRun) -> list[list[str]]:
+def _speeds(run: GenerateRun) -> list[_Row]:
     """Cells of ``_SPEED_COLUMNS`` for each result."""
-    best = [run.best(name) for name in (LOOP, LM)]
-    return [
-        [one.implementation, str(one.batch), str(one.requests), f"{one.seconds:.1f}", f"{one.speed:,.1f}"]
-        + ["-" if reference is None else _ratio(one.speed, reference) for reference in best]
-        for one in run.results
-    ]
+    rows = []
+    for one in run.results:
+        ratios = ["-" if (best := run.best(name)) is None else _ratio(one.speed, best) for name in (LOOP, LM)]
+        counts = [str(one.batch), str(one.requests), f"{one.seconds:.1f}", f"{one.speed:,.1f}"]
+        rows.append((one.implementation == ENGINE, [one.implementation, *counts, *ratios]))
+    return rows
 
 
-def _shares(run: GenerateRun) -> list[list[str]]:
+def _shares(run: GenerateRun) -> list[_Row]:
     """Cells of ``_SHARE_COLUMNS`` for each batch of the engine."""
     return [
-        [str(one.batch), *(f"{one.shares[name]:.1%}" for name in SHARES), f"{one.outside:.1%}"]
+        (False, [str(one.batch), *(f"{one.shares[name]:.1%}" for name in SHARES), f"{one.outside:.1%}"])
         for one in run.results
         if one.outside is not None
     ]
