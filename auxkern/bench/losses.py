@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import chain
 from operator import add
 from typing import Any
 
@@ -25,82 +26,50 @@ _CONVERTED_IDS = 8192  # rows of a weight taken to float64 at a time
 
 
 @dataclass(frozen=True)
-class CrossEntropyInputs:
-    """Terms (N, V) of one dtype, of which the last requires grad, and (N,) int64 targets.
+class LossInputs:
+    """Logits (N, V) or heads of one dtype, the last of which is trained, and (N,) int64 targets.
 
     Targets of -100 do not count.
     """
 
-    terms: list[Tensor]
+    terms: list[Any]
     target: Tensor
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {"N": self.target.numel(), "V": self.terms[0].shape[-1]}
+        widths = [term.weight.shape[1] for term in self.terms if isinstance(term, auxkern.Head)]
+        last = self.tensors()[-2]
+        V = last.shape[0] if widths else last.shape[1]
+        return {"N": self.target.numel(), "V": V, **({"widths": widths} if widths else {})}
 
     def leaves(self) -> list[Tensor]:
-        return [term for term in self.terms if term.requires_grad]
+        return [tensor for tensor in self.tensors() if tensor.requires_grad]
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return *self.terms, self.target
-
-    def arguments(self) -> tuple[list[Tensor], Tensor]:
-        return self.terms, self.target
-
-    def logits(self, rows: Tensor) -> Tensor:
-        return reduce(add, (term.detach()[rows].double() for term in self.terms))
-
-
-@dataclass(frozen=True)
-class LinearInputs:
-    """A frozen head and one whose hidden states and weight require grad.
-
-    Attributes:
-        lm_hidden, lm_weight: (N, D_lm), (V, D_lm), frozen.
-        aux_hidden, aux_weight: (N, D_aux), (V, D_aux) leaves that require grad.
-        target: (N,) int64 ids; -100 does not count.
-    """
-
-    lm_hidden: Tensor
-    lm_weight: Tensor
-    aux_hidden: Tensor
-    aux_weight: Tensor
-    target: Tensor
-
-    @property
-    def terms(self) -> list[auxkern.Head]:
-        return [auxkern.Head(self.lm_hidden, self.lm_weight), auxkern.Head(self.aux_hidden, self.aux_weight)]
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        widths = [self.lm_weight.shape[1], self.aux_weight.shape[1]]
-        return {"N": self.target.numel(), "V": self.lm_weight.shape[0], "widths": widths}
-
-    def leaves(self) -> list[Tensor]:
-        return [self.aux_hidden, self.aux_weight]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.lm_hidden, self.lm_weight, self.aux_hidden, self.aux_weight, self.target
+    def tensors(self) -> list[Tensor]:
+        """All of them, of a head its hidden states and its weight; the target is the last."""
+        each = [[term] if isinstance(term, Tensor) else [term.hidden, term.weight] for term in self.terms]
+        return [*chain(*each), self.target]
 
     arguments = tensors
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Weights are converted piece by piece."""
-        hidden = torch.cat([self.lm_hidden.detach()[rows], self.aux_hidden.detach()[rows]], 1).double()
-        weights = zip(*(w.split(_CONVERTED_IDS) for w in (self.lm_weight, self.aux_weight)), strict=True)
-        z = torch.empty((rows.numel(), self.lm_weight.shape[0]), dtype=torch.float64, device=rows.device)
-        for pair, out in zip(weights, z.split(_CONVERTED_IDS, 1), strict=True):
-            out.copy_(hidden @ torch.cat([part.detach() for part in pair], 1).double().T)
+        """(C, V) sums in float64; weights are converted piece by piece."""
+        z = torch.zeros((rows.numel(), self.sizes["V"]), dtype=torch.float64, device=rows.device)
+        for term in self.terms:
+            if isinstance(term, Tensor):
+                z += term.detach()[rows]
+                continue
+            hidden, weight = term.hidden.detach()[rows].double(), term.weight.detach()
+            for part, out in zip(weight.split(_CONVERTED_IDS), z.split(_CONVERTED_IDS, 1), strict=True):
+                out.addmm_(hidden, part.double().T)
         return z
 
 
 @dataclass
 class Exact:
-    """float64 results.
+    """float64 results: the mean loss over the rows that count, and their largest |z|.
 
     Attributes:
-        loss: mean over the rows that count.
-        largest_logit: max |z| of those.
         summed: the longest sum that the loss of a row or an element of a gradient is.
         rows: (R,) that have their ``gradient`` (R, V) of logits or ``d_hidden`` (R, D) of a head here.
         ids: (I,) that have their ``d_weight`` (I, D) here.
@@ -122,11 +91,7 @@ class Exact:
 
 
 class LossOperator(Operator):
-    """An operator whose implementations return a 0-d loss, measured forward and with its backward.
-
-    Its inputs also have ``terms``, the last of which is trained; ``target`` (N,), -100 is ignored;
-    ``tensors()``, all of them; and ``logits(rows)``, (C, V) in float64.
-    """
+    """An operator whose implementations return a 0-d loss, measured forward and with its backward."""
 
     kernel = "losses"
     call: str  # the terms of a call, for legends
@@ -143,7 +108,7 @@ class LossOperator(Operator):
             for backend in backends
         ]
 
-    def exact(self, inputs: Any, everything: bool = False) -> Exact:
+    def exact(self, inputs: LossInputs, everything: bool = False) -> Exact:
         """The float64 loss over all rows, and gradients of evenly spaced rows and ids, or of all.
 
         A check of every gradient element in float64 would take longer than the measurement. The
@@ -177,14 +142,14 @@ class LossOperator(Operator):
         return Exact(total, largest, max(V, N), rows, d_hidden=gradient, ids=ids, d_weight=d_weight / count)
 
     def check(
-        self, inputs: Any, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]
+        self, inputs: LossInputs, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]
     ) -> Errors:
         # A forward without gradients may take another path; it must say the same.
         each = [self.errors(inputs, exact, loss) for loss in outputs.values()]
         worst = {name: _worst(errors.values[name] for errors in each) for name in each[0].values}
         return Errors(worst, each[0].tolerance)
 
-    def errors(self, inputs: Any, exact: Exact, loss: Tensor) -> Errors:
+    def errors(self, inputs: LossInputs, exact: Exact, loss: Tensor) -> Errors:
         """Relative errors of ``loss`` and of the leaves' gradients, the largest; and what is allowed.
 
         A float32 sum of n values, term by term, is off by about u sqrt(n), u = 2**-24 (Higham 2002,
@@ -219,13 +184,13 @@ class CrossEntropy(LossOperator):
         # one in the term's dtype, at worst at one time.
         return case.N * case.V * ((case.terms + 2) * operators.dtype_of(case).itemsize + 4 * 4)
 
-    def inputs(self, case: CaseResult, device: torch.device) -> CrossEntropyInputs:
+    def inputs(self, case: CaseResult, device: torch.device) -> LossInputs:
         """Frozen terms 3 N(0, 1), the trained one N(0, 1), targets uniform; no padding."""
         shapes = [((case.N, case.V), std) for std in [3.0] * (case.terms - 1) + [1.0]]
         terms, generator = operators.normal(shapes, operators.dtype_of(case), device)
         terms[-1].requires_grad_()
         target = torch.randint(case.V, (case.N,), generator=generator, device=device)
-        return CrossEntropyInputs(terms, target)
+        return LossInputs(terms, target)
 
     def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
         every = super().ours(device, backends)
@@ -257,7 +222,7 @@ class CrossEntropy(LossOperator):
             if device.type == "cuda" and is_installed(package)
         ]
 
-    def floors(self, inputs: CrossEntropyInputs) -> dict[str, Floor]:
+    def floors(self, inputs: LossInputs) -> dict[str, Floor]:
         """Forward reads every term once; a backward reads them again and writes one gradient.
 
         Rows that are ignored are not read, but their gradient is written. The calls below move
@@ -291,16 +256,16 @@ class Linear(LossOperator):
         size = operators.dtype_of(case).itemsize
         return case.N * case.V * (3 * size + 4 * 4) + (case.V + case.N) * sum(case.widths) * (3 * size + 4)
 
-    def inputs(self, case: CaseResult, device: torch.device) -> LinearInputs:
+    def inputs(self, case: CaseResult, device: torch.device) -> LossInputs:
         """Logits of the LM 3 N(0, 1), of the auxiliary N(0, 1), targets uniform; no padding."""
         scales = zip(case.widths, (3.0, 1.0), strict=True)
         shapes = [
             shape for D, std in scales for shape in (((case.N, D), 1.0), ((case.V, D), std / math.sqrt(D)))
         ]
         tensors, generator = operators.normal(shapes, operators.dtype_of(case), device)
-        h_lm, W_lm, h_aux, W_aux = tensors
         target = torch.randint(case.V, (case.N,), generator=generator, device=device)
-        return LinearInputs(h_lm, W_lm, h_aux.requires_grad_(), W_aux.requires_grad_(), target)
+        trained = [tensor.requires_grad_() for tensor in tensors[2:]]
+        return LossInputs([auxkern.Head(*tensors[:2]), auxkern.Head(*trained)], target)
 
     def eager(self, dtype: torch.dtype) -> list[Peer]:
         def eager(h_lm: Tensor, W_lm: Tensor, h_aux: Tensor, W_aux: Tensor, target: Tensor) -> Tensor:
@@ -331,15 +296,16 @@ class Linear(LossOperator):
             liger = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
             quack = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
             known += [(("Liger", "liger_kernel", *liger), {}, ""), (("QuACK", "quack", *quack), {}, "")]
-        peers, whole = [], _WholeWeight()
+        peers: list[Peer] = []
+        wholes: list[tuple[Tensor, Tensor]] = []
         for (name, package, module, function), options, words in known:
             if is_installed(package):
                 place = module.replace("torch.nn.functional", "F")
                 call = f"{place}.{function}(cat(h_lm, h_aux), cat(W_lm, W_aux), y{words})"
-                peers.append((name, call, _one_head(imported(module, function, **options), whole)))
+                peers.append((name, call, one_head(imported(module, function, **options), wholes)))
         return peers
 
-    def floors(self, inputs: LinearInputs) -> dict[str, Floor]:
+    def floors(self, inputs: LossInputs) -> dict[str, Floor]:
         """The bare matrix products over all rows that count, in one piece, in buffers that exist.
 
         Forward: both heads' logits. A backward adds d_hidden and d_weight of the auxiliary.
@@ -370,13 +336,13 @@ class Linear(LossOperator):
 CROSS_ENTROPY, LINEAR = CrossEntropy(), Linear()
 
 
-def _fused(inputs: Any, **options: Any) -> Tensor:
+def _fused(inputs: LossInputs, **options: Any) -> Tensor:
     loss: Tensor = auxkern.cross_entropy(inputs.terms, inputs.target, **options)
     return loss
 
 
 def _of_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda terms, target: function(reduce(add, terms), target)
+    return lambda *tensors: function(reduce(add, tensors[:-1]), tensors[-1])
 
 
 def _evenly_spaced(size: int, count: int, device: torch.device) -> Tensor:
@@ -412,29 +378,17 @@ class _Concatenated(torch.autograd.Function):
         return d_whole[:, -ctx.D_aux :], None
 
 
-class _WholeWeight:
-    """The concatenated weights of a case, made once, as one would who trains with such a library.
+def one_head(function: Callable[..., Tensor], wholes: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """``function(hidden, weight, target)`` of a library with one head, on the concatenated heads.
 
-    All peers share it, since they run in turns and each has ended its backward before the next.
+    ``wholes`` keeps the concatenated weights of a case, made once, as one would who trains with such a
+    library. All peers share them, since they run in turns and each has ended its backward before the next.
     """
 
-    def __init__(self) -> None:
-        self._lm_weight: Tensor | None = None
-        self._whole: Tensor | None = None
-
-    def of(self, lm_weight: Tensor, aux_weight: Tensor) -> Tensor:
-        """(V, D_lm + D_aux), connected to ``aux_weight``."""
-        if self._whole is None or self._lm_weight is not lm_weight:
-            self._lm_weight = lm_weight
-            self._whole = torch.cat([lm_weight, aux_weight.detach()], 1)
-        weight: Tensor = _Concatenated.apply(aux_weight, self._whole)
-        return weight
-
-
-def _one_head(function: Callable[..., Tensor], whole: _WholeWeight) -> Callable[..., Tensor]:
-    """``function(hidden, weight, target)`` of a library with one head, on the concatenated heads."""
-
     def loss(h_lm: Tensor, W_lm: Tensor, h_aux: Tensor, W_aux: Tensor, target: Tensor) -> Tensor:
-        return function(torch.cat([h_lm, h_aux], 1), whole.of(W_lm, W_aux), target)
+        if not wholes or wholes[0][0] is not W_lm:
+            wholes[:] = [(W_lm, torch.cat([W_lm, W_aux.detach()], 1))]
+        weight: Tensor = _Concatenated.apply(W_aux, wholes[0][1])
+        return function(torch.cat([h_lm, h_aux], 1), weight, target)
 
     return loss

@@ -238,10 +238,12 @@ def _inputs(batch: Batch | HeadBatch) -> Any:
     target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
     if isinstance(batch, Batch):
         lm, aux = (logits.flatten(0, 1).detach() for logits in (batch.lm, batch.aux))
-        return losses.CrossEntropyInputs([lm, aux.requires_grad_()], target)
+        return losses.LossInputs([lm, aux.requires_grad_()], target)
     lm, aux = (head.hidden.flatten(0, 1).detach() for head in (batch.lm, batch.aux))
     weight = batch.aux.weight.detach().requires_grad_()
-    return losses.LinearInputs(lm, batch.lm.weight, aux.requires_grad_(), weight, target)
+    return losses.LossInputs(
+        [auxkern.Head(lm, batch.lm.weight), auxkern.Head(aux.requires_grad_(), weight)], target
+    )
 
 
 def _facts(batch: HeadBatch, agreements: dict[tuple[str, str], Agreement]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from auxkern.bench import __main__ as bench
 from auxkern.bench import memory, real, report, tables
 from auxkern.bench.cases import Case, select_cases
 from auxkern.bench.losses import CROSS_ENTROPY as OPERATOR
-from auxkern.bench.losses import CrossEntropyInputs
+from auxkern.bench.losses import LossInputs
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import (
     PASSES,
@@ -48,7 +48,7 @@ def made_inputs(dtype=torch.float32):
     lm, aux = (torch.randn(N, V, generator=generator).to(dtype) for _ in range(2))
     target = torch.randint(V, (N,), generator=generator)
     target[2] = -100
-    return CrossEntropyInputs([lm, aux.requires_grad_()], target)
+    return LossInputs([lm, aux.requires_grad_()], target)
 
 
 def implementation(name, loss, ours=False):
@@ -237,9 +237,7 @@ def test_peak_memory_sees_what_is_freed_before_the_end():
 
 @pytest.mark.skipif(memory.refusal(CPU) is not None, reason=str(memory.refusal(CPU)))
 def test_peak_memory_of_eager_is_three_buffers():
-    inputs = CrossEntropyInputs(
-        [torch.randn(64, 50_257), torch.randn(64, 50_257).requires_grad_()], torch.arange(64)
-    )
+    inputs = LossInputs([torch.randn(64, 50_257), torch.randn(64, 50_257).requires_grad_()], torch.arange(64))
 
     def call():
         eager(inputs).backward()

@@ -13,7 +13,7 @@ from auxkern.bench import __main__ as bench
 from auxkern.bench import real
 from auxkern.bench.cases import WIDTHS, Case, select_cases
 from auxkern.bench.losses import LINEAR as OPERATOR
-from auxkern.bench.losses import LinearInputs, _one_head, _WholeWeight
+from auxkern.bench.losses import LossInputs, one_head
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Run
 from auxkern.bench.runner import Effort, measure_inputs
@@ -31,18 +31,14 @@ def made_inputs(dtype=torch.float32):
 
     target = torch.randint(V, (N,), generator=generator)
     target[2] = -100
-    return LinearInputs(
-        normal(N, D_LM) / D_LM**0.5,
-        normal(V, D_LM),
-        (normal(N, D_AUX) / D_AUX**0.5).requires_grad_(),
-        normal(V, D_AUX).requires_grad_(),
-        target,
-    )
+    lm = auxkern.Head(normal(N, D_LM) / D_LM**0.5, normal(V, D_LM))
+    hidden = (normal(N, D_AUX) / D_AUX**0.5).requires_grad_()
+    return LossInputs([lm, auxkern.Head(hidden, normal(V, D_AUX).requires_grad_())], target)
 
 
 def eager(inputs):
-    lm = inputs.lm_hidden @ inputs.lm_weight.T
-    return F.cross_entropy((lm + inputs.aux_hidden @ inputs.aux_weight.T).float(), inputs.target)
+    lm, aux = (head.hidden @ head.weight.T for head in inputs.terms)
+    return F.cross_entropy((lm + aux).float(), inputs.target)
 
 
 def measured(*losses, dtype=torch.float32):
@@ -74,23 +70,18 @@ def test_right_implementations_are_timed(dtype):
 
 
 def hidden_gradient_off(inputs):
-    h = inputs.aux_hidden
-    twin = LinearInputs(
-        inputs.lm_hidden, inputs.lm_weight, 1.2 * h - 0.2 * h.detach(), inputs.aux_weight, inputs.target
-    )
-    return eager(twin)
+    lm, (h, W) = inputs.terms[0], inputs.leaves()
+    return eager(LossInputs([lm, auxkern.Head(1.2 * h - 0.2 * h.detach(), W)], inputs.target))
 
 
 def weight_gradient_off(inputs):
-    W = inputs.aux_weight
-    twin = LinearInputs(
-        inputs.lm_hidden, inputs.lm_weight, inputs.aux_hidden, 1.2 * W - 0.2 * W.detach(), inputs.target
-    )
-    return eager(twin)
+    lm, (h, W) = inputs.terms[0], inputs.leaves()
+    return eager(LossInputs([lm, auxkern.Head(h, 1.2 * W - 0.2 * W.detach())], inputs.target))
 
 
 def auxiliary_only(inputs):
-    return F.cross_entropy(inputs.aux_hidden @ inputs.aux_weight.T, inputs.target)
+    hidden, weight = inputs.leaves()
+    return F.cross_entropy(hidden @ weight.T, inputs.target)
 
 
 WRONG = [hidden_gradient_off, weight_gradient_off, auxiliary_only, lambda inputs: eager(inputs) * 1.05]
@@ -110,14 +101,14 @@ def test_a_gradient_that_is_missing_or_not_asked_for_is_no_pass():
         OPERATOR.errors(inputs, exact, torch.tensor(exact.loss))
     loss = eager(inputs)
     loss.backward()
-    inputs.lm_weight.grad = torch.zeros(V, D_LM)
+    inputs.terms[0].weight.grad = torch.zeros(V, D_LM)
     with pytest.raises(RuntimeError, match="frozen"):
         OPERATOR.errors(inputs, exact, loss)
 
 
 def test_the_concatenated_weight_follows_the_trained_one():
-    inputs, whole = made_inputs(), _WholeWeight()
-    on_one_head = _one_head(lambda hidden, weight, y: F.cross_entropy(hidden @ weight.T, y), whole)
+    inputs = made_inputs()
+    on_one_head = one_head(lambda hidden, weight, y: F.cross_entropy(hidden @ weight.T, y), [])
 
     def loss(inputs):
         return on_one_head(*inputs.tensors())
@@ -126,7 +117,7 @@ def test_the_concatenated_weight_follows_the_trained_one():
         torch.testing.assert_close(loss(inputs), eager(inputs))
         gradients = [torch.autograd.grad(f(inputs), inputs.leaves()) for f in (loss, eager)]
         torch.testing.assert_close(*gradients)
-        inputs.aux_weight.data.add_(0.1)
+        inputs.terms[1].weight.data.add_(0.1)
 
 
 def test_peers_on_one_head_are_right():
