@@ -13,7 +13,8 @@ import torch
 from auxkern.bench import memory, session
 from auxkern.bench.losses import LINEAR as OPERATOR
 from auxkern.bench.results import CaseResult, Run
-from auxkern.bench.runner import Effort, Progress, backends_for, measure_inputs
+from auxkern.bench.runner import Progress, backends_for, measure_inputs
+from auxkern.bench.timing import Effort
 from auxkern.core.files import replace_file
 from auxkern.terminal import command_parser, device_from
 

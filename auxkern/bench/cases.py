@@ -37,15 +37,9 @@ _PLAIN_AND_FILTERED = ("temperature only", "top-k 50 + top-p 0.9")
 
 @dataclass(frozen=True)
 class Case:
-    """One line of work.
+    """One line of work: an operator on N rows of ``terms`` terms of one dtype, of a loss the last trained.
 
-    Attributes:
-        op: a name in ``runner.OPERATORS``.
-        model: a name in ``VOCABULARIES``.
-        N: rows.
-        dtype: a name in ``DTYPES``, of every term.
-        terms: how many terms are summed; of a loss the last one asks for a gradient. 2 for "linear".
-        filters: a name in ``FILTERS`` for "sample"; else empty.
+    ``filters`` is a name in ``FILTERS`` for "sample", else empty.
     """
 
     op: str
@@ -62,9 +56,8 @@ class Case:
 
     def result(self) -> CaseResult:
         """Nothing is measured in it yet."""
-        V, widths = VOCABULARIES[self.model], list(self.widths)
-        shape = (self.op, self.model, V, self.N, self.dtype, self.terms)
-        return CaseResult(*shape, widths=widths, filters=self.filters)
+        shape = (self.op, self.model, VOCABULARIES[self.model], self.N, self.dtype, self.terms)
+        return CaseResult(*shape, widths=list(self.widths), filters=self.filters)
 
     def __str__(self) -> str:
         return " ".join([self.op, self.model, f"N={self.N}", self.dtype, self.filters]).strip()
@@ -137,12 +130,11 @@ def select_cases(
     terms: int = 2,
     quick: bool = False,
 ) -> list[Case]:
-    """The cases to run.
+    """The cases to run, each once.
 
     Without ``models``, ``rows`` and ``dtypes`` these are the device's standard cases, of the shorter list
-    if ``quick``. With any of them it is every combination, and what was left out is float32 and, for
-    cross_entropy, gpt2 and 512 rows (8,192 on a GPU), for linear smollm2 and 1,024 rows (8,192 on a GPU),
-    for sample gpt2 and 64 rows, with each of the ``FILTERS``. linear has 2 ``terms`` in any case.
+    if ``quick``. With any of them it is every combination, with each of the ``FILTERS`` for sample; what
+    was left out is float32 and the standard model and rows. linear has 2 ``terms`` in any case.
     """
     cases: list[Case] = []
     for op in ops or ["cross_entropy"]:
@@ -153,5 +145,4 @@ def select_cases(
             shapes = product(*choices, FILTERS if op == "sample" else [""])
         for model, N, dtype, *filters in shapes:
             cases.append(Case(op, model, N, dtype, 2 if op == "linear" else terms, *filters))
-    # A name given twice is measured once.
     return list(dict.fromkeys(cases))

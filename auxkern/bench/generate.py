@@ -8,17 +8,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxkern.bench import session
-from auxkern.bench.operators import warpers
+from auxkern.bench.operators import warped
 from auxkern.bench.results import ENGINE, LM, LOOP, SHARES, GenerateRun, Throughput
 from auxkern.bench.runner import Progress
 from auxkern.machine import OtherWork
@@ -65,73 +65,55 @@ def main(argv: list[str] | None = None) -> int:
     except (ModuleNotFoundError, FileNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    wrong = differing(work)
-    if wrong:
+    if wrong := differing(work):
         print(f"{parser.prog}: the engine's texts of requests {wrong} are wrong", file=sys.stderr)
         return 1
-    lm = sum(parameter.numel() for parameter in work.model.lm.parameters())
-    auxiliary = sum(parameter.numel() for parameter in work.model.parameters())  # the LM's are not its own
-    run = GenerateRun(
-        *session.head(parser.prog, argv, device),
-        requests=len(work.lengths),
-        lengths=[SHORTEST, LONGEST],
-        filters=FILTERS,
-        parameters={"LM": lm, "auxiliary": auxiliary},
-    )
-    runs = _runs(work, sorted(set(options.batch)), run.notes)
-    jobs = [_job(f"{index} of {len(runs)}", *one) for index, one in enumerate(runs, 1)]
+    # The LM's parameters are not the pair's own.
+    models = {"LM": work.model.lm, "auxiliary": work.model}
+    sizes = {name: sum(one.numel() for one in model.parameters()) for name, model in models.items()}
+    head = session.head(parser.prog, argv, device)
+    run = GenerateRun(*head, len(work.lengths), [SHORTEST, LONGEST], FILTERS, sizes)
+    jobs, runs = [], _runs(work, sorted(set(options.batch)), run.notes)
+    for index, one in enumerate(runs, 1):
+        title = f"{one[0]}, batch {one[1]}"
+
+        def measure(progress: Progress, one: Any = one, title: str = title, index: int = index) -> Throughput:
+            print(f"{index} of {len(runs)}: {title}", file=sys.stderr, flush=True)
+            progress(0.0, "writing")
+            return _measured(*one)
+
+        jobs.append((title, measure))
     return session.carry_out(run, jobs, options, lambda: busy_notes(run.results, os.cpu_count() or 1))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(
-        "python -m auxkern.bench --op generate",
-        "Tokens per second of two models' texts, beside other ways to write them.",
-        _EPILOG,
-    )
+    about = "Tokens per second of two models' texts, beside other ways to write them."
+    parser = command_parser("python -m auxkern.bench --op generate", about, _EPILOG)
     parser.add_argument("--requests", type=positive, default=64, metavar="N", help="texts (default 64)")
-    batches: dict[str, Any] = {
-        "default": [1, 8, 32, 128],
-        "metavar": "N",
-        "help": "texts at a time (default 1 8 32 128)",
-    }
-    parser.add_argument("--batch", type=positive, nargs="+", **batches)
+    batches: dict[str, Any] = {"default": [1, 8, 32, 128], "metavar": "N"}
+    which = "texts at a time (default 1 8 32 128)"
+    parser.add_argument("--batch", type=positive, nargs="+", help=which, **batches)
     session.add_device(parser)
     session.add_files(parser, "measurement", "speed and shares of the time")
     return parser
 
 
-def _job(place: str, name: str, batch: int, work: Work, way: Way) -> session.Job:
-    title = f"{name}, batch {batch}"
-
-    def measure(progress: Progress) -> Throughput:
-        print(f"{place}: {title}", file=sys.stderr, flush=True)
-        progress(0.0, "writing")
-        return _measured(work, name, batch, way)
-
-    return title, measure
-
-
 def busy_notes(results: list[Throughput], cores: int) -> list[str]:
     """What to tell the reader where other programs took a tenth of the machine's cores or more."""
-    busy = [(one.busy_cores or 0.0, f"{one.implementation} (batch {one.batch})") for one in results]
-    busy = [(taken, name) for taken, name in busy if taken >= cores / 10]
+    busy = [one for one in results if (one.busy_cores or 0.0) >= cores / 10]
     if not busy:
         return []
-    most, names = max(busy)[0], ", ".join(name for _, name in busy)
+    most = max(one.busy_cores or 0.0 for one in busy)
+    names = ", ".join(f"{one.implementation} (batch {one.batch})" for one in busy)
     return [f"Busy: other programs kept up to {most:.1f} of {cores} cores; times are too long for {names}."]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for.
+    """A text for each of ``lengths``, of so many tokens, from the pair ``model``.
 
-    Attributes:
-        model: the pair.
-        text_format: makes its ids.
-        conditions, prompts: one of each for every request.
-        lengths: tokens that are wanted of each text.
-        plain_lm, plain_auxiliary: the same two models with torch's own layers, for the others.
+    Conditions and prompts are taken by place, and there may be more of them. ``plain_lm`` and
+    ``plain_auxiliary`` are the same two models with torch's own layers, for the others.
     """
 
     model: Any
@@ -149,36 +131,11 @@ def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
     return {name: tensor.to(work.model.device) for name, tensor in tensors.items()}
 
 
-Way = Callable[[Work, int], dict[str, float]]  # (work, batch) -> shares of the time, {} if not known
+Way = Callable[["Work", int], dict[str, float]]  # (work, batch) -> shares of the time, {} if not known
 
 
-def peers(work: Work) -> dict[str, Way]:
-    """The other ways by their names, on torch's kernels, then on ours where the engine runs on them.
-
-    All requests, batch after batch, each until its longest text is done.
-    """
-
-    def way(write: Callable[[Work, list[int]], None], ours: dict[str, Any]) -> Way:
-        def all_batches(work: Work, batch: int) -> dict[str, float]:
-            # In the order of arrival: how long a text will be is not known before it is written.
-            rows = list(range(len(work.lengths)))
-            for first in range(0, len(rows), batch):
-                write(replace(work, **ours), rows[first : first + batch])
-            return {}
-
-        return all_batches
-
-    ways = {LOOP: two_model_loop, LM: generate_lm, "generate, pair": generate_pair}
-    every_way = {name: way(write, {}) for name, write in ways.items()}
-    if work.plain_lm is not work.model.lm:
-        ours = {"plain_lm": work.model.lm, "plain_auxiliary": work.model.auxiliary}
-        every_way["loop, our kernels"] = way(two_model_loop, ours)
-        every_way["LM alone, our kernels"] = way(generate_lm, ours)
-    return every_way
-
-
-def _generation(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
-    """Options of Hugging Face's ``generate`` for texts of one length."""
+def _options(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
+    """Of Hugging Face's ``generate`` for texts of one length."""
     ends = {"eos_token_id": end, "pad_token_id": work.text_format.pad_id}
     return {"do_sample": True, "max_new_tokens": length, **ends, **FILTERS}
 
@@ -186,12 +143,12 @@ def _generation(work: Work, length: int, end: int | None = None) -> dict[str, An
 def generate_lm(work: Work, rows: list[int]) -> None:
     """Hugging Face's ``generate`` of the LM alone."""
     inputs = {name: encoded(work, rows)[name] for name in ("input_ids", "attention_mask")}
-    work.plain_lm.generate(**inputs, **_generation(work, max(work.lengths[i] for i in rows)))
+    work.plain_lm.generate(**inputs, **_options(work, max(work.lengths[i] for i in rows)))
 
 
 def generate_pair(work: Work, rows: list[int]) -> None:
     """Hugging Face's ``generate`` of the pair."""
-    work.model.generate(**encoded(work, rows), **_generation(work, max(work.lengths[i] for i in rows)))
+    work.model.generate(**encoded(work, rows), **_options(work, max(work.lengths[i] for i in rows)))
 
 
 @torch.no_grad()
@@ -199,7 +156,7 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
     """In the manner of the published code of proxy tuning (Liu et al. 2024)."""
     from auxkern.model.inputs import PairInputs
 
-    model, inputs, warped = work.model, encoded(work, rows), warpers()
+    model, inputs = work.model, encoded(work, rows)
     embedding = work.plain_lm.get_input_embeddings().weight
     project = work.plain_lm.get_output_embeddings()
     new = inputs["input_ids"]
@@ -225,6 +182,15 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
         mask = torch.cat([mask, torch.ones_like(new)], 1)
 
 
+def in_batches(write: Callable[[Work, list[int]], None], work: Work, batch: int) -> dict[str, float]:
+    """All requests, batch after batch, each until its longest text is done."""
+    # In the order of arrival: how long a text will be is not known before it is written.
+    rows = list(range(len(work.lengths)))
+    for first in range(0, len(rows), batch):
+        write(work, rows[first : first + batch])
+    return {}
+
+
 def continuous_refusal(work: Work) -> str | None:
     """Why transformers' continuous batching does not run here; None if it does."""
     if not hasattr(work.plain_lm, "generate_batch"):
@@ -235,8 +201,7 @@ def continuous_refusal(work: Work) -> str | None:
 def continuous(work: Work, batch: int) -> dict[str, float]:
     """Transformers' continuous batching of the LM alone; it chooses its batches itself.
 
-    Args:
-        work: with one length for all, for its call takes no length of each request.
+    ``work`` has one length for all, for its call takes no length of each request.
 
     Raises:
         RuntimeError: texts are missing or too short; the library only logs what went wrong.
@@ -244,13 +209,13 @@ def continuous(work: Work, batch: int) -> dict[str, float]:
     from transformers import GenerationConfig
 
     length = max(work.lengths)
-    config = GenerationConfig(**_generation(work, length, -1))
+    config = GenerationConfig(**_options(work, length, -1))
     prompts = [encoded(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
     done = work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
-    whole = [one for one in done.values() if len(one.generated_tokens) == length]
-    if len(whole) != len(prompts):
+    whole = sum(len(one.generated_tokens) == length for one in done.values())
+    if whole != len(prompts):
         raise RuntimeError(
-            f"generate_batch wrote {len(whole)} texts of {length} tokens, not {len(prompts)}: see its log"
+            f"generate_batch wrote {whole} texts of {length} tokens, not {len(prompts)}: see its log"
         )
     return {}
 
@@ -305,7 +270,7 @@ def requests(work: Work) -> list[Any]:
     from auxkern.generation import Request
 
     params = SamplingParams(**FILTERS)
-    fields = zip(work.conditions, work.prompts, work.lengths, strict=True)
+    fields = zip(work.conditions, work.prompts, work.lengths, strict=False)
     return [
         Request(i, condition, prompt, params, seed=i, max_new_tokens=length, ignore_eos=True)
         for i, (condition, prompt, length) in enumerate(fields)
@@ -316,36 +281,27 @@ def differing(work: Work, count: int = 4) -> list[int]:
     """Which of some requests the engine answers otherwise than ``model.generate`` does for each alone."""
     wrong, asked = [], requests(work)[:count]
     for request, done in zip(asked, engine(work, count).generate(asked), strict=True):
-        inputs, length = encoded(work, [request.id]), request.max_new_tokens
-        options: dict[str, Any] = {
-            "seeds": [request.seed],
-            "max_new_tokens": length,
-            "eos_token_id": None,
-            **FILTERS,
-        }
-        ids = work.model.generate(**inputs, do_sample=True, **options)
+        inputs = encoded(work, [request.id])
+        ids = work.model.generate(**inputs, seeds=[request.seed], **_options(work, request.max_new_tokens))
         if ids[0, inputs["input_ids"].shape[1] :].tolist() != list(done.token_ids):
             wrong.append(request.id)
     return wrong
 
 
-def _part_for(work: Work, batch: int) -> Work:
-    """What is measured at a batch size: everything, or a part where small batches would take very long."""
-    if batch >= _SMALL_BATCH:
-        return work
-    parts: dict[str, Any] = {"conditions": work.conditions, "prompts": work.prompts, "lengths": work.lengths}
-    return replace(work, **{name: values[: _FEW_PER_PLACE * batch] for name, values in parts.items()})
-
-
 def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, int, Work, Way]]:
     """(implementation, batch, requests, way) of each measurement; adds notes for the reader."""
-    ways = {ENGINE: _engine, **peers(work)}
-    runs = [(name, batch, _part_for(work, batch), way) for batch in batches for name, way in ways.items()]
-    count = len(work.lengths)
+    loop, lm = partial(in_batches, two_model_loop), partial(in_batches, generate_lm)
+    ways: list[tuple[str, Way, Work]] = [(ENGINE, _engine, work), (LOOP, loop, work), (LM, lm, work)]
+    ways.append(("generate, pair", partial(in_batches, generate_pair), work))
+    if work.plain_lm is not work.model.lm:
+        ours = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
+        ways += [("loop, our kernels", loop, ours), ("LM alone, our kernels", lm, ours)]
+    runs, count = [], len(work.lengths)
     for batch in batches:
-        fewer = len(_part_for(work, batch).lengths)
-        if fewer < count:
-            notes.append(f"Batch {batch} is measured on the first {fewer} of {count} requests.")
+        few = count if batch >= _SMALL_BATCH else min(count, _FEW_PER_PLACE * batch)
+        runs += [(name, batch, replace(one, lengths=one.lengths[:few]), way) for name, way, one in ways]
+        if few < count:
+            notes.append(f"Batch {batch} is measured on the first {few} of {count} requests.")
         elif batch > count:
             notes.append(f"Batch {batch} is all {count} requests at once.")
     if work.model.device.type != "cpu":
@@ -360,7 +316,7 @@ def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, i
     return runs
 
 
-def _measured(work: Work, name: str, batch: int, way: Way) -> Throughput:
+def _measured(name: str, batch: int, work: Work, way: Way) -> Throughput:
     other, began = OtherWork(), time.perf_counter()
     shares = way(work, batch)
     seconds = time.perf_counter() - began
@@ -368,20 +324,31 @@ def _measured(work: Work, name: str, batch: int, way: Way) -> Throughput:
 
 
 def _engine(work: Work, batch: int) -> dict[str, float]:
-    running, rows = engine(work, min(batch, len(work.lengths))), []  # rows that each step draws at once
-    with _timed({"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}) as spent:
+    running, drawn = engine(work, min(batch, len(work.lengths))), [0]  # tokens until each step
+    modules = {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
+    spent, handles = dict.fromkeys(modules, 0.0), list[Any]()
+
+    def clock(*_: Any, name: str, sign: int) -> None:
+        spent[name] += sign * time.perf_counter()
+
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(partial(clock, name=name, sign=-1)))
+        handles.append(module.register_forward_hook(partial(clock, name=name, sign=1)))
+    try:
         began = time.perf_counter()
         for request in requests(work):
             running.submit(request)
         while not running.scheduler.idle:
-            before = running.stats.new_tokens
             running.step()
-            rows.append(running.stats.new_tokens - before)
+            drawn.append(running.stats.new_tokens)
         whole = time.perf_counter() - began
+    finally:
+        for handle in handles:
+            handle.remove()
     if work.model.device.type != "cpu":
         return {}
     drawing = running.stats.seconds["sampling"]
-    sampling = min(drawing, _sampling_seconds(work, rows))
+    sampling = min(drawing, _sampling_seconds(work, [b - a for a, b in pairwise(drawn)]))
     seconds = {**spent, "heads": drawing - sampling, "sampling": sampling}
     seconds["rest"] = whole - sum(seconds.values())
     return {name: seconds[name] / whole for name in SHARES}
@@ -412,21 +379,3 @@ def _sampling_seconds(work: Work, rows: list[int]) -> float:
             times.append(time.perf_counter() - began)
         total += statistics.median(times[1:]) * rows.count(n)
     return total
-
-
-@contextmanager
-def _timed(modules: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """Seconds spent in the forward passes of modules."""
-    spent, handles = dict.fromkeys(modules, 0.0), list[Any]()
-
-    def clock(*_: Any, name: str, sign: int) -> None:
-        spent[name] += sign * time.perf_counter()
-
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(partial(clock, name=name, sign=-1)))
-        handles.append(module.register_forward_hook(partial(clock, name=name, sign=1)))
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -115,31 +115,32 @@ class LossOperator(Operator):
         targets of the checked rows are among the ids: there d_weight is largest.
         """
         target, N, V = inputs.target, inputs.sizes["N"], inputs.sizes["V"]
-        counted, chunk = (target >= 0).nonzero()[:, 0], max(1, self.chunk // V)
-        head = inputs.leaves() if "widths" in inputs.sizes else None
+        head = [leaf.detach() for leaf in inputs.leaves()] if "widths" in inputs.sizes else []
         checked = _CHECKED_ROWS if head else max(2, _CHECKED_ELEMENTS // V)
         rows = _evenly_spaced(N, N if everything else checked, target.device)
         ids = torch.cat([_evenly_spaced(V, V if everything else _CHECKED_IDS, target.device), target[rows]])
-        ids = ids[ids >= 0].unique()
+        ids, count = ids[ids >= 0].unique(), max(1, int((target >= 0).sum()))
 
-        total, largest, d_weight = 0.0, 0.0, torch.zeros((), dtype=torch.float64, device=target.device)
-        for part in counted.split(chunk):
+        total, largest, gradients = 0.0, 0.0, []
+        d_weight = torch.zeros((), dtype=torch.float64, device=target.device)
+        for part in torch.arange(N, device=target.device).split(max(1, self.chunk // V)):
             z, y = inputs.logits(part), target[part]
-            total += F.cross_entropy(z, y, reduction="sum").item()
-            largest = max(largest, z.abs().max().item())
+            counted = (y >= 0)[:, None]
+            total += F.cross_entropy(z, y, reduction="sum").item() / count
+            largest = max(largest, (z * counted).abs().max().item())
+            dz = z.softmax(-1)
+            dz[torch.arange(part.numel(), device=part.device), y.clamp(min=0)] -= 1
+            dz.mul_(counted).div_(count)
+            gradient = dz[torch.isin(part, rows)]
             if head:
-                dz = z.softmax(-1)[:, ids] - (ids == y[:, None]).double()
-                d_weight = d_weight + dz.T @ head[0].detach()[part].double()
-        count, parts = max(1, counted.numel()), []
-        for part in rows.split(chunk):
-            dz = inputs.logits(part).softmax(-1)
-            dz[torch.arange(part.numel(), device=part.device), target[part].clamp(min=0)] -= 1
-            dz.mul_((target[part] >= 0)[:, None]).div_(count)
-            parts.append(_times_weight(dz, head[1].detach()) if head else dz)
-        gradient, total = torch.cat(parts) if len(parts) > 1 else parts[0], total / count
-        if head is None:
+                d_weight = d_weight + dz[:, ids].T @ head[0][part].double()
+                pairs = zip(gradient.split(_CONVERTED_IDS, 1), head[1].split(_CONVERTED_IDS), strict=True)
+                gradient = reduce(add, (columns @ piece.double() for columns, piece in pairs))
+            gradients.append(gradient)
+        gradient = torch.cat(gradients)
+        if not head:
             return Exact(total, largest, V, rows, gradient)
-        return Exact(total, largest, max(V, N), rows, d_hidden=gradient, ids=ids, d_weight=d_weight / count)
+        return Exact(total, largest, max(V, N), rows, d_hidden=gradient, ids=ids, d_weight=d_weight)
 
     def check(
         self, inputs: LossInputs, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]
@@ -187,9 +188,8 @@ class CrossEntropy(LossOperator):
     def inputs(self, case: CaseResult, device: torch.device) -> LossInputs:
         """Frozen terms 3 N(0, 1), the trained one N(0, 1), targets uniform; no padding."""
         shapes = [((case.N, case.V), std) for std in [3.0] * (case.terms - 1) + [1.0]]
-        terms, generator = operators.normal(shapes, operators.dtype_of(case), device)
+        terms, target = operators.normal(shapes, case, device)
         terms[-1].requires_grad_()
-        target = torch.randint(case.V, (case.N,), generator=generator, device=device)
         return LossInputs(terms, target)
 
     def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
@@ -212,15 +212,12 @@ class CrossEntropy(LossOperator):
 
     def peers(self, device: torch.device) -> list[Peer]:
         """On one tensor of logits; the sum is written for them, as a user would."""
-        known = [
-            ("Liger", "liger_kernel", "liger_kernel.transformers.functional", "liger_cross_entropy"),
-            ("QuACK", "quack", "quack.cross_entropy", "cross_entropy"),
+        mean = ({"reduction": "mean"}, "")
+        known: list[_Known] = [
+            ("Liger", "liger_kernel.transformers.functional", "liger_cross_entropy", *mean),
+            ("QuACK", "quack.cross_entropy", "cross_entropy", *mean),
         ]
-        return [
-            (name, f"{module}.{call}(lm + aux, y)", _of_sum(imported(module, call, reduction="mean")))
-            for name, package, module, call in known
-            if device.type == "cuda" and is_installed(package)
-        ]
+        return _installed(known if device.type == "cuda" else [], "lm + aux, y", _of_sum)
 
     def floors(self, inputs: LossInputs) -> dict[str, Floor]:
         """Forward reads every term once; a backward reads them again and writes one gradient.
@@ -262,10 +259,11 @@ class Linear(LossOperator):
         shapes = [
             shape for D, std in scales for shape in (((case.N, D), 1.0), ((case.V, D), std / math.sqrt(D)))
         ]
-        tensors, generator = operators.normal(shapes, operators.dtype_of(case), device)
-        target = torch.randint(case.V, (case.N,), generator=generator, device=device)
+        tensors, target = operators.normal(shapes, case, device)
         trained = [tensor.requires_grad_() for tensor in tensors[2:]]
-        return LossInputs([auxkern.Head(*tensors[:2]), auxkern.Head(*trained)], target)
+        return LossInputs(
+            [auxkern.Head(tensors[0], tensors[1]), auxkern.Head(trained[0], trained[1])], target
+        )
 
     def eager(self, dtype: torch.dtype) -> list[Peer]:
         def eager(h_lm: Tensor, W_lm: Tensor, h_aux: Tensor, W_aux: Tensor, target: Tensor) -> Tensor:
@@ -277,9 +275,8 @@ class Linear(LossOperator):
 
     def peers(self, device: torch.device) -> list[Peer]:
         """Libraries whose fused loss has one head; they make all D columns of both gradients."""
+        known: list[_Known] = []
         linear, cce = "linear_cross_entropy", "cce" if device.type == "cuda" else "torch_compile"
-        # (name, package, module, function), its options, and how they are written
-        known: list[tuple[tuple[str, str, str, str], dict[str, Any], str]] = []
         # Younger than the oldest torch that is supported.
         if hasattr(F, linear) and hasattr(torch.nn, "LinearCrossEntropyOptions"):
             # On a CPU its own choice is chunks of a few rows, five times slower than 256 (N 512, D 832,
@@ -288,22 +285,14 @@ class Linear(LossOperator):
             rows = rows if device.type == "cpu" else {}
             options = {"options": torch.nn.LinearCrossEntropyOptions(**rows)}
             words = ", ".join(f"{name}={value}" for name, value in rows.items())
-            torchs = ("F.linear_cross_entropy", "torch", "torch.nn.functional", linear)
-            known.append((torchs, options, f", options=LinearCrossEntropyOptions({words})"))
-        cut = ("Cut Cross-Entropy", "cut_cross_entropy", "cut_cross_entropy", linear)
-        known.append((cut, {"impl": cce}, f', impl="{cce}"'))
+            words = f", options=LinearCrossEntropyOptions({words})"
+            known.append(("F.linear_cross_entropy", "torch.nn.functional", linear, options, words))
+        known.append(("Cut Cross-Entropy", "cut_cross_entropy", linear, {"impl": cce}, f', impl="{cce}"'))
         if device.type == "cuda":
             liger = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
             quack = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
-            known += [(("Liger", "liger_kernel", *liger), {}, ""), (("QuACK", "quack", *quack), {}, "")]
-        peers: list[Peer] = []
-        wholes: list[tuple[Tensor, Tensor]] = []
-        for (name, package, module, function), options, words in known:
-            if is_installed(package):
-                place = module.replace("torch.nn.functional", "F")
-                call = f"{place}.{function}(cat(h_lm, h_aux), cat(W_lm, W_aux), y{words})"
-                peers.append((name, call, one_head(imported(module, function, **options), wholes)))
-        return peers
+            known += [("Liger", *liger, {}, ""), ("QuACK", *quack, {}, "")]
+        return _installed(known, "cat(h_lm, h_aux), cat(W_lm, W_aux), y", partial(one_head, wholes=[]))
 
     def floors(self, inputs: LossInputs) -> dict[str, Floor]:
         """The bare matrix products over all rows that count, in one piece, in buffers that exist.
@@ -341,6 +330,23 @@ def _fused(inputs: LossInputs, **options: Any) -> Tensor:
     return loss
 
 
+# Of a peer: name, module, function, its options, and how they are written.
+_Known = tuple[str, str, str, dict[str, Any], str]
+
+
+def _installed(known: Iterable[_Known], arguments: str, adapt: Callable[..., Any]) -> list[Peer]:
+    """Those that can be imported; ``adapt`` makes their functions ones of ``inputs.arguments()``."""
+    return [
+        (
+            name,
+            f"{module.replace('torch.nn.functional', 'F')}.{function}({arguments}{words})",
+            adapt(imported(module, function, **options)),
+        )
+        for name, module, function, options, words in known
+        if is_installed(module.partition(".")[0])
+    ]
+
+
 def _of_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *tensors: function(reduce(add, tensors[:-1]), tensors[-1])
 
@@ -348,11 +354,6 @@ def _of_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _evenly_spaced(size: int, count: int, device: torch.device) -> Tensor:
     ends = torch.linspace(0, size - 1, min(size, count), device=device, dtype=torch.float64)
     return ends.round().long().unique()
-
-
-def _times_weight(dz: Tensor, weight: Tensor) -> Tensor:
-    parts = zip(dz.split(_CONVERTED_IDS, 1), weight.split(_CONVERTED_IDS), strict=True)
-    return reduce(add, (columns @ part.double() for columns, part in parts))
 
 
 def _worst(errors: Iterable[float]) -> float:

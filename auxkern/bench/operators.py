@@ -14,15 +14,20 @@ from torch import Tensor
 
 from auxkern.bench.results import CaseResult
 
+_WORDS = {
+    "loss": "relative error of the loss",
+    "gradient": "of the gradient",
+    "miss": "share of tokens that may not come",
+    "surprise": "mean surprise off by, in nats,",
+}
+
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute what an operator computes.
+    """One way to compute what an operator computes, with the code that runs as its description.
 
     Attributes:
         name: what tables call it; "eager" is the one that ratios refer to.
-        description: the code that runs, for legends.
-        ours: whether it belongs to auxkern.
         run: inputs -> 0-d loss, with a graph to ``inputs.leaves()`` where gradients are enabled; or
             inputs -> tokens (N,).
         release: drops the memory that it keeps from call to call. Called before peak memory is
@@ -38,12 +43,11 @@ class Implementation:
 
 def step(inputs: Any, implementation: Implementation, name: str) -> Tensor:
     """Runs the pass called ``name`` as it is timed, and returns what came out, without a graph."""
-    if name != "forward_backward":
-        with torch.no_grad():
-            return implementation.run(inputs)
-    loss = implementation.run(inputs)
-    loss.backward()
-    return loss.detach()
+    with torch.set_grad_enabled(name == "forward_backward"):
+        result = implementation.run(inputs)
+    if name == "forward_backward":
+        result.backward()
+    return result.detach()
 
 
 Peer = tuple[str, str, Callable[..., Tensor]]  # name, description, function of ``inputs.arguments()``
@@ -53,8 +57,7 @@ Peer = tuple[str, str, Callable[..., Tensor]]  # name, description, function of 
 class Errors:
     """How far an implementation is from what is right, by what is compared; and how far it may be.
 
-    Losses have the entries "loss" and "gradient", relative to float64, in both. Of what has no entry in
-    ``tolerance`` any value may be.
+    Of what has no entry in ``tolerance`` any value may be.
     """
 
     values: dict[str, float]
@@ -66,24 +69,15 @@ class Errors:
         return all(self.values[name] <= allowed for name, allowed in self.tolerance.items())
 
     def __str__(self) -> str:
-        words = {
-            "loss": "relative error of the loss",
-            "gradient": "of the gradient",
-            "miss": "share of tokens that may not come",
-            "surprise": "mean surprise off by, in nats,",
-        }
-        return ", ".join(
-            f"{words[name]} {self.values[name]:.1e} ({allowed:.1e} is allowed)"
-            for name, allowed in self.tolerance.items()
-        )
+        each = self.tolerance.items()
+        return ", ".join(f"{_WORDS[n]} {self.values[n]:.1e} ({most:.1e} is allowed)" for n, most in each)
 
 
 @dataclass(frozen=True)
 class Floor:
     """The least work that a pass can have, as a call that does nothing else.
 
-    Where bytes read and written bound the pass, ``bytes`` are those; where multiplications and
-    additions do, ``flops``; the other is 0.
+    ``bytes`` are read and written where that bounds the pass; ``flops`` where multiplications do.
     """
 
     run: Callable[[], object]
@@ -96,12 +90,9 @@ class Operator(ABC):
 
     The inputs of a case have ``leaves()``, the tensors whose gradients are asked for; ``arguments()``, what
     peers are called with; and ``sizes``, of which a ``CaseResult`` is made.
-
-    Attributes:
-        kernel: the method that a backend must have to run it.
     """
 
-    kernel: str
+    kernel: str  # the method that a backend must have to run it
 
     @abstractmethod
     def needed_bytes(self, case: CaseResult) -> int:
@@ -147,15 +138,15 @@ class Operator(ABC):
         if device.type == "cuda":
             # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
             modes["compile, tuned"] = "max-autotune-no-cudagraphs"
-        eager = self.eager(dtype)
-        for name, mode in modes.items() if eager else ():
-            compiled = torch.compile(eager[0][2], mode=mode, fullgraph=True, dynamic=False)
-            eager.append((name, f'torch.compile(eager, mode="{mode}")', compiled))
+        peers = self.eager(dtype)
+        for name, mode in modes.items() if peers else ():
+            compiled = torch.compile(peers[0][2], mode=mode, fullgraph=True, dynamic=False)
+            peers.append((name, f'torch.compile(eager, mode="{mode}")', compiled))
 
         def peer(name: str, description: str, function: Callable[..., Tensor]) -> Implementation:
             return Implementation(name, description, False, lambda inputs: function(*inputs.arguments()))
 
-        return self.ours(device, backends) + [peer(*one) for one in [*eager, *self.peers(device)]]
+        return self.ours(device, backends) + [peer(*one) for one in [*peers, *self.peers(device)]]
 
 
 def reading(terms: Sequence[Tensor]) -> Floor:
@@ -181,14 +172,13 @@ def dtype_of(case: CaseResult) -> torch.dtype:
 
 
 def normal(
-    shapes: Sequence[tuple[tuple[int, int], float]], dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], torch.Generator]:
-    """Normal tensors of each (shape, standard deviation), and the generator that drew them."""
+    shapes: Sequence[tuple[tuple[int, int], float]], case: CaseResult, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Normal tensors of each (shape, standard deviation), and (N,) uniform ids; the same in every run."""
     generator = torch.Generator(device).manual_seed(0)
-    return [
-        torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
-        for shape, std in shapes
-    ], generator
+    empty = [(torch.empty(shape, dtype=dtype_of(case), device=device), std) for shape, std in shapes]
+    tensors = [tensor.normal_(0, std, generator=generator) for tensor, std in empty]
+    return tensors, torch.randint(case.V, (case.N,), generator=generator, device=device)
 
 
 def is_installed(package: str) -> bool:
@@ -209,22 +199,14 @@ def imported(module: str, function: str, **options: Any) -> Callable[..., Tensor
     return call
 
 
-def warpers() -> Callable[..., Tensor]:
-    """Hugging Face's filters for one step, those that are on: (logits, temperature, top_k, ...) -> logits."""
+def warped(z: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Logits after those of Hugging Face's filters for one step that are on."""
     from transformers.generation import logits_process as hf
 
     none: Any = None  # token ids so far, which these warpers ignore
-
-    def warped(
-        z: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-    ) -> Tensor:
-        z = hf.TemperatureLogitsWarper(temperature)(none, z)
-        if top_k:
-            z = hf.TopKLogitsWarper(top_k)(none, z)
-        if top_p < 1:
-            z = hf.TopPLogitsWarper(top_p)(none, z)
-        if min_p:
-            z = hf.MinPLogitsWarper(min_p)(none, z)
-        return z
-
-    return warped
+    z = hf.TemperatureLogitsWarper(temperature)(none, z)
+    if top_k:
+        z = hf.TopKLogitsWarper(top_k)(none, z)
+    if top_p < 1:
+        z = hf.TopPLogitsWarper(top_p)(none, z)
+    return hf.MinPLogitsWarper(min_p)(none, z) if min_p else z

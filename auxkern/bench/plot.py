@@ -7,20 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auxkern.bench.results import (
-    DRAW,
-    ENGINE,
-    LM,
-    LOOP,
-    OUTSIDE,
-    PASSES,
-    SHARES,
-    AnyRun,
-    CaseResult,
-    GenerateRun,
-    Run,
-    Throughput,
-)
+from auxkern.bench import results
+from auxkern.bench.results import DRAW, PASSES, AnyRun, CaseResult, GenerateRun, Run, Throughput
 from auxkern.core.files import replace_file
 
 if TYPE_CHECKING:
@@ -40,16 +28,16 @@ _LABEL: dict[str, Any] = {"padding": 5, "fontsize": 8, "bbox": _WHITE}
 
 # The same hue for the same loop; dashes where it runs on our kernels.
 _LINES = {
-    ENGINE: ("#1f6fb4", "-"),
+    results.ENGINE: ("#1f6fb4", "-"),
     "generate, pair": ("#2a8c82", "-"),
-    LM: ("#c77f2e", "-"),
+    results.LM: ("#c77f2e", "-"),
     "LM alone, our kernels": ("#c77f2e", "--"),
-    LOOP: ("#6b6b6b", "-"),
+    results.LOOP: ("#6b6b6b", "-"),
     "loop, our kernels": ("#6b6b6b", "--"),
 }
 _OTHER_LINE = ("#8a5aa8", "-")
 # Cold colours for the models' forward passes, warm ones for what is outside them.
-_PARTS = dict(zip(SHARES, ("#1f6fb4", "#6fb1dc", "#b9d9ee", "#e6a15c", "#c8102e"), strict=True))
+_PARTS = dict(zip(results.SHARES, ("#1f6fb4", "#6fb1dc", "#b9d9ee", "#e6a15c", "#c8102e"), strict=True))
 _ON_DARK = ("LM", "rest")
 _GAP = 0.06  # least distance of two labels, as a part of the axis
 _LEGIBLE = 0.04  # share whose bar has room for its number
@@ -86,7 +74,11 @@ def plot(run: AnyRun, path: Path) -> None:
     replace_file(path, image.getvalue())
 
 
-# ---- operators -------------------------------------------------------------------------------------
+def _frame(axes: Axes, title: str, unit: str, spines: tuple[str, ...] = ("top", "right")) -> None:
+    axes.set_title(title, fontsize=10, loc="left", pad=8)
+    axes.set_xlabel(unit, fontsize=8.5)
+    axes.tick_params(labelsize=8.5)
+    axes.spines[list(spines)].set_visible(False)
 
 
 def _heights(run: Run) -> list[float]:
@@ -127,39 +119,38 @@ def _draw_cases(head: SubFigure, body: SubFigure, run: Run) -> str:
 
 
 def _draw_case(time_axes: Axes, memory_axes: Axes, case: CaseResult) -> None:
-    results, count = case.timed, len(case.pass_names)
+    count, rows = len(case.pass_names), range(len(case.timed))
     for index, name in enumerate(case.pass_names):
         shade, height = index + 2 - count, _BARS / count  # a single pass is dark
-        places = [row + (index - (count - 1) / 2) * height for row in range(len(results))]
-        colours = [(_OURS if result.ours else _PEER)[shade] for result in results]
-        times = [result.passes[name].time for result in results]
+        colours = [(_OURS if result.ours else _PEER)[shade] for result in case.timed]
+        times = [result.passes[name].time for result in case.timed]
+        eager, texts = case.eager(name), []
+        for time in times:
+            ratio = f"  ({eager / time.median:.1f}x)" if eager and eager != time.median else ""
+            texts.append(f"{time.milliseconds()[0]} ms{ratio}")
         quartiles = [[(t.median - t.q1) * 1e3 for t in times], [(t.q3 - t.median) * 1e3 for t in times]]
-        medians, thin = [t.median * 1e3 for t in times], {"lw": 0.8, "alpha": 0.6}
-        bars = time_axes.barh(places, medians, height, xerr=quartiles, color=colours, error_kw=thin)
-        eager = case.eager(name)
-        ratios = [f"  ({eager / t.median:.1f}x)" if eager and eager != t.median else "" for t in times]
-        labels = [f"{t.milliseconds()[0]} ms{ratio}" for t, ratio in zip(times, ratios, strict=True)]
-        time_axes.bar_label(bars, labels, **_LABEL)
+        extra = [result.passes[name].extra_bytes for result in case.timed]
+        sizes = ["n/a" if size is None else f"{size / 1e6:,.0f} MB" for size in extra]
+        for axes, values, labels, error in (
+            (time_axes, [time.median * 1e3 for time in times], texts, quartiles),
+            (memory_axes, [(size or 0) / 1e6 for size in extra], sizes, None),
+        ):
+            places = [row + (index - (count - 1) / 2) * height for row in rows]
+            thin = {"lw": 0.8, "alpha": 0.6}
+            bars = axes.barh(places, values, height, xerr=error, color=colours, error_kw=thin)
+            axes.bar_label(bars, labels, **_LABEL)
         time_axes.axvline(case.floor[name].median * 1e3, color=_FLOOR[shade], lw=1.1, ls="--")
-        extra = [result.passes[name].extra_bytes for result in results]
-        bars = memory_axes.barh(places, [(size or 0) / 1e6 for size in extra], height, color=colours)
-        labels = ["n/a" if size is None else f"{size / 1e6:,.0f} MB" for size in extra]
-        memory_axes.bar_label(bars, labels, **_LABEL)
-    title = f"{case.model}: {' · '.join(case.details)}"
-    words = ((title, "time, ms"), ("peak memory beyond the inputs", "memory, MB"))
-    for axes, (title, unit) in zip((time_axes, memory_axes), words, strict=True):
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel(unit, fontsize=8)
-        axes.tick_params(labelsize=8.5)
-        axes.set_yticks(range(len(results)), [result.name for result in results])
+    _frame(time_axes, f"{case.model}: {' · '.join(case.details)}", "time, ms")
+    _frame(memory_axes, "peak memory beyond the inputs", "memory, MB")
+    for axes in (time_axes, memory_axes):
+        axes.set_yticks(rows, [result.name for result in case.timed])
         axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
         # Room for the numbers at the ends of the bars.
         axes.set_xlim(0, axes.get_xlim()[1] * 1.25)
-    for label, result in zip(time_axes.get_yticklabels(), results, strict=True):
+    for label, result in zip(time_axes.get_yticklabels(), case.timed, strict=True):
         label.set_fontweight("bold" if result.ours else "normal")
     memory_axes.set_yticklabels([])
-    if all(one.extra_bytes is None for result in results for one in result.passes.values()):
+    if all(one.extra_bytes is None for result in case.timed for one in result.passes.values()):
         memory_axes.set_xlim(0, 1)
 
 
@@ -174,13 +165,9 @@ def _legend_handles(kinds: set[tuple[str, ...]]) -> list[Any]:
         for who, colours in (("auxkern", _OURS), ("others", _PEER))
         for index, (shade, title) in enumerate(words)
     ]
-    return handles + [
-        Line2D([], [], color=_FLOOR[shade], ls="--", lw=1.1, label=f"floor, {title}")
-        for shade, title in words
-    ]
-
-
-# ---- texts -----------------------------------------------------------------------------------------
+    line: dict[str, Any] = {"ls": "--", "lw": 1.1}
+    floors = [Line2D([], [], color=_FLOOR[shade], label=f"floor, {title}", **line) for shade, title in words]
+    return handles + floors
 
 
 def _draw_texts(head: SubFigure, body: SubFigure, run: GenerateRun) -> str:
@@ -201,33 +188,29 @@ def _draw_texts(head: SubFigure, body: SubFigure, run: GenerateRun) -> str:
     return f"Each measured once.{fewer}"
 
 
-def _draw_speed(axes: Axes, results: list[Throughput]) -> None:
-    batches = sorted({one.batch for one in results})
-    lines = {
-        name: sorted((one.batch, one.speed) for one in results if one.implementation == name)
-        for name in dict.fromkeys(one.implementation for one in results)
-    }
-    top = 1.08 * max(one.speed for one in results)
+def _draw_speed(axes: Axes, speeds: list[Throughput]) -> None:
+    batches = sorted({one.batch for one in speeds})
+    lines: dict[str, list[tuple[int, float]]] = {one.implementation: [] for one in speeds}
+    for one in sorted(speeds, key=lambda one: one.batch):
+        lines[one.implementation].append((one.batch, one.speed))
+    top = 1.08 * max(one.speed for one in speeds)
     heights = spread({name: line[-1][1] for name, line in lines.items()}, _GAP * top)
     for name, line in lines.items():
         colour, dash = _LINES.get(name, _OTHER_LINE)
-        weight, width = ("bold", 2.4) if name == ENGINE else ("normal", 1.6)
+        weight, width = ("bold", 2.4) if name == results.ENGINE else ("normal", 1.6)
         axes.plot(*zip(*line, strict=True), dash, marker="o", ms=4, lw=width, color=colour)
         place = (batches[-1] * 1.18, heights[name])
         axes.plot(*zip(line[-1], place, strict=True), ":", lw=0.8, color=colour, clip_on=False)
         text = f" {name}  {line[-1][1]:,.0f}"
         axes.text(*place, text, color=colour, va="center", fontsize=9, fontweight=weight)
+    _frame(axes, "tokens per second, more is better", "texts at a time (batch)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
     axes.set_xlim(batches[0] / 1.18, batches[-1] * 1.18)
     axes.set_ylim(0, max(top, *heights.values()))
-    axes.set_title("tokens per second, more is better", fontsize=10, loc="left", pad=8)
-    axes.set_xlabel("texts at a time (batch)", fontsize=9)
-    axes.tick_params(labelsize=8.5)
     axes.grid(True, color="#e9e9e9", lw=0.7)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
@@ -239,35 +222,29 @@ def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
     return apart
 
 
-def _draw_shares(axes: Axes, results: list[Throughput]) -> None:
-    axes.set_title("where the engine's time goes", fontsize=10, loc="left", pad=26)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    if not results:
+def _draw_shares(axes: Axes, engine: list[Throughput]) -> None:
+    unit = f"share of the time; outside the models: {' + '.join(results.OUTSIDE)}"
+    _frame(axes, "where the engine's time goes\n", unit, ("top", "right", "left"))
+    if not engine:
         axes.text(0.5, 0.5, "not measured", ha="center", color="#555555", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    left = [0.0] * len(results)
+    left = [0.0] * len(engine)
     for name, colour in _PARTS.items():
-        shares = [one.shares[name] for one in results]
-        bars = axes.barh(range(len(results)), shares, 0.62, left=left, color=colour, label=name)
+        shares = [one.shares[name] for one in engine]
+        bars = axes.barh(range(len(engine)), shares, 0.62, left=left, color=colour, label=name)
         texts = [f"{share:.0%}" if share >= _LEGIBLE else "" for share in shares]
         ink = "white" if name in _ON_DARK else "black"
         axes.bar_label(bars, texts, label_type="center", fontsize=8.5, color=ink)
         left = [start + share for start, share in zip(left, shares, strict=True)]
-    for row, one in enumerate(results):
+    for row, one in enumerate(engine):
         axes.text(1.01, row, f"{one.outside:.1%}", va="center", fontsize=8.5)
     words = "outside\nthe models"
     axes.text(1.01, 1.02, words, va="bottom", fontsize=8, color="#555555", transform=axes.transAxes)
-    axes.set_yticks(range(len(results)), [f"batch {one.batch}" for one in results])
-    axes.tick_params(labelsize=8.5, left=False)
-    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_yticks(range(len(engine)), [f"batch {one.batch}" for one in engine])
+    axes.tick_params(left=False)
+    axes.set_ylim(len(engine) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.set_xlabel(f"share of the time; outside the models: {' + '.join(OUTSIDE)}", fontsize=9)
-    legend: dict[str, Any] = {
-        "loc": "lower left",
-        "bbox_to_anchor": (-0.01, 1.0),
-        "ncols": len(SHARES),
-        "borderaxespad": 0.2,
-    }
-    axes.legend(frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2, **legend)
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "borderaxespad": 0.2}
+    axes.legend(ncols=len(_PARTS), frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2, **place)

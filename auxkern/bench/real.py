@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor
 import auxkern
 from auxkern.bench import losses, sample, session
 from auxkern.bench.results import CaseResult, Run
-from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, Effort, Progress, backends_for, measure_inputs
+from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, Progress, backends_for, measure_inputs
+from auxkern.bench.timing import Effort
 from auxkern.model.smollm2 import load_smollm2
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
 from auxkern.terminal import INTERRUPTED, command_parser, device_from, positive
@@ -26,26 +28,41 @@ MEASURED = "top-k 50 + top-p 0.9"
 _WORDS = range(5, 13)  # such a sentence fills most of T and seldom passes it
 _IGNORED = -100
 _MODEL = "SmolLM2 on WordNet"
+_DESCRIPTION = """\
+Real input: SmolLM2-135M's logits over WordNet's example sentences, plus those of a small untrained auxiliary
+model; then the same from final hidden states and output embeddings, and tokens drawn from these logits.
+Compares the fused loss with float64 and tokens with the reference's, then measures."""
+_EPILOG = """\
+Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options or missing data; 130 after Ctrl-C.
+"""
 
 
 class Batch(NamedTuple):
-    """Logits (B, T, V) float32 of both models, and (B, T) int64 ids to score them on, -100 where padded."""
+    """Terms of LM and auxiliary, and (B, T) int64 ids to score them on, -100 where padded.
 
-    lm: Tensor
-    aux: Tensor
-    ids: Tensor
+    Terms are float32 logits (B, T, V), or heads on hidden states (B, T, D).
+    """
 
-
-class HeadBatch(NamedTuple):
-    """The same before the output heads: hidden states (B, T, D) and weight (V, D) float32."""
-
-    lm: auxkern.Head
-    aux: auxkern.Head
+    lm: Any
+    aux: Any
     ids: Tensor
 
     @property
     def logits(self) -> Batch:
-        return Batch(self.lm.hidden @ self.lm.weight.T, self.aux.hidden @ self.aux.weight.T, self.ids)
+        """Of heads, with their products in place of them."""
+        lm, aux = (head.hidden @ head.weight.T for head in (self.lm, self.aux))
+        return Batch(lm, aux, self.ids)
+
+    def inputs(self) -> losses.LossInputs:
+        """Rows without the shift: every implementation gets next tokens as its targets."""
+        terms: list[Any] = []
+        for term, trained in ((self.lm, False), (self.aux, True)):
+            if isinstance(term, Tensor):
+                terms.append(term.detach().flatten(0, 1).requires_grad_(trained))
+                continue
+            hidden = term.hidden.detach().flatten(0, 1).requires_grad_(trained)
+            terms.append(auxkern.Head(hidden, term.weight.detach().requires_grad_(trained)))
+        return losses.LossInputs(terms, F.pad(self.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1))
 
 
 class Agreement(NamedTuple):
@@ -60,6 +77,12 @@ class Agreement(NamedTuple):
     def passed(self) -> bool:
         worst = max(self.loss_difference, self.gradient_difference)
         return worst <= LARGEST_DIFFERENCE and self.fused == self.fused
+
+    def __str__(self) -> str:
+        return (
+            f"fused {self.fused:.8f}, float64 {self.exact:.8f}, relative difference "
+            f"{self.loss_difference:.1e}; of the gradient {self.gradient_difference:.1e}"
+        )
 
 
 class TokenAgreement(NamedTuple):
@@ -110,12 +133,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.n < T:
         parser.error(f"--n {options.n} is less than one sentence of {T} positions")
     device, effort = device_from(parser, options.device), QUICK if options.quick else NORMAL
-    ops = list(dict.fromkeys(options.op or OPERATORS))
+    backends: dict[str, list[str]] = {}
+    notes: list[str] = []
     try:
-        backends, notes = backends_for(device, torch.float32, options.backend)
-        samplers: list[str] = []
-        if "sample" in ops:
-            samplers, _ = backends_for(device, torch.float32, options.backend, OPERATORS["sample"].kernel)
+        for op in dict.fromkeys(options.op or OPERATORS):
+            kernel = OPERATORS[op].kernel
+            backends[op], remarks = backends_for(device, torch.float32, options.backend, kernel)
+            notes += [remark for remark in remarks if remark not in notes]
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     try:
@@ -127,44 +151,47 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
 
-    run = Run(*session.head(parser.prog, argv, device))
-    run.notes += notes
+    run = Run(*session.head(parser.prog, argv, device), notes=notes)
+    logits, counted = batch.logits, batch.ids != _IGNORED
+    batches = {"cross_entropy": logits, "linear": batch}
     # Float64 checks come first, on their own: the benchmark's check some rows of the gradient only.
     agreements = {
-        (op, backend): compare(batch if op == "linear" else batch.logits, backend)
-        for op in ops
-        if op != "sample"
-        for backend in backends
+        (op, backend): compare(batches[op], backend)
+        for op, names in backends.items()
+        if op in batches
+        for backend in names
     }
-    tokens = compare_tokens(every_position(*_counted(batch)), samplers) if samplers else {}
+    tokens: dict[tuple[str, str], TokenAgreement] = {}
+    if "sample" in backends:
+        tokens = compare_tokens(every_position(logits.lm, logits.aux, counted), backends["sample"])
     run.facts = _facts(batch, agreements) | token_facts(tokens)
-    inputs: dict[str, Callable[[], Any]] = {
-        "cross_entropy": lambda: _inputs(batch.logits),
-        "linear": lambda: _inputs(batch),
-        "sample": lambda: sample.inputs_of(list(last_positions(*_counted(batch))), MEASURED),
-    }
-    each = {op: samplers if op == "sample" else backends for op in ops}
-    jobs = [(op, measurement(op, _MODEL, inputs[op], device, names, effort)) for op, names in each.items()]
+
+    def inputs(op: str) -> Any:
+        if op != "sample":
+            return batches[op].inputs()
+        return sample.inputs_of([*last_positions(logits.lm, logits.aux, counted)], MEASURED)
+
+    jobs = [
+        (op, measurement(op, _MODEL, partial(inputs, op), device, names, effort))
+        for op, names in backends.items()
+    ]
     status = session.carry_out(run, jobs, options)
-    bad = [key for key, agreement in agreements.items() if not agreement.passed]
-    wrong = [f"{op} of backend {name} is further than {LARGEST_DIFFERENCE} from float64" for op, name in bad]
-    strange = [key for key, agreement in tokens.items() if not agreement.passed]
-    wrong += [f"tokens of backend {name} differ, {filters}" for filters, name in strange]
+    wrong = [
+        f"{op} of backend {backend} is further than {LARGEST_DIFFERENCE} from float64"
+        for (op, backend), agreement in agreements.items()
+        if not agreement.passed
+    ]
+    wrong += [
+        f"tokens of backend {backend} differ, {filters}"
+        for (filters, backend), agreement in tokens.items()
+        if not agreement.passed
+    ]
     for sentence in wrong:
         print(f"{parser.prog}: {sentence}", file=sys.stderr)
     return status or int(bool(wrong))
 
 
-_DESCRIPTION = """\
-Real input: SmolLM2-135M's logits over WordNet's example sentences, plus those of a small untrained auxiliary
-model; then the same from final hidden states and output embeddings, and tokens drawn from these logits.
-Compares the fused loss with float64 and tokens with the reference's, then measures."""
-_EPILOG = """\
-Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options or missing data; 130 after Ctrl-C.
-"""
-
-
-def real_batch(wordnet: Path, B: int, device: torch.device) -> HeadBatch:
+def real_batch(wordnet: Path, B: int, device: torch.device) -> Batch:
     """Final hidden states and heads of SmolLM2 and of an untrained auxiliary over B example sentences.
 
     SmolLM2's head is its (tied) input embedding.
@@ -183,8 +210,7 @@ def real_batch(wordnet: Path, B: int, device: torch.device) -> HeadBatch:
         with torch.no_grad():
             hidden = model.to(device).base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         heads.append(auxkern.Head(hidden, model.get_output_embeddings().weight.detach()))
-    lm_head, aux_head = heads
-    return HeadBatch(lm_head, aux_head, ids.masked_fill(mask == 0, _IGNORED))
+    return Batch(heads[0], heads[1], ids.masked_fill(mask == 0, _IGNORED))
 
 
 def example_sentences(wordnet: Path, B: int) -> list[str]:
@@ -204,74 +230,43 @@ def untrained_auxiliary(V: int) -> Any:
     """A two-layer Llama of width 64 with its own head over V ids, the same in every run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=V, tie_word_embeddings=False, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
 
 
-def compare(batch: Batch | HeadBatch, backend: str) -> Agreement:
+def compare(batch: Batch, backend: str) -> Agreement:
     """The fused loss and its gradients for the auxiliary beside float64, in every row and id."""
-    inputs, shape = _inputs(batch), batch.ids.shape
-    if isinstance(batch, HeadBatch):
-        terms = [auxkern.Head(term.hidden.unflatten(0, shape), term.weight) for term in inputs.terms]
-    else:
-        terms = [term.unflatten(0, shape) for term in inputs.terms]
+    inputs, shape, terms = batch.inputs(), batch.ids.shape, []
+    for term in inputs.terms:
+        if isinstance(term, Tensor):
+            terms.append(term.unflatten(0, shape))
+        else:
+            terms.append(auxkern.Head(term.hidden.unflatten(0, shape), term.weight))
     loss = auxkern.cross_entropy(terms, batch.ids, shift=True, backend=backend)
     loss.backward()
-    operator = losses.LINEAR if isinstance(batch, HeadBatch) else losses.CROSS_ENTROPY
+    operator = losses.CROSS_ENTROPY if isinstance(batch.lm, Tensor) else losses.LINEAR
     exact = operator.exact(inputs, everything=True)
     errors = operator.errors(inputs, exact, loss)
     difference = abs(loss.item() - exact.loss) / abs(exact.loss)
     return Agreement(loss.item(), exact.loss, difference, errors.values["gradient"])
 
 
-def _inputs(batch: Batch | HeadBatch) -> Any:
-    """Rows without the shift: every implementation gets next tokens as its targets."""
-    target = F.pad(batch.ids[:, 1:], (0, 1), value=_IGNORED).reshape(-1)
-    if isinstance(batch, Batch):
-        lm, aux = (logits.flatten(0, 1).detach() for logits in (batch.lm, batch.aux))
-        return losses.LossInputs([lm, aux.requires_grad_()], target)
-    lm, aux = (head.hidden.flatten(0, 1).detach() for head in (batch.lm, batch.aux))
-    weight = batch.aux.weight.detach().requires_grad_()
-    return losses.LossInputs(
-        [auxkern.Head(lm, batch.lm.weight), auxkern.Head(aux.requires_grad_(), weight)], target
-    )
-
-
-def _facts(batch: HeadBatch, agreements: dict[tuple[str, str], Agreement]) -> dict[str, str]:
+def _facts(batch: Batch, agreements: dict[tuple[str, str], Agreement]) -> dict[str, str]:
     B, scored = batch.ids.shape[0], int((batch.ids[:, 1:] != _IGNORED).sum())
     rows, V = batch.ids.numel(), batch.lm.vocabulary
     facts = {"data": f"{B} sentences, {scored} scored tokens in {rows} rows, V {V:,}"}
     for backend in dict.fromkeys(backend for _, backend in agreements):
         alone = auxkern.cross_entropy(batch.lm, batch.ids, shift=True, backend=backend).item()
         facts[f"LM alone, {backend}"] = f"mean nll {alone:.6f}"
-    for (op, backend), agreement in agreements.items():
-        facts[f"LM + auxiliary, {op}, {backend}"] = (
-            f"fused {agreement.fused:.8f}, float64 {agreement.exact:.8f}, relative difference "
-            f"{agreement.loss_difference:.1e}; of the gradient {agreement.gradient_difference:.1e}"
-        )
-    return facts
+    return facts | {f"LM + auxiliary, {', '.join(key)}": str(one) for key, one in agreements.items()}
 
 
 def token_facts(agreements: dict[tuple[str, str], TokenAgreement]) -> dict[str, str]:
     """What was compared, in words."""
-    return {
-        f"sample, {filters}, {backend}": str(agreement)
-        for (filters, backend), agreement in agreements.items()
-    }
-
-
-def _counted(batch: HeadBatch) -> tuple[Tensor, Tensor, Tensor]:
-    lm, aux, ids = batch.logits
-    return lm, aux, ids != _IGNORED
+    return {f"sample, {', '.join(key)}": str(agreement) for key, agreement in agreements.items()}
 
 
 def every_position(lm: Tensor, aux: Tensor, counted: Tensor) -> Positions:

@@ -148,10 +148,9 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Throughput:
-    """One way to write texts at one batch size.
+    """One way to write texts, ``batch`` at a time.
 
     Attributes:
-        batch: texts at a time.
         requests: texts that were written; fewer than the run's where the batch is small.
         tokens: that were asked for, all of them written, in ``seconds``.
         shares: of the time, in [0, 1], by what it went to (``SHARES``); empty if not known.
@@ -229,13 +228,21 @@ class Record:
                 raise ValueError(
                     f"the file has schema {schema}, this version reads {SCHEMA}; run the benchmark again"
                 )
-            return cls._of(record)
+            record[cls.PARTS[0]] = [_part(part) for part in record[cls.PARTS[0]]]
+            return cls(**record)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a result of {cls.PROGRAM}: {type(error).__name__}: {error}") from error
 
-    @classmethod
-    def _of(cls: type[_Record], record: dict[str, Any]) -> _Record:
-        raise NotImplementedError
+
+def _part(part: dict[str, Any]) -> CaseResult | Throughput:
+    if "results" not in part:
+        return Throughput(**part)
+    part["floor"] = {name: Timing(**timing) for name, timing in part["floor"].items()}
+    for result in part["results"]:
+        for name, measured in result["passes"].items():
+            result["passes"][name] = Measured(Timing(**measured["time"]), measured["extra_bytes"])
+    part["results"] = [Result(**result) for result in part["results"]]
+    return CaseResult(**part)
 
 
 @dataclass
@@ -260,19 +267,6 @@ class Run(Record):
     def failed(self) -> bool:
         """Whether an implementation of ours was wrong or raised."""
         return any(one.ours and one.status != "ok" for case in self.cases for one in case.results)
-
-    @classmethod
-    def _of(cls, record: dict[str, Any]) -> Run:
-        for case in record["cases"]:
-            case["floor"] = {name: Timing(**timing) for name, timing in case["floor"].items()}
-            for result in case["results"]:
-                result["passes"] = {
-                    name: Measured(Timing(**measured["time"]), measured["extra_bytes"])
-                    for name, measured in result["passes"].items()
-                }
-            case["results"] = [Result(**result) for result in case["results"]]
-        record["cases"] = [CaseResult(**case) for case in record["cases"]]
-        return cls(**record)
 
 
 @dataclass
@@ -316,14 +310,8 @@ class GenerateRun(Record):
             f"{self.requests} requests, texts of {shortest} to {longest} tokens; {filters}"
         )
 
-    @classmethod
-    def _of(cls, record: dict[str, Any]) -> GenerateRun:
-        record["results"] = [Throughput(**one) for one in record["results"]]
-        return cls(**record)
-
 
 AnyRun = Run | GenerateRun
-_KINDS: dict[str | None, type[Run] | type[GenerateRun]] = {None: Run, "gpu": Run, "generate": GenerateRun}
 
 
 def read(text: str, source: object) -> AnyRun:
@@ -337,7 +325,8 @@ def read(text: str, source: object) -> AnyRun:
     except json.JSONDecodeError as error:
         raise ValueError(f"the file is not JSON: {error}; give one that --json wrote") from error
     kind = record.get("kind") if isinstance(record, dict) else None
-    if kind not in _KINDS:
-        known = ", ".join(repr(name) for name in _KINDS if name is not None)
-        raise ValueError(f"{source} holds a result of kind {kind!r}; drawn are {known} and operators")
-    return _KINDS[kind].from_json(text)
+    if kind not in (None, "gpu", "generate"):
+        raise ValueError(
+            f"{source} holds a result of kind {kind!r}; drawn are 'gpu', 'generate' and operators"
+        )
+    return GenerateRun.from_json(text) if kind == "generate" else Run.from_json(text)

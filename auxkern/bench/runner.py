@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,18 +13,8 @@ from auxkern.backends import choice
 from auxkern.bench import losses, memory, sample
 from auxkern.bench.operators import Implementation, Operator, dtype_of, step
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
-from auxkern.bench.timing import Call, clock_for, measure_in_turns
+from auxkern.bench.timing import Call, Effort, clock_for, measure_in_turns
 from auxkern.machine import OtherWork
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure: seconds for the rounds of one case, and bounds on their number."""
-
-    seconds: float
-    min_rounds: int
-    max_rounds: int
-
 
 OPERATORS: dict[str, Operator] = {
     "cross_entropy": losses.CROSS_ENTROPY,
@@ -39,10 +28,7 @@ Progress = Callable[[float, str], None]  # (share done in [0, 1], what is happen
 
 
 def backends_for(
-    device: torch.device,
-    dtype: torch.dtype,
-    asked: Iterable[str] | None,
-    kernel: str = losses.LossOperator.kernel,
+    device: torch.device, dtype: torch.dtype, asked: Iterable[str] | None, kernel: str = "losses"
 ) -> tuple[list[str], list[str]]:
     """The auxkern backends to measure on ``device``, and remarks for the reader.
 
@@ -66,9 +52,9 @@ def backends_for(
     for name, reason in reasons.items():
         if reason is None and not hasattr(choice.load(name), kernel):
             reasons[name] = "it has no kernel for this operator"
-    fast = [name for name, reason in reasons.items() if reason is None and name != "reference"]
-    if device.type == "cpu" and "triton" in fast:
-        fast.remove("triton")  # its interpreter proves kernels, it has no speed to measure
+    # On a CPU Triton's interpreter proves kernels, it has no speed to measure.
+    slow = ("reference", "triton") if device.type == "cpu" else ("reference",)
+    fast = [name for name, reason in reasons.items() if reason is None and name not in slow]
     if fast:
         return fast, []
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
@@ -109,14 +95,7 @@ def measure_inputs(
     effort: Effort,
     progress: Progress,
 ) -> CaseResult:
-    """Fills ``case``: check, peak memory, then times in turns.
-
-    Args:
-        inputs: tensors of the case's operator, on ``device``.
-        case: describes them; floors, results and notes are added to it, and it is returned.
-        implementations: what to compare.
-        progress: told how far it is.
-    """
+    """Fills ``case``, which describes the ``inputs``: check, peak memory, then times in turns."""
     progress(0.05, "reference")
     operator = OPERATORS[case.op]
     exact = operator.exact(inputs)
@@ -141,23 +120,20 @@ def measure_inputs(
     timings = measure_in_turns(
         [*calls.values(), *(Call(floor.run, drop) for floor in floors.values())],
         clock_for(device),
-        seconds=effort.seconds,
-        min_rounds=effort.min_rounds,
-        max_rounds=effort.max_rounds,
-        on_round=lambda share: progress(0.5 + share / 2, "timing in turns"),
+        effort,
+        lambda share: progress(0.5 + share / 2, "timing in turns"),
     )
     busy = other_work.remark() if device.type == "cpu" else None
-    if busy:
-        case.notes.append(busy)
+    case.notes += [busy] if busy else []
     drop()
-    noisy = []
+    titles = []
     for (index, name), timing in zip(calls, timings, strict=False):
-        result = case.results[index]
-        result.passes[name] = Measured(timing, extra.get((index, name)))
-        noisy += [f"{result.name} ({PASS_TITLES[name]})"] if timing.noisy else []
+        case.results[index].passes[name] = Measured(timing, extra.get((index, name)))
+        titles.append(f"{case.results[index].name} ({PASS_TITLES[name]})")
     for (name, floor), timing in zip(floors.items(), timings[len(calls) :], strict=True):
         case.floor[name], case.floor_bytes[name], case.floor_flops[name] = timing, floor.bytes, floor.flops
-        noisy += [f"floor ({PASS_TITLES[name]})"] if timing.noisy else []
+        titles.append(f"floor ({PASS_TITLES[name]})")
+    noisy = [title for title, timing in zip(titles, timings, strict=True) if timing.noisy]
     if noisy:
         case.notes.append(f"Noisy: quartiles more than 20% of the median apart for {', '.join(noisy)}.")
     return case
@@ -174,9 +150,8 @@ def _check(
         result.first_call_seconds = time.perf_counter() - start
         errors = operator.check(inputs, exact, implementation, outputs)
     except Exception as error:  # a peer may raise anything; the others are still worth measuring
-        lines = str(error).strip().splitlines()
-        message = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-        result.status, result.message = "failed", message
+        lines = [line[:200] for line in str(error).strip().splitlines()[:1]]
+        result.status, result.message = "failed", ": ".join([type(error).__name__, *lines])
         return result
     finally:
         _drop_gradients(inputs)

@@ -26,7 +26,7 @@ from auxkern.bench.operators import (
     normal,
     reading,
     step,
-    warpers,
+    warped,
 )
 from auxkern.bench.results import CaseResult
 from auxkern.core.draws import gumbel, random_bits
@@ -93,7 +93,7 @@ class Sample(Operator):
     def inputs(self, case: CaseResult, device: torch.device) -> SampleInputs:
         """The LM's logits 3 N(0, 1), the others N(0, 1)."""
         shapes = [((case.N, case.V), std) for std in [3.0] + [1.0] * (case.terms - 1)]
-        terms, _ = normal(shapes, dtype_of(case), device)
+        terms, _ = normal(shapes, case, device)
         return inputs_of(terms, case.filters)
 
     def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
@@ -103,7 +103,6 @@ class Sample(Operator):
         """Sampling as transformers' ``generate`` does it for one step, with the filters that are on."""
         if not is_installed("transformers"):
             return []
-        warped = warpers()
 
         def pipeline(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
             z = warped(reduce(add, terms).float(), TEMPERATURE, top_k, top_p, min_p)

@@ -71,14 +71,10 @@ def head(prog: str, argv: Sequence[str] | None, device: torch.device) -> tuple[s
 def carry_out(
     run: AnyRun, jobs: Sequence[Job], options: argparse.Namespace, remarks: Callable[[], list[str]] = list
 ) -> int:
-    """Runs the jobs, prints each as it ends, writes the files.
+    """Runs the jobs, prints each as it ends, adds it to ``run`` and writes the files of ``options``.
 
-    Ctrl-C and errors keep what is finished: it is printed and written like a run that ended by itself.
-
-    Args:
-        run: takes the results of the jobs; its header is printed first.
-        options: with ``json`` and ``plot``.
-        remarks: notes that can be made when all is measured.
+    Ctrl-C and errors keep what is finished: it is printed and written like a run that ended by itself,
+    with the ``remarks`` that can be made when all is measured.
 
     Returns:
         0; 1 if an implementation of ours was wrong or failed; 130 after Ctrl-C.

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -24,10 +23,6 @@ class Call:
 
     run: Callable[[], object]
     before: Callable[[], object]
-
-
-class Clock(Protocol):
-    def seconds(self, call: Call) -> float: ...
 
 
 class WallClock:
@@ -63,6 +58,18 @@ class CudaClock:
         return start.elapsed_time(end) / 1e3
 
 
+Clock = WallClock | CudaClock
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds start until so many seconds have gone by; bounds on their number."""
+
+    seconds: float
+    min_rounds: int
+    max_rounds: int
+
+
 def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else WallClock()
 
@@ -70,26 +77,15 @@ def clock_for(device: torch.device) -> Clock:
 def measure_in_turns(
     calls: Sequence[Call],
     clock: Clock,
-    *,
-    seconds: float,
-    min_rounds: int,
-    max_rounds: int,
+    effort: Effort,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> list[Timing]:
-    """Times every call in each round, in a new order each round.
+    """Times every call in each round, in a new order each round; one ``Timing`` per call.
 
     A machine that slows down for a while slows every call alike, so ratios keep their meaning
     where absolute times drift. A round times a call that is k times faster than the slowest k
     times, and at most ``MAX_REPEATS``. The first run of each call warms up and is not counted.
-
-    Args:
-        calls, clock: what to time, and how.
-        seconds: rounds start until this much time has gone by.
-        min_rounds, max_rounds: bounds on the counted rounds.
-        on_round: told the share of the work that is done, in [0, 1].
-
-    Returns:
-        One ``Timing`` per call, in the order of ``calls``.
+    ``on_round`` is told the share of the work that is done, in [0, 1].
     """
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
@@ -102,11 +98,11 @@ def measure_in_turns(
         warm = [clock.seconds(call) for call in calls]
         repeats = [min(MAX_REPEATS, max(1, round(max(warm) / max(w, 1e-9)))) for w in warm]
         start = time.perf_counter()
-        for done in range(max_rounds):
+        for done in range(effort.max_rounds):
             elapsed = time.perf_counter() - start
-            if done >= min_rounds and elapsed > seconds:
+            if done >= effort.min_rounds and elapsed > effort.seconds:
                 break
-            on_round(min(1.0, max(elapsed / seconds if seconds > 0 else 0.0, done / max_rounds)))
+            on_round(min(1.0, max(elapsed / (effort.seconds or 1.0), done / effort.max_rounds)))
             shuffle(order)
             for index in order:
                 samples[index] += [clock.seconds(calls[index]) for _ in range(repeats[index])]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from auxkern.bench.timing import Call, clock_for, measure_in_turns
+from auxkern.bench.timing import Call, Effort, clock_for, measure_in_turns
 
 _WARM_UP = 0.2  # share of the time: clocks rise and libraries load before anything counts
 
@@ -91,7 +91,7 @@ def _timed(call: Call, work: int, device: torch.device, seconds: float) -> dict[
     while time.perf_counter() < end:
         clock.seconds(call)
     remaining = (1 - _WARM_UP) * seconds
-    (timing,) = measure_in_turns([call], clock, seconds=remaining, min_rounds=10, max_rounds=500)
+    (timing,) = measure_in_turns([call], clock, Effort(remaining, 10, 500))
     return {"work": work, "time": asdict(timing), "rate": work / timing.median}
 
 

@@ -31,8 +31,8 @@ from auxkern.bench.results import (
     Run,
     Timing,
 )
-from auxkern.bench.runner import Effort, backends_for, measure_inputs
-from auxkern.bench.timing import Call, WallClock, measure_in_turns, summary
+from auxkern.bench.runner import backends_for, measure_inputs
+from auxkern.bench.timing import Call, Effort, WallClock, measure_in_turns, summary
 from auxkern.core.files import replace_file
 from auxkern.machine import OtherWork
 from auxkern.model.smollm2 import load_smollm2
@@ -315,9 +315,7 @@ def test_calls_take_turns_and_faster_ones_run_more_often():
     def call(name, seconds):
         return Call(run=lambda: (log.append(name), seconds)[1], before=lambda: None)
 
-    slow, fast = measure_in_turns(
-        [call("slow", 0.3), call("fast", 0.1)], Clock(), seconds=0, min_rounds=4, max_rounds=9
-    )
+    slow, fast = measure_in_turns([call("slow", 0.3), call("fast", 0.1)], Clock(), Effort(0, 4, 9))
     assert (slow.repeats, fast.repeats) == (4, 12)
     assert log[:2] == ["slow", "fast"]  # the warm-up
     rounds = [log[2:][i : i + 4] for i in range(0, 16, 4)]

@@ -16,7 +16,8 @@ from auxkern.bench.losses import LINEAR as OPERATOR
 from auxkern.bench.losses import LossInputs, one_head
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Run
-from auxkern.bench.runner import Effort, measure_inputs
+from auxkern.bench.runner import measure_inputs
+from auxkern.bench.timing import Effort
 
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.0, min_rounds=2, max_rounds=2)
@@ -148,7 +149,7 @@ def test_real_compares_heads_with_float64():
     )
     ids = torch.randint(40, (3, 5), generator=generator)
     ids[1, 3:] = -100
-    batch = real.HeadBatch(lm, aux, ids)
+    batch = real.Batch(lm, aux, ids)
     z = sum(term.hidden.double() @ term.weight.double().T for term in (lm, aux))
     expected = F.cross_entropy(z[:, :-1].reshape(-1, 40), ids[:, 1:].reshape(-1))
     agreement = real.compare(batch, "reference")

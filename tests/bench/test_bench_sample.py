@@ -19,8 +19,9 @@ from auxkern.bench import real, report, sample, tables
 from auxkern.bench.cases import FILTERS, TEMPERATURE, VOCABULARIES, Case, Filters, select_cases
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Measured, Result, Run, Timing
-from auxkern.bench.runner import Effort, backends_for, measure_inputs
+from auxkern.bench.runner import backends_for, measure_inputs
 from auxkern.bench.sample import OPERATOR, inputs_of, kept_logprob, ours
+from auxkern.bench.timing import Effort
 from auxkern.core.draws import gumbel, random_bits
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ pytest.importorskip("rich")
 
 from auxkern.bench import memory
 from auxkern.bench.results import Run
-from auxkern.bench.runner import Effort
+from auxkern.bench.timing import Effort
 from benchmarks import growth
 from benchmarks.growth import Point, Preset
 
