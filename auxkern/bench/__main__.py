@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 
 from auxkern.bench import session
-from auxkern.bench.cases import DTYPES, FILTERS, TEMPERATURE, VOCABULARIES, WIDTHS, Case, select_cases
+from auxkern.bench.cases import DTYPES, FILTERS, TEMPERATURE, VOCABULARIES, WIDTHS, select_cases
 from auxkern.bench.operators import is_installed
-from auxkern.bench.results import CaseResult, Run
-from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, Progress, backends_for, measure_case
+from auxkern.bench.results import Run
+from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, backends_for, measure_case
 from auxkern.core.terms import MAX_TERMS
 from auxkern.terminal import command_parser, device_from, positive
 
@@ -34,13 +35,9 @@ Exit status: 0; 1 if auxkern was wrong or failed; 2 for bad options; 130 after C
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints tables, and writes JSON and a plot if asked.
+    """Measures, prints tables, writes the files; returns the exit status that ``_EPILOG`` tells.
 
     ``argv`` are the arguments after the program's name; None: those of the process.
-
-    Returns:
-        0; 1 if an implementation of auxkern was wrong or failed; 130 after Ctrl-C. Bad options
-        exit with 2 (``SystemExit``, as argparse does).
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if ["--op", "generate"] in [arguments[i : i + 2] for i in range(len(arguments))]:
@@ -66,15 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     run = Run(*session.head(parser.prog, argv, device))
-    return session.carry_out(run, [_job(case, device, options) for case in cases], options)
-
-
-def _job(case: Case, device: torch.device, options: argparse.Namespace) -> session.Job:
-    def measure(progress: Progress) -> CaseResult:
-        effort = QUICK if options.quick else NORMAL
-        return measure_case(case.result(), device, options.backend, effort, progress)
-
-    return str(case), measure
+    effort = QUICK if options.quick else NORMAL
+    jobs: list[session.Job] = [
+        (str(case), partial(measure_case, case.result(), device, options.backend, effort)) for case in cases
+    ]
+    return session.carry_out(run, jobs, options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
+from auxkern import SamplingParams
 from auxkern.bench.results import CaseResult
 
 VOCABULARIES = {"gpt2": 50_257, "llama3": 128_256, "gemma": 262_144, "smollm2": 49_152}
@@ -14,23 +15,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 # D of the LM's head and of the auxiliary's.
 WIDTHS = {"gpt2": (768, 256), "llama3": (4096, 512), "gemma": (2304, 256), "smollm2": (576, 256)}
 TEMPERATURE = 0.8  # of every draw
-
-
-@dataclass(frozen=True)
-class Filters:
-    """What tokens are drawn from, as in ``auxkern.SamplingParams``; nothing is left out by default."""
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-FILTERS = {
-    "temperature only": Filters(),
-    "top-k 50": Filters(top_k=50),
-    "top-p 0.9": Filters(top_p=0.9),
-    "min-p 0.05": Filters(min_p=0.05),
-    "top-k 50 + top-p 0.9": Filters(top_k=50, top_p=0.9),
+FILTERS = {  # what tokens are drawn from
+    "temperature only": SamplingParams(TEMPERATURE),
+    "top-k 50": SamplingParams(TEMPERATURE, top_k=50),
+    "top-p 0.9": SamplingParams(TEMPERATURE, top_p=0.9),
+    "min-p 0.05": SamplingParams(TEMPERATURE, min_p=0.05),
+    "top-k 50 + top-p 0.9": SamplingParams(TEMPERATURE, top_k=50, top_p=0.9),
 }
 _PLAIN_AND_FILTERED = ("temperature only", "top-k 50 + top-p 0.9")
 
@@ -63,60 +53,42 @@ class Case:
         return " ".join([self.op, self.model, f"N={self.N}", self.dtype, self.filters]).strip()
 
 
-class _Standard(NamedTuple):
-    """(model, N, dtype), of draws with the filters' name, that are measured when nothing is asked for.
-
-    ``model`` and ``N`` stand for an option that was left out where another was given.
-    """
-
-    model: str
-    N: int
-    cases: list[tuple[Any, ...]]
-    quick: list[tuple[Any, ...]]
-
-
 def _draws(model: str, rows: Iterable[int], filters: Iterable[str] = _PLAIN_AND_FILTERED) -> list[Any]:
     return [(model, N, "float32", name) for N in rows for name in filters]
 
 
 _GPT2_DRAWS = _draws("gpt2", [64], FILTERS) + _draws("gpt2", [1, 512])
-# On a CPU logits lie well beyond its caches and leave eager PyTorch under half a second a step; a GPU is
-# filled. Decoding has few rows, so they fit a GPU's caches.
-_STANDARD = {
-    ("cross_entropy", "cpu"): _Standard(
-        "gpt2",
-        512,
-        [*product(["gpt2"], [512], DTYPES), ("llama3", 256, "bfloat16"), ("gemma", 128, "float32")],
-        [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
-    ),
-    ("cross_entropy", "cuda"): _Standard(
-        "gpt2",
-        8192,
-        [
-            *product(["gpt2"], [8192], DTYPES),
-            *product(["llama3"], [8192, 64], ["bfloat16"]),
-            ("gemma", 4096, "bfloat16"),
-        ],
-        [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
-    ),
-    ("linear", "cpu"): _Standard(
-        "smollm2", 1024, [("smollm2", 1024, "float32")], [("smollm2", 256, "float32")]
-    ),
-    ("linear", "cuda"): _Standard(
-        "smollm2",
-        8192,
-        [
-            ("smollm2", 8192, "bfloat16"),
-            *product(["gpt2"], [8192], ["bfloat16", "float32"]),
-            ("llama3", 8192, "bfloat16"),
-            ("gemma", 4096, "bfloat16"),
-        ],
-        [("gpt2", 4096, "bfloat16")],
-    ),
-    ("sample", "cpu"): _Standard("gpt2", 64, _GPT2_DRAWS + _draws("gemma", [16]), _draws("gpt2", [64])),
-    ("sample", "cuda"): _Standard(
-        "gpt2", 64, _GPT2_DRAWS + _draws("gemma", [1, 64, 512]), _draws("gpt2", [64])
-    ),
+# What is measured when nothing is asked for: (model, N, dtype), of draws with the filters' name. On a CPU
+# logits lie well beyond its caches and leave eager PyTorch under half a second a step; a GPU is filled.
+# Decoding has few rows, so they fit a GPU's caches.
+_STANDARD: dict[tuple[str, str], list[tuple[Any, ...]]] = {
+    ("cross_entropy", "cpu"): [
+        *product(["gpt2"], [512], DTYPES),
+        ("llama3", 256, "bfloat16"),
+        ("gemma", 128, "float32"),
+    ],
+    ("cross_entropy", "cuda"): [
+        *product(["gpt2"], [8192], DTYPES),
+        *product(["llama3"], [8192, 64], ["bfloat16"]),
+        ("gemma", 4096, "bfloat16"),
+    ],
+    ("linear", "cpu"): [("smollm2", 1024, "float32")],
+    ("linear", "cuda"): [
+        ("smollm2", 8192, "bfloat16"),
+        *product(["gpt2"], [8192], ["bfloat16", "float32"]),
+        ("llama3", 8192, "bfloat16"),
+        ("gemma", 4096, "bfloat16"),
+    ],
+    ("sample", "cpu"): _GPT2_DRAWS + _draws("gemma", [16]),
+    ("sample", "cuda"): _GPT2_DRAWS + _draws("gemma", [1, 64, 512]),
+}
+_QUICK: dict[tuple[str, str], list[tuple[Any, ...]]] = {
+    ("cross_entropy", "cpu"): [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
+    ("cross_entropy", "cuda"): [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
+    ("linear", "cpu"): [("smollm2", 256, "float32")],
+    ("linear", "cuda"): [("gpt2", 4096, "bfloat16")],
+    ("sample", "cpu"): _draws("gpt2", [64]),
+    ("sample", "cuda"): _draws("gpt2", [64]),
 }
 
 
@@ -139,9 +111,10 @@ def select_cases(
     cases: list[Case] = []
     for op in ops or ["cross_entropy"]:
         standard = _STANDARD[op, device_type]
-        shapes: Iterable[tuple[Any, ...]] = standard.quick if quick else standard.cases
+        shapes: Iterable[tuple[Any, ...]] = _QUICK[op, device_type] if quick else standard
         if models or rows or dtypes:
-            choices = (models or [standard.model], rows or [standard.N], dtypes or ["float32"])
+            # The first standard case stands for what was left out.
+            choices = (models or [standard[0][0]], rows or [standard[0][1]], dtypes or ["float32"])
             shapes = product(*choices, FILTERS if op == "sample" else [""])
         for model, N, dtype, *filters in shapes:
             cases.append(Case(op, model, N, dtype, 2 if op == "linear" else terms, *filters))

@@ -26,13 +26,7 @@ from auxkern.terminal import command_parser, device_from, positive
 
 SHORTEST, LONGEST = 8, 128
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
-_AUXILIARY = {
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-}
+_SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 # Batches below the first are measured on this many requests for each text at a time.
 _SMALL_BATCH, _FEW_PER_PLACE = 8, 16
 _CONDITION = 16  # room for a condition, in tokens
@@ -48,13 +42,9 @@ Exit status: 0; 1 if the engine's texts are wrong; 2 for bad options or missing 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks, measures, prints a table.
+    """Checks, measures, prints a table; returns the exit status that ``_EPILOG`` tells.
 
     ``argv`` are the arguments after the program's name and its --op; None: those of the process.
-
-    Returns:
-        0; 1 if the engine's texts are wrong; 2 if a package is missing; 130 after Ctrl-C. Bad options
-        exit with 2.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -73,16 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     sizes = {name: sum(one.numel() for one in model.parameters()) for name, model in models.items()}
     head = session.head(parser.prog, argv, device)
     run = GenerateRun(*head, len(work.lengths), [SHORTEST, LONGEST], FILTERS, sizes)
-    jobs, runs = [], _runs(work, sorted(set(options.batch)), run.notes)
-    for index, one in enumerate(runs, 1):
-        title = f"{one[0]}, batch {one[1]}"
-
-        def measure(progress: Progress, one: Any = one, title: str = title, index: int = index) -> Throughput:
-            print(f"{index} of {len(runs)}: {title}", file=sys.stderr, flush=True)
-            progress(0.0, "writing")
-            return _measured(*one)
-
-        jobs.append((title, measure))
+    runs = _runs(work, sorted(set(options.batch)), run.notes)
+    jobs: list[session.Job] = [
+        (f"{one[0]}, batch {one[1]}", partial(_measured, f"{index} of {len(runs)}", one))
+        for index, one in enumerate(runs, 1)
+    ]
     return session.carry_out(run, jobs, options, lambda: busy_notes(run.results, os.cpu_count() or 1))
 
 
@@ -140,15 +125,11 @@ def _options(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
     return {"do_sample": True, "max_new_tokens": length, **ends, **FILTERS}
 
 
-def generate_lm(work: Work, rows: list[int]) -> None:
-    """Hugging Face's ``generate`` of the LM alone."""
-    inputs = {name: encoded(work, rows)[name] for name in ("input_ids", "attention_mask")}
-    work.plain_lm.generate(**inputs, **_options(work, max(work.lengths[i] for i in rows)))
-
-
-def generate_pair(work: Work, rows: list[int]) -> None:
-    """Hugging Face's ``generate`` of the pair."""
-    work.model.generate(**encoded(work, rows), **_options(work, max(work.lengths[i] for i in rows)))
+def hugging_face(pair: bool, work: Work, rows: list[int]) -> None:
+    """Hugging Face's ``generate`` of the pair, or of the LM alone."""
+    model, inputs = work.model if pair else work.plain_lm, encoded(work, rows)
+    given = {name: inputs[name] for name in (inputs if pair else ("input_ids", "attention_mask"))}
+    model.generate(**given, **_options(work, max(work.lengths[i] for i in rows)))
 
 
 @torch.no_grad()
@@ -237,7 +218,7 @@ def new_work(count: int, device: torch.device) -> Work:
         torch.manual_seed(0)
         model = AuxTunedForCausalLM.from_lm(
             load_base(PACKAGED, device=device),
-            auxiliary_config=_AUXILIARY,
+            auxiliary_config={"model_type": "llama", **_SIZES},
             head="shared",
             input_embedding="shared",
             pointer=True,
@@ -290,9 +271,10 @@ def differing(work: Work, count: int = 4) -> list[int]:
 
 def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, int, Work, Way]]:
     """(implementation, batch, requests, way) of each measurement; adds notes for the reader."""
-    loop, lm = partial(in_batches, two_model_loop), partial(in_batches, generate_lm)
+    loop = partial(in_batches, two_model_loop)
+    lm, pair = (partial(in_batches, partial(hugging_face, pair)) for pair in (False, True))
     ways: list[tuple[str, Way, Work]] = [(ENGINE, _engine, work), (LOOP, loop, work), (LM, lm, work)]
-    ways.append(("generate, pair", partial(in_batches, generate_pair), work))
+    ways.append(("generate, pair", pair, work))
     if work.plain_lm is not work.model.lm:
         ours = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
         ways += [("loop, our kernels", loop, ours), ("LM alone, our kernels", lm, ours)]
@@ -316,7 +298,10 @@ def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, i
     return runs
 
 
-def _measured(name: str, batch: int, work: Work, way: Way) -> Throughput:
+def _measured(place: str, run: tuple[str, int, Work, Way], progress: Progress) -> Throughput:
+    name, batch, work, way = run
+    print(f"{place}: {name}, batch {batch}", file=sys.stderr, flush=True)
+    progress(0.0, "writing")
     other, began = OtherWork(), time.perf_counter()
     shares = way(work, batch)
     seconds = time.perf_counter() - began

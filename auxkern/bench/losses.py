@@ -16,7 +16,7 @@ from torch import Tensor
 
 import auxkern
 from auxkern.bench import operators
-from auxkern.bench.operators import Errors, Floor, Implementation, Operator, Peer, imported, is_installed
+from auxkern.bench.operators import Errors, Floor, Implementation, Operator, Peer, is_installed
 from auxkern.bench.results import CaseResult
 
 _CHECKED_ELEMENTS = 2**23  # of the logits' gradient; all of it if it is smaller
@@ -67,27 +67,16 @@ class LossInputs:
 
 @dataclass
 class Exact:
-    """float64 results: the mean loss over the rows that count, and their largest |z|.
-
-    Attributes:
-        summed: the longest sum that the loss of a row or an element of a gradient is.
-        rows: (R,) that have their ``gradient`` (R, V) of logits or ``d_hidden`` (R, D) of a head here.
-        ids: (I,) that have their ``d_weight`` (I, D) here.
-    """
+    """float64 results: the mean loss over the rows that count, and gradients of some rows and ids."""
 
     loss: float
-    largest_logit: float
-    summed: int
-    rows: Tensor
-    gradient: Tensor | None = None
-    d_hidden: Tensor | None = None
-    ids: Tensor | None = None
-    d_weight: Tensor | None = None
-
-    def by_leaf(self) -> list[tuple[Tensor | None, Tensor]]:
-        """(index, values) for each leaf."""
-        pairs = ((self.rows, self.gradient), (self.rows, self.d_hidden), (self.ids, self.d_weight))
-        return [(index, values) for index, values in pairs if values is not None]
+    largest_logit: float  # |z| in the rows that count
+    summed: int  # the longest sum that the loss of a row or an element of a gradient is
+    rows: Tensor  # (R,)
+    gradient: Tensor | None = None  # (R, V) of logits
+    d_hidden: Tensor | None = None  # (R, D) of a head
+    ids: Tensor | None = None  # (I,)
+    d_weight: Tensor | None = None  # (I, D)
 
 
 class LossOperator(Operator):
@@ -97,15 +86,11 @@ class LossOperator(Operator):
     call: str  # the terms of a call, for legends
     chunk: int  # elements of float64 logits that are made at a time
 
-    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
+    def ours(self, backends: Sequence[str]) -> list[Implementation]:
+        calls = {name: f'auxkern.cross_entropy({self.call}, y, backend="{name}")' for name in backends}
         return [
-            Implementation(
-                f"auxkern {backend}",
-                f'auxkern.cross_entropy({self.call}, y, backend="{backend}")',
-                True,
-                partial(_fused, backend=backend),
-            )
-            for backend in backends
+            Implementation(f"auxkern {name}", call, True, partial(_fused, backend=name))
+            for name, call in calls.items()
         ]
 
     def exact(self, inputs: LossInputs, everything: bool = False) -> Exact:
@@ -162,7 +147,9 @@ class LossOperator(Operator):
         leaves, gradients = inputs.leaves(), []
         if any(t.grad is not None for t in inputs.tensors() if not t.requires_grad):
             raise RuntimeError("the last term, and only it, must have a gradient; the others are frozen")
-        for leaf, (index, values) in zip(leaves, exact.by_leaf(), strict=True):
+        places = ((exact.rows, exact.gradient), (exact.rows, exact.d_hidden), (exact.ids, exact.d_weight))
+        given = [(index, values) for index, values in places if values is not None]
+        for leaf, (index, values) in zip(leaves, given, strict=True):
             if leaf.grad is None:
                 raise RuntimeError("the last term, in all its tensors, must have a gradient")
             difference = (leaf.grad[index].double() - values).abs().max().item()
@@ -183,7 +170,7 @@ class CrossEntropy(LossOperator):
     def needed_bytes(self, case: CaseResult) -> int:
         # Eager holds the sum, its float32 copy, the log-softmax, two gradients in float32 and
         # one in the term's dtype, at worst at one time.
-        return case.N * case.V * ((case.terms + 2) * operators.dtype_of(case).itemsize + 4 * 4)
+        return case.N * case.V * ((case.terms + 2) * getattr(torch, case.dtype).itemsize + 4 * 4)
 
     def inputs(self, case: CaseResult, device: torch.device) -> LossInputs:
         """Frozen terms 3 N(0, 1), the trained one N(0, 1), targets uniform; no padding."""
@@ -192,32 +179,29 @@ class CrossEntropy(LossOperator):
         terms[-1].requires_grad_()
         return LossInputs(terms, target)
 
-    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
-        every = super().ours(device, backends)
+    def implementations(
+        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
+    ) -> list[Implementation]:
+        """Libraries have one tensor of logits; the sum is written for them, as a user would."""
+        ours = self.ours(backends)
         if device.type == "cpu" and "cpu" in backends:
             memory = auxkern.GradientMemory()
             call = "the same with gradient_memory=auxkern.GradientMemory() kept over calls"
             run = partial(_fused, gradient_memory=memory, backend="cpu")
-            every.append(Implementation("auxkern cpu, memory kept", call, True, run, memory.release))
-        return every
-
-    def eager(self, dtype: torch.dtype) -> list[Peer]:
+            ours.append(Implementation("auxkern cpu, memory kept", call, True, run, memory.release))
         logits = "lm + aux" if dtype == torch.float32 else "(lm + aux).float()"
         widened = _of_sum(lambda z, target: F.cross_entropy(z.float(), target))
-        peers = [("eager", f"F.cross_entropy({logits}, y), as transformers' loss", widened)]
+        eager = [("eager", f"F.cross_entropy({logits}, y), as transformers' loss", widened)]
         if dtype != torch.float32:
             call = "F.cross_entropy(lm + aux, y): loss in the terms' dtype"
-            peers.append(("eager half", call, _of_sum(F.cross_entropy)))
-        return peers
-
-    def peers(self, device: torch.device) -> list[Peer]:
-        """On one tensor of logits; the sum is written for them, as a user would."""
+            eager.append(("eager half", call, _of_sum(F.cross_entropy)))
         mean = ({"reduction": "mean"}, "")
         known: list[_Known] = [
             ("Liger", "liger_kernel.transformers.functional", "liger_cross_entropy", *mean),
             ("QuACK", "quack.cross_entropy", "cross_entropy", *mean),
         ]
-        return _installed(known if device.type == "cuda" else [], "lm + aux, y", _of_sum)
+        others = _installed(known if device.type == "cuda" else [], "lm + aux, y", _of_sum)
+        return ours + operators.peers(device, eager, others)
 
     def floors(self, inputs: LossInputs) -> dict[str, Floor]:
         """Forward reads every term once; a backward reads them again and writes one gradient.
@@ -250,7 +234,7 @@ class Linear(LossOperator):
     def needed_bytes(self, case: CaseResult) -> int:
         # Beside the inputs these are eager's two products, their sum, its float32 copy, the log-softmax and
         # gradients; the concatenated weight of the peers, its gradient, and their float32 sums of it.
-        size = operators.dtype_of(case).itemsize
+        size = getattr(torch, case.dtype).itemsize
         return case.N * case.V * (3 * size + 4 * 4) + (case.V + case.N) * sum(case.widths) * (3 * size + 4)
 
     def inputs(self, case: CaseResult, device: torch.device) -> LossInputs:
@@ -265,16 +249,16 @@ class Linear(LossOperator):
             [auxkern.Head(tensors[0], tensors[1]), auxkern.Head(trained[0], trained[1])], target
         )
 
-    def eager(self, dtype: torch.dtype) -> list[Peer]:
+    def implementations(
+        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
+    ) -> list[Implementation]:
+        """Libraries have a fused loss of one head; they make all D columns of both gradients."""
+
         def eager(h_lm: Tensor, W_lm: Tensor, h_aux: Tensor, W_aux: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy((h_lm @ W_lm.T + h_aux @ W_aux.T).float(), target)
 
         logits = "h_lm @ W_lm.T + h_aux @ W_aux.T"
         call = logits if dtype == torch.float32 else f"({logits}).float()"
-        return [("eager", f"F.cross_entropy({call}, y)", eager)]
-
-    def peers(self, device: torch.device) -> list[Peer]:
-        """Libraries whose fused loss has one head; they make all D columns of both gradients."""
         known: list[_Known] = []
         linear, cce = "linear_cross_entropy", "cce" if device.type == "cuda" else "torch_compile"
         # Younger than the oldest torch that is supported.
@@ -292,7 +276,9 @@ class Linear(LossOperator):
             liger = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
             quack = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
             known += [("Liger", *liger, {}, ""), ("QuACK", *quack, {}, "")]
-        return _installed(known, "cat(h_lm, h_aux), cat(W_lm, W_aux), y", partial(one_head, wholes=[]))
+        arguments, adapt = "cat(h_lm, h_aux), cat(W_lm, W_aux), y", partial(one_head, wholes=[])
+        mine = [("eager", f"F.cross_entropy({call}, y)", eager)]
+        return self.ours(backends) + operators.peers(device, mine, _installed(known, arguments, adapt))
 
     def floors(self, inputs: LossInputs) -> dict[str, Floor]:
         """The bare matrix products over all rows that count, in one piece, in buffers that exist.
@@ -340,7 +326,7 @@ def _installed(known: Iterable[_Known], arguments: str, adapt: Callable[..., Any
         (
             name,
             f"{module.replace('torch.nn.functional', 'F')}.{function}({arguments}{words})",
-            adapt(imported(module, function, **options)),
+            adapt(operators.imported(module, function, **options)),
         )
         for name, module, function, options, words in known
         if is_installed(module.partition(".")[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +52,30 @@ def step(inputs: Any, implementation: Implementation, name: str) -> Tensor:
 Peer = tuple[str, str, Callable[..., Tensor]]  # name, description, function of ``inputs.arguments()``
 
 
+def peers(device: torch.device, eager: list[Peer], others: list[Peer]) -> list[Implementation]:
+    """What people write in PyTorch, if its packages are there, and compiled; then other libraries."""
+    # torch.compile gives up on a function that it has compiled for many shapes.
+    torch.compiler.reset()
+    modes = {"torch.compile": "default"}
+    if device.type == "cuda":
+        # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
+        modes["compile, tuned"] = "max-autotune-no-cudagraphs"
+    compiled = [
+        (
+            name,
+            f'torch.compile(eager, mode="{mode}")',
+            torch.compile(eager[0][2], mode=mode, fullgraph=True, dynamic=False),
+        )
+        for name, mode in modes.items()
+        if eager
+    ]
+
+    def peer(name: str, description: str, function: Callable[..., Tensor]) -> Implementation:
+        return Implementation(name, description, False, lambda inputs: function(*inputs.arguments()))
+
+    return [peer(*one) for one in [*eager, *compiled, *others]]
+
+
 @dataclass(frozen=True)
 class Errors:
     """How far an implementation is from what is right, by what is compared; and how far it may be.
@@ -85,7 +108,7 @@ class Floor:
     flops: int = 0
 
 
-class Operator(ABC):
+class Operator:
     """Everything about one operator that a benchmark must know.
 
     The inputs of a case have ``leaves()``, the tensors whose gradients are asked for; ``arguments()``, what
@@ -93,60 +116,17 @@ class Operator(ABC):
     """
 
     kernel: str  # the method that a backend must have to run it
-
-    @abstractmethod
-    def needed_bytes(self, case: CaseResult) -> int:
-        """Memory that the hungriest implementation takes, inputs included."""
-
-    @abstractmethod
-    def inputs(self, case: CaseResult, device: torch.device) -> Any:
-        """Made-up tensors of the case's shape, the same in every run."""
-
-    @abstractmethod
-    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
-        """auxkern on each of these backends."""
-
-    @abstractmethod
-    def eager(self, dtype: torch.dtype) -> list[Peer]:
-        """What people write in PyTorch; ``torch.compile`` gets the first. Empty if a package is missing."""
-
-    @abstractmethod
-    def peers(self, device: torch.device) -> list[Peer]:
-        """Other libraries that are installed and run there."""
-
-    @abstractmethod
-    def exact(self, inputs: Any) -> Any:
-        """The float64 result, computed once per case."""
-
-    @abstractmethod
-    def check(
-        self, inputs: Any, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]
-    ) -> Errors:
-        """Errors of what the steps returned, by pass, and of the gradients that now lie in the leaves."""
-
-    @abstractmethod
-    def floors(self, inputs: Any) -> dict[str, Floor]:
-        """One floor by pass name."""
-
-    def implementations(
-        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
-    ) -> list[Implementation]:
-        """Ours on each of ``backends``, then every peer that is installed and runs there."""
-        # torch.compile gives up on a function that it has compiled for many shapes.
-        torch.compiler.reset()
-        modes = {"torch.compile": "default"}
-        if device.type == "cuda":
-            # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
-            modes["compile, tuned"] = "max-autotune-no-cudagraphs"
-        peers = self.eager(dtype)
-        for name, mode in modes.items() if peers else ():
-            compiled = torch.compile(peers[0][2], mode=mode, fullgraph=True, dynamic=False)
-            peers.append((name, f'torch.compile(eager, mode="{mode}")', compiled))
-
-        def peer(name: str, description: str, function: Callable[..., Tensor]) -> Implementation:
-            return Implementation(name, description, False, lambda inputs: function(*inputs.arguments()))
-
-        return self.ours(device, backends) + [peer(*one) for one in [*peers, *self.peers(device)]]
+    # Memory that the hungriest implementation takes, inputs included.
+    needed_bytes: Callable[[CaseResult], int]
+    # Made-up tensors of the case's shape, the same in every run.
+    inputs: Callable[[CaseResult, torch.device], Any]
+    # Ours on each of the backends, then every peer that is installed and runs there.
+    implementations: Callable[[torch.device, torch.dtype, Sequence[str]], list[Implementation]]
+    # The float64 result of inputs, computed once per case.
+    exact: Callable[[Any], Any]
+    # (inputs, exact, implementation, outputs by pass) -> errors of those and of the leaves' gradients.
+    check: Callable[[Any, Any, Implementation, Mapping[str, Tensor]], Errors]
+    floors: Callable[[Any], dict[str, Floor]]  # one by pass name, for inputs
 
 
 def reading(terms: Sequence[Tensor]) -> Floor:
@@ -165,18 +145,13 @@ def as_words(values: Tensor) -> Tensor:
     return flat[: flat.numel() - flat.numel() % 2].view(torch.int32)
 
 
-def dtype_of(case: CaseResult) -> torch.dtype:
-    """Of every term."""
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    return dtype
-
-
 def normal(
     shapes: Sequence[tuple[tuple[int, int], float]], case: CaseResult, device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
     """Normal tensors of each (shape, standard deviation), and (N,) uniform ids; the same in every run."""
     generator = torch.Generator(device).manual_seed(0)
-    empty = [(torch.empty(shape, dtype=dtype_of(case), device=device), std) for shape, std in shapes]
+    kind: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "device": device}
+    empty = [(torch.empty(shape, **kind), std) for shape, std in shapes]
     tensors = [tensor.normal_(0, std, generator=generator) for tensor, std in empty]
     return tensors, torch.randint(case.V, (case.N,), generator=generator, device=device)
 

@@ -12,12 +12,10 @@ from auxkern.core.files import replace_file
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Renders what ``python -m auxkern.bench --json`` wrote.
+    """Renders what a benchmark's ``--json`` wrote.
 
-    ``argv`` are the arguments after the program's name; None: those of the process.
-
-    Returns:
-        0, or 2 if a file cannot be read, drawn or updated.
+    ``argv`` are the arguments after the program's name; None: those of the process. Returns 0, or 2 if a
+    file cannot be read, drawn or updated.
     """
     parser = argparse.ArgumentParser(
         prog="python -m auxkern.bench.report",
@@ -27,15 +25,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="JSON written by a benchmark's --json")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (.png or .svg)")
-    parser.add_argument(
-        "--update", type=Path, metavar="FILE.md", help="put the Markdown table between markers there"
-    )
+    put = "put the Markdown table between markers there"
+    parser.add_argument("--update", type=Path, metavar="FILE.md", help=put)
     parser.add_argument("--name", help="the markers are <!-- bench:NAME --> and <!-- /bench:NAME -->")
     options = parser.parse_args(argv)
     if (options.update is None) != (options.name is None):
         parser.error("--update FILE.md and --name NAME go together: NAME says between which markers")
     try:
-        _render(options)
+        from auxkern.bench import plot, tables
+
+        run = results.read(options.file.read_text(encoding="utf-8"), options.file)
+        if options.markdown:
+            print(tables.markdown(run), end="")
+        if options.update is not None:
+            page = options.update.read_text(encoding="utf-8")
+            replace_file(options.update, between_markers(page, options.name, tables.markdown(run)))
+        if options.plot is not None:
+            plot.plot(run, options.plot)
+        if not (options.markdown or options.update or options.plot):
+            tables.print_run(run)
     except ModuleNotFoundError as error:
         print(f"{parser.prog}: {error}; pip install 'auxkern[bench]'", file=sys.stderr)
     except (OSError, ValueError) as error:
@@ -43,21 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     else:
         return 0
     return 2
-
-
-def _render(options: argparse.Namespace) -> None:
-    from auxkern.bench import plot, tables
-
-    run = results.read(options.file.read_text(encoding="utf-8"), options.file)
-    if options.markdown:
-        print(tables.markdown(run), end="")
-    if options.update is not None:
-        page = options.update.read_text(encoding="utf-8")
-        replace_file(options.update, between_markers(page, options.name, tables.markdown(run)))
-    if options.plot is not None:
-        plot.plot(run, options.plot)
-    if not (options.markdown or options.update or options.plot):
-        tables.print_run(run)
 
 
 def between_markers(text: str, name: str, content: str) -> str:

@@ -62,27 +62,19 @@ class Measured:
 
 @dataclass
 class Result:
-    """One implementation on one case; ``operators.Implementation`` says who it is.
-
-    Attributes:
-        status: "ok", "wrong" (fails the check, not timed) or "failed" (raised); ``message`` says why.
-        loss_error: |loss - exact| / max(1, |exact|).
-        gradient_error: max |d - exact| / max |exact| over the checked rows.
-        first_call_seconds: time of its first run of each pass, compilation included.
-        passes: ``Measured`` by pass name; empty unless status is "ok".
-        draw_error: share of rows that have another token than the reference's, for ours; share of tokens
-            that the filters do not keep, for others.
-    """
+    """One implementation on one case; ``operators.Implementation`` says who it is."""
 
     name: str
     description: str
     ours: bool
-    status: str = "ok"
-    message: str = ""
-    loss_error: float | None = None
-    gradient_error: float | None = None
-    first_call_seconds: float | None = None
-    passes: dict[str, Measured] = field(default_factory=dict)
+    status: str = "ok"  # or "wrong" (fails the check, not timed) or "failed" (raised)
+    message: str = ""  # why it is not
+    loss_error: float | None = None  # |loss - exact| / max(1, |exact|)
+    gradient_error: float | None = None  # max |d - exact| / max |exact| over the checked rows
+    first_call_seconds: float | None = None  # of the first run of each pass, compilation included
+    passes: dict[str, Measured] = field(default_factory=dict)  # empty unless status is "ok"
+    # Share of rows with another token than the reference's, for ours; of tokens that the filters do not
+    # keep, for others.
     draw_error: float | None = None
 
     def error(self, name: str) -> float | None:
@@ -93,27 +85,20 @@ class Result:
 
 @dataclass
 class CaseResult:
-    """Everything measured on one case; ``cases.Case`` says which.
-
-    Attributes:
-        model: name of the vocabulary ("gpt2") or of the data ("smollm2 on wordnet").
-        tolerance: largest errors that pass the check, by what is compared.
-        floor: time of the least work by pass name.
-        floor_bytes, floor_flops: what it moves, and what it multiplies and adds, where that is its bound.
-    """
+    """Everything measured on one case; ``cases.Case`` says which."""
 
     op: str
-    model: str
+    model: str  # name of the vocabulary ("gpt2") or of the data ("smollm2 on wordnet")
     V: int
     N: int
     dtype: str
     terms: int
-    tolerance: dict[str, float] = field(default_factory=dict)
-    floor: dict[str, Timing] = field(default_factory=dict)
-    floor_bytes: dict[str, int] = field(default_factory=dict)
+    tolerance: dict[str, float] = field(default_factory=dict)  # largest errors that pass, by what is compared
+    floor: dict[str, Timing] = field(default_factory=dict)  # the least work, by pass name
+    floor_bytes: dict[str, int] = field(default_factory=dict)  # that it moves
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    floor_flops: dict[str, int] = field(default_factory=dict)
+    floor_flops: dict[str, int] = field(default_factory=dict)  # where they are its bound
     widths: list[int] = field(default_factory=list)
     filters: str = ""
 
@@ -148,22 +133,15 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Throughput:
-    """One way to write texts, ``batch`` at a time.
-
-    Attributes:
-        requests: texts that were written; fewer than the run's where the batch is small.
-        tokens: that were asked for, all of them written, in ``seconds``.
-        shares: of the time, in [0, 1], by what it went to (``SHARES``); empty if not known.
-        busy_cores: cores that other programs kept busy meanwhile; None where it cannot be read.
-    """
+    """One way to write texts, ``batch`` at a time."""
 
     implementation: str
     batch: int
-    requests: int
-    tokens: int
+    requests: int  # texts that were written; fewer than the run's where the batch is small
+    tokens: int  # that were asked for, all of them written, in ``seconds``
     seconds: float
-    shares: dict[str, float]
-    busy_cores: float | None
+    shares: dict[str, float]  # of the time, in [0, 1], by ``SHARES``; empty if not known
+    busy_cores: float | None  # by other programs meanwhile; None where it cannot be read
 
     timed: ClassVar[bool] = True
 
@@ -247,20 +225,13 @@ def _part(part: dict[str, Any]) -> CaseResult | Throughput:
 
 @dataclass
 class Run(Record):
-    """Operators, case by case.
-
-    Attributes:
-        facts: printable values by name that belong to no case (losses on real input).
-        notes: remarks for the reader.
-        interrupted: whether the run ended before its last case.
-        ceilings: rates of the device measured beside the run, if any: "copy" in bytes/s, read and
-            written, "bf16 product" in FLOP/s.
-    """
+    """Operators, case by case."""
 
     cases: list[CaseResult] = field(default_factory=list)
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)  # that belong to no case (losses on real input)
     notes: list[str] = field(default_factory=list)
-    interrupted: bool = False
+    interrupted: bool = False  # before the last case
+    # Rates measured beside the run, if any: "copy" in bytes/s, read and written, "bf16 product" in FLOP/s.
     ceilings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -271,23 +242,16 @@ class Run(Record):
 
 @dataclass
 class GenerateRun(Record):
-    """Texts of two models, way by way.
-
-    Attributes:
-        requests: texts that large batches write.
-        lengths: shortest and longest text, in tokens.
-        filters: sampling parameters of every request, by name.
-        parameters: of the LM and of the auxiliary, by these names.
-    """
+    """Texts of two models, way by way."""
 
     KIND: ClassVar[str | None] = "generate"
     PROGRAM: ClassVar[str] = "auxkern.bench --op generate"
     PARTS: ClassVar[tuple[str, str]] = ("results", "measurements")
 
-    requests: int
-    lengths: list[int]
-    filters: dict[str, float]
-    parameters: dict[str, int]
+    requests: int  # texts that large batches write
+    lengths: list[int]  # shortest and longest text, in tokens
+    filters: dict[str, float]  # sampling parameters of every request
+    parameters: dict[str, int]  # of "LM" and "auxiliary"
     results: list[Throughput] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False

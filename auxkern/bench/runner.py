@@ -11,7 +11,7 @@ import torch
 
 from auxkern.backends import choice
 from auxkern.bench import losses, memory, sample
-from auxkern.bench.operators import Implementation, Operator, dtype_of, step
+from auxkern.bench.operators import Implementation, Operator, step
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, Effort, clock_for, measure_in_turns
 from auxkern.machine import OtherWork
@@ -71,7 +71,7 @@ def measure_case(
     Raises:
         ValueError, RuntimeError: see ``backends_for``.
     """
-    operator, dtype = OPERATORS[case.op], dtype_of(case)
+    operator, dtype = OPERATORS[case.op], getattr(torch, case.dtype)
     names, notes = backends_for(device, dtype, backends, operator.kernel)
     case.notes += notes
     needed, available = operator.needed_bytes(case), memory.available_bytes(device)

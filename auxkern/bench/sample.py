@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 import auxkern
-from auxkern.bench.cases import FILTERS, TEMPERATURE, Filters
+from auxkern.bench import operators
+from auxkern.bench.cases import FILTERS, TEMPERATURE
 from auxkern.bench.operators import (
     Errors,
     Floor,
     Implementation,
     Operator,
-    Peer,
-    dtype_of,
     is_installed,
-    normal,
-    reading,
     step,
     warped,
 )
@@ -38,19 +35,15 @@ _POSITION = 7
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """What tokens are drawn from.
+    """What tokens are drawn from."""
 
-    Attributes:
-        terms: (N, V) logits of one dtype.
-        seed: (N,) int64, another one for each row.
-        filters: what is kept, a name in ``FILTERS``.
-        params: the same with the temperature, for auxkern.
-    """
+    terms: list[Tensor]  # (N, V) of one dtype
+    seed: Tensor  # (N,) int64, another one for each row
+    filters: str  # a name in ``FILTERS``
 
-    terms: list[Tensor]
-    seed: Tensor
-    filters: str
-    params: auxkern.SamplingParams
+    @property
+    def params(self) -> auxkern.SamplingParams:
+        return FILTERS[self.filters]
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -59,27 +52,19 @@ class SampleInputs:
     def leaves(self) -> list[Tensor]:
         return []
 
-    def arguments(self) -> tuple[list[Tensor], int, float, float]:
-        filters = FILTERS[self.filters]
-        return self.terms, filters.top_k, filters.top_p, filters.min_p
+    def arguments(self) -> tuple[Any, ...]:
+        return self.terms, self.params.top_k, self.params.top_p, self.params.min_p
 
 
 @dataclass(frozen=True)
 class Exact:
-    """What is right.
+    """What is right."""
 
-    Attributes:
-        tokens: (N,) the reference's, with the inputs' seeds.
-        logprob: (N, V) float32, of float64, among the tokens that the filters keep; -inf for others.
-        surprise, variance: mean over the rows of the mean and the variance of -logprob.
-        rounding: how far z / temperature may be off in the terms' dtype.
-    """
-
-    tokens: Tensor
-    logprob: Tensor
-    surprise: float
-    variance: float
-    rounding: float
+    tokens: Tensor  # (N,) the reference's, with the inputs' seeds
+    logprob: Tensor  # (N, V) float32, of float64, among the tokens that the filters keep; -inf for others
+    surprise: float  # mean over the rows of the mean of -logprob, and
+    variance: float  # of its variance
+    rounding: float  # how far z / temperature may be off in the terms' dtype
 
 
 class Sample(Operator):
@@ -88,33 +73,32 @@ class Sample(Operator):
     def needed_bytes(self, case: CaseResult) -> int:
         # Hugging Face's top-p holds the sum, the scaled sum, both sorted with int64 ids, a softmax,
         # its cumulative sum, two masks and the result, at worst at one time; the check float32.
-        return case.N * case.V * (case.terms * dtype_of(case).itemsize + 48) + 2**29
+        return case.N * case.V * (case.terms * getattr(torch, case.dtype).itemsize + 48) + 2**29
 
     def inputs(self, case: CaseResult, device: torch.device) -> SampleInputs:
         """The LM's logits 3 N(0, 1), the others N(0, 1)."""
         shapes = [((case.N, case.V), std) for std in [3.0] + [1.0] * (case.terms - 1)]
-        terms, _ = normal(shapes, case, device)
+        terms, _ = operators.normal(shapes, case, device)
         return inputs_of(terms, case.filters)
 
-    def ours(self, device: torch.device, backends: Sequence[str]) -> list[Implementation]:
-        return [ours(backend) for backend in backends]
-
-    def eager(self, dtype: torch.dtype) -> list[Peer]:
-        """Sampling as transformers' ``generate`` does it for one step, with the filters that are on."""
-        if not is_installed("transformers"):
-            return []
+    def implementations(
+        self, device: torch.device, dtype: torch.dtype, backends: Sequence[str]
+    ) -> list[Implementation]:
+        """Eager is one step of transformers' ``generate``, with the filters that are on."""
 
         def pipeline(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
             z = warped(reduce(add, terms).float(), TEMPERATURE, top_k, top_p, min_p)
             return torch.multinomial(z.softmax(-1), 1)[:, 0]
 
         logits = "(lm + aux).float()" if dtype != torch.float32 else "lm + aux"
-        return [("eager", f"{logits}, transformers' logits warpers, softmax, torch.multinomial", pipeline)]
-
-    def peers(self, device: torch.device) -> list[Peer]:
+        steps = f"{logits}, transformers' logits warpers, softmax, torch.multinomial"
         call = "(lm + aux).float() / temperature, flashinfer.sampling"
         there = device.type == "cuda" and is_installed("flashinfer")
-        return [("FlashInfer", call, _flashinfer)] if there else []
+        return [ours(backend) for backend in backends] + operators.peers(
+            device,
+            [("eager", steps, pipeline)] if is_installed("transformers") else [],
+            [("FlashInfer", call, _flashinfer)] if there else [],
+        )
 
     def exact(self, inputs: SampleInputs) -> Exact:
         """The reference's tokens, and in float64 what the filters keep, widened by rounding.
@@ -129,8 +113,8 @@ class Sample(Operator):
         rounding = (len(inputs.terms) * eps / 2 + 4 * 2**-24) * largest / TEMPERATURE
         tokens, logprob, surprise, variance = [], [], 0.0, 0.0
         for rows in torch.arange(N, device=inputs.seed.device).split(max(1, _CHUNK_ELEMENTS // V)):
-            part = SampleInputs([t[rows] for t in inputs.terms], inputs.seed[rows], "", inputs.params)
-            log_p = kept_logprob(_scaled(part.terms), FILTERS[inputs.filters], rounding)
+            part = SampleInputs([t[rows] for t in inputs.terms], inputs.seed[rows], inputs.filters)
+            log_p = kept_logprob(_scaled(part.terms), inputs.params, rounding)
             bits = -log_p.masked_fill(log_p == -torch.inf, 0)
             mean = (log_p.exp() * bits).sum(-1)
             surprise += mean.sum().item() / N
@@ -140,11 +124,7 @@ class Sample(Operator):
         return Exact(torch.cat(tokens), torch.cat(logprob), surprise, variance, rounding)
 
     def check(
-        self,
-        inputs: SampleInputs,
-        exact: Exact,
-        implementation: Implementation,
-        outputs: Mapping[str, Tensor],
+        self, inputs: Any, exact: Any, implementation: Implementation, outputs: Mapping[str, Tensor]
     ) -> Errors:
         """Whether tokens are those that may come, and whether they come as often as they should.
 
@@ -176,22 +156,15 @@ class Sample(Operator):
 
     def floors(self, inputs: SampleInputs) -> dict[str, Floor]:
         """Every term is read once."""
-        return {"draw": reading(inputs.terms)}
+        return {"draw": operators.reading(inputs.terms)}
 
 
 OPERATOR = Sample()
 
 
 def inputs_of(terms: list[Tensor], filters: str) -> SampleInputs:
-    """Inputs with seeds 0 to N - 1.
-
-    Args:
-        terms: (N, V) logits.
-        filters: a name in ``FILTERS``.
-    """
-    seed = torch.arange(terms[0].shape[0], device=terms[0].device)
-    params = auxkern.SamplingParams(temperature=TEMPERATURE, **asdict(FILTERS[filters]))
-    return SampleInputs(terms, seed, filters, params)
+    """Inputs with seeds 0 to N - 1."""
+    return SampleInputs(terms, torch.arange(terms[0].shape[0], device=terms[0].device), filters)
 
 
 def _scaled(terms: Sequence[Tensor]) -> Tensor:
@@ -200,18 +173,16 @@ def _scaled(terms: Sequence[Tensor]) -> Tensor:
     return (z - z.amax(-1, keepdim=True)) / TEMPERATURE
 
 
-def kept_logprob(scaled: Tensor, filters: Filters, rounding: float) -> Tensor:
+def kept_logprob(scaled: Tensor, filters: auxkern.SamplingParams, rounding: float) -> Tensor:
     """(N, V) float64 log-probabilities among what top-k, top-p and min-p keep, in this order.
 
-    Args:
-        scaled: (N, V) float64 logits over the temperature, largest 0.
-        filters: the filters.
-        rounding: keeps also what they would keep if entries were off by this much.
+    ``scaled`` are (N, V) float64 logits over the temperature, largest 0. What they would keep if entries
+    were off by ``rounding`` is kept too.
     """
     V, slack = scaled.shape[1], 2 * rounding
     kept = torch.ones_like(scaled, dtype=torch.bool)
     if filters.top_k:
-        kept = scaled >= scaled.topk(min(V, filters.top_k)).values[:, -1:] - slack
+        kept = scaled >= scaled.topk(min(V, int(filters.top_k))).values[:, -1:] - slack
     if filters.top_p < 1:
         falling = scaled.masked_fill(~kept, -torch.inf).sort(-1, descending=True).values
         mass = falling.softmax(-1).cumsum(-1)

@@ -48,18 +48,17 @@ def check_files(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
         parser.error(f"{' and '.join(missing)} is not installed; pip install 'auxkern[bench]'")
-    for name, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is None:
-            continue
+    paths = {"--json": options.json, "--plot": options.plot}
+    given = {name: path.resolve() for name, path in paths.items() if path is not None}
+    for name, path in given.items():
         if path.is_dir():
-            parser.error(f"{name} {path} is a folder; give a file name")
-        if not path.resolve().parent.is_dir():
-            parser.error(f"{name} {path}: the folder {path.resolve().parent} does not exist; make it first")
-    if options.plot is not None:
-        if options.plot.suffix not in SUFFIXES:
-            parser.error(f"--plot {options.plot} must end in {' or '.join(SUFFIXES)}")
-        if options.json is not None and options.json.resolve() == options.plot.resolve():
-            parser.error(f"--json and --plot name the same file {options.json}; give two names")
+            parser.error(f"{name} {paths[name]} is a folder; give a file name")
+        if not path.parent.is_dir():
+            parser.error(f"{name} {paths[name]}: the folder {path.parent} does not exist; make it first")
+    if "--plot" in given and options.plot.suffix not in SUFFIXES:
+        parser.error(f"--plot {options.plot} must end in {' or '.join(SUFFIXES)}")
+    if len(set(given.values())) < len(given):
+        parser.error(f"--json and --plot name the same file {options.json}; give two names")
 
 
 def head(prog: str, argv: Sequence[str] | None, device: torch.device) -> tuple[str, str, dict[str, str]]:

@@ -10,20 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from auxkern.bench.results import (
-    DRAW,
-    ENGINE,
-    LM,
-    LOOP,
-    PASS_TITLES,
-    PASSES,
-    SHARES,
-    AnyRun,
-    CaseResult,
-    GenerateRun,
-    Result,
-    Run,
-)
+from auxkern.bench import results
+from auxkern.bench.results import DRAW, PASS_TITLES, PASSES, AnyRun, CaseResult, GenerateRun, Result, Run
 from auxkern.terminal import console_for_stdout
 
 _CAPTION = (
@@ -39,7 +27,7 @@ _ERROR = {
 }
 _LAST_COLUMNS = " The last columns are of forward + backward; the error is the larger of both."
 _SPEED_COLUMNS = ("Implementation", "Batch", "Requests", "Seconds", "Tokens/s", "Vs loop", "Vs LM alone")
-_SHARE_COLUMNS = ("Batch", *(name[0].upper() + name[1:] for name in SHARES), "Outside the models")
+_SHARE_COLUMNS = ("Batch", *(name[0].upper() + name[1:] for name in results.SHARES), "Outside the models")
 _SHARES_TITLE = "Where the engine's time goes"
 _SPEED_CAPTION = (
     "Each was measured once. tokens/s: tokens that were asked for over the time of all requests of that row. "
@@ -48,6 +36,7 @@ _SPEED_CAPTION = (
     "with the output embedding; rest: scheduler, caches, text. Outside the models: sampling and rest."
 )
 
+_STATUS = {"wrong": "WRONG", "failed": "failed"}
 _Row = tuple[bool, list[str]]  # whether it is ours, and its first cells; the others are empty
 
 
@@ -62,11 +51,10 @@ def print_run(run: AnyRun) -> None:
 
 def print_header(console: Console, run: AnyRun) -> None:
     """Machine, versions, date and command, and what was found apart from the tables."""
-    facts = ", ".join(f"{name} {value}" for name, value in run.machine.items())
-    console.print(f"[bold]auxkern bench[/bold]  {escape(run.date)}  {escape(run.command)}", highlight=False)
-    console.print(escape(facts), highlight=False, style="dim")
-    for name, value in run.facts.items():
-        console.print(f"[bold]{escape(name)}[/]: {escape(value)}", highlight=False)
+    machine = ", ".join(f"{name} {value}" for name, value in run.machine.items())
+    facts = [f"[bold]{escape(name)}[/]: {escape(value)}" for name, value in run.facts.items()]
+    first = f"[bold]auxkern bench[/bold]  {escape(run.date)}  {escape(run.command)}"
+    _print_lines(console, [first, f"[dim]{escape(machine)}", *facts], [])
 
 
 def print_part(console: Console, part: object) -> None:
@@ -76,10 +64,9 @@ def print_part(console: Console, part: object) -> None:
     _print_table(console, part.title, _case_columns(part.pass_names), _case_rows(part))
     floors = [f"{PASS_TITLES[name]} {' ± '.join(time.milliseconds())}" for name, time in part.floor.items()]
     lines = [f"[dim]floor, ms: {', '.join(floors)}"] if floors else []
-    bad = [result for result in part.results if result.status != "ok"]
-    lines += [f"[red]{_status(result)}[/] {escape(f'{result.name}: {result.message}')}" for result in bad]
-    for line in [*lines, *(f"[yellow]{escape(note)}" for note in part.notes)]:
-        console.print(line, highlight=False)
+    bad = [one for one in part.results if one.status != "ok"]
+    lines += [f"[red]{_STATUS[one.status]}[/] {escape(f'{one.name}: {one.message}')}" for one in bad]
+    _print_lines(console, lines, part.notes)
 
 
 def print_footer(console: Console, run: AnyRun) -> None:
@@ -94,7 +81,11 @@ def print_footer(console: Console, run: AnyRun) -> None:
         if shares := _shares(run):
             _print_table(console, _SHARES_TITLE, _SHARE_COLUMNS, shares)
     lines += [f"[dim]{escape(caption)}"] if run.parts else []
-    for line in [*lines, *(f"[yellow]{escape(note)}" for note in run.notes)]:
+    _print_lines(console, lines, run.notes)
+
+
+def _print_lines(console: Console, lines: list[str], notes: list[str]) -> None:
+    for line in [*lines, *(f"[yellow]{escape(note)}" for note in notes)]:
         console.print(line, highlight=False)
 
 
@@ -171,15 +162,13 @@ def _caption(run: Run) -> str:
 
 
 def _ceilings(run: Run) -> str:
-    words, product = "", run.ceilings.get("bf16 product")
+    words = ""
     if copy := run.ceilings.get("copy"):
         kinds = sorted({case.pass_names for case in run.cases} or {PASSES})
         passes = ", ".join(" / ".join(PASS_TITLES[name] for name in names) for names in kinds)
-        words = (
-            f" % of copy: the floor's bytes over the time, {passes}, against a measured "
-            f"device copy of {copy / 1e9:,.0f} GB/s, read and written."
-        )
-    if product:
+        words = f" % of copy: the floor's bytes over the time, {passes}, against a measured device copy of "
+        words += f"{copy / 1e9:,.0f} GB/s, read and written."
+    if product := run.ceilings.get("bf16 product"):
         words += f" A bf16 matrix product measured beside it: {product / 1e12:,.0f} TFLOP/s."
     return words
 
@@ -197,7 +186,7 @@ def _case_rows(case: CaseResult, copy: float | None = None) -> list[_Row]:
 
 def _cells(case: CaseResult, result: Result, copy: float | None) -> list[str]:
     if not result.passes:
-        return [result.name, _status(result)]
+        return [result.name, _STATUS[result.status]]
     cells, rates = [result.name], []
     for name in case.pass_names:
         time = result.passes[name].time
@@ -206,22 +195,15 @@ def _cells(case: CaseResult, result: Result, copy: float | None) -> list[str]:
         rates.append(f"{100 * moved / time.median / copy:.0f}" if moved and copy else "-")
     # The last pass speaks for all.
     extra, errors = result.passes[name].extra_bytes, [result.error(name) for name in case.pass_names]
+    error = max((error for error in errors if error is not None), default=None)
     return [
         *cells,
         _ratio(case.best_peer(name), time.median),
         f"{100 * case.floor[name].median / time.median:.0f}" if name in case.floor else "-",
         "n/a" if extra is None else f"{extra / 1e6:,.1f}",
-        _error(max((error for error in errors if error is not None), default=None)),
+        "-" if error is None else f"{error:.0e}" if error else "0",
         *([" / ".join(rates)] if copy else []),
     ]
-
-
-def _error(error: float | None) -> str:
-    return "-" if error is None else f"{error:.0e}" if error else "0"
-
-
-def _status(result: Result) -> str:
-    return "WRONG" if result.status == "wrong" else result.status
 
 
 def _ratio(faster: float | None, slower: float) -> str:
@@ -230,18 +212,19 @@ def _ratio(faster: float | None, slower: float) -> str:
 
 def _speeds(run: GenerateRun) -> list[_Row]:
     """Cells of ``_SPEED_COLUMNS`` for each result."""
-    rows = []
+    rows, best = [], [run.best(name) for name in (results.LOOP, results.LM)]
     for one in run.results:
-        ratios = ["-" if (best := run.best(name)) is None else _ratio(one.speed, best) for name in (LOOP, LM)]
+        ratios = ["-" if speed is None else _ratio(one.speed, speed) for speed in best]
         counts = [str(one.batch), str(one.requests), f"{one.seconds:.1f}", f"{one.speed:,.1f}"]
-        rows.append((one.implementation == ENGINE, [one.implementation, *counts, *ratios]))
+        rows.append((one.implementation == results.ENGINE, [one.implementation, *counts, *ratios]))
     return rows
 
 
 def _shares(run: GenerateRun) -> list[_Row]:
     """Cells of ``_SHARE_COLUMNS`` for each batch of the engine."""
-    return [
-        (False, [str(one.batch), *(f"{one.shares[name]:.1%}" for name in SHARES), f"{one.outside:.1%}"])
-        for one in run.results
-        if one.outside is not None
-    ]
+    rows = []
+    for one in run.results:
+        if one.outside is not None:
+            shares = [*(one.shares[name] for name in results.SHARES), one.outside]
+            rows.append((False, [str(one.batch), *(f"{share:.1%}" for share in shares)]))
+    return rows

@@ -174,7 +174,7 @@ def test_continuous_batching_is_counted_by_what_it_writes(work, monkeypatch):
     monkeypatch.setattr(generate, "continuous_refusal", lambda work: None)
     notes = []
     *_, last = generate._runs(replace(work, plain_lm=Batching(0)), [2, 4], notes)
-    result = generate._measured(*last)
+    result = generate._measured("last", last, lambda share, doing: None)
     assert (result.implementation, result.batch) == ("continuous, LM alone", 4)
     assert result.tokens == 128 * len(work.lengths)
     assert any("writes 128 tokens" in note for note in notes)

@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 from transformers.generation import logits_process as warpers
 
 import auxkern
+from auxkern import SamplingParams as Filters
 from auxkern.bench import __main__ as bench
 from auxkern.bench import real, report, sample, tables
-from auxkern.bench.cases import FILTERS, TEMPERATURE, VOCABULARIES, Case, Filters, select_cases
+from auxkern.bench.cases import FILTERS, TEMPERATURE, VOCABULARIES, Case, select_cases
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Measured, Result, Run, Timing
 from auxkern.bench.runner import backends_for, measure_inputs
@@ -60,7 +61,13 @@ def drawing(run, mine):
 
 
 @pytest.mark.parametrize(
-    "filters", [*FILTERS.values(), Filters(50, 0.9, 0.02), Filters(2, 1.0, 0.3), Filters(V + 9, 1e-9)]
+    "filters",
+    [
+        *FILTERS.values(),
+        Filters(top_k=50, top_p=0.9, min_p=0.02),
+        Filters(top_k=2, min_p=0.3),
+        Filters(top_k=V + 9, top_p=1e-9),
+    ],
 )
 def test_what_float64_keeps_is_what_the_warpers_keep_there(filters):
     z = sum(t.double() for t in made_inputs().terms)
@@ -76,7 +83,10 @@ def test_what_float64_keeps_is_what_the_warpers_keep_there(filters):
     torch.testing.assert_close(found, kept.log_softmax(-1), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("filters", [Filters(top_k=2), Filters(top_p=0.4), Filters(min_p=0.9)])
+@pytest.mark.parametrize(
+    "filters",
+    [Filters(top_k=2), Filters(top_p=0.4), Filters(min_p=0.9)],
+)
 def test_a_token_that_rounding_may_let_through_is_kept(filters):
     z = torch.tensor([[0.0, -0.1, -0.1 - 1e-6, -0.11, -9.0]], dtype=torch.float64)
     if filters.min_p:
@@ -329,9 +339,7 @@ def test_real_decoding_is_measured(monkeypatch):
     peers = [ours("reference"), pipeline()]
     monkeypatch.setattr(OPERATOR, "implementations", lambda *arguments: peers)
     positions = real.last_positions(*real_logits())
-    measure = real.measurement(
-        "sample", "made up", lambda: inputs_of([*positions], real.MEASURED), CPU, ["reference"], SHORT
-    )
-    case = measure(lambda share, doing: None)
+    what = ("sample", "made up", lambda: inputs_of([*positions], real.MEASURED))
+    case = real.measured(*what, CPU, ["reference"], SHORT, lambda share, doing: None)
     assert case.title == f"sample · made up · V 40 · N 3 · float32 · {BOTH}"
     assert all(result.status == "ok" and set(result.passes) == {"draw"} for result in case.results)
