@@ -60,20 +60,14 @@ def peers(device: torch.device, eager: list[Peer], others: list[Peer]) -> list[I
     if device.type == "cuda":
         # On a CPU the mode changes nothing here: it tunes GPU reductions and matrix products.
         modes["compile, tuned"] = "max-autotune-no-cudagraphs"
-    compiled = [
-        (
-            name,
-            f'torch.compile(eager, mode="{mode}")',
-            torch.compile(eager[0][2], mode=mode, fullgraph=True, dynamic=False),
-        )
-        for name, mode in modes.items()
-        if eager
-    ]
+    for name, mode in modes.items() if eager else ():
+        compiled = torch.compile(eager[0][2], mode=mode, fullgraph=True, dynamic=False)
+        eager = [*eager, (name, f'torch.compile(eager, mode="{mode}")', compiled)]
 
     def peer(name: str, description: str, function: Callable[..., Tensor]) -> Implementation:
         return Implementation(name, description, False, lambda inputs: function(*inputs.arguments()))
 
-    return [peer(*one) for one in [*eager, *compiled, *others]]
+    return [peer(*one) for one in [*eager, *others]]
 
 
 @dataclass(frozen=True)

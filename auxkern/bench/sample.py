@@ -222,19 +222,16 @@ def _draw(inputs: SampleInputs, backend: str) -> Tensor:
     return auxkern.sample(inputs.terms, inputs.params, **options).tokens
 
 
-def _flashinfer(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
+def _flashinfer(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Any:
     """Its samplers for what is on; it has none for top-k or top-p together with min-p."""
     sampling: Any = importlib.import_module("flashinfer.sampling")
     z = reduce(add, terms).float() / TEMPERATURE
-    tokens: Tensor
     if top_k and top_p < 1:
-        tokens = sampling.top_k_top_p_sampling_from_logits(z, top_k, top_p, filter_apply_order="top_k_first")
-    elif top_k:
-        tokens = sampling.top_k_sampling_from_probs(z.softmax(-1), top_k)
-    elif top_p < 1:
-        tokens = sampling.top_p_sampling_from_probs(z.softmax(-1), top_p)
-    elif min_p:
-        tokens = sampling.min_p_sampling_from_probs(z.softmax(-1), min_p)
-    else:
-        tokens = sampling.sampling_from_logits(z)
-    return tokens
+        return sampling.top_k_top_p_sampling_from_logits(z, top_k, top_p, filter_apply_order="top_k_first")
+    if top_k:
+        return sampling.top_k_sampling_from_probs(z.softmax(-1), top_k)
+    if top_p < 1:
+        return sampling.top_p_sampling_from_probs(z.softmax(-1), top_p)
+    if min_p:
+        return sampling.min_p_sampling_from_probs(z.softmax(-1), min_p)
+    return sampling.sampling_from_logits(z)
