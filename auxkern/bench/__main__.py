@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(*session.head(parser.prog, argv, device))
     effort = QUICK if options.quick else NORMAL
     jobs: list[session.Job] = [
-        (str(case), partial(measure_case, case.result(), device, options.backend, effort)) for case in cases
+        (case.title, partial(measure_case, case, device, options.backend, effort)) for case in cases
     ]
     return session.carry_out(run, jobs, options)
 

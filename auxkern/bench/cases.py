@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -25,32 +24,10 @@ FILTERS = {  # what tokens are drawn from
 _PLAIN_AND_FILTERED = ("temperature only", "top-k 50 + top-p 0.9")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One line of work: an operator on N rows of ``terms`` terms of one dtype, of a loss the last trained.
-
-    ``filters`` is a name in ``FILTERS`` for "sample", else empty.
-    """
-
-    op: str
-    model: str
-    N: int
-    dtype: str
-    terms: int = 2
-    filters: str = ""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """D of each head; empty where the terms are logits."""
-        return WIDTHS[self.model] if self.op == "linear" else ()
-
-    def result(self) -> CaseResult:
-        """Nothing is measured in it yet."""
-        shape = (self.op, self.model, VOCABULARIES[self.model], self.N, self.dtype, self.terms)
-        return CaseResult(*shape, widths=list(self.widths), filters=self.filters)
-
-    def __str__(self) -> str:
-        return " ".join([self.op, self.model, f"N={self.N}", self.dtype, self.filters]).strip()
+def new_case(op: str, model: str, N: int, dtype: str, terms: int = 2, filters: str = "") -> CaseResult:
+    """One line of work, with names of the tables above; nothing is measured in it yet."""
+    widths = WIDTHS[model] if op == "linear" else ()
+    return CaseResult(op, model, VOCABULARIES[model], N, dtype, terms, widths=widths, filters=filters)
 
 
 def _draws(model: str, rows: Iterable[int], filters: Iterable[str] = _PLAIN_AND_FILTERED) -> list[Any]:
@@ -101,14 +78,14 @@ def select_cases(
     dtypes: list[str] | None = None,
     terms: int = 2,
     quick: bool = False,
-) -> list[Case]:
+) -> list[CaseResult]:
     """The cases to run, each once.
 
     Without ``models``, ``rows`` and ``dtypes`` these are the device's standard cases, of the shorter list
     if ``quick``. With any of them it is every combination, with each of the ``FILTERS`` for sample; what
     was left out is float32 and the standard model and rows. linear has 2 ``terms`` in any case.
     """
-    cases: list[Case] = []
+    each: list[tuple[Any, ...]] = []
     for op in ops or ["cross_entropy"]:
         standard = _STANDARD[op, device_type]
         shapes: Iterable[tuple[Any, ...]] = _QUICK[op, device_type] if quick else standard
@@ -117,5 +94,5 @@ def select_cases(
             choices = (models or [standard[0][0]], rows or [standard[0][1]], dtypes or ["float32"])
             shapes = product(*choices, FILTERS if op == "sample" else [""])
         for model, N, dtype, *filters in shapes:
-            cases.append(Case(op, model, N, dtype, 2 if op == "linear" else terms, *filters))
-    return list(dict.fromkeys(cases))
+            each.append((op, model, N, dtype, 2 if op == "linear" else terms, *filters))
+    return [new_case(*one) for one in dict.fromkeys(each)]

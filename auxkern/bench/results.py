@@ -7,6 +7,7 @@ file shows what the terminal showed.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -85,7 +86,7 @@ class Result:
 
 @dataclass
 class CaseResult:
-    """Everything measured on one case; ``cases.Case`` says which."""
+    """One case, N rows of ``terms`` terms, of a loss the last trained, and everything measured on it."""
 
     op: str
     model: str  # name of the vocabulary ("gpt2") or of the data ("smollm2 on wordnet")
@@ -99,7 +100,7 @@ class CaseResult:
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     floor_flops: dict[str, int] = field(default_factory=dict)  # where they are its bound
-    widths: list[int] = field(default_factory=list)
+    widths: Sequence[int] = field(default_factory=list)  # D of each head
     filters: str = ""
 
     @property

@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 from auxkern.backends import choice
 from auxkern.bench import __main__ as bench
 from auxkern.bench import memory, real, report, tables
-from auxkern.bench.cases import Case, select_cases
+from auxkern.bench.cases import new_case, select_cases
 from auxkern.bench.losses import CROSS_ENTROPY as OPERATOR
 from auxkern.bench.losses import LossInputs
 from auxkern.bench.operators import Implementation
@@ -123,7 +123,7 @@ def test_a_device_that_is_not_there_is_refused(capsys):
 
 def test_options_select_every_combination_once():
     cases = select_cases("cpu", models=["gpt2", "gemma", "gpt2"], rows=[4, 8], dtypes=["float16"])
-    assert cases == [Case("cross_entropy", m, n, "float16") for m in ("gpt2", "gemma") for n in (4, 8)]
+    assert cases == [new_case("cross_entropy", m, n, "float16") for m in ("gpt2", "gemma") for n in (4, 8)]
 
 
 def test_quick_without_a_choice_is_a_part_of_the_work():

@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 import auxkern
 from auxkern.bench import __main__ as bench
 from auxkern.bench import real
-from auxkern.bench.cases import WIDTHS, Case, select_cases
+from auxkern.bench.cases import WIDTHS, new_case, select_cases
 from auxkern.bench.losses import LINEAR as OPERATOR
 from auxkern.bench.losses import LossInputs, one_head
 from auxkern.bench.operators import Implementation
@@ -160,7 +160,7 @@ def test_real_compares_heads_with_float64():
 
 def test_linear_runs_only_when_asked_for():
     assert all(case.op == "cross_entropy" for case in select_cases("cpu"))
-    assert select_cases("cpu", ops=["linear"]) == [Case("linear", "smollm2", 1024, "float32")]
+    assert select_cases("cpu", ops=["linear"]) == [new_case("linear", "smollm2", 1024, "float32")]
     both = select_cases("cpu", ops=["linear", "cross_entropy"], rows=[4], terms=3)
     assert [(case.model, case.terms, case.widths) for case in both] == [
         ("smollm2", 2, WIDTHS["smollm2"]),

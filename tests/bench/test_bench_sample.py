@@ -17,7 +17,7 @@ import auxkern
 from auxkern import SamplingParams as Filters
 from auxkern.bench import __main__ as bench
 from auxkern.bench import real, report, sample, tables
-from auxkern.bench.cases import FILTERS, TEMPERATURE, VOCABULARIES, Case, select_cases
+from auxkern.bench.cases import FILTERS, TEMPERATURE, VOCABULARIES, new_case, select_cases
 from auxkern.bench.operators import Implementation
 from auxkern.bench.results import PASSES, CaseResult, Measured, Result, Run, Timing
 from auxkern.bench.runner import backends_for, measure_inputs
@@ -210,7 +210,7 @@ def test_standard_cases_have_every_filter_and_quick_fewer():
 
 def test_a_choice_of_rows_goes_through_every_filter():
     cases = select_cases("cpu", ops=["sample", "linear"], rows=[3], terms=3)
-    assert cases[:-1] == [Case("sample", "gpt2", 3, "float32", 3, filters) for filters in FILTERS]
+    assert cases[:-1] == [new_case("sample", "gpt2", 3, "float32", 3, filters) for filters in FILTERS]
     assert (cases[-1].op, cases[-1].terms, cases[-1].filters) == ("linear", 2, "")
 
 
