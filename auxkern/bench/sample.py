@@ -16,15 +16,7 @@ from torch import Tensor
 import auxkern
 from auxkern.bench import operators
 from auxkern.bench.cases import FILTERS, TEMPERATURE
-from auxkern.bench.operators import (
-    Errors,
-    Floor,
-    Implementation,
-    Operator,
-    is_installed,
-    step,
-    warped,
-)
+from auxkern.bench.operators import Errors, Floor, Implementation, Operator, is_installed, step, warped
 from auxkern.bench.results import CaseResult
 from auxkern.core.draws import gumbel, random_bits
 
