@@ -43,8 +43,17 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 # How long a text is, what is returned, how fast it is made: no matter of a draw.
-_CALLERS = ["max_length", "max_new_tokens", "max_time", "stop_strings", "early_stopping", "length_penalty", "eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "return_legacy_cache", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "renormalize_logits", "use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "speculation_type", "compile_config", "disable_compile", "low_memory", "continuous_batching_config", "prefill_chunk_size", "transformers_version"]
-KNOWN = frozenset([*_DEFAULTS, *_CALLERS, "do_sample", "sequence_bias"])
+_CALLERS = """
+max_length max_new_tokens max_time stop_strings early_stopping length_penalty eos_token_id pad_token_id
+bos_token_id decoder_start_token_id num_return_sequences output_attentions output_hidden_states
+output_scores output_logits return_dict_in_generate return_legacy_cache use_cache cache_implementation
+cache_config max_cache_len renormalize_logits use_mtp is_assistant num_assistant_tokens
+num_assistant_tokens_schedule assistant_confidence_threshold prompt_lookup_num_tokens
+max_matching_ngram_size assistant_early_exit assistant_lookbehind target_lookbehind speculation_type
+compile_config disable_compile low_memory continuous_batching_config prefill_chunk_size
+transformers_version
+"""
+KNOWN = frozenset([*_DEFAULTS, *_CALLERS.split(), "do_sample", "sequence_bias"])
 
 
 def settings_of(config: object) -> dict[str, Any]:
