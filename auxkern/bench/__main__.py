@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {"ops": options.op, "models": options.case, "rows": options.n, "dtypes": options.dtype}
     cases = select_cases(device.type, **chosen, terms=options.terms, quick=options.quick)
     try:
-        for op, dtype in {(case.op, case.dtype) for case in cases}:
-            backends_for(device, getattr(torch, dtype), options.backend, OPERATORS[op].kernel)
+        for dtype in {case.dtype for case in cases}:
+            backends_for(device, getattr(torch, dtype), options.backend)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     run = Run(*session.head(parser.prog, argv, device))

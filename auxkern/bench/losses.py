@@ -82,7 +82,6 @@ class Exact:
 class LossOperator(Operator):
     """An operator whose implementations return a 0-d loss, measured forward and with its backward."""
 
-    kernel = "losses"
     call: str  # the terms of a call, for legends
     chunk: int  # elements of float64 logits that are made at a time
 

@@ -109,7 +109,6 @@ class Operator:
     peers are called with; and ``sizes``, of which a ``CaseResult`` is made.
     """
 
-    kernel: str  # the method that a backend must have to run it
     # Memory that the hungriest implementation takes, inputs included.
     needed_bytes: Callable[[CaseResult], int]
     # Made-up tensors of the case's shape, the same in every run.

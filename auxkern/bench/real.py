@@ -116,13 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.n < T:
         parser.error(f"--n {options.n} is less than one sentence of {T} positions")
     device, effort = device_from(parser, options.device), QUICK if options.quick else NORMAL
-    backends: dict[str, list[str]] = {}
-    notes: list[str] = []
+    ops = list(dict.fromkeys(options.op or OPERATORS))
     try:
-        for op in dict.fromkeys(options.op or OPERATORS):
-            kernel = OPERATORS[op].kernel
-            backends[op], remarks = backends_for(device, torch.float32, options.backend, kernel)
-            notes += [remark for remark in remarks if remark not in notes]
+        backends, notes = backends_for(device, torch.float32, options.backend)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--backend: {error}")
     try:
@@ -138,9 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     logits, counted = batch.logits, batch.ids != _IGNORED
     batches = {"cross_entropy": logits, "linear": batch}
     # Float64 checks come first, on their own: the benchmark's check some rows of the gradient only.
-    pairs = [(op, name) for op, names in backends.items() if op in batches for name in names]
+    pairs = [(op, name) for op in ops if op in batches for name in backends]
     agreements = {(op, name): compare(batches[op], name) for op, name in pairs}
-    tokens = compare_tokens(every_position(logits.lm, logits.aux, counted), backends.get("sample", []))
+    drawing = backends if "sample" in ops else []
+    tokens = compare_tokens(every_position(logits.lm, logits.aux, counted), drawing)
     run.facts = _facts(batch, agreements) | token_facts(tokens)
 
     def inputs(op: str) -> Any:
@@ -149,8 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         return sample.inputs_of([*last_positions(logits.lm, logits.aux, counted)], MEASURED)
 
     jobs: list[session.Job] = [
-        (op, partial(measured, op, _MODEL, partial(inputs, op), device, names, effort))
-        for op, names in backends.items()
+        (op, partial(measured, op, _MODEL, partial(inputs, op), device, backends, effort)) for op in ops
     ]
     status = session.carry_out(run, jobs, options)
     bad = [key for key, agreement in agreements.items() if not agreement.passed]

@@ -28,14 +28,13 @@ Progress = Callable[[float, str], None]  # (share done in [0, 1], what is happen
 
 
 def backends_for(
-    device: torch.device, dtype: torch.dtype, asked: Iterable[str] | None, kernel: str = "losses"
+    device: torch.device, dtype: torch.dtype, asked: Iterable[str] | None
 ) -> tuple[list[str], list[str]]:
     """The auxkern backends to measure on ``device``, and remarks for the reader.
 
     Args:
         dtype: of the terms, on ``device``.
         asked: names from the user, each of which must run; None for all that are chosen there for speed.
-        kernel: the method that a backend must have.
 
     Raises:
         ValueError: there is no backend of a name.
@@ -45,13 +44,8 @@ def backends_for(
         names = list(dict.fromkeys(asked))
         for name in names:
             choice.choose(name, device, (dtype,))
-            if not hasattr(choice.load(name), kernel):
-                raise RuntimeError(f"backend {name!r} has no kernel for this operator")
         return names, []
     reasons = {name: choice.refusal(name, device, (dtype,)) for name in choice.BACKENDS}
-    for name, reason in reasons.items():
-        if reason is None and not hasattr(choice.load(name), kernel):
-            reasons[name] = "it has no kernel for this operator"
     # On a CPU Triton's interpreter proves kernels, it has no speed to measure.
     slow = ("reference", "triton") if device.type == "cpu" else ("reference",)
     fast = [name for name, reason in reasons.items() if reason is None and name not in slow]
@@ -72,7 +66,7 @@ def measure_case(
         ValueError, RuntimeError: see ``backends_for``.
     """
     operator, dtype = OPERATORS[case.op], getattr(torch, case.dtype)
-    names, notes = backends_for(device, dtype, backends, operator.kernel)
+    names, notes = backends_for(device, dtype, backends)
     case.notes += notes
     needed, available = operator.needed_bytes(case), memory.available_bytes(device)
     if available is not None and needed > available:

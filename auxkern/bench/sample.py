@@ -60,8 +60,6 @@ class Exact:
 
 
 class Sample(Operator):
-    kernel = "draw"
-
     def needed_bytes(self, case: CaseResult) -> int:
         # Hugging Face's top-p holds the sum, the scaled sum, both sorted with int64 ids, a softmax,
         # its cumulative sum, two masks and the result, at worst at one time; the check float32.
