@@ -196,6 +196,13 @@ class _Chunks:
         self._summands: list[int | _Buffer] = []
         longest = max((r.stop - r.start if isinstance(r, slice) else len(r) for r in rows), default=0)
         shape = torch.Size((longest, sum.V))
+
+        def memory() -> Tensor:
+            # A draw comes again and again: what the allocator keeps for it has no page faults.
+            if draws:
+                return torch.empty(shape, dtype=sum.dtype, device=sum.device)
+            return empty(shape, sum.dtype, sum.device)
+
         added: list[tuple[int, float]] = []
         for place, term in enumerate(sum.terms):
             if isinstance(term, Logits):
@@ -203,11 +210,10 @@ class _Chunks:
             elif isinstance(term, Sparse) and draws:
                 continue
             elif isinstance(term, Head) and (separate or term.softcap or isinstance(term.scale, Tensor)):
-                z = empty(shape, sum.dtype, sum.device)
-                self._summands.append(_Buffer(z, [(place, 1.0)], term.scale, term.softcap))
+                self._summands.append(_Buffer(memory(), [(place, 1.0)], term.scale, term.softcap))
             elif separate or not added:
                 added = [(place, 1.0 if isinstance(term, Sparse) else float(term.scale))]
-                self._summands.append(_Buffer(empty(shape, sum.dtype, sum.device), added))
+                self._summands.append(_Buffer(memory(), added))
             else:
                 added.append((place, 1.0 if isinstance(term, Sparse) else float(term.scale)))
 
