@@ -85,9 +85,9 @@ class FrozenLinear(torch.nn.Linear):
     @classmethod
     def of(cls, layer: torch.nn.Linear) -> FrozenLinear:
         """A layer that shares the weight and bias of another."""
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        made.weight, made.bias = layer.weight, layer.bias
-        return made.train(layer.training)
+        frozen = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        frozen.weight, frozen.bias = layer.weight, layer.bias
+        return frozen.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
@@ -106,9 +106,9 @@ class FrozenEmbedding(torch.nn.Embedding):
         """
         if layer.max_norm is not None:
             raise ValueError("an embedding with max_norm writes to its weight; it cannot be frozen")
-        made = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
-        made.weight = layer.weight
-        return made.train(layer.training)
+        frozen = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
+        frozen.weight = layer.weight
+        return frozen.train(layer.training)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 to (..., D) float32."""

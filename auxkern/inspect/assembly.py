@@ -138,10 +138,10 @@ def read(compiled: Any) -> Assembly:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"no {pattern!r} in the compiler's resource report: {text[:200]!r}")
-    return int(found[1])
+    return int(match[1])
 
 
 def _output(tool: Path, *arguments: str | Path) -> str:

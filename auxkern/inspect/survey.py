@@ -79,22 +79,22 @@ def problems(kernel: Kernel, target: Target, made: Assembly, tensor_cores: bool 
     loop of a memory-bound kernel; tensor cores where ``tensor_cores``, by default for every kernel
     that multiplies matrices, and never in a kernel that does not.
     """
-    found = []
+    broken = []
     if made.spill_bytes:
-        found.append(f"spills {made.spill_bytes} bytes per thread")
+        broken.append(f"spills {made.spill_bytes} bytes per thread")
     if made.shared_bytes > target.shared_per_program:
-        found.append(
+        broken.append(
             f"takes {made.shared_bytes} bytes of shared memory; {target.name} has {target.shared_per_program}"
         )
     narrow = sorted({width for width in made.load_bytes + made.store_bytes if width < 16})
     if kernel.vectors and target.backend == "cuda" and (narrow or not made.load_bytes):
-        found.append(f"moves {', '.join(map(str, narrow)) or 'no'} bytes at a time in its inner loop, not 16")
+        broken.append(f"moves {', '.join(map(str, narrow)) or 'no'} bytes at a time in its inner loop, not 16")
     needed = kernel.dot if tensor_cores is None else tensor_cores
     if needed and not made.tensor_core:
-        found.append("has no tensor-core instruction")
+        broken.append("has no tensor-core instruction")
     if made.tensor_core and not kernel.dot:
-        found.append(f"has {', '.join(made.tensor_core)}")
-    return found
+        broken.append(f"has {', '.join(made.tensor_core)}")
+    return broken
 
 
 def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Case] = ()) -> Finding:
