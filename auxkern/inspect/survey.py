@@ -88,7 +88,9 @@ def problems(kernel: Kernel, target: Target, made: Assembly, tensor_cores: bool 
         )
     narrow = sorted({width for width in made.load_bytes + made.store_bytes if width < 16})
     if kernel.vectors and target.backend == "cuda" and (narrow or not made.load_bytes):
-        broken.append(f"moves {', '.join(map(str, narrow)) or 'no'} bytes at a time in its inner loop, not 16")
+        broken.append(
+            f"moves {', '.join(map(str, narrow)) or 'no'} bytes at a time in its inner loop, not 16"
+        )
     needed = kernel.dot if tensor_cores is None else tensor_cores
     if needed and not made.tensor_core:
         broken.append("has no tensor-core instruction")
