@@ -46,7 +46,7 @@ class Sum:
     chunk_rows: int | None = None
 
     @classmethod
-    def of(cls, terms: Sequence[Term], V: int) -> Sum:
+    def of(cls, terms: Sequence[Term], V: int, chunk_rows: int | None = None) -> Sum:
         """The sum of terms with equal leading dimensions, flattened to rows; scales of rows in its dtype.
 
         Raises:
@@ -55,13 +55,14 @@ class Sum:
         rows: list[Term] = []
         for index, term in enumerate(terms):
             row = term.as_rows(index)
+            # The memory of a lazy negation holds what is to be negated.
             if any(tensor.is_neg() for tensor in row.tensors.values()):
                 row = like(row, **{name: tensor.resolve_neg() for name, tensor in row.tensors.items()})
             if not isinstance(row, Sparse) and isinstance(row.scale, Tensor):
-                scale = row.scale.reshape(-1).to(row_dtype(tensors_of(terms))).contiguous()
+                scale = row.scale.resolve_neg().reshape(-1).to(row_dtype(tensors_of(terms))).contiguous()
                 row = like(row, scale=scale)
             rows.append(row)
-        return cls(tuple(rows), V)
+        return cls(tuple(rows), V, chunk_rows)
 
     @cached_property
     def tensors(self) -> list[Tensor]:
@@ -166,20 +167,18 @@ class Layout(NamedTuple):
         """The sum that has these tensors, in the order of ``Sum.tensors``."""
         terms: list[Term] = []
         first = 0
-        for index, (kind, scale, softcap) in enumerate(zip(*self, strict=True)):
+        for kind, scale, softcap in zip(*self, strict=True):
             names = _NAMES[kind]
-            # The memory of a lazy negation holds what is to be negated.
-            given = [tensor.resolve_neg() for tensor in tensors[first : first + len(names)]]
-            own = dict(zip(names, given, strict=True))
+            own = dict(zip(names, tensors[first : first + len(names)], strict=True))
             first += len(names)
             cap = softcap or None
             if kind == _LOGITS:
-                terms.append(unchecked(Logits, **own, scale=scale, softcap=cap).as_rows(index))
+                terms.append(unchecked(Logits, **own, scale=scale, softcap=cap))
             elif kind == _SPARSE:
-                terms.append(unchecked(Sparse, **own).as_rows())
+                terms.append(unchecked(Sparse, **own))
             else:
-                terms.append(unchecked(Head, **{"bias": None, **own}, scale=scale, softcap=cap).as_rows())
-        return Sum(tuple(terms), V, chunk_rows)
+                terms.append(unchecked(Head, **{"bias": None, **own}, scale=scale, softcap=cap))
+        return Sum.of(terms, V, chunk_rows)
 
 
 def layout_of(terms: Sequence[Term]) -> Layout:

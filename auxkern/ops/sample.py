@@ -226,7 +226,7 @@ def _per_row(name: str, value: float | Tensor, N: int, dtype: torch.dtype, devic
         raise ValueError(f"{name} is on {value.device} but the terms are on {device}; move it there")
     if value.dtype == torch.float64 and device.type == "cpu":  # a look would stop another device
         _check_range(name, value.tolist(), dtype)
-    return value.reshape(-1).to(dtype).contiguous()
+    return value.resolve_neg().reshape(-1).to(dtype).contiguous()
 
 
 def _check_range(name: str, values: Iterable[float], dtype: torch.dtype) -> None:
@@ -323,7 +323,7 @@ def _bias(
     if isinstance(bias, Sparse):
         ids = _row_ids("logit_bias.ids", bias.ids, torch.Size((N,)), device)
         _check_where_seen("logit_bias.ids", ids, V)
-        return ids, bias.values.reshape(N, bias.values.shape[-1]).to(dtype).contiguous()
+        return ids, bias.values.resolve_neg().reshape(N, bias.values.shape[-1]).to(dtype).contiguous()
     listed = dict(bias or {})
     if not listed:
         return _row_ids("", None, torch.Size((N,)), device), torch.empty((N, 0), dtype=dtype, device=device)

@@ -456,3 +456,24 @@ def test_a_lazy_negation_is_drawn_from_as_what_it_says(backend: str) -> None:
     given = {"seed": torch.arange(4, device=z.device), "position": 0, "backend": backend}
     drawn = auxkern.sample([z.conj().imag], **given)
     assert torch.equal(drawn.tokens, auxkern.sample([-z.imag], **given).tokens)
+
+
+@backends
+@pytest.mark.parametrize("given", ["temperature", "logit_bias", "scale"])
+def test_lazily_negated_options_are_what_they_say(backend: str, given: str) -> None:
+    device, V = device_of(backend), 37
+    z = torch.randn(1, V, generator=generator(0)).to(device)
+    ids, bias = torch.arange(V, device=device)[None], torch.randn(1, V, generator=generator(1)).to(device)
+    number = torch.tensor([2.5], device=device)
+
+    def drawn(negated: Any) -> Tensor | None:
+        params = {
+            "temperature": SamplingParams(temperature=negated(-number)),
+            "logit_bias": SamplingParams(logit_bias=Sparse(ids, negated(bias))),
+            "scale": None,
+        }[given]
+        term = Logits(z, negated(-number) if given == "scale" else 1.0)
+        options = {"seed": 3, "position": 0, "return_logprobs": True, "backend": backend}
+        return auxkern.sample([term], params, **options).processed_logprob
+
+    torch.testing.assert_close(drawn(torch._neg_view), drawn(torch.neg), rtol=0, atol=0)
