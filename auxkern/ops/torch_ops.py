@@ -430,7 +430,7 @@ class _LossRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         target, nll, row_max, log_sum, *tensors = ctx.saved_tensors
-        integers, numbers, vocab_size, backend = ctx.call
+        (integers, numbers, vocab_size, backend), wanted = ctx.call, _wanted(ctx)
         with torch.no_grad():
             ready, ctx.ready = ctx.ready, None
             gradients = None if ready is None else _for_incoming(ready, g, ctx.expected.gradient)
@@ -438,8 +438,7 @@ class _LossRows(torch.autograd.Function):
             if gradients is None:
                 V = _vocabulary(tensors, integers[3:], vocab_size)
                 sums = [nll, row_max, log_sum]
-                gradients = _gradients(tensors, target, g, sums, integers, numbers, V, _wanted(ctx), backend)
-            wanted = _wanted(ctx)
+                gradients = _gradients(tensors, target, g, sums, integers, numbers, V, wanted, backend)
             by_place = {i: d.to(tensors[i].dtype) for i, d in zip(wanted, gradients, strict=True)}
         result = tuple(by_place[ctx.sources[i]] if i in ctx.sources else None for i in range(len(tensors)))
         return (None,) * _BEFORE + refuse_second_derivatives(result, (g, *tensors))
