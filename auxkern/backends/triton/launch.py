@@ -121,15 +121,29 @@ def _version() -> tuple[int, ...]:
 class TritonKernels(RowKernels):
     """What the families of kernels have in common."""
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernels; that was decided when they were imported."""
+        return not isinstance(decode, triton.JITFunction)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        """Of a device; they decide over how many programs a row is split."""
+        return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+    def run(self, launches: Iterable[Launch], device: torch.device) -> None:
+        """Launch in order."""
+        # Triton launches on the current device, whatever device its tensors are on.
+        with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+            for launch in launches:
+                launch.run()
+
     def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
         if _version() < _OLDEST:
             oldest = ".".join(map(str, _OLDEST))
             return f"Triton {triton.__version__} is older than {oldest}; pip install 'triton>={oldest}'"
         if torch.float64 in dtypes:
             return 'its kernels sum in float32; use backend="reference" for float64'
-        # Kernels were decorated for one or the other when this package was imported.
-        interpreted = not isinstance(decode, triton.JITFunction)
-        if device.type == "cuda" or (device.type == "cpu" and interpreted):
+        if device.type == "cuda" or (device.type == "cpu" and self.interpreted):
             return None
         if device.type == "cpu":
             return "its kernels need a GPU; set TRITON_INTERPRET=1 before Python starts to interpret them"
@@ -137,19 +151,6 @@ class TritonKernels(RowKernels):
 
     def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
         return "it leaves linear layers to the library of the device"
-
-
-def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Launch in order."""
-    # Triton launches on the current device, whatever device its tensors are on.
-    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
-        for launch in launches:
-            launch.run()
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a device; they decide over how many programs a row is split."""
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def splits(rows: int, tiles: int, multiprocessors: int, programs: int) -> int:

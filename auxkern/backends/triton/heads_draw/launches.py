@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from auxkern.backends.triton.heads import heads_sum
 from auxkern.backends.triton.heads_draw.kernels import heads_draw_kernel
-from auxkern.backends.triton.launch import Launch, TritonKernels, run
+from auxkern.backends.triton.launch import Launch, TritonKernels
 from auxkern.backends.triton.logits_draw.launches import NOISE_FLOPS, Drawing
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
@@ -17,7 +17,7 @@ class HeadsDraw(TritonKernels):
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         tokens, launches = plan(sum, draws, want_logprob)
-        run(launches, draws.seed.device)
+        self.run(launches, draws.seed.device)
         return tokens
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches
-from auxkern.backends.triton.launch import TritonKernels, run
+from auxkern.backends.triton.launch import TritonKernels
 from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear
 from auxkern.core.terms import Head
@@ -50,7 +50,7 @@ class HeadsLoss(TritonKernels):
             return "a head has hidden states of width 0"
         if any(isinstance(head.scale, Tensor) for head in heads):
             return "a head has a scale for each row"
-        if sum.device.type == "cpu" and any(head.hidden.dtype == torch.bfloat16 for head in heads):
+        if self.interpreted and any(head.hidden.dtype == torch.bfloat16 for head in heads):
             return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
         return None
 
@@ -65,14 +65,14 @@ class HeadsLoss(TritonKernels):
             for rows in chunks:
                 tiles = heads_sum(sum.rows(rows).heads, sum.V, loss.stats)
                 losses, _, kernels = launches.forward(tiles, target[rows].contiguous(), loss, None)
-                run(kernels, target.device)
+                self.run(kernels, target.device)
                 result.store(rows, losses.summed())
             return result
         gradients = _HeadGradients.of(sum, wanted, asking, weight)
         for rows in chunks:
             some, y, factor = sum.rows(rows), target[rows].contiguous(), weight[rows]
             counts = (y != loss.ignore_index) & (factor != 0)
-            losses, products = _with_products(some, y, counts, loss, asking)
+            losses, products = self._with_products(some, y, counts, loss, asking)
             result.store(rows, losses)
             gradients.add(some, rows, products, torch.where(counts, factor, 0.0))
         gradients.rescale()
@@ -88,50 +88,48 @@ class HeadsLoss(TritonKernels):
             counts = slopes.counts[rows] & (factor != 0)
             tiles, dtype = heads_sum(some.heads, sum.V, False), launches.gradient_dtype(some, asking)
             y = target[rows].contiguous()
-            products = _made_again(tiles, y, slopes.rows(rows, counts), asking, dtype)
+            products = self._made_again(tiles, y, slopes.rows(rows, counts), asking, dtype)
             gradients.add(some, rows, products, torch.where(counts, factor, 0.0))
         gradients.rescale()
+
+    def _with_products(
+        self, sum: Sum, target: Tensor, counts: Tensor, loss: Loss, asking: list[int]
+    ) -> tuple[RowLosses, _ProductGradients]:
+        """The rows of a chunk, and the gradients of the products of the heads in ``asking``.
+
+        Args:
+            counts: (C,) bool: not ignored, and of a weight that is not 0.
+        """
+        tiles, dtype = heads_sum(sum.heads, sum.V, loss.stats), launches.gradient_dtype(sum, asking)
+        e = tiles.buffer(launches.e_dtype(dtype)) if launches.one_write(tiles, asking) else None
+        losses, tops, kernels = launches.forward(tiles, target, loss, e)
+        self.run(kernels, target.device)
+        slopes = RowSlopes(losses.nll, losses.sums, counts, loss, sum.V)
+        if e is None:
+            return losses.summed(), self._made_again(tiles, target, slopes, asking, dtype)
+        magnified = launches.MAGNIFIED[dtype]
+        coefficients, unit = _unit_coefficients(slopes, magnified)
+        d, launch = launches.scale(tiles, target, e, tops, coefficients, dtype)
+        self.run([launch], target.device)
+        return losses.summed(), _ProductGradients([d] * len(asking), unit, magnified)
+
+    def _made_again(
+        self, tiles: HeadsSum, target: Tensor, slopes: RowSlopes, asking: list[int], dtype: torch.dtype
+    ) -> _ProductGradients:
+        """Gradients of the heads' products, from their hidden states."""
+        magnified = launches.MAGNIFIED[dtype]
+        coefficients, unit = _unit_coefficients(slopes, magnified)
+        groups = [tiles.slope_of(i) for i in asking]
+        distinct = list(dict.fromkeys(groups))
+        gradients, launch = launches.gradient(tiles, target, coefficients, distinct, dtype)
+        self.run([launch], target.device)
+        return _ProductGradients([gradients[distinct.index(group)] for group in groups], unit, magnified)
 
 
 def _chunk_rows(sum: Sum) -> int:
     """Rows whose (C, V) gradient takes about 512 MiB, 64 at least: 2 bytes a logit, or 4 in float32."""
     half = all(x.dtype.itemsize == 2 for head in sum.heads for x in (head.hidden, head.weight))
     return max(64, _CHUNK_BYTES // ((2 if half else 4) * sum.V) // 64 * 64)
-
-
-def _with_products(
-    sum: Sum, target: Tensor, counts: Tensor, loss: Loss, asking: list[int]
-) -> tuple[RowLosses, _ProductGradients]:
-    """The rows of a chunk, and the gradients of the products of the heads in ``asking``.
-
-    Args:
-        counts: (C,) bool: not ignored, and of a weight that is not 0.
-    """
-    tiles, dtype = heads_sum(sum.heads, sum.V, loss.stats), launches.gradient_dtype(sum, asking)
-    e = tiles.buffer(launches.e_dtype(dtype)) if launches.one_write(tiles, asking) else None
-    losses, tops, kernels = launches.forward(tiles, target, loss, e)
-    run(kernels, target.device)
-    slopes = RowSlopes(losses.nll, losses.sums, counts, loss, sum.V)
-    if e is None:
-        return losses.summed(), _made_again(tiles, target, slopes, asking, dtype)
-    magnified = launches.MAGNIFIED[dtype]
-    coefficients, unit = _unit_coefficients(slopes, magnified)
-    d, launch = launches.scale(tiles, target, e, tops, coefficients, dtype)
-    run([launch], target.device)
-    return losses.summed(), _ProductGradients([d] * len(asking), unit, magnified)
-
-
-def _made_again(
-    tiles: HeadsSum, target: Tensor, slopes: RowSlopes, asking: list[int], dtype: torch.dtype
-) -> _ProductGradients:
-    """Gradients of the heads' products, from their hidden states."""
-    magnified = launches.MAGNIFIED[dtype]
-    coefficients, unit = _unit_coefficients(slopes, magnified)
-    groups = [tiles.slope_of(i) for i in asking]
-    distinct = list(dict.fromkeys(groups))
-    gradients, launch = launches.gradient(tiles, target, coefficients, distinct, dtype)
-    run([launch], target.device)
-    return _ProductGradients([gradients[distinct.index(group)] for group in groups], unit, magnified)
 
 
 def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[Coefficients, Tensor]:

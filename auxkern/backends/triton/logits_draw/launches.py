@@ -16,8 +16,6 @@ from auxkern.backends.triton.launch import (
     Launch,
     TritonKernels,
     as_arguments,
-    multiprocessors,
-    run,
     splits,
     term_constants,
 )
@@ -176,8 +174,8 @@ class LogitsDraw(TritonKernels):
 
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         device = draws.seed.device
-        tokens, launches = plan(sum, draws, want_logprob, multiprocessors(device))
-        run(launches, device)
+        tokens, launches = plan(sum, draws, want_logprob, self.multiprocessors(device))
+        self.run(launches, device)
         return tokens
 
 

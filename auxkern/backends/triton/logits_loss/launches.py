@@ -16,8 +16,6 @@ from auxkern.backends.triton.launch import (
     alignment,
     as_argument,
     as_arguments,
-    multiprocessors,
-    run,
     splits,
     term_constants,
 )
@@ -42,12 +40,12 @@ class LogitsLoss(TritonKernels):
     def logits_losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
-        rows, launches = forward(sum, target, loss, multiprocessors(target.device))
-        run(launches, target.device)
+        rows, launches = forward(sum, target, loss, self.multiprocessors(target.device))
+        self.run(launches, target.device)
         return rows.summed()
 
     def logits_gradients(self, sum: Sum, target: Tensor, rows: Coefficients, wanted: Wanted) -> None:
-        run([backward(sum, target, rows, wanted, multiprocessors(target.device))], target.device)
+        self.run([backward(sum, target, rows, wanted, self.multiprocessors(target.device))], target.device)
 
 
 def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[RowLosses, list[Launch]]:
