@@ -16,7 +16,6 @@ from __future__ import annotations
 import numpy as np
 
 from tests.support.ptx.arithmetic import F32, F64, U16, U32, U64, canonical
-from tests.support.ptx.conversions import to_f16
 
 Registers = tuple[np.ndarray, ...]
 
@@ -87,9 +86,9 @@ def mma(shape: str, dtype: str, a: Registers, b: Registers, c: Registers) -> Reg
     products = products.reshape(warps, 2, 8, 4, 2)  # rows in halves of 8, columns in pairs
     if len(c) == 2:
         sums = products + _pieces(c, "f16").transpose(1, 0, 2, 3, 4)
-        # float64 to float32 to float16 rounds twice; 29 bits in between make that harmless here.
-        halves = to_f16(sums.astype(F32)).transpose(1, 0, 2, 3, 4)
-        return tuple(np.ascontiguousarray(halves).view(U32).reshape(2, -1))
+        # Straight from float64: by way of float32 it would be rounded twice.
+        halves = np.where(np.isnan(sums), U16(0x7FFF), sums.astype(np.float16).view(U16))
+        return tuple(np.ascontiguousarray(halves.transpose(1, 0, 2, 3, 4)).view(U32).reshape(2, -1))
     terms = np.stack(c).view(F32).reshape(2, 2, warps, 8, 4)
     sums = products.transpose(1, 4, 0, 2, 3) + terms.astype(F64)
     return tuple(canonical(sums.astype(F32)).view(U32).reshape(4, -1))
@@ -128,8 +127,9 @@ _BASE_OFFSET = U64(7 << 49)
 
 
 def _field(descriptor: np.ndarray, first: int) -> np.ndarray:
-    """A byte count of a descriptor, (groups, 1, 1): 14 bits that count 16 bytes each."""
-    return ((descriptor >> U64(first) & U64(0x3FFF)) << U64(4)).astype(np.int64)[:, None, None]
+    """A byte count of a descriptor (14 bits, in units of 16): (groups, 1, 1), or (1, 1, 1) if all agree."""
+    size = ((descriptor >> U64(first) & U64(0x3FFF)) << U64(4)).astype(np.int64)[:, None, None]
+    return size[:1] if (size == size[0]).all() else size
 
 
 def wgmma_addresses(descriptor: np.ndarray, rows: int, k: int, itemsize: int, transposed: bool) -> np.ndarray:
@@ -164,6 +164,7 @@ def wgmma_addresses(descriptor: np.ndarray, rows: int, k: int, itemsize: int, tr
             "and transposed operands of 2-byte elements only"
         )
     swizzle = _SWIZZLES[int(modes[0])]
+    # Broadcast late: the groups of a kernel share strides, often all, and differ in their start.
     start, leading, stride = (_field(descriptor, first) for first in (0, 16, 32))
     row, column = np.arange(rows)[:, None], np.arange(k)[None, :]
     unit = 16 // itemsize  # elements of 16 bytes
@@ -181,7 +182,7 @@ def wgmma_addresses(descriptor: np.ndarray, rows: int, k: int, itemsize: int, tr
     if swizzle:
         # Units of 16 bytes change places within their row, by the row's number in the pattern.
         address = address ^ (((address >> 7) & (swizzle // 16 - 1)) << 4)
-    return address
+    return np.broadcast_to(address, (len(descriptor), rows, k))
 
 
 def wgmma_a(registers: Registers, dtype: str) -> np.ndarray:
