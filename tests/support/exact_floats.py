@@ -36,9 +36,9 @@ def exactly_rounded(value: Fraction, mode: str, name: str) -> float:
     size = (count + up) * unit
     if size >= Fraction(2) ** past:
         if mode == "rn" or (mode == "rm" and value < 0) or (mode == "rp" and value > 0):
-            return math.copysign(math.inf, value)
+            return -math.inf if value < 0 else math.inf
         size = Fraction(2) ** past - Fraction(2) ** (past - precision)
-    return math.copysign(float(size), value)
+    return -float(size) if value < 0 else float(size)
 
 
 def same_bits(got: np.ndarray, want: np.ndarray) -> None:

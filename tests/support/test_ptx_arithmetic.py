@@ -36,7 +36,7 @@ def fma_cases(dtype: type) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Operands whose exact sums lie a hair beside the middle of two floats, and random ones.
 
     The product of 1 + i e and 1 - i e (e the last place) is 1 - (i e)^2: half a last place of c, but for
-    a part that a sum rounded to float64 first loses.
+    a part that a sum rounded to float64 first loses. With i - 1 in the second factor it is above a half.
     """
     digits, least = (23, -149) if dtype is F32 else (52, -1074)
     rng = np.random.default_rng(0)
@@ -47,7 +47,9 @@ def fma_cases(dtype: type) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         i = rng.integers(1, 2000, 1000)
         low, high = middle // 2, middle - middle // 2
         a = np.ldexp((1 + i * 2.0**-digits).astype(dtype), -low)
-        b = np.ldexp((1 - i * 2.0**-digits).astype(dtype), -high) * rng.choice([-1, 1], 1000).astype(dtype)
+        b = np.ldexp((1 - (i - i % 2) * 2.0**-digits).astype(dtype), -high) * rng.choice(
+            [-1, 1], 1000
+        ).astype(dtype)
         if scale == least:
             count = np.concatenate([rng.integers(0, 2**digits, 900), 2**digits + np.arange(-50, 50)])
         else:
@@ -73,22 +75,50 @@ def test_fma_is_rounded_once(mode: str) -> None:
 
 def test_fma_of_float64_is_rounded_once() -> None:
     a, b, c = fma_cases(F64)
+    # Operands anywhere, products beyond the range that c brings back, and sums of exactly zero.
+    spans = [
+        [(-1074, 1023)] * 3,
+        [(508, 512), (510, 514), (1020, 1024)],
+        [(-560, -520)] * 2 + [(-1074, -1050)],
+    ]
+    parts = [
+        [floats(50 + 3 * k + j, 200, span, F64) for j, span in enumerate(case)]
+        for k, case in enumerate(spans)
+    ]
+    zero = np.array([[3.0, 5.0, -15.0], [-3.0, 5.0, 15.0], [2.0**-600, 2.0**-474, -(2.0**-1074)]]).T
+    a, b, c = (np.concatenate([x, *more]) for x, *more in zip((a, b, c), *parts, zero, strict=True))
     same_bits(arithmetic.fma64(a, b, c), exact_fma(a, b, c, "rn", "f64"))
 
 
-def test_fma_of_infinities_zeros_and_nan() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_fma_of_zeros_and_the_ends_of_the_range(mode: str) -> None:
+    finite = EDGES[np.isfinite(EDGES)]
+    a, b, c = (x.reshape(-1) for x in np.meshgrid(finite, finite, finite))
+    same_bits(arithmetic.fma(a, b, c, mode), exact_fma(a, b, c, mode, "f32"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fma_and_add_of_infinities_and_nan(mode: str) -> None:
     a, b, c = (x.reshape(-1) for x in np.meshgrid(EDGES, EDGES, EDGES))
-    # float64 holds every product and sum of these exactly enough to know the special results.
+    special = ~(np.isfinite(a) & np.isfinite(b) & np.isfinite(c))
+    a, b, c = a[special], b[special], c[special]
+    # No sum here is finite, so float64 gives the same infinities and NaN.
     wide = a.astype(F64) * b.astype(F64) + c.astype(F64)
-    special = ~np.isfinite(wide) | (wide == 0)
-    want = np.where(np.isnan(wide), np.array([0x7FFFFFFF], U32).view(F32), wide.astype(F32))
-    same_bits(arithmetic.fma(a, b, c)[special], want[special])
-    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
-    same_bits(arithmetic.fma(a, b, c)[finite], exact_fma(a[finite], b[finite], c[finite], "rn", "f32"))
-    # float64 operands: the same specials, of which NaN keeps no prescribed bits.
-    got = arithmetic.fma64(a, b, c)
-    np.testing.assert_array_equal(got[special], wide[special])
-    np.testing.assert_array_equal(np.signbit(got[wide == 0]), np.signbit(wide[wide == 0]))
+    nan = np.array([0x7FFFFFFF], U32).view(F32)
+    want = np.where(np.isnan(wide), nan, wide.astype(F32))
+    same_bits(arithmetic.fma(a, b, c, mode), want)
+    one = a == 1
+    same_bits(arithmetic.add(b[one], c[one], mode), want[one])
+
+
+def test_fma_of_float64_specials() -> None:
+    edges = EDGES.astype(F64)
+    a, b, c = (x.reshape(-1) for x in np.meshgrid(edges, edges, edges))
+    # Products of float32 are exact: only sums that are rounded need more than two operations.
+    want, got = a * b + c, arithmetic.fma64(a, b, c)
+    special = ~np.isfinite(want) | (want == 0)
+    np.testing.assert_array_equal(got[special], want[special])
+    np.testing.assert_array_equal(np.signbit(got[want == 0]), np.signbit(want[want == 0]))
 
 
 def test_fma_takes_scalars() -> None:

@@ -134,7 +134,7 @@ def test_mma_takes_the_upper_19_bits_of_tf32() -> None:
 
 
 def test_mma_rounds_once_and_gives_canonical_nan() -> None:
-    # Row 0 sums 1 + 2^-11 + 2^-28 (float16) or 1 + 2^-24 + 2^-40 (float32): just above a middle. Row 1 is NaN.
+    # Row 0 sums 1 + 2^-11 + 2^-28 (float16) or 1 + 2^-24 + 2^-40 (float32), just above a middle; row 1 NaN.
     for accumulator, parts, above in (
         ("f16", (2**-11, 2**-14), 0x3C01),
         ("f32", (2**-24, 2**-20), 0x3F800001),

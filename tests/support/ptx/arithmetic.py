@@ -255,18 +255,17 @@ def _bits(x: Lanes) -> int:
 
 def shl(x: Lanes, amount: Lanes) -> Lanes:
     """x shifted left; an amount (uint32) of the width or more gives 0."""
-    bits, kind = _bits(x), x.dtype.type
-    shifted = x << np.minimum(amount, U32(bits - 1)).astype(kind)
-    return np.where(amount < U32(bits), shifted, kind(0))
+    kind = x.dtype.type
+    return np.where(amount < U32(_bits(x)), x << amount.astype(kind), kind(0))
 
 
 def shr(x: Lanes, amount: Lanes, signed: bool = False) -> Lanes:
     """x shifted right; an amount (uint32) of the width or more gives 0, or copies of the sign."""
     bits, kind = _bits(x), x.dtype.type
-    least = np.minimum(amount, U32(bits - 1)).astype(kind)
     if signed:
-        return (signed_view(x) >> signed_view(least)).view(kind)
-    return np.where(amount < U32(bits), x >> least, kind(0))
+        most = np.minimum(amount, U32(bits - 1)).astype(kind)
+        return (signed_view(x) >> signed_view(most)).view(kind)
+    return np.where(amount < U32(bits), x >> amount.astype(kind), kind(0))
 
 
 def mulhi(x: Lanes, y: Lanes, signed: bool = False) -> Lanes:
