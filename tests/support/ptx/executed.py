@@ -1,0 +1,60 @@
+"""The Triton backend on CPU tensors: its launches run as compiled code in the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxkern.backends.triton import Triton
+from auxkern.backends.triton.launch import Launch
+from auxkern.core.draws import Draws, RowTokens
+from auxkern.core.loss import Loss, RowLosses, RowSlopes
+from auxkern.core.sums import Sum, Wanted
+from tests.support.ptx.fresh import Fresh
+from tests.support.ptx.runner import Executor
+
+
+class Executed(Triton):
+    """``Triton`` as on a GPU with so many multiprocessors."""
+
+    interpreted = False
+
+    def __init__(self, executor: Executor, processors: int = 132) -> None:
+        self.executor, self.processors = executor, processors
+
+    def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+        return super().refusal(torch.device("cuda"), dtypes)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return self.processors
+
+    def run(self, launches: Iterable[Launch], device: torch.device) -> None:
+        for launch in launches:
+            self.executor.run(launch)
+
+    # Gradients come to a backend without contents, and all else that is empty it allocates itself.
+
+    def losses(
+        self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
+    ) -> RowLosses:
+        with self._watched(wanted):
+            return super().losses(sum, target, loss, weight, wanted)
+
+    def gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> Any:
+        with self._watched(wanted):
+            return super().gradients(sum, target, slopes, wanted)
+
+    def draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
+        with self._watched([]):
+            return super().draw(sum, draws, want_logprob)
+
+    def _watched(self, wanted: Wanted) -> Fresh:
+        fresh = Fresh()
+        for gradients in wanted:
+            for tensor in gradients.values():
+                fresh.add(tensor)
+        self.executor.fresh = fresh
+        return fresh

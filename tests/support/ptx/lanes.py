@@ -1,0 +1,312 @@
+"""Lanes that run together: their registers, their accesses to memory, their warps' operations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.support.ptx import fragments
+from tests.support.ptx.asynchronous import Copies, Products
+from tests.support.ptx.memory import Access, Array, Shadow, stamp_of
+from tests.support.ptx.parser import PtxError
+from tests.support.ptx.report import Place
+
+if TYPE_CHECKING:
+    from tests.support.ptx.machine import Batch
+
+_WARP = np.arange(32)
+# What a register holds before it is first written.
+_POISON = {0: False, 2: np.uint16(0x7E5A), 4: np.uint32(0x7FBADBAD), 8: np.uint64(0x7FF4DEAD0000BEEF)}
+_REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+class Lanes:
+    """The same warps of every program of a batch.
+
+    Attributes:
+        index: (n,) the lane's program, counted in the batch.
+        tid, lane, ctaid: special registers.
+        thread: (n,) numbered through the grid.
+        registers: (n,) each.
+        block: the next one of all lanes, or (n,) where they differ.
+        waiting: (n,) at a barrier.
+    """
+
+    def __init__(self, batch: Batch, warps: range) -> None:
+        self.batch, self.threads, self.grid = batch, batch.threads, batch.grid
+        self.noise = batch.settings.noise
+        programs = len(batch.programs)
+        tid = np.arange(32 * warps.start, 32 * warps.stop, dtype=np.uint32)
+        self.index = np.repeat(np.arange(programs), len(tid))
+        self.tid = np.tile(tid, programs)
+        self.lane = self.tid & np.uint32(31)
+        self.n = len(self.tid)
+        program = batch.programs[self.index]
+        self.program = program
+        self.thread = (program * batch.threads + self.tid).astype(np.int32)
+        x, y = batch.grid[:2]
+        self.ctaid = [p.astype(np.uint32) for p in (program % x, program // x % y, program // (x * y))]
+        self.zero = np.zeros(self.n, np.uint32)
+        self.base = self.index * batch.shared.nbytes
+        widths = batch.code.registers.values()
+        self.registers: list[Array] = [np.full(self.n, _POISON[width]) for _, width in widths]
+        self.block: int | Array = 0
+        self.waiting = np.zeros(self.n, bool)
+        self._spread: dict[tuple[str, bytes], Array] = {}
+        self._stamp: tuple[int, Array] = (-1, self.zero)
+        self.copies, self.products = Copies(self), Products(self)
+
+    # --- values
+
+    def spread(self, value: Any) -> Array:
+        """A scalar in every lane."""
+        value = np.asarray(value)
+        key = (value.dtype.str, value.tobytes())
+        if key not in self._spread:
+            self._spread[key] = np.full(self.n, value)
+        return self._spread[key]
+
+    def parameter(self, name: str, kind: str, width: int) -> Array:
+        """A kernel's argument, read as a PTX type into a register of ``width`` bytes."""
+        value = int.from_bytes(self.batch.parameters[name], "little", signed=kind.startswith("s"))
+        size = int(kind[1:]) // 8
+        if size != len(self.batch.parameters[name]):
+            raise PtxError(f"parameter {name} has {len(self.batch.parameters[name])} bytes, read as {kind}")
+        return self.spread(np.array(value % 2 ** (8 * width), f"<u{width}"))
+
+    def divided(self, which: str, x: Array, y: Array, mask: Array | None, at: int) -> Array:
+        """Integer quotient, towards zero, or remainder; of a division by 0 all bits are set."""
+        zero = y == 0
+        self.fault("division by zero", at, mask, zero, lambda i: f"of {x[i]}")
+        y = np.where(zero, y.dtype.type(1), y)
+        rest = np.fmod(x, y)
+        result = (x - rest) // y if which == "div" else rest
+        return np.where(zero, np.full((), -1).astype(x.dtype), result)
+
+    # --- faults
+
+    def place(self, at: int) -> Place:
+        return Place(self.batch.code.kernel.name, self.batch.code.instructions[at])
+
+    def fault(self, kind: str, at: int, mask: Array | None, bad: Array, detail: Any) -> None:
+        """Report the lanes that are ``bad`` within a mask.
+
+        Args:
+            detail: text for the index of a lane.
+        """
+        bad = bad if mask is None else bad & mask
+        if bad.any():
+            i = int(bad.argmax())
+            who = f"program {self.program[i]}, thread {self.tid[i]}"
+            self.batch.report.add(kind, self.place(at), f"{who}: {detail(i)}")
+
+    def access(self, size: int, count: int = 1) -> Access:
+        if self._stamp[0] != self.batch.barriers:
+            self._stamp = (self.batch.barriers, stamp_of(self.program, self.batch.epoch[self.index]))
+        return Access(self.thread, self._stamp[1], size, count)
+
+    def _watch(self, space: str, shadow: Shadow, offset: Array, access: Access, write: bool, at: int) -> None:
+        """Tell a shadow of an access, and report what it says."""
+        granules = shadow.granules(offset, access.nbytes)
+        who, when = shadow.writer[granules], shadow.reader[granules]
+        first, second = (shadow.write if write else shadow.read)(granules, access)
+        kinds = ("write after write", "write after read") if write else ("nobody wrote", "read after write")
+        for kind, bad in zip(kinds, (first, second), strict=True):
+            if bad.any():
+                i, j = np.argwhere(bad)[0]
+                threads = self.batch.threads
+                mine = access.thread[i]
+                other = (when if kind == "write after read" else who)[i, j]
+                names = f"program {mine // threads}, thread {mine % threads}"
+                if kind != "nobody wrote":
+                    kind = f"race, {kind}"
+                    names += f" after {_who(other, threads)}"
+                byte = granules[i, j] * shadow.granule
+                self.batch.report.add(f"{space}: {kind}", self.place(at), f"{names}, at byte {byte}")
+
+    # --- global memory
+
+    def _checked(
+        self, address: Array, nbytes: int, mask: Array | None, at: int, verb: str
+    ) -> tuple[Any, ...]:
+        """(address, mask, allocation of each lane): where it may not go it goes to a safe place."""
+        memory = self.batch.memory
+        which = memory.find(address)
+        bad = memory.outside(address, nbytes, which)
+        crooked = (address & np.uint64(nbytes - 1)) != 0
+        if bad.any() or crooked.any():
+
+            def where(i: int) -> str:
+                near = (
+                    memory.allocations[max(int(which[i]), 0)].where(int(address[i]))
+                    if memory.allocations
+                    else ""
+                )
+                return f"{nbytes} bytes at {near}"
+
+            self.fault(f"global {verb} out of bounds", at, mask, bad, where)
+            self.fault(f"global {verb} misaligned", at, mask, crooked & ~bad, where)
+            mask = ~(bad | crooked) if mask is None else mask & ~(bad | crooked)
+        if mask is not None:
+            address = np.where(mask, address, memory.safe)
+        return address, mask, which
+
+    def _watch_global(
+        self, address: Array, access: Access, mask: Array | None, which: Array, write: bool, at: int
+    ) -> None:
+        memory = self.batch.memory
+        for i in np.unique(which if mask is None else which[mask]):
+            shadow = memory.allocations[i].shadow
+            if shadow is not None:
+                here = which == i if mask is None else (which == i) & mask
+                offset = (address[here] - memory.base[i]).astype(np.int64)
+                name = f"global {memory.allocations[i].names}"
+                self._watch(name, shadow, offset, access.only(here), write, at)
+
+    def load_global(self, address: Array, size: int, count: int, mask: Array | None, at: int) -> list[Array]:
+        address, mask, which = self._checked(address, size * count, mask, at, "read")
+        access = self.access(size, count)
+        if mask is None or mask.any():
+            self._watch_global(address, access, mask, which, False, at)
+        return self.batch.memory.load(address, access)
+
+    def store_global(
+        self, address: Array, values: list[Array], size: int, mask: Array | None, at: int
+    ) -> None:
+        address, mask, which = self._checked(address, size * len(values), mask, at, "write")
+        if mask is not None and not mask.any():
+            return
+        self._watch_global(address, self.access(size, len(values)), mask, which, True, at)
+        if mask is not None:
+            address, values = address[mask], [value[mask] for value in values]
+        if not self.batch.memory.store(address, values, size):
+            self.batch.report.add("global: lanes store different values", self.place(at), "at one address")
+
+    # --- shared memory
+
+    def offsets(self, address: Array, nbytes: int, mask: Array | None, at: int) -> Array:
+        """Of checked addresses in the batch's shared memory; 0 of the program where they may not go."""
+        shared, place = self.batch.shared, address.astype(np.int64)
+        bad, crooked = place + nbytes > shared.nbytes, place % nbytes != 0
+        self.fault(
+            "shared access out of bounds",
+            at,
+            mask,
+            bad,
+            lambda i: f"{nbytes} bytes at {place[i]} of {shared.nbytes}",
+        )
+        self.fault("shared access misaligned", at, mask, crooked, lambda i: f"{nbytes} bytes at {place[i]}")
+        good = ~(bad | crooked)
+        return np.where(good if mask is None else good & mask, place, 0) + self.base
+
+    def watch_shared(self, offset: Array, access: Access, mask: Array | None, write: bool, at: int) -> None:
+        """Note accesses to shared memory, one for each offset."""
+        shared = self.batch.shared
+        if mask is not None:
+            offset, access = offset[mask], access.only(mask)
+        if not len(offset):
+            return
+        granules = shared.shadow.granules(offset, access.nbytes)
+        verb = "write" if write else "read"
+        if shared.landing[granules].any():
+            self.batch.report.add(f"shared: {verb} while a copy is in flight", self.place(at), "")
+        if write and shared.reading[granules].any():
+            self.batch.report.add("shared: write while a product reads", self.place(at), "")
+        self._watch("shared", shared.shadow, offset, access, write, at)
+        if write:
+            fences = self.batch.fences[access.thread - self.batch.first_thread]
+            shared.fences[granules] = np.broadcast_to(fences[:, None], granules.shape)
+
+    def load_shared(self, address: Array, size: int, count: int, mask: Array | None, at: int) -> list[Array]:
+        offset = self.offsets(address, size * count, mask, at)
+        self.watch_shared(offset, self.access(size, count), mask, False, at)
+        return self.batch.shared.load(offset, size, count)
+
+    def store_shared(
+        self, address: Array, values: list[Array], size: int, mask: Array | None, at: int
+    ) -> None:
+        offset = self.offsets(address, size * len(values), mask, at)
+        self.watch_shared(offset, self.access(size, len(values)), mask, True, at)
+        if mask is not None:
+            offset, values = offset[mask], [value[mask] for value in values]
+        if not self.batch.shared.store(offset, values, size):
+            self.batch.report.add("shared: lanes store different values", self.place(at), "at one address")
+
+    # --- warps
+
+    def _whole(self, members: Array, mask: Array | None, at: int) -> None:
+        others = members != np.uint32(2**32 - 1)
+        if np.any(others if mask is None else others & mask):
+            raise PtxError(f"{self.place(at).instruction}: only whole warps are modelled")
+        if mask is not None:
+            warps = mask.reshape(-1, 32)
+            torn = np.repeat(warps.any(1) & ~warps.all(1), 32)
+            self.fault("warp operation without all its lanes", at, mask, torn, lambda i: "")
+
+    def shuffle(
+        self, mode: str, value: Array, lane: Any, clamp: int, members: Array, mask: Array | None, at: int
+    ) -> tuple[Array, Array]:
+        """``shfl.sync``: (values, whether the lane asked for is in range)."""
+        self._whole(members, mask, at)
+        lane = np.broadcast_to(lane & np.uint32(31), (self.n,)).astype(np.int64).reshape(-1, 32)
+        segment, last = clamp >> 8 & 31, clamp & 31
+        low = _WARP & segment
+        high = low | (last & ~segment)
+        source = {
+            "bfly": _WARP ^ lane,
+            "up": _WARP - lane,
+            "down": _WARP + lane,
+            "idx": low | (lane & ~segment),
+        }
+        valid = source[mode] >= high if mode == "up" else source[mode] <= high
+        chosen = np.where(valid, source[mode], _WARP)
+        return np.take_along_axis(value.reshape(-1, 32), chosen, 1).reshape(-1), valid.reshape(-1)
+
+    def reduced(self, name: str, value: Array, members: Array, mask: Array | None, at: int) -> Array:
+        """``redux.sync``."""
+        self._whole(members, mask, at)
+        warps = value.reshape(-1, 32)
+        return np.repeat(_REDUCTIONS[name].reduce(warps, axis=1, dtype=value.dtype), 32)
+
+    def vote(self, name: str, value: Array, members: Array, mask: Array | None, at: int) -> Array:
+        """``vote.sync``."""
+        self._whole(members, mask, at)
+        warps = value.reshape(-1, 32)
+        if name == "ballot":
+            return np.repeat((warps << _WARP.astype(np.uint32)).sum(1, dtype=np.uint32), 32)
+        return np.repeat(
+            {"all": warps.all(1), "any": warps.any(1), "uni": warps.all(1) | ~warps.any(1)}[name], 32
+        )
+
+    def mma(
+        self, shape: str, kind: str, a: Any, b: Any, c: Any, mask: Array | None, at: int
+    ) -> tuple[Array, ...]:
+        self._whole(self.spread(np.uint32(2**32 - 1)), mask, at)
+        return fragments.mma(shape, kind, a, b, c)
+
+    def ldmatrix(self, address: Array, count: int, transposed: bool, mask: Array | None, at: int) -> Any:
+        """Row r of matrix i comes from the address of lane 8 i + r."""
+        self._whole(self.spread(np.uint32(2**32 - 1)), mask, at)
+        asked = self.lane < 8 * count
+        rows = asked if mask is None else asked & mask
+        offset = self.offsets(address, 16, rows, at)
+        self.watch_shared(offset, self.access(4, 4), rows, False, at)
+        words = np.stack(self.batch.shared.load(offset, 4, 4), -1)
+        return fragments.ldmatrix(
+            words.reshape(-1, 32, 4)[:, : 8 * count].reshape(-1, count, 8, 4), transposed
+        )
+
+    def settled(self, places: list[int], at: int) -> None:
+        """Registers that an instruction touches hold no product in flight."""
+        if self.products.in_flight(places):
+            self.batch.report.add("register of a product in flight", self.place(at), "")
+
+
+def _who(thread: int, threads: int) -> str:
+    if thread < 0:
+        return {-1: "nobody", -2: "several threads", -3: "several programs"}[int(thread)]
+    return f"program {thread // threads}, thread {thread % threads}"
