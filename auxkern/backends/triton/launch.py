@@ -65,7 +65,9 @@ class Launch:
     def options(self) -> dict[str, int]:
         """What the compiler is told beside the source."""
         stages = {} if self.num_stages is None else {"num_stages": self.num_stages}
-        return {"num_warps": self.num_warps, **stages}
+        # Triton's default for fused multiply-adds is an environment variable's and a version's; the last
+        # bits of a loss, and with them a draw, would change with it.
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, **stages}
 
     def run(self) -> None:
         """Launch on the current CUDA device, or in Triton's interpreter."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,43 @@ def test_bfloat16_gradients_are_rounded_to_nearest():
     assert "cvt.rn.bf16x2.f32" in _compiled("sm_90", case).asm["ptx"]
 
 
+# Of float32 alone: what tensor cores do is no option of the compiler's.
+FUSED = {"sm_90": r"\bfma\.rn\.f32\b", "gfx942": r"\bv_(?:pk_)?fmac?_f32"}
+
+
+@pytest.mark.parametrize("target", FUSED)
+def test_multiply_adds_are_fused_whatever_the_default(target, monkeypatch):
+    launch = next(iter(_named("backward_kernel").cases("GPT-2"))).launch
+    gpu = TARGETS[target]
+
+    def fused(**options: bool) -> int:
+        options = {**launch.options, **options}
+        made = triton.compile(launch.source(), GPUTarget(gpu.backend, gpu.arch, gpu.warp), options)
+        return len(re.findall(FUSED[target], made.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]))
+
+    usual, apart = fused(enable_fp_fusion=True), fused(enable_fp_fusion=False)
+    # A vector of 8 columns in each thread, one product and sum for each at the least.
+    assert usual >= apart + 8
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert fused() == usual
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_dispatch_is_told_to_fuse(kernel):
+    told = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **given: told.append((grid, given))
+
+    for case in kernel.cases("Llama-3"):
+        dataclasses.replace(case.launch, kernel=Recorder()).run()
+        grid, given = told.pop()
+        assert grid == case.launch.grid
+        assert given["enable_fp_fusion"] is True
+        assert given["num_warps"] == case.launch.num_warps
+
+
 def test_forward_keeps_a_row_in_one_program_without_barriers_in_its_loop():
     for case in _named("forward_kernel").cases("GPT-2"):
         if "," not in case.label:
@@ -88,7 +127,7 @@ def test_one_binary_serves_every_vocabulary(kernel):
 
 
 def _hash(launch: Any) -> str:
-    return f"{launch.source().hash()} {launch.num_warps}"
+    return f"{launch.source().hash()} {launch.options}"
 
 
 def _launches(B: int, T: int, *, few: bool = False) -> list[Any]:
