@@ -131,6 +131,7 @@ def test_shapes_and_dtypes(dtypes, N, V):
     run(heads(N, V, (48, 16), dtypes), targets(N, V))
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtypes", [(H, H), (D32, D32)], ids=["fp16", "fp32"])
 def test_both_schemes(dtypes, recompute, monkeypatch):
@@ -248,6 +249,7 @@ def test_two_backwards_of_one_graph():
         torch.testing.assert_close(x.grad, before / 2, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.nan
 def test_bad_rows_spoil_nothing_but_themselves():
     given = heads(5, 131, (16, 16), (D32, D32))
     given[0].hidden[1] = math.nan  # ignored
@@ -263,6 +265,7 @@ def test_bad_rows_spoil_nothing_but_themselves():
     assert not any(bool(g.isnan().any()) for g in gradients)
 
 
+@pytest.mark.nan
 def test_infinite_logits():
     given = heads(3, 300, (16,), (D32,))
     bias = torch.full((300,), -math.inf)
@@ -309,6 +312,7 @@ def test_autocast_changes_nothing(softcap, dtypes, lower):
     assert all(map(torch.equal, under[1], outside[1]))
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("stats", [False, True])
 def test_zero_times_an_infinite_logit_is_nan(stats):
     """In a head's bias and in logits, as on every backend; a capped term of scale 0 takes no part."""

@@ -1,0 +1,62 @@
+"""What Triton's interpreter does in a process with ``TRITON_INTERPRET=1``; elsewhere nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# "drops": of a number and NaN the maximum is the number, as for PTX's and AMD's max.
+MAXIMUM = os.environ.get("AUXKERN_TEST_MAXIMUM", "propagates")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_replaced_once_a_launch() -> Iterator[None]:
+    """Kernels' calls of one another find the language as their launch has replaced it.
+
+    The interpreter replaces the 200 functions of ``tl`` again at every such call, which is more than
+    half of its time and changes nothing.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+
+    def replace_once(function: Any) -> Any:
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return replace(function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def maximum_of_the_hardware() -> Iterator[None]:
+    """With ``AUXKERN_TEST_MAXIMUM=drops``, ``tl.maximum`` and ``tl.minimum`` drop a NaN, as GPUs do.
+
+    The interpreter's are NumPy's, which keep it; a kernel that counts on that is right there and wrong
+    on a GPU. Its reductions, ``tl.max`` and ``tl.min``, drop NaN already.
+    """
+    if MAXIMUM not in ("propagates", "drops"):
+        raise ValueError(f"AUXKERN_TEST_MAXIMUM={MAXIMUM!r}: must be 'propagates' or 'drops'")
+    if not INTERPRETED or MAXIMUM == "propagates":
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
+            patch.setattr(
+                InterpreterBuilder, name, lambda self, a, b, function=function: self.binary_op(a, b, function)
+            )
+        yield
