@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,36 @@ def environment(**more: str) -> dict[str, str]:
     """Of a process that imports this package and these tests."""
     paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def run_tests(
+    tests: Iterable[Path], which: str, at_least: int, report: Path, *, seconds: float, **more: str
+) -> ElementTree.Element:
+    """The tests of files that a marker expression chooses pass in a process of their own.
+
+    Args:
+        at_least: how many they should be; none may be skipped.
+        report: where pytest writes what it did, in JUnit's XML.
+        more: of the process's environment.
+
+    Returns:
+        The suite in that report.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-m", which, *map(str, tests)]
+    done = subprocess.run(
+        [*command, f"--junitxml={report}", "-p", "no:cacheprovider"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    assert int(suite.attrib["tests"]) >= at_least
+    assert int(suite.attrib["skipped"]) == 0
+    return suite
 
 
 def launch(world: int, arguments: list[str], *, accelerate: bool = False) -> subprocess.Popen[str]:
