@@ -294,9 +294,18 @@ LAYOUTS: dict[str, Call] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("call", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout(gpu, call):
+# A compilation or two each: these go first, the others are slow.
+_QUICK = ("one id", "shifted by a column", "16 rows of 16, all filters")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(call, id=name, marks=[] if name in _QUICK else pytest.mark.slow)
+        for name, call in LAYOUTS.items()
+    ],
+)
+def test_layouts(gpu, call):
     _check(gpu, call)
 
 
@@ -333,33 +342,35 @@ SIZED: dict[str, Callable[[int, int], Call]] = {
     ),
     "draw of heads": lambda N, V: draw(head(N, V, 64), head(N, V, 32), rows=N, position=N),
 }
-# A few rows, which are split, and more than a tile of heads has.
-FIRST = ((2, 5003), (70, 1031))
-# V odd as well, whose rows begin anywhere; N, T and the history up to multiples of 16.
-OTHERS = ((3, 7005), (16, 1043), (33, 257), (128, 131), (5, 17))
+# A few rows, which are split, and more than a tile of heads has; then N, T and histories that are multiples
+# of 16 and are not, beside an odd V, whose rows begin anywhere, and beside multiples of 8 and of 16.
+SIZES = {
+    "odd V": (((2, 5003), (70, 1031)), ((3, 7005), (16, 1043), (33, 257), (128, 131), (5, 17))),
+    "V of whole vectors": (((2, 5000), (70, 1032)), ((1, 2064), (16, 1048), (33, 256), (128, 136), (5, 16))),
+}
 
 
+@pytest.mark.parametrize(("first", "others"), SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("sized", SIZED.values(), ids=SIZED)
-def test_other_sizes_compile_nothing(gpu, sized):
+def test_other_sizes_compile_nothing(gpu, sized, first, others):
     gpu.forget()
-    for N, V in FIRST:
+    for N, V in first:
         sized(N, V)()
-    first = list(gpu.compiled)
-    assert first
-    for N, V in OTHERS:
+    compiled = list(gpu.compiled)
+    assert compiled
+    for N, V in others:
         sized(N, V)()
-    assert gpu.compiled == first
+    assert gpu.compiled == compiled
 
 
 def test_a_single_row_begins_at_a_boundary_whatever_V_is(gpu):
     """So it is read in whole vectors, by a second binary, which serves every odd V."""
     gpu.forget()
-    for N, V in FIRST:
-        SIZED["draw"](N, V)()
-    first = list(gpu.compiled)
+    SIZED["draw"](70, 1031)()
+    assert gpu.compiled == ["draw_kernel", "choose_kernel"]
     for V in (1033, 257, 7005):
         SIZED["draw"](1, V)()
-    assert gpu.compiled == [*first, "draw_kernel"]
+    assert gpu.compiled == ["draw_kernel", "choose_kernel", "draw_kernel"]
 
 
 # --- time on the host -------------------------------------------------------------------------
