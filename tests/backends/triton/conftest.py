@@ -1,4 +1,4 @@
-"""What Triton's interpreter does in a process with ``TRITON_INTERPRET=1``; elsewhere nothing."""
+"""What tests of kernels run on, and how Triton's interpreter behaves in a process that has it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.support.machines import INTERPRETED, INTERPRETER, PROCESSORS, machines
+
 # "drops": of a number and NaN the maximum is the number, as for PTX's and AMD's max.
 MAXIMUM = os.environ.get("AUXKERN_TEST_MAXIMUM", "propagates")
 
@@ -60,3 +61,27 @@ def maximum_of_the_hardware() -> Iterator[None]:
                 InterpreterBuilder, name, lambda self, a, b, function=function: self.binary_op(a, b, function)
             )
         yield
+
+
+@pytest.fixture(scope="session")
+def codes() -> dict[str, Any]:
+    """Translated kernels, by their PTX."""
+    return {}
+
+
+@pytest.fixture(params=machines())
+def machine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, codes: dict[str, Any]
+) -> Iterator[Any]:
+    """What ``backend="triton"`` is on CPU tensors; compiled code must leave nothing to report."""
+    from auxkern.backends.triton import BACKEND
+    from tests.support.ptx.executed import Machine, executed
+    from tests.support.ptx.runner import Executor
+
+    if request.param == INTERPRETER:
+        yield Machine(BACKEND, compiled=False)
+        return
+    executor = Executor(request.param, codes=codes)
+    with executed(executor, monkeypatch, PROCESSORS[request.param]) as machine:
+        yield machine
+    assert not executor.report.faults, str(executor.report)

@@ -1,13 +1,8 @@
-"""The sampling kernels on the CPU, through Triton's interpreter: the reference's tokens on small shapes.
-
-Runs in a process with ``TRITON_INTERPRET=1``, as ``test_interpreter.py`` does;
-``test_interpreted.py`` starts it.
-"""
+"""The kernels that draw tokens on small shapes: the reference's tokens, interpreted and compiled."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -23,17 +18,11 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from auxkern.backends.triton import BACKEND  # noqa: E402
 from auxkern.backends.triton.device.mass import masses  # noqa: E402
 
 pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("machine", "poisoned_memory"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs TRITON_INTERPRET=1 before Triton is imported; test_interpreted.py sets it",
-    ),
 ]
 
 
@@ -122,12 +111,12 @@ def _masses_kernel(d, out, shift, BLOCK: tl.constexpr):
     tl.store(out + at, masses(tl.load(d + at), shift))
 
 
-def test_masses_are_the_references_bit_by_bit():
+def test_masses_are_the_references_bit_by_bit(machine):
     d = torch.cat(
         [-40 * torch.rand(4000), torch.tensor([0.0, -0.0, -44, -1e30, -torch.inf]), torch.zeros(91)]
     )
     out = torch.empty(4096, dtype=torch.int64)
-    _masses_kernel[(1,)](d, out, mass.mass_shift(50257), BLOCK=4096)
+    machine.launch(_masses_kernel, {"d": d, "out": out, "shift": mass.mass_shift(50257)}, BLOCK=4096)
     assert torch.equal(out, mass.masses(d, 50257))
 
 
@@ -185,7 +174,7 @@ HEAD_SUMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "rows"), [(n, rows) for n in HEAD_SUMS for rows in (3, 20, 70) if (n, rows) != ("filters", 70)]
 )
-def test_heads_alone(name, rows, monkeypatch):
+def test_heads_alone(machine, name, rows, monkeypatch):
     V, options = 290, HEAD_SUMS[name]
     g = torch.Generator().manual_seed(rows)
 
@@ -199,8 +188,8 @@ def test_heads_alone(name, rows, monkeypatch):
     if options.get("sparse"):
         terms.append(Sparse(torch.randint(0, V, (rows, 3), generator=g), random(rows, 3)))
     called = []
-    heads_draw = BACKEND.heads_draw
-    monkeypatch.setattr(type(BACKEND), "heads_draw", lambda _, *a: called.append(1) or heads_draw(*a))
+    heads_draw = machine.backend.heads_draw
+    monkeypatch.setattr(type(machine.backend), "heads_draw", lambda _, *a: called.append(1) or heads_draw(*a))
     assert_equal(terms, options.get("params"), seed=seeds(rows))
     assert called == [1]
 

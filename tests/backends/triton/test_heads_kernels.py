@@ -1,13 +1,11 @@
-"""The kernels of output heads on the CPU, through Triton's interpreter, on small shapes.
+"""The kernels of output heads on small shapes, interpreted and compiled.
 
-Runs in a process with ``TRITON_INTERPRET=1``, as ``test_interpreter.py`` does;
-``test_interpreted.py`` starts it. The interpreter cannot multiply bfloat16 matrices.
+The interpreter cannot multiply bfloat16 matrices.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -22,18 +20,12 @@ from tests.support.cases import IGNORE
 
 triton = pytest.importorskip("triton")
 
-from auxkern.backends.triton import BACKEND  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
 from auxkern.core.sums import Sum  # noqa: E402
 
 pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("machine", "poisoned_memory"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs TRITON_INTERPRET=1 before Triton is imported; test_interpreted.py sets it",
-    ),
 ]
 
 H, B, D32 = torch.float16, torch.bfloat16, torch.float32
@@ -177,12 +169,12 @@ def test_three_heads(settings, stats):
     run(given, targets(9, 131), return_stats=stats, label_smoothing=0.1)
 
 
-def test_four_heads_share_one_accumulator_and_five_go_another_way():
+def test_four_heads_share_one_accumulator_and_five_go_another_way(machine):
     given = heads(5, 67, (16,) * 5, (H,) * 5)
     run(given[:4], targets(5, 67))
     run(given, targets(5, 67))
-    assert BACKEND.heads_refusal(Sum.of(given[:4], 67)) is None
-    assert "5 heads" in BACKEND.heads_refusal(Sum.of(given, 67))
+    assert machine.backend.heads_refusal(Sum.of(given[:4], 67)) is None
+    assert "5 heads" in machine.backend.heads_refusal(Sum.of(given, 67))
 
 
 def test_wide_heads_take_several_steps_and_a_remainder():
@@ -289,9 +281,10 @@ def test_runs_are_bitwise_equal():
     assert all(map(torch.equal, first[1], again[1]))
 
 
-def test_bfloat16_is_left_to_the_library_in_the_interpreter():
+def test_bfloat16_is_left_to_the_library_in_the_interpreter(machine):
     head = Head(torch.zeros(1, 16, dtype=B), torch.zeros(1, 16))
-    assert "interpreter" in BACKEND.heads_refusal(Sum.of([head], 1))
+    refusal = machine.backend.heads_refusal(Sum.of([head], 1))
+    assert refusal is None if machine.compiled else "interpreter" in refusal
     run(heads(5, 67, (16,), (D32,)), targets(5, 67))
 
 

@@ -12,9 +12,9 @@ from tests.support.launching import run_tests
 pytest.importorskip("triton")
 
 FILES = {
-    "test_interpreter.py": 80,  # and how many tests each has at the least
-    "test_linear_interpreter.py": 60,
-    "test_sampling_interpreter.py": 50,
+    "test_logits_kernels.py": 80,  # and how many tests each has at the least
+    "test_heads_kernels.py": 60,
+    "test_draw_kernels.py": 50,
 }
 
 
@@ -55,4 +55,4 @@ def test_kernels_are_right_with_a_maximum_that_drops_nan(tmp_path):
 
 @pytest.mark.slow
 def test_a_thousand_requests_in_the_interpreter(tmp_path):
-    run(["test_sampling_interpreter.py"], "slow", 1, tmp_path / "report.xml", 1800)
+    run(["test_draw_kernels.py"], "slow", 1, tmp_path / "report.xml", 1800)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from auxkern.backends import choice
 from auxkern.backends.triton import Triton
 from auxkern.backends.triton.launch import Launch
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Sum, Wanted
+from tests.support import cases
 from tests.support.ptx.fresh import Fresh
 from tests.support.ptx.runner import Executor
 
@@ -58,3 +63,32 @@ class Executed(Triton):
                 fresh.add(tensor)
         self.executor.fresh = fresh
         return fresh
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a test of kernels runs on.
+
+    Attributes:
+        backend: what ``backend="triton"`` is, for tests that do not go through an operator.
+        compiled: whether compiled code runs, with the arithmetic of a GPU.
+    """
+
+    backend: Triton
+    compiled: bool
+
+    def launch(self, kernel: Any, arguments: dict[str, object], **constants: Any) -> None:
+        """One program of a ``triton.jit`` function."""
+        launch = Launch(kernel, (1,), arguments, constants, num_warps=4, bytes_moved=0, flops=0)
+        self.backend.run([launch], torch.device("cpu"))
+
+
+@contextmanager
+def executed(executor: Executor, monkeypatch: pytest.MonkeyPatch, processors: int = 132) -> Iterator[Machine]:
+    """While it lasts ``backend="triton"`` is executed, and held to the tolerances of a GPU."""
+    backend, others = Executed(executor, processors), choice._import
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "_import", lambda name: backend if name == "triton" else others(name))
+        for errors in (cases.EXP_ERROR, cases.SLOPE_ERROR):
+            patch.setitem(errors, "cpu", errors["cuda"])
+        yield Machine(backend, compiled=True)

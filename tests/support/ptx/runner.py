@@ -74,6 +74,7 @@ class Executor:
         races: whether to watch who touches which byte; bounds are always watched.
         fresh: knows memory that nobody has written yet; None to take everything for written.
         edit: a change to the PTX before it is read, for experiments.
+        codes: what has been translated, by its PTX.
     """
 
     arch: int
@@ -82,8 +83,7 @@ class Executor:
     races: bool = True
     fresh: Fresh | None = None
     edit: Any = None
-    launches: int = 0
-    _codes: dict[str, Code] = field(default_factory=dict)
+    codes: dict[str, Code] = field(default_factory=dict)
 
     def run(self, launch: Launch) -> None:
         """Execute every thread of a launch; its results are in its tensors.
@@ -93,9 +93,9 @@ class Executor:
         """
         ptx = compile_ptx(launch, self.arch)
         text = ptx.text if self.edit is None else self.edit(launch, ptx.text)
-        if text not in self._codes:
-            self._codes[text] = Code(parse(text))
-        code = self._codes[text]
+        if text not in self.codes:
+            self.codes[text] = Code(parse(text))
+        code = self.codes[text]
         arguments = list(flattened(launch))
         parameters = dict(zip(code.kernel.parameters, _packed(code, arguments), strict=True))
         memory = Global(self._allocations(code, arguments))
@@ -105,7 +105,6 @@ class Executor:
                 f"{code.kernel.name} has {code.kernel.threads} threads, not {launch.num_warps} warps"
             )
         execute(Work(code, grid, parameters, memory, ptx.shared), self.settings, self.report)
-        self.launches += 1
         if self.fresh is not None:
             for allocation in memory.allocations:
                 if allocation.shadow is not None:
