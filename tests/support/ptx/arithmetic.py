@@ -31,10 +31,6 @@ def signed_view(x: Lanes) -> Lanes:
     return x.view(_SIGNED[x.dtype.type])
 
 
-def _lanes(x: Lanes) -> np.ndarray:
-    return np.asarray(x)
-
-
 # Rounding
 
 
@@ -68,7 +64,7 @@ def _odd(high: Lanes, low: Lanes) -> np.ndarray:
 
     Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008.
     """
-    bits = _lanes(high).view(np.int64)
+    bits = np.asarray(high).view(np.int64)
     # The last condition leaves infinities alone, whose error is NaN.
     inexact = (low != 0) & ((bits & 1) == 0) & (low == low)
     outward = (low > 0) == (high > 0)
@@ -92,7 +88,7 @@ def rounded(value: Lanes | tuple[Lanes, Lanes], mode: str, dtype: type = F32) ->
         nearest = exact.astype(F32)
         above, below = nearest > exact, nearest < exact
     else:
-        exact = nearest = _lanes(high)
+        exact = nearest = np.asarray(high)
         above, below = low < 0, low > 0
     if mode == "rn":
         return canonical(nearest)
@@ -147,7 +143,7 @@ def mul(x: Lanes, y: Lanes, mode: str = "rn") -> Lanes:
 def fma(a: Lanes, b: Lanes, c: Lanes, mode: str = "rn") -> Lanes:
     """a * b + c of float32, rounded once."""
     product = np.multiply(a, b, dtype=F64)  # exact: 48 bits
-    total = _lanes(np.add(product, c, dtype=F64))
+    total = np.asarray(np.add(product, c, dtype=F64))
     if mode != "rn":
         result = rounded((total, sum_error(product, np.asarray(c, F64), total)), mode)
         if mode == "rm":
@@ -192,7 +188,7 @@ def fma64(a: Lanes, b: Lanes, c: Lanes) -> np.ndarray:
     total = product + upper
     rest, lost = sum_error(product, upper, total), sum_error(c, low, upper)
     tail = rest + lost
-    result = _lanes(total + _odd(tail, sum_error(rest, lost, tail)))
+    result = np.asarray(total + _odd(tail, sum_error(rest, lost, tail)))
 
     ordinary = np.ones(a.shape, bool)
     for x in (a, b, c):
