@@ -45,26 +45,27 @@ def values(bits: np.ndarray, dtype: str) -> np.ndarray:
     raise ValueError(f"unknown operand type {dtype!r}; f16, bf16 and tf32 are modelled")
 
 
-def _pieces(registers: Registers, dtype: str) -> np.ndarray:
-    """(registers, warps, 8 groups, 4 threads, elements of a register) float64, low element first."""
-    bits = np.stack(registers).reshape(len(registers), -1, 8, 4, 1)
-    return values(bits if dtype == "tf32" else bits.view(U16), dtype)
+def _elements(words: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers of packed registers, float64: the last axis holds words, the lower half first."""
+    words = np.ascontiguousarray(words)
+    return values(words if dtype == "tf32" else words.view(U16), dtype)
 
 
 def _rows_of_a(registers: Registers, dtype: str) -> np.ndarray:
     """(warps, 16, k) float64: even registers hold rows 0 to 7, odd ones 8 to 15; a pair per part of k."""
-    pieces = _pieces(registers, dtype)
     parts = len(registers) // 2
-    pieces = pieces.reshape(parts, 2, *pieces.shape[1:])
-    part, half, warp, group, thread, element = range(6)
-    return pieces.transpose(warp, half, group, part, thread, element).reshape(pieces.shape[2], 16, -1)
+    words = np.stack(registers).reshape(parts, 2, -1, 8, 4)
+    part, half, warp, group, thread = range(5)
+    words = words.transpose(warp, half, group, part, thread)
+    return _elements(words.reshape(-1, 16, 4 * parts), dtype)
 
 
 def _columns_of_b(registers: Registers, dtype: str) -> np.ndarray:
     """(warps, 8, k) float64, a row per column of B: a group holds one column, a register a part of k."""
-    pieces = _pieces(registers, dtype)
-    part, warp, group, thread, element = range(5)
-    return pieces.transpose(warp, group, part, thread, element).reshape(pieces.shape[1], 8, -1)
+    parts = len(registers)
+    part, warp, group, thread = range(4)
+    words = np.stack(registers).reshape(parts, -1, 8, 4).transpose(warp, group, part, thread)
+    return _elements(words.reshape(-1, 8, 4 * parts), dtype)
 
 
 def mma(shape: str, dtype: str, a: Registers, b: Registers, c: Registers) -> Registers:
@@ -83,12 +84,14 @@ def mma(shape: str, dtype: str, a: Registers, b: Registers, c: Registers) -> Reg
         raise ValueError(f"mma.{shape} of {dtype} got {len(a)}, {len(b)} and {len(c)} registers")
     products = _rows_of_a(a, dtype) @ _columns_of_b(b, dtype).swapaxes(1, 2)
     warps = len(products)
-    products = products.reshape(warps, 2, 8, 4, 2)  # rows in halves of 8, columns in pairs
     if len(c) == 2:
-        sums = products + _pieces(c, "f16").transpose(1, 0, 2, 3, 4)
+        terms = np.stack(c).reshape(2, warps, 8, 4).swapaxes(0, 1)
+        sums = products + _elements(terms, "f16").reshape(warps, 16, 8)
         # Straight from float64: by way of float32 it would be rounded twice.
         halves = np.where(np.isnan(sums), U16(0x7FFF), sums.astype(np.float16).view(U16))
-        return tuple(np.ascontiguousarray(halves.transpose(1, 0, 2, 3, 4)).view(U32).reshape(2, -1))
+        words = halves.view(U32).reshape(warps, 2, -1).swapaxes(0, 1)
+        return tuple(words.reshape(2, -1))
+    products = products.reshape(warps, 2, 8, 4, 2)  # rows in halves of 8, columns in pairs
     terms = np.stack(c).view(F32).reshape(2, 2, warps, 8, 4)
     sums = products.transpose(1, 4, 0, 2, 3) + terms.astype(F64)
     return tuple(canonical(sums.astype(F32)).view(U32).reshape(4, -1))
@@ -222,5 +225,5 @@ def wgmma(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray | None) -> np.nd
     """
     sums = a @ b.swapaxes(1, 2)
     if accumulator is not None:
-        sums = sums + accumulator
+        sums += accumulator  # in place: a fresh array of this size costs more than the sum
     return canonical(sums.astype(F32))
