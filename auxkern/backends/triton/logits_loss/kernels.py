@@ -197,11 +197,13 @@ def _edge_columns(head, body, width, G: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _cut(terms, row, width, LEADER: tl.constexpr, G: tl.constexpr):
+def _cut(terms, gradients, row, width, LEADER: tl.constexpr, G: tl.constexpr):
     """(head, end of the body, end of the row) of a row of ``width`` columns, counted from the head."""
     head = 0
+    # Not (terms + gradients)[LEADER]: in Triton 3.6 what is added to a tuple loses the names of its fields.
     if LEADER >= 0:
-        head = tl.minimum(head_columns(terms[LEADER], row, G), width)
+        leader = terms[LEADER] if len(terms) > LEADER else gradients[LEADER - len(terms)]
+        head = tl.minimum(head_columns(leader, row, G), width)
     body = tl.multiple_of((width - head) // G * G, G)
     return head, body, width - head
 
@@ -236,7 +238,7 @@ def forward_kernel(
     y = tl.load(target + row)
     ignored = y == ignore_index
     # An ignored row is a row without columns: nothing of it is read.
-    head, body, width = _cut(terms, row, tl.where(ignored, 0, V), LEADER, G)
+    head, body, width = _cut(terms, (), row, tl.where(ignored, 0, V), LEADER, G)
     y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
     pointers = body_pointers(terms, row, head, ALIGNED)
 
@@ -347,7 +349,7 @@ def backward_kernel(
     coefficients = (tl.where(live != 0, tl.load(row_max + row), 0.0), e, c, t)
     y = tl.load(target + row)
 
-    head, body, width = _cut(terms + gradients, row, V, LEADER, G)
+    head, body, width = _cut(terms, gradients, row, V, LEADER, G)
     y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
     pointers = body_pointers(terms, row, head, ALIGNED)
     out = body_pointers(gradients, row, head, ALIGNED_OUT)
