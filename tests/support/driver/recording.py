@@ -26,12 +26,8 @@ from triton.compiler import CompiledKernel
 from auxkern.backends import choice
 from auxkern.backends import triton as backend
 from auxkern.backends.triton import Triton
-from auxkern.backends.triton.heads_draw import launches as heads_draw
-from auxkern.backends.triton.heads_loss import losses as heads_loss
 from auxkern.backends.triton.kernels import KERNELS
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.logits_draw import launches as logits_draw
-from auxkern.backends.triton.logits_loss import launches as logits_loss
 from auxkern.core.draws import RowTokens
 from auxkern.core.sums import Sum
 
@@ -153,7 +149,7 @@ class Recorder(Triton):
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> None:
         for launch in launches:
-            launch.run()
+            super().run([launch], device)
             if self._kept is not None:
                 self._kept.append(self._launched(launch))
             for out in launch.arguments.values():
@@ -210,9 +206,6 @@ def recorder(path: Path) -> Iterator[Recorder]:
         patch.setattr(triton.runtime.driver, "_active", recorder.driver)
         patch.setattr(knobs.runtime, "jit_post_compile_hook", recorder.count)
         patch.setattr(backend, "BACKEND", recorder)
-        for module in (heads_draw, heads_loss, logits_draw, logits_loss):
-            patch.setattr(module, "run", recorder.run)
-            patch.setattr(module, "multiprocessors", recorder.multiprocessors, raising=False)
         choice._import.cache_clear()
         # As on a GPU: this backend is the first choice.
         patch.setattr(
@@ -224,7 +217,8 @@ def recorder(path: Path) -> Iterator[Recorder]:
         finally:
             knobs.runtime.kernel_load_end_hook.remove(recorder.declare)
             recorder.forget()
-    choice._import.cache_clear()
+            patch.undo()
+            choice._import.cache_clear()
 
 
 def flat(value: object) -> Iterator[Tensor | int | float]:
