@@ -47,11 +47,11 @@ def compiler() -> str | None:
 def library(folder: Path) -> Path:
     """``libcuda.so.1``, compiled in this folder."""
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    made = folder / "libcuda.so.1"
-    options = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{made.name}", f"-I{headers}"]
+    path = folder / "libcuda.so.1"
+    options = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", f"-I{headers}"]
     source = Path(__file__).with_name("libcuda.c")
-    subprocess.run([str(compiler()), *options, str(source), "-o", str(made)], check=True)
-    return made
+    subprocess.run([str(compiler()), *options, str(source), "-o", str(path)], check=True)
+    return path
 
 
 class Record(ctypes.Structure):
@@ -87,8 +87,8 @@ def parameters(ptx: str) -> list[Parameter]:
     declared = re.search(r"\.entry\s+\w+\((.*?)\)", ptx, re.DOTALL)
     if declared is None:
         raise ValueError("the PTX has no .entry with parameters")
-    found = re.findall(r"\.param\s+\.(\w+)\s+(\.ptr)?", declared[1])
-    return [Parameter(type, bool(pointer)) for type, pointer in found]
+    listed = re.findall(r"\.param\s+\.(\w+)\s+(\.ptr)?", declared[1])
+    return [Parameter(type, bool(pointer)) for type, pointer in listed]
 
 
 class Launched(NamedTuple):
