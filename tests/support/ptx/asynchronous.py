@@ -96,7 +96,7 @@ class Products:
         self._flying: dict[int, tuple[Array, int]] = {}  # register: result, group
         self._group = 0
         self._reads: list[tuple[int, Array]] = []  # group, granules
-        self._fenced: dict[int, Array] = {}
+        self._fenced: dict[int, Array] = {}  # by identity
         self._busy = lanes.spread(_BUSY)
 
     def in_flight(self, registers: list[int]) -> bool:
@@ -111,8 +111,11 @@ class Products:
         batch.fence_stamps[thread - batch.first_thread] = stamp if mask is None else stamp[mask]
 
     def fence(self, mask: Array | None) -> None:
-        """Registers as they are now may enter a product."""
-        self._fenced = dict(enumerate(self._lanes.registers))
+        """What registers hold now may enter a product.
+
+        Copies of it may, too: LLVM puts moves of registers behind the fence, where ptxas takes them away.
+        """
+        self._fenced = {id(value): value for value in self._lanes.registers}
 
     def commit(self, mask: Array | None) -> None:
         self._group += 1
@@ -133,7 +136,7 @@ class Products:
         lanes = self._lanes
         if mask is not None and not mask.all():
             raise PtxError(f"{lanes.place(at).instruction}: under a mask")
-        if any(p not in self._flying and registers[p] is not self._fenced.get(p) for p in places):
+        if any(p not in self._flying and id(registers[p]) not in self._fenced for p in places):
             lanes.batch.report.add("accumulator changed behind wgmma.fence", lanes.place(at), "")
         if isinstance(a, tuple):
             left = fragments.wgmma_a(a, kind)
