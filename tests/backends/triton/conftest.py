@@ -75,13 +75,14 @@ def machine(
 ) -> Iterator[Any]:
     """What ``backend="triton"`` is on CPU tensors; compiled code must leave nothing to report."""
     from auxkern.backends.triton import BACKEND
-    from tests.support.ptx.executed import Machine, executed
+    from tests.support.ptx.executed import BENIGN, Machine, executed
+    from tests.support.ptx.report import Report
     from tests.support.ptx.runner import Executor
 
     if request.param == INTERPRETER:
         yield Machine(BACKEND, compiled=False)
         return
-    executor = Executor(request.param, codes=codes)
+    executor = Executor(request.param, report=Report(BENIGN), codes=codes)
     with executed(executor, monkeypatch, PROCESSORS[request.param]) as machine:
         yield machine
     assert not executor.report.faults, str(executor.report)

@@ -6,17 +6,15 @@ The interpreter cannot multiply bfloat16 matrices.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import auxkern
 from auxkern import Head, Logits
 from tests.support import shares
 from tests.support.cases import IGNORE
+from tests.support.heads import D32, B, H, close, exact, heads, ours, run, targets
 
 triton = pytest.importorskip("triton")
 
@@ -27,93 +25,6 @@ pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
-
-H, B, D32 = torch.float16, torch.bfloat16, torch.float32
-
-
-def heads(
-    N: int, V: int, widths: Any, dtypes: Any, *, scales: Any = (), softcaps: Any = (), biases: Any = ()
-) -> list[Head]:
-    """Random heads; a missing scale is 1, a missing softcap and bias None."""
-    source = torch.Generator().manual_seed(N + V)
-
-    def random(dtype: torch.dtype, *shape: int) -> Tensor:
-        return (0.8 * torch.randn(shape, generator=source)).to(dtype)
-
-    made = []
-    for i, (D, dtype) in enumerate(zip(widths, dtypes, strict=True)):
-        bias = random(dtype, V) if i < len(biases) and biases[i] else None
-        scale = scales[i] if i < len(scales) else 1.0
-        softcap = softcaps[i] if i < len(softcaps) else None
-        made.append(Head(random(dtype, N, D), random(dtype, V, D), bias, scale, softcap))
-    return made
-
-
-def targets(N: int, V: int) -> Tensor:
-    y = torch.randint(V, (N,), generator=torch.Generator().manual_seed(N))
-    y[1::4] = IGNORE
-    return y
-
-
-def exact(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
-    """(loss, gradients, z, shares) by the textbook formula in float64."""
-    z_loss, weight = options.pop("z_loss", 0.0), options.pop("token_weight", None)
-    reduction, V = options.pop("reduction", "mean"), options.pop("vocab_size", None)
-    leaves = [[t.detach().double().requires_grad_() for t in h.tensors.values()] for h in given]
-    shares = []
-    for head, (hidden, matrix, *bias) in zip(given, leaves, strict=True):
-        x = hidden @ matrix.T + (bias[0] if bias else 0.0)
-        if head.softcap is not None:
-            x = head.softcap * torch.tanh(x / head.softcap)
-        shares.append(head.scale * x[:, :V])
-    z = sum(shares)
-    row = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORE, **options)
-    counts = (y != IGNORE).double()
-    row = row + z_loss * z.logsumexp(-1) ** 2 * counts
-    w = counts if weight is None else counts * weight.double()
-    loss = row * w if reduction == "none" else (row * w).sum()
-    loss = loss / w.sum() if reduction == "mean" else loss
-    loss.backward(None if grad is None else grad.double())
-    return loss.detach(), [x.grad for leaf in leaves for x in leaf], z.detach(), [s.detach() for s in shares]
-
-
-def ours(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
-    """(loss, gradients, stats or None) of the Triton backend."""
-    leaves = [{k: t.detach().clone().requires_grad_() for k, t in h.tensors.items()} for h in given]
-    terms = [Head(**leaf, scale=h.scale, softcap=h.softcap) for leaf, h in zip(leaves, given, strict=True)]
-    out = auxkern.cross_entropy(terms, y, backend="triton", **options)
-    loss, stats = out if options.get("return_stats") else (out, None)
-    loss.backward(grad)
-    return loss.detach(), [x.grad for leaf in leaves for x in leaf.values()], stats
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Within ``tolerance`` of the largest entry: sums of many entries have its rounding."""
-    assert not bool(found.isnan().any())
-    torch.testing.assert_close(
-        found.double(), expected, rtol=0, atol=tolerance * max(float(expected.abs().max()), 1e-3)
-    )
-
-
-# A gradient is rounded to float16 once as e, once as dz and once as the result.
-TOLERANCE = {H: 3 * 2.0**-11, D32: 2e-6}
-
-
-def run(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
-    loss, gradients, stats = ours(given, y, grad, **options)
-    options = {k: v for k, v in options.items() if k not in ("return_stats", "chunk_rows")}
-    expected, exact_gradients, z, shares = exact(given, y, grad, **options)
-    close(loss, expected, 1e-6)
-    inputs = [x for head in given for x in head.tensors.values()]
-    for x, gradient, right in zip(inputs, gradients, exact_gradients, strict=True):
-        assert gradient.dtype == x.dtype
-        close(gradient, right, TOLERANCE[x.dtype])
-    if stats is not None:
-        counts = y != IGNORE
-        close(stats.lse[counts], z.logsumexp(-1)[counts], 1e-6)
-        assert torch.equal(stats.argmax, torch.where(counts, z.argmax(-1), -1))
-        for found, share in zip(stats.term_nll, shares, strict=True):
-            close(found, F.cross_entropy(share, y, ignore_index=IGNORE, reduction="none"), 2e-6)
 
 
 @pytest.mark.parametrize("V", [1, 7, 127, 129, 200])

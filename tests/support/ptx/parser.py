@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Instruction:
         opcode: with its modifiers, as ``fma.rn.f32``.
         operands: registers and immediates as written, vectors of them, addresses.
         predicate: a register that must be true (false if ``negated``); None for always.
-        source: file and line of Triton's source, innermost first.
+        source: file and line of Triton's source, innermost first; ``path`` and ``number`` of the innermost.
         line: of the PTX, from 1.
     """
 
@@ -41,6 +42,13 @@ class Instruction:
     negated: bool
     source: str
     line: int
+    path: str = ""
+    number: int = 0
+
+    @property
+    def text(self) -> str:
+        """The line of Triton's source."""
+        return linecache.getline(self.path, self.number).strip()
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
@@ -150,13 +158,13 @@ class _Body:
         self.widths: dict[str, int] = {}
         self.statements: list[str | Instruction] = []  # labels and instructions
         self._scopes: list[dict[str, str]] = [{}]
-        self._source, self._pending = "", ""
+        self._source, self._path, self._number, self._pending = "", "", 0, ""
         first = text.count("\n", 0, start) + 1
         for line, raw in enumerate(text[start:].split("\n"), first):
             location = _LOCATION.match(raw.strip())
             if location:
-                name = self.files.get(location[1], "").rsplit("/", 1)[-1]
-                self._source = location[3] or f"{name}:{location[2]}"
+                self._path, self._number = self.files.get(location[1], ""), int(location[2])
+                self._source = location[3] or f"{self._path}:{self._number}"
             elif not self._read(self._pending + raw.split("//")[0].strip(), line):
                 return
 
@@ -199,7 +207,11 @@ class _Body:
         if parts is None:
             raise PtxError(f"line {line}: cannot read {text!r}")
         operands = tuple(map(_operand, _split(parts[4])))
-        self.statements.append(Instruction(parts[3], operands, parts[2], bool(parts[1]), self._source, line))
+        self.statements.append(
+            Instruction(
+                parts[3], operands, parts[2], bool(parts[1]), self._source, line, self._path, self._number
+            )
+        )
 
     def _declare(self, kind: str, names: str) -> None:
         width = 0 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8

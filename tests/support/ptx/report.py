@@ -34,31 +34,29 @@ class Fault:
         at = self.place.instruction
         return (
             f"{self.place.kernel}: {self.kind} ({self.times} times)\n"
-            f"    at {at.source}, line {at.line} of the PTX: {at}\n    first: {self.detail}"
+            f"    at {at.source}: {at.text}\n    line {at.line} of the PTX: {at}\n    first: {self.detail}"
         )
 
 
 @dataclass(frozen=True)
 class Benign:
-    """A fault that does no harm, and why; named for one kernel and one place.
+    """A fault that does no harm, and why; named for one kernel and one line of its source.
 
     Attributes:
         kernel, kind: as reported.
-        source: what the place's source begins with, such as "standard.py:290".
+        text: a part of the line that no other line with such a fault has.
         reason: why no result depends on it.
     """
 
     kernel: str
     kind: str
-    source: str
+    text: str
     reason: str
 
     def covers(self, fault: Fault) -> bool:
         place = fault.place
-        return (
-            (self.kernel, self.kind) == (place.kernel, fault.kind)
-            and place.instruction.source.startswith(self.source)
-        )  # fmt: skip
+        named = (self.kernel, self.kind) == (place.kernel, fault.kind)
+        return named and self.text in place.instruction.text
 
 
 @dataclass
