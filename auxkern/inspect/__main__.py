@@ -29,14 +29,20 @@ stores are those of the inner loop (with a star, of the whole kernel, where it h
 and the widest in bytes. Floors are the bytes or the FLOPs of one launch, whichever takes longer, at a
 GPU's data-sheet rates: no kernel is faster.
 "moved" is what the compiled inner loop reads and writes, compared with those bytes: 1 is ideal.
+For NVIDIA a MODEL, not a measurement, counts the instructions of the listing by what executes them, per
+column of logits or per 1,000 multiply-adds of a product, and divides them by data-sheet rates: of issue,
+transcendental functions, memory and tensor cores, the one that takes longest is the bound. The model
+leaves out latency, dependences between instructions, bank conflicts, caches, dual issue, and pipes that
+take an instruction every second clock; code outside of loops counts once, branches taken or not.
 Exit status: 0; 1 if a kernel spills, moves less than 16 bytes at a time where it must not, exceeds
-the shared memory, misses the tensor cores, or does not compile for NVIDIA; 2 for bad options;
-130 after Ctrl-C.
+the shared memory, misses the tensor cores, rounds exact products in them, reads more often than it
+states, on an H100 issues for longer than memory takes, or does not compile for NVIDIA, or if a known
+failure is none any more; 2 for bad options; 130 after Ctrl-C.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles, prints a table per target and one of floors, and writes JSON if asked.
+    """Compiles, prints tables per target and one of floors, and writes JSON if asked.
 
     Args:
         argv: arguments after the program's name; those of the process when None.

@@ -9,14 +9,31 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import triton
 
+from auxkern.inspect.flow import read_flow
+from auxkern.inspect.source import Source, read_source
+
 _DISASSEMBLY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of a listing that loads from global memory and holds no other one that does.
+
+    Attributes:
+        opcodes: how often each instruction stands in it, without modifiers.
+        load_bytes: widths of its global loads, one entry per instruction.
+    """
+
+    opcodes: dict[str, int]
+    load_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,9 @@ class Assembly:
         store_bytes: of the global stores likewise.
         loop_instructions: in the inner loop that moves the most bytes; 0 if there is none.
         tensor_core: kinds of matrix instruction.
+        loops: in the order of the listing; empty for AMD.
+        outside: instructions that stand in none of them, as in a ``Loop``, without what is called.
+        source: loops of the code that was compiled.
     """
 
     registers: int
@@ -43,24 +63,33 @@ class Assembly:
     store_bytes: tuple[int, ...]
     loop_instructions: int
     tensor_core: tuple[str, ...]
+    loops: tuple[Loop, ...] = ()
+    outside: dict[str, int] = field(default_factory=dict)
+    source: Source = field(default_factory=Source)
 
 
-def _loops_by_branches(lines: list[str]) -> Iterable[list[str]]:
-    """NVIDIA: the lines of every span that a branch jumps back over and that holds no other one."""
-    begins: dict[str, int] = {}
-    spans: list[tuple[int, int]] = []
-    for number, line in enumerate(lines):
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            begins[label[1]] = number
-        elif (branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and branch[1] in begins:
-            spans.append((begins[branch[1]], number))
-    for begin, end in spans:
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
-            yield lines[begin : end + 1]
+@dataclass(frozen=True)
+class _Listing:
+    """Instructions, and places of those of each loop; for NVIDIA, opcodes, and places of what is reached."""
+
+    instructions: list[str]
+    loops: list[list[int]]
+    opcodes: Sequence[str] = ()
+    reached: Sequence[int] = ()
 
 
-def _loops_by_remarks(lines: list[str]) -> Iterable[list[str]]:
-    """AMD: the lines of every innermost loop.
+def _nvidia(lines: list[str]) -> _Listing:
+    flow = read_flow(lines)
+    return _Listing(
+        [instruction.text for instruction in flow.instructions],
+        flow.loops,
+        [instruction.opcode for instruction in flow.instructions],
+        flow.reached,
+    )
+
+
+def _amd(lines: list[str]) -> _Listing:
+    """With the innermost loops alone.
 
     LLVM may place a loop's blocks anywhere, but says in a remark which loop a block belongs to.
     """
@@ -69,21 +98,25 @@ def _loops_by_remarks(lines: list[str]) -> Iterable[list[str]]:
         if begins := re.match(r"\.L(BB\w+):|; %bb\.\w+:", line):
             blocks.append((begins[1] or "", []))
         blocks[-1][1].append(line)
-    loops: dict[str, list[str]] = {}
+    instructions: list[str] = []
+    loops: dict[str, list[int]] = {}
+    innermost = set()
     for name, block in blocks:
+        first = len(instructions)
+        instructions += [line[1:] for line in block if re.match(r"\t[a-z]\w+", line)]
+        places = range(first, len(instructions))
         remarks = " ".join(block[:2])  # beside the label, or below it
         if "This Inner Loop Header" in remarks:
-            loops.setdefault(name, []).extend(block)
+            innermost.add(name)
+            loops.setdefault(name, []).extend(places)
         elif inside := re.search(r"in Loop: Header=(BB\w+)", remarks):
-            loops.setdefault(inside[1], []).extend(block)
-    innermost = {name for name, block in blocks if "This Inner Loop Header" in " ".join(block[:2])}
-    return [loop for name, loop in loops.items() if name in innermost]
+            loops.setdefault(inside[1], []).extend(places)
+    return _Listing(instructions, [loop for name, loop in loops.items() if name in innermost])
 
 
 @dataclass(frozen=True)
 class _Dialect:
-    instruction: re.Pattern[str]
-    loops: Callable[[list[str]], Iterable[list[str]]]
+    listing: Callable[[list[str]], _Listing]
     load: re.Pattern[str]
     store: re.Pattern[str]
     matrix: re.Pattern[str]
@@ -91,8 +124,7 @@ class _Dialect:
 
 
 _SASS = _Dialect(
-    instruction=re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*)"),
-    loops=_loops_by_branches,
+    listing=_nvidia,
     # LDGSTS copies from global to shared memory, as wide as a load.
     load=re.compile(r"\bLDG(?:STS)?\.E(?:\.\w+)*?(\.(?:256|128|64|U16|S16|U8|S8))?(?=[.\s])(?!\.)"),
     store=re.compile(r"\bSTG\.E(?:\.\w+)*?(\.(?:256|128|64|U16|S16|U8|S8))?(?=[.\s])(?!\.)"),
@@ -101,8 +133,7 @@ _SASS = _Dialect(
 )
 _GCN_WIDTHS = r"(dwordx4|dwordx3|dwordx2|dword|ushort|sshort|short|ubyte|sbyte|byte)"
 _GCN = _Dialect(
-    instruction=re.compile(r"^\t([a-z]\w+.*)"),
-    loops=_loops_by_remarks,
+    listing=_amd,
     load=re.compile(rf"\b(?:global|buffer|flat)_load_{_GCN_WIDTHS}"),
     store=re.compile(rf"\b(?:global|buffer|flat)_store_{_GCN_WIDTHS}"),
     matrix=re.compile(r"\b(v_s?mfmac?_\w+)\b"),
@@ -119,7 +150,7 @@ def read(compiled: Any) -> Assembly:
     Raises:
         RuntimeError: a tool of Triton's is missing or cannot read the binary.
     """
-    shared = compiled.metadata.shared
+    shared, source = compiled.metadata.shared, read_source(compiled.asm["ttir"])
     if "cubin" in compiled.asm:
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         with tempfile.TemporaryDirectory() as folder:
@@ -130,11 +161,11 @@ def read(compiled: Any) -> Assembly:
             text = _output(tools / "nvdisasm", "-c", "-ndf", path)
         registers = _number(r"REG:(\d+)", resources)
         spill = _number(r"STACK:(\d+)", resources) + _number(r"LOCAL:(\d+)", resources)
-        return _assembly(_SASS, text.splitlines(), registers, spill, shared)
+        return replace(_assembly(_SASS, text.splitlines(), registers, spill, shared), source=source)
     text = compiled.asm["amdgcn"]
     registers = _number(r"\.vgpr_count:\s*(\d+)", text)
     spill = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
-    return _assembly(_GCN, text.splitlines(), registers, spill, shared)
+    return replace(_assembly(_GCN, text.splitlines(), registers, spill, shared), source=source)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -156,25 +187,38 @@ def _output(tool: Path, *arguments: str | Path) -> str:
 
 
 def _assembly(dialect: _Dialect, lines: list[str], registers: int, spill: int, shared: int) -> Assembly:
-    instructions = [line for line in lines if dialect.instruction.search(line)]
-    bodies = ([line for line in body if dialect.instruction.search(line)] for body in dialect.loops(lines))
-    loop = max(bodies, key=lambda body: _traffic(dialect, body), default=[])
-    inner = loop if _traffic(dialect, loop) else instructions
+    listing = dialect.listing(lines)
+    instructions = listing.instructions
+
+    def moved(kind: re.Pattern[str], places: Sequence[int]) -> tuple[int, ...]:
+        lines = (instructions[place] for place in places)
+        return tuple(dialect.widths[m[1] or ""] for line in lines if (m := kind.search(line)))
+
+    def traffic(places: Sequence[int]) -> int:
+        return sum(moved(dialect.load, places)) + sum(moved(dialect.store, places))
+
+    busiest = max(_innermost([loop for loop in listing.loops if traffic(loop)]), key=traffic, default=[])
+    inner = busiest or range(len(instructions))
+    loading = _innermost([loop for loop in listing.loops if moved(dialect.load, loop)])
+    outside = set(listing.reached).difference(*loading)
+    opcodes = listing.opcodes
     return Assembly(
         registers=registers,
         spill_bytes=spill,
         shared_bytes=shared,
         instructions=len(instructions),
-        load_bytes=_widths(dialect, dialect.load, inner),
-        store_bytes=_widths(dialect, dialect.store, inner),
-        loop_instructions=len(inner) if inner is loop else 0,
+        load_bytes=moved(dialect.load, inner),
+        store_bytes=moved(dialect.store, inner),
+        loop_instructions=len(busiest),
         tensor_core=tuple(sorted({m[1] for line in instructions if (m := dialect.matrix.search(line))})),
+        loops=tuple(
+            Loop(dict(Counter(opcodes[place] for place in loop)), moved(dialect.load, loop))
+            for loop in (loading if opcodes else ())
+        ),
+        outside=dict(Counter(opcodes[place] for place in outside)),
     )
 
 
-def _widths(dialect: _Dialect, kind: re.Pattern[str], lines: list[str]) -> tuple[int, ...]:
-    return tuple(dialect.widths[m[1] or ""] for line in lines if (m := kind.search(line)))
-
-
-def _traffic(dialect: _Dialect, lines: list[str]) -> int:
-    return sum(_widths(dialect, dialect.load, lines)) + sum(_widths(dialect, dialect.store, lines))
+def _innermost(loops: list[list[int]]) -> list[list[int]]:
+    """Those that hold no other one."""
+    return [loop for loop in loops if not any(set(other) < set(loop) for other in loops)]

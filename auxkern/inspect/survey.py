@@ -12,6 +12,8 @@ from functools import cache
 from auxkern.backends.triton.cases import VOCABULARIES, Case, Kernel
 from auxkern.backends.triton.kernels import KERNELS
 from auxkern.inspect.assembly import Assembly, read
+from auxkern.inspect.issue import Bound, IssueModel, bound_of, fits, model_of, turns_in_loop
+from auxkern.inspect.rules import Verdict, judge
 from auxkern.inspect.targets import TARGETS, Target
 
 
@@ -56,6 +58,9 @@ class Finding:
         resident_warps: on a multiprocessor, of at most ``resident_limit``.
         floors: one for each model; the binary is the same for all of them.
         problems: broken rules, in words; empty if all is well.
+        known: those that ``known.py`` expects, with its reason.
+        issue: the MODEL of its instructions; None for AMD, and where it cannot be told.
+        bounds: in the MODEL, one for each model of ``floors``.
     """
 
     kernel: str
@@ -70,33 +75,9 @@ class Finding:
     resident_limit: int = 0
     floors: list[Floor] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-
-def problems(kernel: Kernel, target: Target, made: Assembly, tensor_cores: bool | None = None) -> list[str]:
-    """The rules that a compiled kernel breaks, in words.
-
-    No spills; shared memory within the target's limit; on NVIDIA, 16-byte traffic in the inner
-    loop of a memory-bound kernel; tensor cores where ``tensor_cores``, by default for every kernel
-    that multiplies matrices, and never in a kernel that does not.
-    """
-    broken = []
-    if made.spill_bytes:
-        broken.append(f"spills {made.spill_bytes} bytes per thread")
-    if made.shared_bytes > target.shared_per_program:
-        broken.append(
-            f"takes {made.shared_bytes} bytes of shared memory; {target.name} has {target.shared_per_program}"
-        )
-    narrow = sorted({width for width in made.load_bytes + made.store_bytes if width < 16})
-    if kernel.vectors and target.backend == "cuda" and (narrow or not made.load_bytes):
-        broken.append(
-            f"moves {', '.join(map(str, narrow)) or 'no'} bytes at a time in its inner loop, not 16"
-        )
-    needed = kernel.dot if tensor_cores is None else tensor_cores
-    if needed and not made.tensor_core:
-        broken.append("has no tensor-core instruction")
-    if made.tensor_core and not kernel.dot:
-        broken.append(f"has {', '.join(made.tensor_core)}")
-    return broken
+    known: list[str] = field(default_factory=list)
+    issue: IssueModel | None = None
+    bounds: list[Bound] = field(default_factory=list)
 
 
 def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Case] = ()) -> Finding:
@@ -113,12 +94,14 @@ def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Ca
         made = read(launch.compile(GPUTarget(target.backend, target.arch, target.warp)))
     except Exception as reason:  # the compiler's own errors have no common class; all are reported
         error = f"{type(reason).__name__}: {reason}".strip()
+    # AMD's compiler is not in every Triton; the table shows that it failed, and no more.
+    verdict = Verdict(["does not compile"] if target.backend == "cuda" else [])
+    issue, bounds = None, []
     if made is not None:
-        # Exact float32 products cannot run in tensor cores.
-        broken = problems(kernel, target, made, launch.tensor_flops > 0)
-    else:
-        # AMD's compiler is not in every Triton; the table shows that it failed, and no more.
-        broken = ["does not compile"] if target.backend == "cuda" else []
+        verdict = judge(kernel, case, target, made)
+        if target.backend == "cuda" and fits(made):
+            issue = model_of(made, launch, target)
+            bounds = [bound_of(made, other, target) for other in floors]
     warps = launch.num_warps
     return Finding(
         kernel=kernel.name,
@@ -133,14 +116,19 @@ def inspect_case(kernel: Kernel, case: Case, target: Target, floors: Sequence[Ca
         resident_limit=target.warps,
         # A tile of a kernel that is bound by products is read more than once, and should be.
         floors=[_floor(other, target, made if kernel.vectors else None) for other in floors],
-        problems=broken,
+        problems=verdict.problems,
+        known=verdict.known,
+        issue=issue,
+        bounds=bounds,
     )
 
 
 def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
     launch, tile, loop_bytes = case.launch, case.launch.constants.get("BLOCK"), None
     if made is not None and tile is not None and made.loop_instructions:
-        per_tile = (sum(made.load_bytes) + sum(made.store_bytes)) * launch.num_warps * target.warp
+        threads = launch.num_warps * target.warp
+        per_turn = (sum(made.load_bytes) + sum(made.store_bytes)) * threads
+        per_tile = per_turn / turns_in_loop(made, threads)
         loop_bytes = round(per_tile / tile * case.rows * VOCABULARIES[case.model])
     return Floor(
         model=case.model,
@@ -213,3 +201,10 @@ def failures(findings: Sequence[Finding]) -> Iterator[str]:
         for problem in finding.problems:
             reason = f": {finding.error.splitlines()[-1]}" if finding.error else ""
             yield f"{finding.kernel} [{finding.case}] on {finding.target} {problem}{reason}"
+
+
+def known_failures(findings: Sequence[Finding]) -> Iterator[str]:
+    """One line for each broken rule that is expected."""
+    for finding in findings:
+        for problem in finding.known:
+            yield f"known: {finding.kernel} [{finding.case}] on {finding.target} {problem}"

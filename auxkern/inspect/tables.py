@@ -9,22 +9,29 @@ from rich.console import Console
 from rich.table import Table
 
 from auxkern.inspect.assembly import Assembly
-from auxkern.inspect.survey import Finding, failures
+from auxkern.inspect.issue import COLUMN, PRODUCTS, PROGRAM
+from auxkern.inspect.opcodes import CLASSES, OTHER
+from auxkern.inspect.survey import Finding, failures, known_failures
 from auxkern.inspect.targets import TARGETS
 from auxkern.terminal import console_for_stdout
 
 
 def show(findings: Sequence[Finding], model: str) -> None:
-    """Print what the compiler made for each target, the floors for ``model``, and broken rules."""
+    """Print what the compiler made for each target, floors and bounds for ``model``, and broken rules."""
     out = console_for_stdout()
     targets = list(dict.fromkeys(finding.target for finding in findings))
     for target in targets:
         _show_target(out, target, [finding for finding in findings if finding.target == target])
     _show_floors(out, targets, findings, model)
-    broken = list(failures(findings))
-    for line in broken:
+    for target in targets:
+        modelled = [f for f in findings if f.target == target and f.issue is not None]
+        if modelled:
+            _show_model(out, target, modelled, model)
+    broken, known = list(failures(findings)), list(known_failures(findings))
+    for line in [*known, *broken]:
         out.print(line, markup=False, highlight=False)
-    out.print(f"{len(findings)} binaries, {len(broken)} broken rules", highlight=False)
+    count = f"{len(findings)} binaries, {len(broken)} broken rules, {len(known)} known failures"
+    out.print(count, highlight=False)
 
 
 def _table(title: str, numbers: Sequence[str]) -> Table:
@@ -101,3 +108,39 @@ def _show_floors(out: Console, targets: Sequence[str], findings: Sequence[Findin
             costs.append(f"{least:.{3 if least < 10 else 1}f}{mark}")
         _add_row(table, same[0].kernel, seen, same[0].case, *costs)
     out.print(table)
+
+
+_UNITS = {COLUMN: "col", PRODUCTS: "1k", PROGRAM: "prog"}
+_SHORT = {"integer": "int", "memory": "mem", "tensor": "tc", "control": "ctl"}
+
+
+def _show_model(out: Console, target: str, findings: Sequence[Finding], model: str) -> None:
+    gpu = TARGETS[target]
+    classes = [_SHORT.get(name, name) for name in CLASSES if name != OTHER]
+    table = _table(
+        f"Issue MODEL of {target} ({gpu.gpu}) for {model}: not a measurement",
+        [*classes, "all", "bar", "pass", "us", "by"],
+    )
+    table.caption = (
+        "MODEL. Instructions of threads per column (col), 1,000 multiply-adds of a product (1k), or of each "
+        "thread of a program (prog), over all passes; bar: barriers a tile; pass: passes over what is read; "
+        f"us: the longest of issue ({gpu.multiprocessors} multiprocessors, 4 instructions a clock, "
+        f"{gpu.clock / 1e9:g} GHz), mufu (16 lanes), memory and tensor cores (tc) at data-sheet rates, and "
+        "which it is. Left out: latency, dependences, bank conflicts, caches, dual issue."
+    )
+    table.caption_justify = "left"
+    seen: set[str] = set()
+    for finding in findings:
+        its = finding.issue
+        if its is None:
+            continue
+        name, us = next(bound for bound in finding.bounds if bound.model == model).largest
+        counts = [_figure(its.instructions[name]) for name in CLASSES if name != OTHER]
+        cells = [*counts, _figure(its.total), f"{its.barriers:.0f}"]
+        cells += ["?" if its.passes is None else str(its.passes), _figure(us), _SHORT.get(name, name)]
+        _add_row(table, f"{finding.kernel} per {_UNITS[its.unit]}", seen, finding.case, *cells)
+    out.print(table)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.1f}"

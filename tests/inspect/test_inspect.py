@@ -21,7 +21,7 @@ from auxkern.backends.triton import cases, kernels  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from auxkern.inspect import __main__ as command  # noqa: E402
-from auxkern.inspect import assembly, survey, tables  # noqa: E402
+from auxkern.inspect import assembly, issue, rules, survey, tables  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -59,7 +59,9 @@ def test_finds_tensor_core_instructions(target, instruction):
     assert any(name.startswith(instruction) for name in made.tensor_core)
     assert made.shared_bytes > 0
     # Where no kernel was to multiply matrices, that is a broken rule.
-    assert any(instruction in problem for problem in survey.problems(_kernel("combine_kernel"), gpu, made))
+    kernel = _kernel("combine_kernel")
+    broken = rules.broken_rules(kernel, next(kernel.cases("GPT-2")), gpu, made)
+    assert any(instruction in problem for _, problem in broken)
 
 
 def test_reads_the_innermost_busiest_loop():
@@ -128,6 +130,12 @@ def test_command_prints_and_writes_json(tmp_path, capsys):
     assert first["made"]["registers"] > 0
     assert first["problems"] == []
     assert [floor["model"] for floor in first["floors"]] == list(cases.VOCABULARIES)
+    assert [bound["model"] for bound in first["bounds"]] == list(cases.VOCABULARIES)
+    assert first["issue"]["unit"] == "program"
+    assert first["issue"]["instructions"]["integer"] > 0
+    assert "Issue MODEL of sm_80" in printed
+    amd = next(finding for finding in content["findings"] if finding["target"] == "gfx942")
+    assert amd["issue"] is None
 
 
 def test_blocks_of_an_amd_loop_are_found_by_their_remarks():
@@ -164,6 +172,15 @@ def test_tables_fit_100_columns(capsys):
     """With every kernel and case that there is, as if each were compiled to large figures."""
     made = assembly.Assembly(255, 1024, 232448, 9999, (16,) * 200, (16,) * 16, 0, ("v_mfma_f32_32x32x8_f16",))
     wide = dataclasses.replace(made, tensor_core=("UTCHMMA",))
+    large = {
+        "fma": 2222,
+        "mufu": 333,
+        "integer": 22222,
+        "memory": 4444,
+        "tensor": 16,
+        "control": 999,
+        "other": 1,
+    }
     findings = []
     for target, gpu in TARGETS.items():
         for kernel in kernels.KERNELS:
@@ -173,12 +190,23 @@ def test_tables_fit_100_columns(capsys):
                 finding = survey.Finding(
                     kernel.name, case.label, target, 4096, 8, 1.0, None, shown, 64, 64, [floor]
                 )
+                if gpu.backend == "cuda":
+                    model = issue.IssueModel("1,000 products", large, 999, 19)
+                    bound = issue.Bound("Gemma", 99999, 0, 0, 0)
+                    finding = dataclasses.replace(finding, issue=model, bounds=[bound])
                 findings.append(finding)
     tables.show(findings, "Gemma")
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert "…" not in printed
     assert "MFMA" in printed
+
+
+def test_bytes_of_an_unrolled_loop_are_those_of_one_tile():
+    kernel = _kernel("sum_kernel")
+    case = next(c for c in kernel.cases("Llama-3") if c.label == "fp32+fp32")
+    finding = survey.inspect_case(kernel, case, TARGETS["sm_90"], [case])
+    assert finding.floors[0].loop_bytes == finding.floors[0].bytes_moved
 
 
 def test_floor_of_a_product_is_at_the_rate_of_tensor_cores():

@@ -42,6 +42,12 @@ class Case:
     rows: int
     launch: Launch
 
+    @property
+    def half_operands(self) -> list[bool]:
+        """For each product of matrices in the launch, whether an operand of it has 16 bits."""
+        heads: Any = self.launch.arguments.get("heads", ())
+        return [head.hidden.dtype != F or head.weight.dtype != F for head in heads]
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -54,6 +60,7 @@ class Kernel:
         vectors: whether, on contiguous logits, its traffic must move 16 bytes at a time.
         dot: whether it multiplies matrices and must use tensor cores.
         any_row: whether ``vectors`` holds for rows that begin anywhere, not only at 16-byte boundaries.
+        passes: how often it may read what it reads.
     """
 
     function: Any
@@ -62,6 +69,7 @@ class Kernel:
     vectors: bool = False
     dot: bool = False
     any_row: bool = True
+    passes: int = 1
 
     @property
     def name(self) -> str:
@@ -112,11 +120,12 @@ def heads_of(
     *,
     cap: float | None = None,
     scales: Sequence[float] = (1.0, 1.0, -1.0),
+    hidden: torch.dtype | None = None,
 ) -> Sum:
-    """A sum of heads of these widths and dtypes."""
+    """A sum of heads of these widths and dtypes; those of all hidden states are ``hidden``, if given."""
     heads = [
         Head(
-            torch.empty(rows, D, dtype=dtype, device="meta"),
+            torch.empty(rows, D, dtype=hidden or dtype, device="meta"),
             torch.empty(V, D, dtype=dtype, device="meta"),
             scale=scale,
             softcap=cap,

@@ -22,7 +22,7 @@ from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: 
 from auxkern.core.loss import Loss  # noqa: E402
 from auxkern.core.sums import Sum  # noqa: E402
 from auxkern.core.terms import Logits  # noqa: E402
-from auxkern.inspect import assembly, survey  # noqa: E402
+from auxkern.inspect import assembly, rules  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -57,10 +57,17 @@ def _compiled(target: str, case: cases.Case) -> Any:
 @pytest.mark.parametrize(("target", "kernel", "case"), _parameters())
 def test_default_configuration(target, kernel, case):
     made = assembly.read(_compiled(target, case))
-    assert survey.problems(kernel, TARGETS[target], made, case.launch.tensor_flops > 0) == []
+    assert rules.judge(kernel, case, TARGETS[target], made).problems == []
     if kernel.vectors:
         assert made.loop_instructions > 0
         assert bool(made.store_bytes) == (kernel.name in ("backward_kernel", "sum_kernel"))
+
+
+@pytest.mark.parametrize("name", ["filter_kernel", "heads_combine_kernel"])
+def test_more_than_one_pass_is_stated_as_it_is(name):
+    kernel = _named(name)
+    passes = [assembly.read(_compiled("sm_90", case)).source.passes for case in kernel.cases("Llama-3")]
+    assert max(passes) == kernel.passes
 
 
 def test_bfloat16_gradients_are_rounded_to_nearest():

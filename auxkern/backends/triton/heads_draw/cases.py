@@ -23,9 +23,10 @@ def _launch(
     cap: float | None = None,
     write: bool = False,
     logprob: bool = False,
+    hidden: torch.dtype | None = None,
 ) -> Launch:
     """The launch that draws from heads, or that writes their logits."""
-    heads = cases.heads_of(rows, V, widths, dtypes, cap=cap)
+    heads = cases.heads_of(rows, V, widths, dtypes, cap=cap, hidden=hidden)
     return launches.plan(heads, draws_of(plain=not write, rows=rows), logprob, "ieee")[1][0]
 
 
@@ -40,6 +41,7 @@ def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "bf16, writes z", _launch(V, widths, (B, B), write=True)
     yield "bf16, softcap", _launch(V, widths, (B, B), cap=30.0)
     yield "fp16+fp32", _launch(V, widths, (H, F))
+    yield "fp32xbf16+fp32", _launch(V, widths, (B, F), hidden=F)  # the package's own case
 
 
 KERNELS = (Kernel(heads_draw_kernel, _draw_cases, ROWS, dot=True),)

@@ -30,9 +30,10 @@ def sum_of(
     cap: float | None = None,
     stats: bool = False,
     scales: Sequence[float] = (1.0, 1.0, -1.0),
+    hidden: torch.dtype | None = None,
 ) -> HeadsSum:
     """``ROWS`` rows of a sum of heads."""
-    heads = cases.heads_of(ROWS, V, widths, dtypes, cap=cap, scales=scales).heads
+    heads = cases.heads_of(ROWS, V, widths, dtypes, cap=cap, scales=scales, hidden=hidden).heads
     return heads_sum(heads, V, stats, "ieee")
 
 
@@ -70,6 +71,10 @@ def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
                 yield f"bf16 {name}, writes e", one_write_launch(heads)
     widths = WIDTHS["768+256"]
     yield "fp16+fp32 768+256", forward_launches(sum_of(V, widths, (H, F)))[0]
+    # A frozen model in 16 bits, its float32 states, and an auxiliary in float32: the package's own case.
+    for dtype in (H, B):
+        mixed = sum_of(V, widths, (dtype, F), hidden=F)
+        yield f"fp32x{named(dtype, F)} 768+256", forward_launches(mixed)[0]
     yield "fp32 768+256, writes e", one_write_launch(sum_of(V, widths, (F, F)))
     yield "bf16, softcap", forward_launches(sum_of(V, widths, (B, B), cap=30.0))[0]
     yield "bf16, smooth", forward_launches(sum_of(V, widths, (B, B)), smooth=True)[0]
@@ -102,7 +107,7 @@ def _gradient_cases(V: int) -> Iterator[tuple[str, Launch]]:
 
 KERNELS = (
     Kernel(heads_forward_kernel, _forward_cases, ROWS, dot=True),
-    Kernel(heads_combine_kernel, _combine_cases, ROWS),
+    Kernel(heads_combine_kernel, _combine_cases, ROWS, passes=7),
     Kernel(heads_scale_kernel, _scale_cases, ROWS),
     Kernel(heads_gradient_kernel, _gradient_cases, ROWS, dot=True),
 )

@@ -85,5 +85,6 @@ KERNELS = (
     Kernel(choose_kernel, _choose_cases, ROWS),
     Kernel(sum_kernel, _sum_cases, ROWS, vectors=True, any_row=False),
     Kernel(adjust_kernel, _adjust_cases, ROWS),
-    Kernel(filter_kernel, _filter_cases, ROWS),
+    # The largest logit; top-k and top-p, each a search of 8 digits, top-p with the sum of all; the draw.
+    Kernel(filter_kernel, _filter_cases, ROWS, passes=19),
 )

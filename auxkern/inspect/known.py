@@ -1,0 +1,70 @@
+"""Rules that kernels are known to break today; the list is there to be emptied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KnownFailure:
+    """One rule that some binaries of one kernel break.
+
+    Attributes:
+        rule: as ``rules.py`` names it.
+        kernel: its name.
+        cases: labels of its launches.
+        targets: names of targets.
+        because: why it is so, in a few words.
+    """
+
+    rule: str
+    kernel: str
+    cases: tuple[str, ...]
+    targets: tuple[str, ...]
+    because: str
+
+    def covers(self, kernel: str, case: str, target: str) -> bool:
+        """Whether this binary is one of those."""
+        return kernel == self.kernel and case in self.cases and target in self.targets
+
+
+_MIXED_LOSS = ("fp32xfp16+fp32 768+256", "fp32xbf16+fp32 768+256")
+_MIXED_DRAW = ("fp32xbf16+fp32",)
+_WIDENED = "the 16-bit operand is widened to float32"
+_ROUNDED = "Triton takes TF32 for an operand that was widened"
+
+FAILURES = (
+    KnownFailure("tensor cores", "heads_forward_kernel", _MIXED_LOSS, ("sm_80", "sm_90"), _WIDENED),
+    KnownFailure("tensor cores", "heads_draw_kernel", _MIXED_DRAW, ("sm_80", "sm_90"), _WIDENED),
+    KnownFailure("exact products", "heads_forward_kernel", _MIXED_LOSS, ("sm_100",), _ROUNDED),
+    KnownFailure("exact products", "heads_draw_kernel", _MIXED_DRAW, ("sm_100",), _ROUNDED),
+    KnownFailure(
+        "issue",
+        "forward_kernel",
+        ("bf16+bf16, softcap", "fp16+fp32, softcap"),
+        ("sm_90",),
+        "a tanh for each term",
+    ),
+    KnownFailure(
+        "issue",
+        "forward_kernel",
+        ("bf16+bf16, stats", "bf16+bf16, smooth, stats", "fp16+fp32, smooth, stats"),
+        ("sm_90",),
+        "a softmax for each term",
+    ),
+    KnownFailure("issue", "backward_kernel", ("bf16+bf16, softcap",), ("sm_90",), "a tanh for each term"),
+    KnownFailure(
+        "issue",
+        "draw_kernel",
+        (
+            "bf16+bf16",
+            "fp16+fp32",
+            "fp32+fp32",
+            "bf16",
+            "bf16+bf16, logprob",
+            "fp16+fp32, row scales",
+        ),
+        ("sm_90",),
+        "Philox and two logarithms for every column",
+    ),
+)
