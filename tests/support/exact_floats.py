@@ -20,22 +20,17 @@ EDGES = np.array(
 
 
 def exactly_rounded(value: Fraction, mode: str, name: str) -> float:
-    """value rounded once to a format, by whole numbers; nonzero values only."""
+    """value rounded once to a format, by whole numbers: mode "rn" or "rz"; nonzero values only."""
     precision, least, past = FORMATS[name]
     size = abs(value)
     exponent = size.numerator.bit_length() - size.denominator.bit_length()
     exponent -= size < Fraction(2) ** exponent
     unit = Fraction(2) ** max(exponent - precision + 1, least)
     count, rest = divmod(size, unit)
-    up = {
-        "rn": 2 * rest > unit or (2 * rest == unit and count % 2 == 1),
-        "rz": False,
-        "rm": rest > 0 and value < 0,
-        "rp": rest > 0 and value > 0,
-    }[mode]
+    up = mode == "rn" and (2 * rest > unit or (2 * rest == unit and count % 2 == 1))
     size = (count + up) * unit
     if size >= Fraction(2) ** past:
-        if mode == "rn" or (mode == "rm" and value < 0) or (mode == "rp" and value > 0):
+        if mode == "rn":
             return -math.inf if value < 0 else math.inf
         size = Fraction(2) ** past - Fraction(2) ** (past - precision)
     return -float(size) if value < 0 else float(size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from decimal import Decimal, localcontext
 
@@ -34,10 +33,6 @@ def decimal_of(function: Callable[[Decimal], Decimal]) -> Callable[[np.ndarray],
     return evaluate
 
 
-def by_math(function: Callable[[float], float]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: np.array([function(v) for v in x.astype(F64).tolist()])
-
-
 def ulp(y: np.ndarray) -> np.ndarray:
     """The last place of the float32 nearest to y, float64."""
     return np.ldexp(1.0, np.maximum(np.frexp(np.abs(y))[1] - 24, -149))
@@ -64,11 +59,6 @@ SPANS = {
         decimal_of(lambda v: 1 / v.sqrt()),
         lambda x, y: 2.0**-22.9 * y,
     ),
-    "tanh": (floats(6, 2000, (-120, 5)), by_math(math.tanh), lambda x, y: 2.0**-11 * np.abs(y)),
-    "sin": (floats(7, 1500, (-10, 2)), by_math(math.sin), lambda x, y: np.full(len(x), 2.0**-20.5)),
-    "cos": (floats(8, 1500, (-10, 2)), by_math(math.cos), lambda x, y: np.full(len(x), 2.0**-20.5)),
-    "sin far": (floats(13, 1500, (3, 8)), by_math(math.sin), lambda x, y: np.full(len(x), 2.0**-14.7)),
-    "cos far": (floats(14, 1500, (3, 8)), by_math(math.cos), lambda x, y: np.full(len(x), 2.0**-14.7)),
 }  # fmt: skip
 
 
@@ -115,9 +105,6 @@ SPECIALS = {
     "rcp": [(-INF, -0.0), (-0.0, -INF), (0.0, INF), (INF, 0.0), (NAN, NAN)],
     "sqrt": [(-INF, NAN), (-1.0, NAN), (-0.0, -0.0), (0.0, 0.0), (INF, INF), (NAN, NAN)],
     "rsqrt": [(-INF, NAN), (-1.0, NAN), (-0.0, -INF), (0.0, INF), (INF, 0.0), (NAN, NAN)],
-    "tanh": [(-INF, -1.0), (-0.0, -0.0), (0.0, 0.0), (INF, 1.0), (NAN, NAN), (2.0**-130, 2.0**-130)],
-    "sin": [(-INF, NAN), (-0.0, -0.0), (0.0, 0.0), (INF, NAN), (NAN, NAN)],
-    "cos": [(-INF, NAN), (-0.0, 1.0), (0.0, 1.0), (INF, NAN), (NAN, NAN)],
 }
 
 
@@ -167,11 +154,3 @@ def test_only_the_full_division_has_huge_divisors(noise: Noise | None) -> None:
     np.testing.assert_allclose(full[[0, 1, 5]], [2.0**-7, -(2.0**-7), 2.0**-6], rtol=2.0**-22)
     assert np.isinf(full[2])
     np.testing.assert_allclose(approximate.div_approx(x, y, noise)[5], 2.0**-6, rtol=2.0**-22)
-
-
-@pytest.mark.parametrize("noise", [None, Noise(3)])
-def test_approximate_division_takes_the_reciprocal_first(noise: Noise | None) -> None:
-    # The quotient is 2^120, and the reciprocal of a subnormal below 2^-128 is infinite.
-    x, y = np.array([2.0**-10], F32), np.array([2.0**-130], F32)
-    same_bits(approximate.div_approx(x, y, noise), np.array([np.inf], F32))
-    np.testing.assert_allclose(approximate.div_full(x, y, noise), [2.0**120], rtol=2.0**-22)

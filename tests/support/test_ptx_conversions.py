@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -11,31 +11,16 @@ import pytest
 import torch
 
 from tests.support.exact_floats import EDGES, exactly_rounded, floats, registers, same_bits, signed_value
-from tests.support.ptx import arithmetic, conversions
+from tests.support.one_opcode import executed
+from tests.support.ptx import arithmetic
 
 F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint64
-MODES = ["rn", "rz", "rm", "rp"]
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     with np.errstate(all="ignore"):
         yield
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x: conversions.to_f16(x, "rp"),
-        lambda x: conversions.to_bf16(x, "rp"),
-        lambda x: conversions.to_tf32(x.view(U32), "rp"),
-        lambda x: conversions.to_integer(x, "f32", "rzi"),
-        lambda x: conversions.to_width(x.view(U32), "u32", "b16"),
-    ],
-)
-def test_unknown_modes_and_types_are_refused(call: Callable[[np.ndarray], object]) -> None:
-    with pytest.raises(ValueError, match=r"modelled|no integer type"):
-        call(np.ones(1, F32))
 
 
 def all_kinds(seed: int) -> np.ndarray:
@@ -51,7 +36,7 @@ def all_kinds(seed: int) -> np.ndarray:
 def test_float32_to_16_bits() -> None:
     x = all_kinds(0)
     nan = np.isnan(x)
-    for function, dtype in ((conversions.to_f16, torch.float16), (conversions.to_bf16, torch.bfloat16)):
+    for function, dtype in ((arithmetic.to_f16, torch.float16), (arithmetic.to_bf16, torch.bfloat16)):
         want = torch.from_numpy(x).to(dtype).view(torch.int16).numpy().view(U16)
         same_bits(function(x), np.where(nan, U16(0x7FFF), want))
 
@@ -60,19 +45,19 @@ def test_float32_to_16_bits() -> None:
 def test_float32_cut_to_16_bits(name: str) -> None:
     x = all_kinds(1)[:5000]
     x = x[np.isfinite(x) & (x != 0)]
-    got = getattr(conversions, f"to_{name}")(x, "rz")
-    back = getattr(conversions, f"from_{name}")(got)
+    got = getattr(arithmetic, f"to_{name}")(x, "rz")
+    back = getattr(arithmetic, f"from_{name}")(got)
     want = [exactly_rounded(Fraction(v), "rz", name) for v in x.tolist()]
     same_bits(back, np.array(want, F32))
     specials = np.array([np.inf, -np.inf, 0.0, -0.0], F32)
     same_bits(
-        getattr(conversions, f"from_{name}")(getattr(conversions, f"to_{name}")(specials, "rz")), specials
+        getattr(arithmetic, f"from_{name}")(getattr(arithmetic, f"to_{name}")(specials, "rz")), specials
     )
 
 
 def test_16_bits_to_float32() -> None:
     bits = np.arange(2**16, dtype=U16)
-    for function, dtype in ((conversions.from_f16, torch.float16), (conversions.from_bf16, torch.bfloat16)):
+    for function, dtype in ((arithmetic.from_f16, torch.float16), (arithmetic.from_bf16, torch.bfloat16)):
         want = torch.from_numpy(bits.view(np.int16)).view(dtype).to(torch.float32).numpy()
         got, nan = function(bits), np.isnan(want)
         np.testing.assert_array_equal(np.isnan(got), nan)
@@ -83,7 +68,7 @@ def test_float32_to_tf32() -> None:
     x = all_kinds(2)
     finite = x[np.isfinite(x) & (x != 0)][:3000]
     for mode in ("rna", "rn", "rz"):
-        got = conversions.to_tf32(finite.view(U32), mode).view(F32)
+        got = arithmetic.to_tf32(finite.view(U32), mode).view(F32)
         assert (got.view(U32) & U32(0x1FFF) == 0).all()
         for v, result in zip(finite.tolist(), got.tolist(), strict=True):
             unit = Fraction(2) ** max(math.frexp(v)[1] - 11, -136)  # 10 bits of mantissa, or of subnormals
@@ -94,12 +79,12 @@ def test_float32_to_tf32() -> None:
             want = math.inf if exact >= Fraction(2) ** 128 else float(exact)
             assert result == math.copysign(want, v), (mode, v)
     specials = np.array([np.inf, -np.inf, 0.0, -0.0], F32).view(U32)
-    same_bits(conversions.to_tf32(specials), specials)
+    same_bits(arithmetic.to_tf32(specials), specials)
     nan = np.array([0x7FFFFFFF, 0xFFC00000, 0x7F800001], U32)
-    same_bits(conversions.to_tf32(nan), np.full(3, 0x7FFFFFFF, U32))
+    same_bits(arithmetic.to_tf32(nan), np.full(3, 0x7FFFFFFF, U32))
 
 
-INTEGERS = [sign + str(bits) for sign in "su" for bits in (8, 16, 32, 64)]
+INTEGERS = [sign + str(bits) for sign in "su" for bits in (16, 32, 64)]
 
 
 def limits(name: str) -> tuple[int, int]:
@@ -108,7 +93,7 @@ def limits(name: str) -> tuple[int, int]:
 
 
 def unsigned(name: str) -> type:
-    return {8: np.uint8, 16: U16, 32: U32, 64: U64}[int(name[1:])]
+    return {16: U16, 32: U32, 64: U64}[int(name[1:])]
 
 
 @pytest.mark.parametrize("target", INTEGERS)
@@ -121,7 +106,7 @@ def test_floats_to_integers_clamp(target: str, dtype: type) -> None:
         2.5,
         -0.5,
         -1.5,
-        *(sign * 2.0**p for p in (7, 8, 15, 16, 31, 32, 63, 64) for sign in (1, -1)),
+        *(sign * 2.0**p for p in (15, 16, 31, 32, 63, 64) for sign in (1, -1)),
     ]
     near = np.array(edges, dtype)
     x = np.concatenate(
@@ -140,7 +125,7 @@ def test_floats_to_integers_clamp(target: str, dtype: type) -> None:
                 want.append((most if v > 0 else least) % 2**bits)
             else:
                 want.append(min(max(function(v), least), most) % 2**bits)
-        same_bits(conversions.to_integer(x, target, mode), np.array(want, unsigned(target)))
+        same_bits(arithmetic.to_integer(x, target, mode), np.array(want, unsigned(target)))
 
 
 def test_floats_rounded_to_integral_values() -> None:
@@ -167,16 +152,9 @@ def test_integers_to_floats(source: str, target: str) -> None:
             middle = (2**digits + 2 * np.arange(20) + 1).astype(kind) << kind(bits - digits - 2)
             x = np.concatenate([x, middle, middle + kind(1), middle - kind(1)])
     dtype = F32 if target == "f32" else F64
-    for mode in MODES:
-        want = []
-        for v in x.tolist():
-            v = signed_value(v, bits) if source[0] == "s" else v
-            want.append(exactly_rounded(Fraction(v), mode, target) if v else 0.0)
-        same_bits(conversions.from_integer(x, source, target, mode), np.array(want, dtype))
-    # Bits above the source type's do not count.
-    if bits == 8:
-        high = x.astype(U16) | U16(0xAB00)
-        same_bits(conversions.from_integer(high, source, target), conversions.from_integer(x, source, target))
+    values = [signed_value(v, bits) if source[0] == "s" else v for v in x.tolist()]
+    want = [exactly_rounded(Fraction(v), "rn", target) if v else 0.0 for v in values]
+    same_bits(executed(f"cvt.rn.{target}.{source}", dtype, x), np.array(want, dtype))
 
 
 @pytest.mark.parametrize("source", INTEGERS)
@@ -185,25 +163,25 @@ def test_integers_of_another_width(source: str, target: str) -> None:
     from_bits, to_bits = int(source[1:]), int(target[1:])
     wide = registers(14, 64)
     x = wide.astype(unsigned(source))
-    cut, clamped = [], []
-    for v in x.tolist():
-        v = signed_value(v, from_bits) if source[0] == "s" else v
-        cut.append(v % 2**to_bits)
-        clamped.append(min(max(v, limits(target)[0]), limits(target)[1]) % 2**to_bits)
-    same_bits(conversions.to_width(x, source, target), np.array(cut, unsigned(target)))
-    same_bits(conversions.to_width(wide, source, target), np.array(cut, unsigned(target)))
-    same_bits(conversions.to_width(x, source, target, saturated=True), np.array(clamped, unsigned(target)))
+    values = [signed_value(v, from_bits) if source[0] == "s" else v for v in x.tolist()]
+    cut = np.array([v % 2**to_bits for v in values], unsigned(target))
+    opcode = f"cvt.{target}.{source}"
+    same_bits(executed(opcode, unsigned(target), x), cut)
+    # Registers may be wider than their types: bits above the source do not count, the target fills them.
+    filled = [signed_value(v, to_bits) % 2**64 if target[0] == "s" else v for v in cut.tolist()]
+    same_bits(executed(opcode, U64, wide), np.array(filled, U64))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_float64_to_float32(mode: str) -> None:
+def test_float64_to_float32_and_back() -> None:
     x = np.concatenate([floats(5, 2000, (-155, 129), F64), floats(6, 500, (127, 128), F64)])
     middles = (x.view(U64) & ~U64(0x1FFFFFFF) | U64(0x10000000)).view(F64)
     x = np.concatenate([x, middles])
-    want = [exactly_rounded(Fraction(v), mode, "f32") for v in x.tolist()]
-    same_bits(conversions.narrow(x, mode), np.array(want, F32))
+    want = [exactly_rounded(Fraction(v), "rn", "f32") for v in x.tolist()]
+    narrow = executed("cvt.rn.f32.f64", F32, x)
+    same_bits(narrow, np.array(want, F32))
+    same_bits(executed("cvt.f64.f32", F64, narrow), np.array(want, F64))
     specials = np.array([0.0, -0.0, np.inf, -np.inf, -np.nan])
     same_bits(
-        conversions.narrow(specials, mode),
+        executed("cvt.rn.f32.f64", F32, specials),
         np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FFFFFFF], U32).view(F32),
     )

@@ -9,33 +9,10 @@ Subnormal operands and results are kept; ``.ftz`` is ``arithmetic.flush`` around
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
 
 import numpy as np
 
 from tests.support.ptx.arithmetic import F32, F64, U32, U64, Lanes, canonical
-
-
-class Bound(NamedTuple):
-    """The largest error of an instruction: the sum of its parts, one of which is not 0."""
-
-    ulps: float = 0.0  # in units of the last place of the rounded result
-    relative: float = 0.0
-    absolute: float = 0.0
-
-
-# Each from its section "Floating Point Instructions: ..." of the PTX ISA, version 9.1.
-EX2 = Bound(ulps=2)  # from the correctly rounded result, over the full range
-LG2_NEAR_1 = Bound(absolute=2.0**-22)  # operands in (0.5, 2)
-LG2 = Bound(relative=2.0**-22)  # other positive finite operands
-RCP = Bound(ulps=1)  # over the full range
-SQRT = Bound(relative=2.0**-23)
-RSQRT = Bound(relative=2.0**-22.9)
-TANH = Bound(relative=2.0**-11)
-SIN_COS = Bound(absolute=2.0**-20.5)  # operands in [-2 pi, 2 pi]
-# Operands in [-100 pi, 100 pi]. Nothing is promised beyond; this module then keeps this bound.
-SIN_COS_FAR = Bound(absolute=2.0**-14.7)
-DIV = Bound(ulps=2)  # div.full over the full range, div.approx for divisors in [2^-126, 2^126]
 
 
 class Noise:
@@ -62,105 +39,59 @@ class Noise:
         return np.clip((unit * 2 - 1) * 4 / 3, -1.0, 1.0)
 
 
-def _moved(exact: Lanes, bound: Bound, shares: Lanes, keep: Lanes) -> np.ndarray:
-    """float32 values within the bound of exact (float64), except where ``keep``: there its rounding."""
-    nearest = np.asarray(exact).astype(F32)
-    room = bound.ulps * np.spacing(np.abs(nearest)).astype(F64)
-    room = room + bound.relative * np.abs(exact) + bound.absolute
-    moved = (exact + shares * room).astype(F32)
+def _approximate(
+    name: str, exact: Lanes, noise: Noise | None, *operands: Lanes,
+    ulps: float = 0.0, relative: Lanes = 0.0, absolute: Lanes = 0.0,
+) -> Lanes:  # fmt: skip
+    """float32 values nearest to exact, or with noise within the sum of the parts of the ISA's bound."""
+    nearest = np.asarray(exact, F32)
+    if noise is None:
+        return canonical(nearest)
+    # A result that underflows to zero has no last place to be wrong in.
+    room = ulps * (nearest != 0) * np.spacing(np.abs(nearest)).astype(F64)
+    room = room + relative * np.abs(exact) + absolute
+    moved = (exact + noise.shares(name, *operands) * room).astype(F32)
     # Rounding may carry a value out of its bound; infinities and NaN fail the comparison too.
     allowed = np.abs(moved.astype(F64) - exact) <= room
-    return np.where(allowed & ~keep & (exact != 0), moved, nearest)
+    for operand in operands:
+        allowed &= (operand != 0) & ~np.isinf(operand)
+    return canonical(np.where(allowed, moved, nearest))
 
 
 def ex2(x: Lanes, noise: Noise | None = None) -> Lanes:
     """``ex2.approx.f32``: 2^x."""
-    exact = np.exp2(x, dtype=F64)
-    result = np.asarray(exact).astype(F32)
-    if noise is not None:
-        # This bound alone counts from the rounded result.
-        result = _moved(result.astype(F64), EX2, noise.shares("ex2", x), (x == 0) | np.isinf(x))
-    return canonical(result)
+    # This bound alone counts from the rounded result.
+    return _approximate("ex2", np.exp2(x, dtype=F64).astype(F32), noise, x, ulps=2)
 
 
 def lg2(x: Lanes, noise: Noise | None = None) -> Lanes:
     """``lg2.approx.f32``: the logarithm to base 2; NaN of negative numbers."""
-    exact = np.log2(x, dtype=F64)
-    if noise is None:
-        return canonical(np.asarray(exact).astype(F32))
-    shares, keep = noise.shares("lg2", x), np.isinf(x)
-    near = (x > F32(0.5)) & (x < F32(2))
-    result = np.where(near, _moved(exact, LG2_NEAR_1, shares, keep), _moved(exact, LG2, shares, keep))
-    # The logarithm of 1 is 0, and the bound is absolute: it moves as well.
-    return canonical(np.where(x == 1, (shares * LG2_NEAR_1.absolute).astype(F32), result))
-
-
-def _unary(name: str, x: Lanes, exact: Lanes, bound: Bound, noise: Noise | None) -> Lanes:
-    if noise is None:
-        return canonical(np.asarray(exact).astype(F32))
-    return canonical(_moved(exact, bound, noise.shares(name, x), (x == 0) | np.isinf(x)))
+    near_1, most = (x > F32(0.5)) & (x < F32(2)), 2.0**-22
+    relative, absolute = np.where(near_1, 0, most), np.where(near_1, most, 0)
+    return _approximate("lg2", np.log2(x, dtype=F64), noise, x, relative=relative, absolute=absolute)
 
 
 def rcp(x: Lanes, noise: Noise | None = None) -> Lanes:
     """``rcp.approx.f32``: 1 / x."""
-    return _unary("rcp", x, np.divide(1.0, x, dtype=F64), RCP, noise)
+    return _approximate("rcp", np.divide(1, x, dtype=F64), noise, x, ulps=1)
 
 
 def sqrt(x: Lanes, noise: Noise | None = None) -> Lanes:
     """``sqrt.approx.f32``; NaN of negative numbers, -0 of -0."""
-    return _unary("sqrt", x, np.sqrt(x, dtype=F64), SQRT, noise)
+    return _approximate("sqrt", np.sqrt(x, dtype=F64), noise, x, relative=2.0**-23)
 
 
 def rsqrt(x: Lanes, noise: Noise | None = None) -> Lanes:
     """``rsqrt.approx.f32``: 1 / sqrt(x); NaN of negative numbers, -infinity of -0."""
-    return _unary("rsqrt", x, 1.0 / np.sqrt(x, dtype=F64), RSQRT, noise)
-
-
-def tanh(x: Lanes, noise: Noise | None = None) -> Lanes:
-    """``tanh.approx.f32``; subnormal operands are passed through."""
-    result = _unary("tanh", x, np.tanh(x, dtype=F64), TANH, noise)
-    return np.where(np.abs(x) < F32(2.0**-126), x, result)
-
-
-def _circular(name: str, x: Lanes, exact: Lanes, noise: Noise | None) -> Lanes:
-    near = _unary(name, x, exact, SIN_COS, noise)
-    if noise is None:
-        return near
-    return np.where(np.abs(x) <= 2 * np.pi, near, _unary(name, x, exact, SIN_COS_FAR, noise))
-
-
-def sin(x: Lanes, noise: Noise | None = None) -> Lanes:
-    """``sin.approx.f32``, x in radians; NaN of infinities."""
-    return _circular("sin", x, np.sin(x, dtype=F64), noise)
-
-
-def cos(x: Lanes, noise: Noise | None = None) -> Lanes:
-    """``cos.approx.f32``, x in radians; NaN of infinities."""
-    return _circular("cos", x, np.cos(x, dtype=F64), noise)
+    return _approximate("rsqrt", 1 / np.sqrt(x, dtype=F64), noise, x, relative=2.0**-22.9)
 
 
 def div_full(x: Lanes, y: Lanes, noise: Noise | None = None) -> Lanes:
     """``div.full.f32``: x / y over the full range."""
-    exact = np.divide(x, y, dtype=F64)
-    if noise is None:
-        return canonical(np.asarray(exact).astype(F32))
-    keep = (x == 0) | (y == 0) | np.isinf(x) | np.isinf(y)
-    return canonical(_moved(exact, DIV, noise.shares("div", x, y), keep))
+    return _approximate("div", np.divide(x, y, dtype=F64), noise, x, y, ulps=2)
 
 
 def div_approx(x: Lanes, y: Lanes, noise: Noise | None = None) -> Lanes:
-    """``div.approx.f32``: x times the reciprocal of y, with that reciprocal's gaps.
-
-    For |y| in (2^126, 2^128) it is NaN where x is infinite and a zero of the quotient's sign elsewhere.
-    Below 2^-126, where nothing is documented, it is the product with the rounded reciprocal.
-    """
-    result = div_full(x, y, noise)
-    size = np.abs(y)
-    huge = (size > F32(2.0**126)) & (size < np.inf)
-    if huge.any():
-        lost = np.where(np.isinf(x) | np.isnan(x), F32(np.nan), np.copysign(F32(0), x) * np.sign(y))
-        result = np.where(huge, lost, result)
-    tiny = size < F32(2.0**-126)
-    if tiny.any():
-        result = np.where(tiny, np.multiply(x, np.divide(F32(1), y)), result)
-    return canonical(result)
+    """``div.approx.f32``: for |y| in (2^126, 2^128) NaN of an infinite x, a zero of any other."""
+    huge = (np.abs(y) > F32(2.0**126)) & ~np.isinf(y)
+    return np.where(huge, canonical(x * (y * F32(0))), div_full(x, y, noise))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.ptx import approximate, arithmetic, conversions
+from tests.support.ptx import approximate, arithmetic, fragments
 from tests.support.ptx.parser import Address, Block, Instruction, Kernel, Operand, PtxError
 
 _TYPES = {
@@ -32,7 +32,6 @@ _COMPARISONS = {
     "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
 }  # fmt: skip
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
-_ROUNDINGS = ("rn", "rz", "rm", "rp")
 
 
 def width_of(kind: str) -> int:
@@ -79,7 +78,7 @@ class Code:
 
 
 _NAMES: dict[str, Any] = {
-    "A": arithmetic, "C": conversions, "Q": approximate, "where": np.where, "np": np, **_TYPES
+    "A": arithmetic, "Q": approximate, "where": np.where, "np": np, **_TYPES
 }  # fmt: skip
 
 
@@ -350,7 +349,7 @@ class _Translator:
     def _mma(self, i: Instruction) -> Iterable[str]:
         to, a, b, c = i.operands
         shape, kinds = next(p for p in i.parts if re.match(r"m\d+n\d+k\d+$", p)), i.parts[-4:]
-        if kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
+        if kinds != ("f32", kinds[1], kinds[1], "f32") or (shape, kinds[1]) not in fragments.MMA:
             raise PtxError("types")
         a, b, c = (
             f"({', '.join(self._spread(x, 'u4') for x in (y if isinstance(y, tuple) else (y,)))},)"
@@ -458,7 +457,9 @@ class _Translator:
         return self._call("bfi", i, f"{u} {u} {u} u4 u4")
 
     def _prmt(self, i: Instruction) -> Iterable[str]:
-        return self._call("prmt", i, "u4 u4 u4 u4", i.parts[2] if len(i.parts) > 2 else "")
+        if len(i.parts) > 2:
+            raise PtxError("a mode")
+        return self._call("prmt", i, "u4 u4 u4 u4")
 
     def _lop3(self, i: Instruction) -> Iterable[str]:
         values = ", ".join(self._spread(x, "u4") for x in i.operands[1:4])
@@ -467,19 +468,8 @@ class _Translator:
     def _shf(self, i: Instruction) -> Iterable[str]:
         return self._call("shf", i, "u4 u4 u4 u4", i.parts[1], i.parts[2])
 
-    def _counted(self, i: Instruction) -> Iterable[str]:
-        return self._call(i.parts[0], i, f"u4 u{width_of(i.parts[-1])}")
-
-    _popc = _clz = _counted
-
-    def _brev(self, i: Instruction) -> Iterable[str]:
-        u = f"u{width_of(i.parts[-1])}"
-        return self._call("brev", i, f"{u} {u}")
-
-    def _bfind(self, i: Instruction) -> Iterable[str]:
-        return self._call(
-            "bfind", i, f"u4 u{width_of(i.parts[-1])}", i.parts[-1].startswith("s"), "shiftamt" in i.parts
-        )
+    def _popc(self, i: Instruction) -> Iterable[str]:
+        return self._call("popc", i, f"u4 u{width_of(i.parts[-1])}")
 
     # --- numbers
 
@@ -494,16 +484,16 @@ class _Translator:
         dtype, root, words = _dtype(i.parts[-1]), i.parts[0], i.parts[1:-1]
         if dtype not in ("f4", "f8"):
             raise PtxError("arithmetic of 16 bits")
+        if set(words) - {"rn", "approx", "full", "ftz", "NaN"}:
+            raise PtxError("modifier")
         flush = "ftz" in words
         values = [self._value(x, dtype) for x in i.operands[1:]]
         if flush:
             values = [f"A.flush({x})" for x in values]
-        mode = next((word for word in words if word in _ROUNDINGS), "rn")
-        text = _float_text(root, words, values, dtype, mode)
-        text = f"A.saturate({text})" if "sat" in words else text
+        text = _float_text(root, words, values, dtype)
         return self._result(i, f"A.flush({text})" if flush else text, dtype)
 
-    _ex2 = _lg2 = _rcp = _sqrt = _rsqrt = _tanh = _sin = _cos = _float
+    _ex2 = _lg2 = _rcp = _sqrt = _rsqrt = _float
 
     def _integer(self, i: Instruction) -> Iterable[str]:
         root, kind = i.parts[0], i.parts[-1]
@@ -531,7 +521,7 @@ class _Translator:
             text = f"np.multiply({self._value(x, kind)}, {self._value(y, kind)}, dtype={wide}).view({u})"
         elif half == "lo":
             text = f"({self._value(x, u)} * {self._value(y, u)})"
-        elif half == "hi":
+        elif half == "hi" and u != "u8":
             text = f"A.mulhi({self._value(x, u)}, {self._value(y, u)}, {signed})"
         else:
             raise PtxError("which half of a product")
@@ -542,48 +532,46 @@ class _Translator:
     def _cvt(self, i: Instruction) -> Iterable[str]:
         to, source = i.parts[-2:]
         words = i.parts[1:-2]
-        mode = next((w for w in words if w in _ROUNDINGS or w in ("rni", "rzi", "rmi", "rpi", "rna")), "rn")
-        if set(words) - {mode, "ftz", "sat"}:
+        mode = ".".join(w for w in words if w != "ftz") or "rn"
+        modes = arithmetic.ROUNDINGS.get(to.removesuffix("x2"), ("rn",))
+        if mode not in modes and (mode not in arithmetic.INTEGRAL or source[0] != "f"):
             raise PtxError("modifier")
         if to in ("f16x2", "bf16x2"):
             high, low = (
-                f"C.to_{to[:-2]}({self._spread(x, 'f4')}, {mode!r}).astype(u4)" for x in i.operands[1:]
+                f"A.to_{to[:-2]}({self._spread(x, 'f4')}, {mode!r}).astype(u4)" for x in i.operands[1:]
             )
             return self._result(i, f"(({high} << u4(16)) | {low})", "u4")
         if "f" in to or "f" in source:
             return self._float_conversion(i, to, source, mode)
-        x = self._spread(i.operands[1], f"u{width_of(source)}")
-        text = f"C.to_width({x}, {source!r}, {to!r}, {'sat' in words})"
+        # Cut or extended by the types; a wider register is filled by the target's.
+        text = f"{self._spread(i.operands[1], _dtype(source))}.astype({_dtype(to)})"
         _, width = self._register(str(i.operands[0]))
         if width > width_of(to):
-            text = f"C.to_width({text}, {to!r}, '{to[0]}{8 * width}')"
-        return self._result(i, text, f"u{max(width, width_of(to))}")
+            return self._result(i, f"{text}.astype(u{width})", f"u{width}")
+        return self._result(i, text, _dtype(to))
 
     def _float_conversion(self, i: Instruction, to: str, source: str, mode: str) -> list[str]:
         x = self._spread(i.operands[1], f"u{width_of(source)}")
         if source in ("f16", "bf16"):
             if to != "f32":
                 raise PtxError("types")
-            return self._result(i, f"C.from_{source}({x})", "f4")
+            return self._result(i, f"A.from_{source}({x})", "f4")
         if source[0] != "f":
-            return self._result(i, f"C.from_integer({x}, {source!r}, {to!r}, {mode!r})", _dtype(to))
+            if to not in ("f32", "f64"):
+                raise PtxError("types")
+            return self._result(i, f"{x}.view({_dtype(source)}).astype({_dtype(to)})", _dtype(to))
         number = f"{x}.view({_dtype(source)})"
         if "ftz" in i.parts:
             number = f"A.flush({number})"
         if to in ("f16", "bf16"):
-            return self._result(i, f"C.to_{to}({number}, {mode!r})", "u2")
+            return self._result(i, f"A.to_{to}({number}, {mode!r})", "u2")
         if to == "tf32":
-            return self._result(i, f"C.to_tf32({x}, {mode!r})", "u4")
+            return self._result(i, f"A.to_tf32({x}, {mode!r})", "u4")
         if to[0] != "f":
-            return self._result(i, f"C.to_integer({number}, {to!r}, {mode!r})", f"u{width_of(to)}")
-        if mode in ("rni", "rzi", "rmi", "rpi"):
+            return self._result(i, f"A.to_integer({number}, {to!r}, {mode!r})", f"u{width_of(to)}")
+        if mode in arithmetic.INTEGRAL:
             return self._result(i, f"A.integral({number}, {mode!r})", _dtype(to))
-        text = (
-            f"C.narrow({number}, {mode!r})"
-            if (source, to) == ("f64", "f32")
-            else f"{number}.astype({_dtype(to)})"
-        )
-        return self._result(i, text, _dtype(to))
+        return self._result(i, f"A.canonical({number}.astype({_dtype(to)}))", _dtype(to))
 
 
 def _comparison(name: str, x: str, y: str, dtype: str) -> str:
@@ -598,24 +586,22 @@ def _comparison(name: str, x: str, y: str, dtype: str) -> str:
     return f"(({x} {_COMPARISONS[name[:-1]]} {y}) | {either})"
 
 
-def _float_text(root: str, words: tuple[str, ...], values: list[str], dtype: str, mode: str) -> str:
+def _float_text(root: str, words: tuple[str, ...], values: list[str], dtype: str) -> str:
     """An expression for arithmetic on float32 or float64."""
     listed = ", ".join(values)
+    if dtype == "f8" and (root in ("fma", "mad") or "approx" in words):
+        raise PtxError("types")
     if root in ("fma", "mad"):
-        return f"A.fma({listed}, {mode!r})" if dtype == "f4" else f"A.fma64({listed})"
+        return f"A.fma({listed})"
     if root in ("max", "min"):
         return f"A.{root}imum{'_nan' if 'NaN' in words else ''}({listed})"
     if root in ("neg", "abs"):
         return f"np.{'negative' if root == 'neg' else 'abs'}({listed})"
-    if dtype == "f8" or (root in ("div", "sqrt", "rcp") and "approx" not in words and "full" not in words):
-        if mode != "rn":
-            raise PtxError(f"rounding {mode}")
+    if "approx" not in words and "full" not in words:
         names = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "sqrt": "sqrt"}
         if root == "rcp":
             return f"A.canonical(np.divide({dtype}(1), {listed}))"
         return f"A.canonical(np.{names[root]}({listed}))"
-    if root in ("add", "sub", "mul"):
-        return f"A.{root}({listed}, {mode!r})"
     if root == "div":
         root = "div_full" if "full" in words else "div_approx"
     return f"Q.{root}({listed}, X.noise)"
