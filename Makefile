@@ -7,7 +7,7 @@ REAL := $(VENV)/real
 RAY := $(VENV)/ray
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench install bench-real families test test-slow test-oldest test-newest test-old-transformers test-gpu gpu lint format clean
+.PHONY: bench install bench-real families test test-slow test-oldest test-newest test-old-transformers test-triton test-gpu gpu lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -55,6 +55,25 @@ $(OLD_TRANSFORMERS): $(INSTALLED)
 test-old-transformers: $(OLD_TRANSFORMERS)
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -q -n 2 \
 		$(or $(ARGS),tests/model/test_pair_generation.py tests/generation/test_generate_and_engine.py)
+
+# What the oldest supported Triton and PyPI's newest compile: the rules, then the binaries that differ.
+# Beside the other packages of .venv, as above; the newest is asked for again in every run.
+TRITON_OLDEST ?= triton==3.6.*
+TRITON_NEWEST ?= triton
+RULES := tests/backends/triton/test_ahead_of_time.py tests/backends/triton/test_linear_ahead_of_time.py
+
+test-triton: build/triton-oldest.json build/triton-newest.json
+	$(BIN)/python -m auxkern.inspect.compare $^
+
+build/triton-oldest.json: TRITON = $(TRITON_OLDEST)
+build/triton-newest.json: TRITON = $(TRITON_NEWEST)
+.PHONY: build/triton-oldest.json build/triton-newest.json
+# A survey of more targets and cases than the tests have: one that breaks a rule ends with 1 and is told.
+build/triton-oldest.json build/triton-newest.json: build/triton-%.json: $(INSTALLED)
+	rm -rf build/triton-$*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$* "$(TRITON)"
+	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest -q -n 2 $(or $(ARGS),$(RULES))
+	PYTHONPATH=build/triton-$* $(BIN)/python -m auxkern.inspect --json $@ > build/triton-$*.txt || test $$? -eq 1
 
 # On a GPU machine, with the python3 that is there.
 test-gpu:

@@ -24,6 +24,7 @@ from auxkern.core.sums import Sum  # noqa: E402
 from auxkern.core.terms import Logits  # noqa: E402
 from auxkern.inspect import assembly, rules  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
+from tests.support.versions import since_triton_3_9  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),
@@ -41,12 +42,21 @@ def _cases(kernel: cases.Kernel) -> Iterator[tuple[str, cases.Case]]:
             yield "sm_100", case
 
 
+# Of Triton 3.9 and later, which `make test-triton` compiles with: (target, kernel, case).
+SPILLS_SINCE_3_9 = {("sm_100", "backward_kernel", "fp16")}
+
+
 def _parameters() -> list[Any]:
-    return [
-        pytest.param(target, kernel, case, id=f"{target}-{kernel.name}-{case.label}")
-        for kernel in kernels.KERNELS
-        for target, case in _cases(kernel)
-    ]
+    parameters = []
+    for kernel in kernels.KERNELS:
+        for target, case in _cases(kernel):
+            name = target, kernel.name, case.label
+            spills = pytest.mark.xfail(
+                strict=True, reason="8 bytes per thread spill for a B200 since Triton 3.9"
+            )
+            marks = [spills] if since_triton_3_9() and name in SPILLS_SINCE_3_9 else []
+            parameters.append(pytest.param(target, kernel, case, id="-".join(name), marks=marks))
+    return parameters
 
 
 def _compiled(target: str, case: cases.Case) -> Any:
@@ -170,8 +180,12 @@ def test_compiles_what_dispatch_would_compile(kernel):
     # GPT-2's 50,257 is odd: its rows begin anywhere.
     for case in kernel.cases("GPT-2" if kernel.any_row else "Llama-3"):
         launch = case.launch
-        bound, specialization, options = bind(**launch.arguments, **launch.constants)
-        _, signature, constants, attributes = function._pack_args(backend, {}, bound, specialization, options)
+        bound, specialization, given = bind(**launch.arguments, **launch.constants, **launch.options)
+        options, signature, constants, attributes = function._pack_args(
+            backend, given, bound, specialization, given
+        )
+        assert options.enable_fp_fusion is True
+        assert options.num_warps == launch.num_warps
         source = launch.source()
         assert source.signature == signature
         assert source.constants == constants
