@@ -78,14 +78,14 @@ class Lanes:
             raise PtxError(f"parameter {name} has {len(self.batch.parameters[name])} bytes, read as {kind}")
         return self.spread(np.array(value % 2 ** (8 * width), f"<u{width}"))
 
-    def divided(self, which: str, x: Array, y: Array, mask: Array | None, at: int) -> Array:
-        """Integer quotient, towards zero, or remainder; of a division by 0 all bits are set."""
+    def divided(self, x: Array, y: Array, mask: Array | None, at: int) -> tuple[Array, Array]:
+        """(quotient, towards zero, and remainder) of integers; of a division by 0 all bits are set."""
         zero = y == 0
-        self.fault("division by zero", at, mask, zero, lambda i: f"of {x[i]}")
+        self.fault("division by zero", at, mask, np.broadcast_to(zero, self.zero.shape), lambda i: "")
         y = np.where(zero, y.dtype.type(1), y)
         rest = np.fmod(x, y)
-        result = (x - rest) // y if which == "div" else rest
-        return np.where(zero, np.full((), -1).astype(x.dtype), result)
+        ones = np.full((), -1).astype(x.dtype)
+        return np.where(zero, ones, (x - rest) // y), np.where(zero, ones, rest)
 
     # --- faults
 

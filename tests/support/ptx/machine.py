@@ -12,7 +12,7 @@ from tests.support.ptx.lanes import Lanes
 from tests.support.ptx.memory import Array, Global, Shared, granule_of, stamp_of
 from tests.support.ptx.parser import BARRIERS, Instruction, PtxError
 from tests.support.ptx.report import Place, Report
-from tests.support.ptx.translate import Code, width_of
+from tests.support.ptx.translate import Code, loads_and_stores
 
 ORDERS = ("together", "forward", "reversed", "random")
 _LANES = 4096  # that run at once
@@ -239,11 +239,7 @@ def _runs(lanes: Lanes, end: int) -> bool:
 
 def granule(code: Code, space: str) -> int:
     """Bytes of the narrowest access of a kernel to shared or global memory."""
-    sizes = [
-        width_of(i.parts[-1])
-        for i in code.instructions
-        if i.parts[0] in ("ld", "st", "atom", "red") and i.parts[1].partition("::")[0] == space
-    ]
-    if space == "shared" and any(i.parts[0] in ("ldmatrix", "wgmma") for i in code.instructions):
-        sizes.append(2)
-    return granule_of([*sizes, 4])
+    others = (
+        2 if space == "shared" and any(i.parts[0] in ("ldmatrix", "wgmma") for i in code.instructions) else 4
+    )
+    return granule_of([*loads_and_stores(code.instructions, space), others])
