@@ -46,7 +46,7 @@ def _spills_since_3_9(target: str) -> Any:
     return pytest.param(target, marks=[pytest.mark.xfail(strict=True, reason=reason)] if known else [])
 
 
-@pytest.mark.parametrize("target", map(_spills_since_3_9, TENSOR_CORES))
+@pytest.mark.parametrize("target", [_spills_since_3_9(target) for target in TENSOR_CORES])
 def test_16_bit_products_take_the_tensor_cores_of_every_target(target):
     wide = heads_loss_cases.sum_of(V, (4096, 512), (B, B))
     narrow = heads_loss_cases.sum_of(V, (256, 256), (H, H))
