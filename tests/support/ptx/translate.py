@@ -256,7 +256,7 @@ class _Translator:
         if dtype[0] == "f":
             words = [word for word in words if word not in ("ftz", "rn")]
         rule = rules.get(".".join(words))
-        if rule is None:
+        if rule is None or (words[-1] in ("hi", "wide") and dtype[1] == "8"):
             raise PtxError("its opcode")
         result, _, text = rule.rpartition(" <- ")
         names = {"t": dtype, "w": f"{dtype[0]}{2 * int(dtype[1])}" if dtype[0] in "ui" else ""}
@@ -332,6 +332,8 @@ class _Translator:
             return self._result(i, f"A.to_integer({x}, {to!r}, {mode!r})", f"u{width_of(to)}")
         if mode in arithmetic.INTEGRAL:
             return self._result(i, f"A.integral({x}, {mode!r})", _dtype(to))
+        if to == "f16":
+            raise PtxError("types")
         if to[0] == "f":
             return self._result(i, f"A.canonical({x}.astype({_dtype(to)}))", _dtype(to))
         # Cut or extended by the types; a wider register is filled by the target's.
