@@ -120,7 +120,6 @@ def test_opcodes_of_two_floats(opcode: str) -> None:
         ("cvt.rn.relu.bf16x2.f32", [4] * 3, "modifier"),
         ("cvt.sat.s32.u32", [4] * 2, "modifier"),
         ("cvt.rn.f16.s32", [2, 4], "types"),
-        ("stmatrix.sync.aligned.m8n8.x1.shared.b16", [4] * 2, "opcode"),
         ("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32", [4] * 4, "types"),
         ("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16", [4] * 4, "types"),
     ],

@@ -21,7 +21,6 @@ U16, U32, U64 = np.uint16, np.uint32, np.uint64
 Lanes = Any
 
 _CANONICAL_F32 = np.array([0x7FFFFFFF], U32).view(F32)[0]
-_LEAST_NORMAL = F32(2.0**-126)
 _CANONICAL_16 = U16(0x7FFF)
 INTEGRAL = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 # How conversions to these types may round; to others only to nearest, floats to integers as above.
@@ -43,7 +42,7 @@ def canonical(x: Lanes) -> Lanes:
 
 def flush(x: Lanes) -> Lanes:
     """``.ftz``: subnormal float32 values become zeros of their sign."""
-    return np.where(np.abs(x) < _LEAST_NORMAL, np.copysign(F32(0), x), x)
+    return np.where(np.abs(x) < F32(2.0**-126), np.copysign(F32(0), x), x)
 
 
 def integral(x: Lanes, mode: str) -> Lanes:

@@ -47,11 +47,7 @@ def _rows(registers: Registers, halves: int, dtype: str) -> np.ndarray:
 
 
 def mma(shape: str, dtype: str, a: Registers, b: Registers, c: Registers) -> Registers:
-    """``mma.sync.aligned.SHAPE.row.col``: the registers of A B + C, of float32.
-
-    Raises:
-        ValueError: a shape, a type of A and B or a number of registers that is not modelled.
-    """
+    """``mma.sync.aligned.SHAPE.row.col``: registers of A B + C, float32; ValueError if not in ``MMA``."""
     counts = len(a), len(b), len(c)
     if MMA.get((shape, dtype)) != counts:
         raise ValueError(f"mma.{shape} of {dtype} from {counts} registers is not modelled; {MMA} are")
@@ -64,14 +60,21 @@ def mma(shape: str, dtype: str, a: Registers, b: Registers, c: Registers) -> Reg
 
 
 def ldmatrix(rows: np.ndarray, trans: bool) -> Registers:
-    """``ldmatrix.m8n8`` of 16-bit elements; ``trans`` gives each thread elements of a column.
-
-    rows: (warps, 1, 2 or 4 matrices, 8 rows, 4 words) uint32, as read from shared memory.
-    """
-    if trans:
-        elements = np.ascontiguousarray(rows).view(U16)
-        rows = np.ascontiguousarray(elements.swapaxes(-1, -2)).view(U32)
+    """``ldmatrix.m8n8``: registers of (warps, matrices, 8 rows, 4 words) uint32, read from shared memory."""
+    rows = _transposed(rows) if trans else rows
     return tuple(np.ascontiguousarray(rows[:, i]).reshape(-1) for i in range(rows.shape[1]))
+
+
+def stmatrix(registers: Registers, trans: bool) -> np.ndarray:
+    """``stmatrix.m8n8``: what ``ldmatrix`` reads into these registers."""
+    rows = np.stack(registers).reshape(len(registers), -1, 8, 4).swapaxes(0, 1)
+    return _transposed(rows) if trans else rows
+
+
+def _transposed(rows: np.ndarray) -> np.ndarray:
+    """Matrices of 8 rows of 4 words, their 8 by 8 elements of 16 bits transposed."""
+    elements = np.ascontiguousarray(rows).view(U16)
+    return np.ascontiguousarray(elements.swapaxes(-1, -2)).view(U32)
 
 
 # Bytes of a row of wgmma's swizzle pattern, by the descriptor's bits 62 and 63.
@@ -129,8 +132,6 @@ def wgmma_addresses(descriptor: np.ndarray, rows: int, k: int, itemsize: int, tr
 
 def wgmma_a(registers: Registers, dtype: str) -> np.ndarray:
     """(groups, 64, k) float64: A of a wgmma that takes it from four registers; a warp holds 16 rows."""
-    if len(registers) != 4:
-        raise ValueError(f"wgmma takes A from 4 registers, got {len(registers)}")
     a = _rows(registers, 2, dtype)
     return a.reshape(-1, 64, a.shape[2])
 

@@ -300,6 +300,15 @@ class Lanes:
             words.reshape(-1, 32, 4)[:, : 8 * count].reshape(-1, count, 8, 4), transposed
         )
 
+    def stmatrix(self, address: Array, values: Any, transposed: bool, mask: Array | None, at: int) -> None:
+        """Row r of matrix i goes to the address of lane 8 i + r."""
+        self._whole(self.spread(np.uint32(2**32 - 1)), mask, at)
+        last = 8 * len(values)
+        words = np.zeros((self.n // 32, 32, 4), np.uint32)
+        words[:, :last] = fragments.stmatrix(values, transposed).reshape(-1, last, 4)
+        asked = self.lane < last if mask is None else (self.lane < last) & mask
+        self.store_shared(address, list(words.reshape(-1, 4).T), 4, asked, at)
+
     def settled(self, places: list[int], at: int) -> None:
         """Registers that an instruction touches hold no product in flight."""
         if self.products.in_flight(places):

@@ -424,6 +424,12 @@ class _Translator:
         arguments = f"{self._address(i.operands[1], 'u4')}, {count}, {'trans' in i.parts}"
         return self._results(i, f"X.ldmatrix({arguments}, {self._mask}, {self._at})", "u4")
 
+    def _stmatrix(self, i: Instruction) -> Iterable[str]:
+        to, what = i.operands
+        values = ", ".join(self._spread(x, "u4") for x in (what if isinstance(what, tuple) else (what,)))
+        arguments = f"{self._address(to, 'u4')}, ({values},), {'trans' in i.parts}"
+        return [f"X.stmatrix({arguments}, {self._mask}, {self._at})"]
+
     def _shfl(self, i: Instruction) -> Iterable[str]:
         to, value, lane, clamp, members = i.operands
         result, _, valid = str(to).partition("|")
