@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -82,25 +82,18 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A kernel's: its PTX type, such as "u32", and whether it is declared a pointer."""
-
-    type: str
-    pointer: bool
-
-
-@dataclass(frozen=True)
 class Kernel:
     """One entry point.
 
     Attributes:
+        parameters: PTX type of each, such as "u32", in order.
         widths: bytes of each declared register; 0 for predicates.
         threads: of a program.
         labels: index of the block that each begins.
     """
 
     name: str
-    parameters: dict[str, Parameter]
+    parameters: dict[str, str]
     widths: dict[str, int]
     threads: int
     blocks: list[Block]
@@ -116,13 +109,13 @@ class Kernel:
 
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(.*?)\{", re.S)
-_PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+(.*?)(\w+)\s*(?:,|$)", re.M)
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
+_PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+.*?(\w+)\s*(?:,|$)", re.M)
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>")
 _STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _LABEL = re.compile(r"([$\w]+):(?!:)")
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+[^/]*(?://\s*(.*))?")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
-_BRANCHES = ("bra", "bra.uni", "ret", "exit")
+_JUMPS = ("bra", "bra.uni", "ret", "exit")
 BARRIERS = (
     "bar.sync",
     "barrier.sync",
@@ -144,97 +137,47 @@ def parse(text: str) -> Kernel:
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", entry[3])
     if threads is None:
         raise PtxError(f"{entry[1]} does not say how many threads it has")
-    body = _Body(text, entry.end())
-    blocks, labels = _blocks(body.statements)
-    parameters = {name: Parameter(kind, ".ptr" in how) for kind, how, name in _PARAMETER.findall(entry[2])}
-    return Kernel(entry[1], parameters, body.widths, int(threads[1]), blocks, labels)
+    # Behind the function stand tables for debuggers.
+    body = text[entry.end() :].partition("$L__func_end0:")[0]
+    widths = {
+        f"{name}{i}": 0 if kind == "pred" else int(kind[1:]) // 8
+        for kind, name, count in _REGISTERS.findall(body)
+        for i in range(int(count))
+    }
+    blocks, labels = _blocks(list(_statements(body, text.count("\n", 0, entry.end()) + 1, text)))
+    parameters = {name: kind for kind, name in _PARAMETER.findall(entry[2])}
+    return Kernel(entry[1], parameters, widths, int(threads[1]), blocks, labels)
 
 
-class _Body:
-    """Statements of a function, the registers of inner scopes under names of their own."""
-
-    def __init__(self, text: str, start: int) -> None:
-        self.files = dict(_FILE.findall(text))
-        self.widths: dict[str, int] = {}
-        self.statements: list[str | Instruction] = []  # labels and instructions
-        self._scopes: list[dict[str, str]] = [{}]
-        self._source, self._path, self._number, self._pending = "", "", 0, ""
-        first = text.count("\n", 0, start) + 1
-        for line, raw in enumerate(text[start:].split("\n"), first):
-            location = _LOCATION.match(raw.strip())
-            if location:
-                self._path, self._number = self.files.get(location[1], ""), int(location[2])
-                self._source = location[3] or f"{self._path}:{self._number}"
-            elif not self._read(self._pending + raw.split("//")[0].strip(), line):
-                return
-
-    def _read(self, text: str, line: int) -> bool:
-        """False at the function's end."""
-        self._pending = ""
-        while text:
-            if text[0] == "{":
-                self._scopes.append({})
-                text = text[1:].lstrip()
-            elif text[0] == "}":
-                self._scopes.pop()
-                text = text[1:].lstrip()
-                if not self._scopes:
-                    return False
-            elif label := _LABEL.match(text):
-                self.statements.append(label[1])
-                text = text[label.end() :].lstrip()
-            elif text.startswith((".file", ".pragma", ".section")):
-                return True
-            else:
-                statement, semicolon, rest = text.partition(";")
-                if not semicolon:
-                    self._pending = text + " "
-                    return True
-                self._statement(statement.strip(), line)
-                text = rest.lstrip()
-        return True
-
-    def _statement(self, text: str, line: int) -> None:
-        if declared := _REGISTERS.match(text):
-            self._declare(declared[1], declared[2])
-            return
-        if text.startswith("."):
-            return
-        for scope in reversed(self._scopes[1:]):
-            for name, unique in scope.items():
-                text = re.sub(rf"(?<![\w%$.]){re.escape(name)}(?!\w)", unique, text)
-        parts = _STATEMENT.match(text)
-        if parts is None:
-            raise PtxError(f"line {line}: cannot read {text!r}")
-        operands = tuple(map(_operand, _split(parts[4])))
-        self.statements.append(
-            Instruction(
-                parts[3], operands, parts[2], bool(parts[1]), self._source, line, self._path, self._number
-            )
-        )
-
-    def _declare(self, kind: str, names: str) -> None:
-        width = 0 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8
-        for name in map(str.strip, names.split(",")):
-            if counted := re.match(r"(%\w+)<(\d+)>", name):
-                self.widths |= {f"{counted[1]}{i}": width for i in range(int(counted[2]))}
-            elif len(self._scopes) == 1:
-                self.widths[name] = width
-            else:
-                unique = f"%{len(self.widths)}_{name.lstrip('%')}"
-                self._scopes[-1][name], self.widths[unique] = unique, width
+def _statements(body: str, first: int, text: str) -> Iterator[str | Instruction]:
+    """Labels and instructions, in order; the body begins at line ``first``."""
+    files = dict(_FILE.findall(text))
+    source, path, number, pending = "", "", 0, ""
+    for line, raw in enumerate(body.split("\n"), first):
+        location = _LOCATION.match(raw.strip())
+        if location:
+            path, number = files.get(location[1], ""), int(location[2])
+            source = location[3] or f"{path}:{number}"
+            continue
+        *whole, pending = (pending + raw.split("//")[0]).split(";")
+        if label := _LABEL.match(pending.strip()):
+            yield label[1]
+            pending = ""
+        for statement in map(str.strip, whole):
+            if statement.startswith(".reg") and not _REGISTERS.match(statement):
+                raise PtxError(f"line {line}: registers {statement!r} of a part of the function")
+            if statement.startswith("."):
+                continue
+            parts = _STATEMENT.match(statement)
+            if parts is None:
+                raise PtxError(f"line {line}: cannot read {statement!r}")
+            operands = tuple(map(_operand, _split(parts[4])))
+            yield Instruction(parts[3], operands, parts[2], bool(parts[1]), source, line, path, number)
 
 
-def _split(text: str) -> Iterator[str]:
+def _split(text: str) -> list[str]:
     """At the commas outside brackets."""
-    depth, begin = 0, 0
-    for place, letter in enumerate(text):
-        depth += (letter in "{[(") - (letter in "}])")
-        if letter == "," and not depth:
-            yield text[begin:place].strip()
-            begin = place + 1
-    if text[begin:].strip():
-        yield text[begin:].strip()
+    return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text)]
 
 
 def _operand(text: str) -> Operand:
@@ -246,25 +189,20 @@ def _operand(text: str) -> Operand:
     return text
 
 
-def _blocks(statements: list[str | Instruction]) -> tuple[list[Block], dict[str, int]]:
-    blocks: list[Block] = []
-    labels: dict[str, int] = {}
-    block = Block()
+def _blocks(statements: Sequence[str | Instruction]) -> tuple[list[Block], dict[str, int]]:
     targets = {s.operands[0] for s in statements if isinstance(s, Instruction) and s.opcode.startswith("bra")}
+    blocks, labels = [Block()], {}
     for statement in statements:
         if isinstance(statement, str):
-            # Labels of debug information are no one's target.
-            if statement in targets:
-                if block.instructions:
-                    blocks.append(block)
-                    block = Block()
-                labels[statement] = len(blocks)
-        elif statement.opcode in _BRANCHES or statement.opcode in BARRIERS:
-            block.end = statement
-            blocks.append(block)
-            block = Block()
+            if statement in targets:  # others are for debuggers
+                if blocks[-1].instructions:
+                    blocks.append(Block())
+                labels[statement] = len(blocks) - 1
+        elif statement.opcode in _JUMPS or statement.opcode in BARRIERS:
+            blocks[-1].end = statement
+            blocks.append(Block())
         else:
-            block.instructions.append(statement)
-    if block.instructions:
-        blocks.append(block)
+            blocks[-1].instructions.append(statement)
+    if not blocks[-1].instructions:
+        blocks.pop()
     return blocks, labels

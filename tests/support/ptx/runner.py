@@ -155,7 +155,7 @@ def _packed(code: Code, arguments: Sequence[tuple[str, Any]]) -> Iterator[bytes]
             kind, layout = ("u32", "s32"), "<i"
         else:
             kind, layout = ("u64", "s64"), "<q"
-        if parameter.type not in kind:
-            raise PtxError(f"{code.kernel.name}: {name} is {value!r}, its parameter {parameter.type}")
+        if parameter not in kind:
+            raise PtxError(f"{code.kernel.name}: {name} is {value!r}, its parameter {parameter}")
         yield struct.pack(layout, value)
     yield from [bytes(8)] * _SCRATCH
