@@ -75,7 +75,7 @@ def machine(
 ) -> Iterator[Any]:
     """What ``backend="triton"`` is on CPU tensors; compiled code must leave nothing to report."""
     from auxkern.backends.triton import BACKEND
-    from tests.support.ptx.executed import BENIGN, Machine, executed
+    from tests.support.executed import BENIGN, Machine, executed
     from tests.support.ptx.report import Report
     from tests.support.ptx.runner import Executor
 

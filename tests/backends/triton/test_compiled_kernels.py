@@ -22,8 +22,8 @@ from tests.support.heads import run as run_heads
 from tests.support.machines import compiled
 
 pytest.importorskip("triton")
+from tests.support.executed import BENIGN, Machine, executed
 from tests.support.ptx.approximate import Noise
-from tests.support.ptx.executed import BENIGN, Machine, executed
 from tests.support.ptx.machine import Settings
 from tests.support.ptx.report import Report
 from tests.support.ptx.runner import Executor
