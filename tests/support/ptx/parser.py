@@ -110,7 +110,7 @@ class Kernel:
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(.*?)\{", re.S)
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+.*?(\w+)\s*(?:,|$)", re.M)
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>")
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)(?:<(\d+)>)?")
 _STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _LABEL = re.compile(r"([$\w]+):(?!:)")
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+[^/]*(?://\s*(.*))?")
@@ -140,9 +140,9 @@ def parse(text: str) -> Kernel:
     # Behind the function stand tables for debuggers.
     body = text[entry.end() :].partition("$L__func_end0:")[0]
     widths = {
-        f"{name}{i}": 0 if kind == "pred" else int(kind[1:]) // 8
+        register: 0 if kind == "pred" else int(kind[1:]) // 8
         for kind, name, count in _REGISTERS.findall(body)
-        for i in range(int(count))
+        for register in ([f"{name}{i}" for i in range(int(count))] if count else [name])
     }
     blocks, labels = _blocks(list(_statements(body, text.count("\n", 0, entry.end()) + 1, text)))
     parameters = {name: kind for kind, name in _PARAMETER.findall(entry[2])}
@@ -164,8 +164,6 @@ def _statements(body: str, first: int, text: str) -> Iterator[str | Instruction]
             yield label[1]
             pending = ""
         for statement in map(str.strip, whole):
-            if statement.startswith(".reg") and not _REGISTERS.match(statement):
-                raise PtxError(f"line {line}: registers {statement!r} of a part of the function")
             if statement.startswith("."):
                 continue
             parts = _STATEMENT.match(statement)
