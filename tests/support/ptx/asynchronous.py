@@ -49,7 +49,7 @@ class Copies:
         offset, lane = offset[on], np.flatnonzero(on)
         access = Access(lanes.thread[on], lanes.access(4).stamp[on], 4, nbytes // 4)
         # A copy over another one in flight, and one into what others still read, are faults of a write.
-        lanes.watch_shared(offset, access, None, True, at)
+        lanes.watch_shared(offset, access, None, at, list(words.T))
         granules = shared.shadow.granules(offset, nbytes)
         shared.landing[granules] = True
         shared.bytes[offset[:, None] + np.arange(nbytes)] = POISON

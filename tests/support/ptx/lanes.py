@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,12 +111,27 @@ class Lanes:
             self._stamp = (self.batch.barriers, stamp_of(self.program, self.batch.epoch[self.index]))
         return Access(self.thread, self._stamp[1], size, count)
 
-    def _watch(self, space: str, shadow: Shadow, offset: Array, access: Access, write: bool, at: int) -> None:
-        """Tell a shadow of an access, and report what it says."""
+    def _watch(
+        self, space: str, shadow: Shadow, offset: Array, access: Access, at: int,
+        again: Callable[[], Array] | None = None,
+    ) -> None:  # fmt: skip
+        """Tell a shadow of an access, and report what it says.
+
+        Args:
+            again: of a write: whether a lane's values are there already.
+        """
         granules = shadow.granules(offset, access.nbytes)
         who, when = shadow.writer[granules], shadow.reader[granules]
-        first, second = (shadow.write if write else shadow.read)(granules, access)
-        kinds = ("write after write", "write after read") if write else ("nobody wrote", "read after write")
+        if again is None:
+            first, second = shadow.read(granules, access)
+            kinds = ("nobody wrote", "read after write")
+        else:
+            same = shadow.last_written(granules, access, at)
+            first, second = shadow.write(granules, access, at)
+            kinds = ("write after write", "write after read")
+            # Warps that hold the same numbers all store them, in whatever order: one store in effect.
+            if (first & same).any():
+                first &= ~(same & again()[:, None])
         for kind, bad in zip(kinds, (first, second), strict=True):
             if bad.any():
                 i, j = np.argwhere(bad)[0]
@@ -156,22 +173,28 @@ class Lanes:
         return address, mask, which
 
     def _watch_global(
-        self, address: Array, access: Access, mask: Array | None, which: Array, write: bool, at: int
-    ) -> None:
+        self, address: Array, access: Access, mask: Array | None, which: Array, at: int,
+        values: list[Array] | None = None,
+    ) -> None:  # fmt: skip
+        """Note accesses to global memory: of these values, or reads."""
         memory = self.batch.memory
         for i in np.unique(which if mask is None else which[mask]):
             shadow = memory.allocations[i].shadow
             if shadow is not None:
                 here = which == i if mask is None else (which == i) & mask
                 offset = (address[here] - memory.base[i]).astype(np.int64)
-                name = f"global {memory.allocations[i].names}"
-                self._watch(name, shadow, offset, access.only(here), write, at)
+                name, its = f"global {memory.allocations[i].names}", access.only(here)
+                again = None
+                if values is not None:
+                    there = partial(memory.load, address[here], its)
+                    again = partial(_unchanged, there, [value[here] for value in values])
+                self._watch(name, shadow, offset, its, at, again)
 
     def load_global(self, address: Array, size: int, count: int, mask: Array | None, at: int) -> list[Array]:
         address, mask, which = self._checked(address, size * count, mask, at, "read")
         access = self.access(size, count)
         if mask is None or mask.any():
-            self._watch_global(address, access, mask, which, False, at)
+            self._watch_global(address, access, mask, which, at)
         return self.batch.memory.load(address, access)
 
     def store_global(
@@ -180,7 +203,7 @@ class Lanes:
         address, mask, which = self._checked(address, size * len(values), mask, at, "write")
         if mask is not None and not mask.any():
             return
-        self._watch_global(address, self.access(size, len(values)), mask, which, True, at)
+        self._watch_global(address, self.access(size, len(values)), mask, which, at, values)
         if mask is not None:
             address, values = address[mask], [value[mask] for value in values]
         if not self.batch.memory.store(address, values, size):
@@ -203,9 +226,11 @@ class Lanes:
         good = ~(bad | crooked)
         return np.where(good if mask is None else good & mask, place, 0) + self.base
 
-    def watch_shared(self, offset: Array, access: Access, mask: Array | None, write: bool, at: int) -> None:
-        """Note accesses to shared memory, one for each offset."""
-        shared = self.batch.shared
+    def watch_shared(
+        self, offset: Array, access: Access, mask: Array | None, at: int, values: list[Array] | None = None
+    ) -> None:
+        """Note accesses to shared memory, one for each offset: of these values, or reads."""
+        shared, write = self.batch.shared, values is not None
         if mask is not None:
             offset, access = offset[mask], access.only(mask)
         if not len(offset):
@@ -216,21 +241,25 @@ class Lanes:
             self.batch.report.add(f"shared: {verb} while a copy is in flight", self.place(at), "")
         if write and shared.reading[granules].any():
             self.batch.report.add("shared: write while a product reads", self.place(at), "")
-        self._watch("shared", shared.shadow, offset, access, write, at)
+        again = None
+        if values is not None:
+            there = partial(shared.load, offset, access.size, access.count)
+            again = partial(_unchanged, there, values if mask is None else [value[mask] for value in values])
+        self._watch("shared", shared.shadow, offset, access, at, again)
         if write:
             fences = self.batch.fences[access.thread - self.batch.first_thread]
             shared.fences[granules] = np.broadcast_to(fences[:, None], granules.shape)
 
     def load_shared(self, address: Array, size: int, count: int, mask: Array | None, at: int) -> list[Array]:
         offset = self.offsets(address, size * count, mask, at)
-        self.watch_shared(offset, self.access(size, count), mask, False, at)
+        self.watch_shared(offset, self.access(size, count), mask, at)
         return self.batch.shared.load(offset, size, count)
 
     def store_shared(
         self, address: Array, values: list[Array], size: int, mask: Array | None, at: int
     ) -> None:
         offset = self.offsets(address, size * len(values), mask, at)
-        self.watch_shared(offset, self.access(size, len(values)), mask, True, at)
+        self.watch_shared(offset, self.access(size, len(values)), mask, at, values)
         if mask is not None:
             offset, values = offset[mask], [value[mask] for value in values]
         if not self.batch.shared.store(offset, values, size):
@@ -294,7 +323,7 @@ class Lanes:
         asked = self.lane < 8 * count
         rows = asked if mask is None else asked & mask
         offset = self.offsets(address, 16, rows, at)
-        self.watch_shared(offset, self.access(4, 4), rows, False, at)
+        self.watch_shared(offset, self.access(4, 4), rows, at)
         words = np.stack(self.batch.shared.load(offset, 4, 4), -1)
         return fragments.ldmatrix(
             words.reshape(-1, 32, 4)[:, : 8 * count].reshape(-1, count, 8, 4), transposed
@@ -313,6 +342,15 @@ class Lanes:
         """Registers that an instruction touches hold no product in flight."""
         if self.products.in_flight(places):
             self.batch.report.add("register of a product in flight", self.place(at), "")
+
+
+def _unchanged(load: Callable[[], list[Array]], values: list[Array]) -> Array:
+    """(n,) whether memory holds these values."""
+    there = load()
+    same = there[0] == values[0]
+    for old, new in zip(there[1:], values[1:], strict=True):
+        same &= old == new
+    return same
 
 
 def _who(thread: int, threads: int) -> str:

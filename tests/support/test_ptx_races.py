@@ -1,0 +1,85 @@
+"""When two stores are a race: small kernels of two warps, in every order of the warps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tests.support.ptx.machine import ORDERS, Settings, Work, execute
+from tests.support.ptx.memory import Allocation, Global, Shadow
+from tests.support.ptx.parser import parse
+from tests.support.ptx.report import Report
+from tests.support.ptx.translate import Code
+
+pytestmark = pytest.mark.ptx
+
+_KERNEL = """
+.visible .entry stores(.param .u64 .ptr .global out)
+.reqntid 64
+{{
+    .reg .b32 %r<9>;
+    .reg .b64 %rd<3>;
+    ld.param.b64 %rd1, [out];
+    mov.u32 %r1, %tid.x;
+    shr.u32 %r2, %r1, 5;
+    mov.b32 %r3, 7;
+    mov.b32 %r4, 0;
+    {body}
+    ret;
+}}
+"""
+BOTH, ITS_WARP = "%r3", "%r2"
+
+
+def report(body: str, order: str, grid: int = 1) -> Report:
+    """Of a kernel in which %r3 is 7, %r2 the warp's number, %r4 an address in shared memory."""
+    out = torch.zeros(1, dtype=torch.int32)
+    allocation = Allocation([("out", out)])
+    allocation.shadow = Shadow(4, 4, True)
+    code = Code(parse(_KERNEL.format(body=body)))
+    parameters = {"out": np.uint64(out.data_ptr()).tobytes()}
+    result = Report()
+    work = Work(code, (grid, 1, 1), parameters, Global([allocation]), 16)
+    execute(work, Settings(order=order, lanes=64), result)
+    return result
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_warps_that_store_the_same_number_by_one_instruction_store_once(order):
+    assert not report(f"st.shared.b32 [%r4], {BOTH};", order).faults
+    assert not report(f"st.global.b32 [%rd1], {BOTH};", order).faults
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("space", ["shared.b32 [%r4]", "global.b32 [%rd1]"])
+def test_different_numbers_are_a_race(order, space):
+    kinds = report(f"st.{space}, {ITS_WARP};", order).kinds
+    if order == "together":
+        assert any("lanes store different values" in kind for kind in kinds)
+    else:
+        assert any("race, write after write" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_instructions_are_a_race_whatever_they_store(order):
+    # The second one is the other warp's.
+    body = f"""
+    setp.eq.b32 %p1, %r2, 0;
+    @%p1 st.shared.b32 [%r4], {BOTH};
+    @!%p1 st.shared.b32 [%r4], {BOTH};"""
+    declared = f".reg .pred %p<2>;{body}"
+    assert "shared: race, write after write" in report(declared, order).kinds
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_barrier_orders_stores_of_all_threads(order):
+    first, second = f"st.shared.b32 [%r4], {BOTH};", "st.shared.b32 [%r4], 8;"
+    assert not report(f"{first}\nbar.sync 0;\n{second}", order).faults
+    assert "shared: race, write after write" in report(f"{first}\n{second}", order).kinds
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_programs_that_store_the_same_number_are_a_race(order):
+    assert any("race" in kind for kind in report(f"st.global.b32 [%rd1], {BOTH};", order, grid=2).kinds)
