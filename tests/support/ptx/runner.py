@@ -42,7 +42,9 @@ def compile_ptx(launch: Launch, arch: int) -> Ptx:
     """Triton's PTX for a compute capability (80, 90), from its cache or made; ``ptxas`` is not asked."""
     backend = CUDABackend(GPUTarget("cuda", arch, 32))
     source, options = launch.source(), backend.parse_options(dict(launch.options))
-    key = f"{triton.__version__} {source.hash()} {options.hash()} {arch} ptx"
+    # The PTX names the file, whose lines reports quote.
+    path = launch.kernel.fn.__code__.co_filename
+    key = f"{triton.__version__} {source.hash()} {options.hash()} {arch} {path} ptx"
     cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
     kept = cache.get_file("kernel.ptx")
     if kept is not None:
