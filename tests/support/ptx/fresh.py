@@ -50,6 +50,13 @@ class Fresh(TorchDispatchMode):
             self._kept.append(tensor)
             self._written[storage.data_ptr()] = np.zeros(storage.nbytes(), bool)
 
+    def copy(self) -> Fresh:
+        """As it is now; what is noted in one, the other does not learn."""
+        other = Fresh()
+        other._kept = list(self._kept)
+        other._written = {base: flags.copy() for base, flags in self._written.items()}
+        return other
+
     def written(self, tensor: Tensor) -> None:
         """Torch has written to it."""
         storage = tensor.untyped_storage()
