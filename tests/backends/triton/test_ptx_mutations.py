@@ -29,14 +29,14 @@ from auxkern.backends.triton.kernels import KERNELS
 from auxkern.backends.triton.logits_loss import launches as logits_loss
 from auxkern.core.loss import Loss
 from auxkern.core.sums import Sum
-from tests.support.ptx import mutations
-from tests.support.ptx.executed import BENIGN, executed
+from tests.support import mutations
+from tests.support.executed import BENIGN, executed
+from tests.support.mutations import Mutation
 from tests.support.ptx.machine import ORDERS, Settings
-from tests.support.ptx.mutations import Mutation
 from tests.support.ptx.parser import PtxError, parse
-from tests.support.ptx.recorded import Recorded, Recorder
 from tests.support.ptx.report import Place, Report
 from tests.support.ptx.runner import Executor, compile_ptx
+from tests.support.recorded import Recorded, Recorder
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled"),

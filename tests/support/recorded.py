@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton.launch import Launch
-from tests.support.ptx.executed import BENIGN
+from tests.support.executed import BENIGN
 from tests.support.ptx.fresh import Fresh
 from tests.support.ptx.machine import Settings
 from tests.support.ptx.report import Report
