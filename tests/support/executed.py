@@ -19,10 +19,38 @@ from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Sum, Wanted
 from tests.support import cases
 from tests.support.ptx.fresh import Fresh
+from tests.support.ptx.lanes import SAME_VALUE
 from tests.support.ptx.report import Benign
 from tests.support.ptx.runner import Executor
 
+_COPIES = "a row's number in several lanes: each stores its copy where a layout changes"
 BENIGN = (
+    *(
+        Benign(kernel, f"shared: {SAME_VALUE}", text, _COPIES)
+        for kernel, texts in {
+            "forward_kernel": ("return moved + gaps, distance[1] + tl.sum(counted",),
+            "heads_forward_kernel": (
+                "tl.store(at, top, mask=present)",
+                "tl.store(at + plane, total, mask=present)",
+                "tl.store(at + 2 * plane, tl.sum(gaps, axis=1), mask=present)",
+                "tl.store(at + (3 + 2 * g) * plane, share_top, mask=present)",
+                "tl.store(at + (4 + 2 * g) * plane, share_total, mask=present)",
+                "tl.store(best, key, mask=present)",
+                "tl.store(best + plane, column, mask=present)",
+                "tl.store(partial.target + rows, tl.sum(",
+                "tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, its,",
+            ),
+            "heads_draw_kernel": (
+                "tl.store(partial.floats + at, largest, mask=present)",
+                "tl.store(partial.floats + plane + at, top, mask=present)",
+                "tl.store(partial.floats + 2 * plane + at, of_token, mask=present)",
+                "tl.store(partial.floats + 3 * plane + at, tl.sum(tl.exp(d), axis=1), mask=present)",
+                "tl.store(partial.floats + 4 * plane + at, tl.where(nans != 0, 1.0, 0.0), mask=present)",
+                "tl.store(partial.ids + at, token, mask=present)",
+            ),
+        }.items()
+        for text in texts
+    ),
     Benign(
         "adjust_kernel",
         "global z_out: race, write after read",

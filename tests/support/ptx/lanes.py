@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.support.ptx.machine import Batch
 
 _WARP = np.arange(32)
+SAME_VALUE = "race, write after write of the same value"
 # What a register holds before it is first written.
 _POISON = {0: False, 2: np.uint16(0x7E5A), 4: np.uint32(0x7FBADBAD), 8: np.uint64(0x7FF4DEAD0000BEEF)}
 _REDUCTIONS = {
@@ -120,30 +121,33 @@ class Lanes:
         Args:
             again: of a write: whether a lane's values are there already.
         """
-        granules = shadow.granules(offset, access.nbytes)
-        who, when = shadow.writer[granules], shadow.reader[granules]
+        granules, threads = shadow.granules(offset, access.nbytes), self.batch.threads
+        writer, reader = shadow.writer[granules], shadow.reader[granules]
         if again is None:
-            first, second = shadow.read(granules, access)
-            kinds = ("nobody wrote", "read after write")
+            unwritten, late = shadow.read(granules, access)
+            faults = [
+                (f"{space}: nobody wrote", unwritten, None),
+                (f"{space}: race, read after write", late, writer),
+            ]
         else:
-            same = shadow.last_written(granules, access, at)
-            first, second = shadow.write(granules, access, at)
-            kinds = ("write after write", "write after read")
-            # Warps that hold the same numbers all store them, in whatever order: one store in effect.
-            if (first & same).any():
-                first &= ~(same & again()[:, None])
-        for kind, bad in zip(kinds, (first, second), strict=True):
+            late, early = shadow.write(granules, access)
+            last = shadow.writer[granules]
+            # Of another lane of this instruction, or of one before that left the same.
+            same = ~late & (last != access.thread[:, None])
+            if late.any():
+                same |= late & again()[:, None]
+            faults = [
+                (f"{space}: {SAME_VALUE}", same, np.where(late, writer, last)),
+                (f"{space}: race, write after write", late & ~same, writer),
+                (f"{space}: race, write after read", early, reader),
+            ]
+        for kind, bad, others in faults:
             if bad.any():
                 i, j = np.argwhere(bad)[0]
-                threads = self.batch.threads
-                mine = access.thread[i]
-                other = (when if kind == "write after read" else who)[i, j]
-                names = f"program {mine // threads}, thread {mine % threads}"
-                if kind != "nobody wrote":
-                    kind = f"race, {kind}"
-                    names += f" after {_who(other, threads)}"
+                after = "" if others is None else f" after {_who(others[i, j], threads)}"
                 byte = granules[i, j] * shadow.granule
-                self.batch.report.add(f"{space}: {kind}", self.place(at), f"{names}, at byte {byte}")
+                detail = f"{_who(access.thread[i], threads)}{after}, at byte {byte}"
+                self.batch.report.add(kind, self.place(at), detail)
 
     # --- global memory
 

@@ -76,7 +76,6 @@ class Shadow:
         self.written = np.full(size, written)
         self.writer, self.reader = (np.full(size, NOBODY, np.int32) for _ in range(2))
         self.write_stamp, self.read_stamp = (np.zeros(size, np.int64) for _ in range(2))
-        self.write_place = np.full(size, NOBODY, np.int32)  # the instruction
 
     def granules(self, offset: Array, nbytes: int) -> Array:
         """(n, granules of one access)."""
@@ -102,12 +101,8 @@ class Shadow:
             self.reader[at[crowd]] = PROGRAMS
         return ~self.written[at], races
 
-    def last_written(self, at: Array, access: Access, place: int) -> Array:
-        """(n, k) whether the instruction ``place`` wrote there last, before the same barrier."""
-        return (self.write_place[at] == place) & (self.write_stamp[at] == access.stamp[:, None])
-
-    def write(self, at: Array, access: Access, place: int) -> tuple[Array, Array]:
-        """Note a write by an instruction; ((n, k) of which another thread wrote, read too recently)."""
+    def write(self, at: Array, access: Access) -> tuple[Array, Array]:
+        """Note a write; ((n, k) of which another thread wrote, read too recently)."""
         thread, stamp = access.thread[:, None], access.stamp[:, None]
         by, when = self.writer[at], self.write_stamp[at]
         after_write = (by >= 0) & (by != thread) & ((when == stamp) | (when >> _EPOCHS != stamp >> _EPOCHS))
@@ -118,7 +113,6 @@ class Shadow:
         )
         self.writer[at] = np.broadcast_to(thread, at.shape)
         self.write_stamp[at] = np.broadcast_to(stamp, at.shape)
-        self.write_place[at] = place
         self.written[at] = True
         return after_write, after_read
 
