@@ -35,7 +35,11 @@ BOTH, ITS_WARP = "%r3", "%r2"
 
 
 def report(body: str, order: str, grid: int = 1) -> Report:
-    """Of a kernel in which %r3 is 7, %r2 the warp's number, %r4 an address in shared memory."""
+    return run(body, order, grid)[1]
+
+
+def run(body: str, order: str, grid: int = 1) -> tuple[torch.Tensor, Report]:
+    """What a kernel leaves in which %r3 is 7, %r2 the warp's number, %r4 an address in shared memory."""
     out = torch.zeros(1, dtype=torch.int32)
     allocation = Allocation([("out", out)])
     allocation.shadow = Shadow(4, 4, True)
@@ -44,7 +48,7 @@ def report(body: str, order: str, grid: int = 1) -> Report:
     result = Report()
     work = Work(code, (grid, 1, 1), parameters, Global([allocation]), 16)
     execute(work, Settings(order=order, lanes=64), result)
-    return result
+    return out, result
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -73,3 +77,14 @@ def test_a_barrier_orders_stores_of_all_threads(order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_programs_that_store_the_same_number_are_a_race(order):
     assert any("race" in kind for kind in report(f"st.global.b32 [%rd1], {BOTH};", order, grid=2).kinds)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_atomics_add_up_over_programs(order):
+    out, found = run("atom.global.gpu.relaxed.add.u32 %r5, [%rd1], 3;", order, grid=2)
+    assert not found.faults
+    assert out.tolist() == [3 * 128]
+    out, _ = run("red.global.max.s32 [%rd1], %r1;", order)
+    assert out.tolist() == [63]
+    out, _ = run("atom.global.cas.b32 %r5, [%rd1], 0, 9; atom.global.cas.b32 %r5, [%rd1], 0, 8;", order)
+    assert out.tolist() == [9]

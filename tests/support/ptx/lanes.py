@@ -25,6 +25,7 @@ _REDUCTIONS = {
     "add": np.add, "min": np.minimum, "max": np.maximum,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip
+_ATOMICS = {**_REDUCTIONS, "exch": lambda old, new: new}
 
 
 class Lanes:
@@ -212,6 +213,28 @@ class Lanes:
             address, values = address[mask], [value[mask] for value in values]
         if not self.batch.memory.store(address, values, size):
             self.batch.report.add("global: lanes store different values", self.place(at), "at one address")
+
+    def atomic(
+        self, name: str, address: Array, values: tuple[Array, ...], mask: Array | None, at: int
+    ) -> Array:
+        """``atom.global``, one lane after another: (n,) what each found. Not watched for races."""
+        size = values[0].itemsize
+        address, mask, which = self._checked(address, size, mask, at, "write")
+        found = np.zeros(self.n, values[0].dtype)
+        for i in range(self.n) if mask is None else np.flatnonzero(mask):
+            one, access = address[i : i + 1], Access(self.thread[i : i + 1], self.zero[i : i + 1], size)
+            old = self.batch.memory.load(one, access)[0].view(found.dtype)
+            given = [value[i : i + 1] for value in values]
+            new = (
+                np.where(old == given[0], given[-1], old) if name == "cas" else _ATOMICS[name](old, given[0])
+            )
+            self.batch.memory.store(one, [new.view(f"u{size}")], size)
+            shadow = self.batch.memory.allocations[which[i]].shadow
+            if shadow is not None:
+                offset = np.array([int(one[0]) - self.batch.memory.allocations[which[i]].base])
+                shadow.written[shadow.granules(offset, size)] = True
+            found[i] = old[0]
+        return found.view(f"u{size}")
 
     # --- shared memory
 
