@@ -85,5 +85,4 @@ def _changed(
     for index, line in enumerate(lines):
         new = re.sub(pattern, replacement, line, count=1)
         if new != line:
-            text = "\n".join([*lines[:index], new, *lines[index + 1 :]])
-            yield Mutation(kind, index + 1, line, new, text)
+            yield Mutation(kind, index + 1, line, new, "\n".join([*lines[:index], new, *lines[index + 1 :]]))

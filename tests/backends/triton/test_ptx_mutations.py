@@ -34,13 +34,14 @@ from tests.support.executed import BENIGN, executed
 from tests.support.mutations import Mutation
 from tests.support.ptx.machine import ORDERS, Settings
 from tests.support.ptx.parser import PtxError, parse
-from tests.support.ptx.report import Place, Report
+from tests.support.ptx.report import Benign, Place, Report
 from tests.support.ptx.runner import Executor, compile_ptx
 from tests.support.recorded import Recorded, Recorder
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled"),
 ]
+SM_80, SM_90 = compiled()
 H, B, F = torch.float16, torch.bfloat16, torch.float32
 
 # --- what runs: small, but every loop that has a barrier goes round at least twice ---------------
@@ -158,7 +159,7 @@ def assert_reported(launch: Recorded, damaged: Iterable[Mutation], kind: str, fi
     for mutation in listed:
         report = launch.execute(mutation.text).report
         places = [place for known, place in report.faults if known == kind]
-        assert places, f"line {mutation.line}, {mutation.after}: {report}"
+        assert places, f"{mutation.kind}, line {mutation.line}: {mutation.before}\n{report}"
         assert all(place.instruction.path.endswith(f"/{file}") for place in places), str(report)
 
 
@@ -174,7 +175,7 @@ def test_a_shorter_wait_for_copies(record, arch):
     assert len(in_loops) == 2
 
 
-@pytest.mark.parametrize("arch", compiled()[1:])
+@pytest.mark.parametrize("arch", [SM_90])
 def test_a_shorter_wait_for_products(record, arch):
     launch = record(arch, "two heads")["heads_forward_kernel"]
     *others, last = mutations.loosened(launch.ptx, "wgmma")
@@ -182,7 +183,7 @@ def test_a_shorter_wait_for_products(record, arch):
     assert_reported(launch, [last], "register of a product in flight", "device/terms.py")
 
 
-@pytest.mark.parametrize("arch", compiled()[1:])
+@pytest.mark.parametrize("arch", [SM_90])
 def test_fences_that_are_missing(record, arch):
     launch = record(arch, "two heads")["heads_forward_kernel"]
     proxies = mutations.removed(launch.ptx, r"fence\.proxy\.async")
@@ -191,7 +192,7 @@ def test_fences_that_are_missing(record, arch):
     assert_reported(launch, fences, "accumulator changed behind wgmma.fence", "device/tiles.py")
 
 
-@pytest.mark.parametrize("arch", compiled()[:1])
+@pytest.mark.parametrize("arch", [SM_80])
 def test_fragments_in_the_wrong_order_show_in_the_result_only(monkeypatch, arch):
     given, y = head_cases.heads(16, 64, (64,), (H,)), head_cases.targets(16, 64)
     expected = float(head_cases.exact(given, y)[0])
@@ -205,7 +206,7 @@ def test_fragments_in_the_wrong_order_show_in_the_result_only(monkeypatch, arch)
         with executed(executor, monkeypatch):
             errors.append(abs(float(head_cases.ours(given, y)[0]) / expected - 1))
         assert not executor.report.faults
-    # Rows of one product of four change places.
+    # Losses are held to 1e-6; here rows of one product among four have changed places.
     assert errors[0] < 1e-6
     assert errors[1] > 1e-3
 
@@ -277,7 +278,7 @@ def test_a_row_offset_of_32_bits(arch):
         wrong, report = error(text)
         if text == ptx:
             assert not report.faults
-        # A product that stays small may keep 32 bits; one that does not is no quiet error.
+        # A product that stays small may keep 32 bits; one that does not is no quiet error. (1e-5: float32.)
         assert wrong < 1e-5 or report.kinds == {"global read out of bounds"}
         caught += bool(report.faults)
     assert caught == 1
@@ -303,8 +304,19 @@ FAMILIES = {
 }
 
 
+# Not among those of the other tests: there it is what the missing barrier behind the store looks like.
+_DEAD_READ = Benign(
+    "adjust_kernel",
+    "global z_out: race, read after write",
+    "before = tl.load(z_row + at, exists, 0.0)",
+    "a warp behind thread 0's store reads what it does not use; thread 0 alone stores",
+)
+
+
 def assert_same_in_all_orders(launch: Recorded) -> None:
-    first, *others = (launch.execute(launch.ptx, Settings(order=order)) for order in ORDERS)
+    first, *others = (
+        launch.execute(launch.ptx, Settings(order=order), Report((*BENIGN, _DEAD_READ))) for order in ORDERS
+    )
     for outcome in (first, *others):
         assert not outcome.report.faults, str(outcome.report)
         assert outcome.contents == first.contents
