@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,17 +112,16 @@ class Lanes:
         return Access(self.thread, self._stamp[1], size, count)
 
     def _watch(
-        self, space: str, shadow: Shadow, offset: Array, access: Access, at: int,
-        again: Callable[[], Array] | None = None,
-    ) -> None:  # fmt: skip
+        self, space: str, shadow: Shadow, offset: Array, access: Access, at: int, there: Array | None
+    ) -> None:
         """Tell a shadow of an access, and report what it says.
 
         Args:
-            again: of a write: whether a lane's values are there already.
+            there: of a write: (n,) whether a lane's values are there already; None for a read.
         """
         granules, threads = shadow.granules(offset, access.nbytes), self.batch.threads
         writer, reader = shadow.writer[granules], shadow.reader[granules]
-        if again is None:
+        if there is None:
             unwritten, late = shadow.read(granules, access)
             faults = [
                 (f"{space}: nobody wrote", unwritten, None),
@@ -134,9 +131,7 @@ class Lanes:
             late, early = shadow.write(granules, access)
             last = shadow.writer[granules]
             # Of another lane of this instruction, or of one before that left the same.
-            same = ~late & (last != access.thread[:, None])
-            if late.any():
-                same |= late & again()[:, None]
+            same = np.where(late, there[:, None], last != access.thread[:, None])
             faults = [
                 (f"{space}: {SAME_VALUE}", same, np.where(late, writer, last)),
                 (f"{space}: race, write after write", late & ~same, writer),
@@ -163,12 +158,8 @@ class Lanes:
         if bad.any() or crooked.any():
 
             def where(i: int) -> str:
-                near = (
-                    memory.allocations[max(int(which[i]), 0)].where(int(address[i]))
-                    if memory.allocations
-                    else ""
-                )
-                return f"{nbytes} bytes at {near}"
+                near = memory.allocations[max(int(which[i]), 0)] if memory.allocations else None
+                return f"{nbytes} bytes at {near.where(int(address[i])) if near else hex(int(address[i]))}"
 
             self.fault(f"global {verb} out of bounds", at, mask, bad, where)
             self.fault(f"global {verb} misaligned", at, mask, crooked & ~bad, where)
@@ -179,21 +170,17 @@ class Lanes:
 
     def _watch_global(
         self, address: Array, access: Access, mask: Array | None, which: Array, at: int,
-        values: list[Array] | None = None,
+        there: Array | None = None,
     ) -> None:  # fmt: skip
-        """Note accesses to global memory: of these values, or reads."""
+        """Note accesses to global memory; ``there`` as in ``_watch``."""
         memory = self.batch.memory
         for i in np.unique(which if mask is None else which[mask]):
             shadow = memory.allocations[i].shadow
             if shadow is not None:
                 here = which == i if mask is None else (which == i) & mask
                 offset = (address[here] - memory.base[i]).astype(np.int64)
-                name, its = f"global {memory.allocations[i].names}", access.only(here)
-                again = None
-                if values is not None:
-                    there = partial(memory.load, address[here], its)
-                    again = partial(_unchanged, there, [value[here] for value in values])
-                self._watch(name, shadow, offset, its, at, again)
+                name, same = f"global {memory.allocations[i].names}", None if there is None else there[here]
+                self._watch(name, shadow, offset, access.only(here), at, same)
 
     def load_global(self, address: Array, size: int, count: int, mask: Array | None, at: int) -> list[Array]:
         address, mask, which = self._checked(address, size * count, mask, at, "read")
@@ -208,7 +195,9 @@ class Lanes:
         address, mask, which = self._checked(address, size * len(values), mask, at, "write")
         if mask is not None and not mask.any():
             return
-        self._watch_global(address, self.access(size, len(values)), mask, which, at, values)
+        access = self.access(size, len(values))
+        there = _alike(self.batch.memory.load(address, access), values)
+        self._watch_global(address, access, mask, which, at, there)
         if mask is not None:
             address, values = address[mask], [value[mask] for value in values]
         if not self.batch.memory.store(address, values, size):
@@ -242,14 +231,12 @@ class Lanes:
         """Of checked addresses in the batch's shared memory; 0 of the program where they may not go."""
         shared, place = self.batch.shared, address.astype(np.int64)
         bad, crooked = place + nbytes > shared.nbytes, place % nbytes != 0
-        self.fault(
-            "shared access out of bounds",
-            at,
-            mask,
-            bad,
-            lambda i: f"{nbytes} bytes at {place[i]} of {shared.nbytes}",
-        )
-        self.fault("shared access misaligned", at, mask, crooked, lambda i: f"{nbytes} bytes at {place[i]}")
+
+        def where(i: int) -> str:
+            return f"{nbytes} bytes at {place[i]} of {shared.nbytes}"
+
+        self.fault("shared access out of bounds", at, mask, bad, where)
+        self.fault("shared access misaligned", at, mask, crooked, where)
         good = ~(bad | crooked)
         return np.where(good if mask is None else good & mask, place, 0) + self.base
 
@@ -258,6 +245,10 @@ class Lanes:
     ) -> None:
         """Note accesses to shared memory, one for each offset: of these values, or reads."""
         shared, write = self.batch.shared, values is not None
+        there = None
+        if values is not None:
+            there = _alike(shared.load(offset, access.size, access.count), values)
+            there = there if mask is None else there[mask]
         if mask is not None:
             offset, access = offset[mask], access.only(mask)
         if not len(offset):
@@ -268,11 +259,7 @@ class Lanes:
             self.batch.report.add(f"shared: {verb} while a copy is in flight", self.place(at), "")
         if write and shared.reading[granules].any():
             self.batch.report.add("shared: write while a product reads", self.place(at), "")
-        again = None
-        if values is not None:
-            there = partial(shared.load, offset, access.size, access.count)
-            again = partial(_unchanged, there, values if mask is None else [value[mask] for value in values])
-        self._watch("shared", shared.shadow, offset, access, at, again)
+        self._watch("shared", shared.shadow, offset, access, at, there)
         if write:
             fences = self.batch.fences[access.thread - self.batch.first_thread]
             shared.fences[granules] = np.broadcast_to(fences[:, None], granules.shape)
@@ -371,13 +358,9 @@ class Lanes:
             self.batch.report.add("register of a product in flight", self.place(at), "")
 
 
-def _unchanged(load: Callable[[], list[Array]], values: list[Array]) -> Array:
+def _alike(held: list[Array], values: list[Array]) -> Array:
     """(n,) whether memory holds these values."""
-    there = load()
-    same = there[0] == values[0]
-    for old, new in zip(there[1:], values[1:], strict=True):
-        same &= old == new
-    return same
+    return np.logical_and.reduce([old == new for old, new in zip(held, values, strict=True)])
 
 
 def _who(thread: int, threads: int) -> str:
