@@ -184,10 +184,10 @@ class Products:
             fenced = (batch.fences[thread] > shared.fences[granules]) & (batch.fence_stamps[thread] < stamp)
             mine = batch.fence_stamps[lanes.thread[leader : leader + _GROUP] - batch.first_thread].min()
             faults = {
-                "shared: nobody wrote": ~shadow.written[granules],
+                "shared: nobody wrote": shadow.unwritten[granules],
                 "shared: read while a copy is in flight": shared.landing[granules],
-                "shared: race, read after write": (writer >= 0) & (written == stamp),
-                "shared: product without a proxy fence": (writer >= 0) & ~fenced & ~(mine > written),
+                "shared: race, read after write": (writer > 0) & (written == stamp),
+                "shared: product without a proxy fence": (writer > 0) & ~fenced & ~(mine > written),
             }
             for kind, bad in faults.items():
                 if bad.any():

@@ -75,11 +75,11 @@ class Fresh(TorchDispatchMode):
         """Tell an allocation's shadow."""
         flags, shadow = self._part(allocation), allocation.shadow
         if flags is not None and shadow is not None:
-            padded = np.resize(flags, len(shadow.written) * shadow.granule)
-            shadow.written[:] = padded.reshape(-1, shadow.granule).all(-1)
+            padded = np.resize(flags, len(shadow.unwritten) * shadow.granule)
+            shadow.unwritten[:] = ~padded.reshape(-1, shadow.granule).all(-1)
 
     def note(self, allocation: Allocation) -> None:
         """Learn from an allocation's shadow what a kernel wrote."""
         flags, shadow = self._part(allocation), allocation.shadow
         if flags is not None and shadow is not None:
-            flags |= np.repeat(shadow.written, shadow.granule)[: len(flags)]
+            flags |= np.repeat(~shadow.unwritten, shadow.granule)[: len(flags)]

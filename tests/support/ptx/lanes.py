@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.support.ptx import fragments
 from tests.support.ptx.asynchronous import Copies, Products
-from tests.support.ptx.memory import Access, Array, Shadow, stamp_of
+from tests.support.ptx.memory import NOBODY, PROGRAMS, SEVERAL, Access, Array, Shadow, stamp_of
 from tests.support.ptx.parser import PtxError
 from tests.support.ptx.report import Place
 
@@ -32,7 +32,7 @@ class Lanes:
     Attributes:
         index: (n,) the lane's program, counted in the batch.
         tid, lane, ctaid: special registers.
-        thread: (n,) numbered through the grid.
+        thread: (n,) numbered through the grid, from 1.
         registers: (n,) each.
         block: the next one of all lanes, or (n,) where they differ.
         waiting: (n,) at a barrier.
@@ -49,7 +49,7 @@ class Lanes:
         self.n = len(self.tid)
         program = batch.programs[self.index]
         self.program = program
-        self.thread = (program * batch.threads + self.tid).astype(np.int32)
+        self.thread = (1 + program * batch.threads + self.tid).astype(np.int32)
         x, y = batch.grid[:2]
         self.ctaid = [p.astype(np.uint32) for p in (program % x, program // x % y, program // (x * y))]
         self.zero = np.zeros(self.n, np.uint32)
@@ -221,7 +221,7 @@ class Lanes:
             shadow = self.batch.memory.allocations[which[i]].shadow
             if shadow is not None:
                 offset = np.array([int(one[0]) - self.batch.memory.allocations[which[i]].base])
-                shadow.written[shadow.granules(offset, size)] = True
+                shadow.unwritten[shadow.granules(offset, size)] = False
             found[i] = old[0]
         return found.view(f"u{size}")
 
@@ -364,6 +364,6 @@ def _alike(held: list[Array], values: list[Array]) -> Array:
 
 
 def _who(thread: int, threads: int) -> str:
-    if thread < 0:
-        return {-1: "nobody", -2: "several threads", -3: "several programs"}[int(thread)]
-    return f"program {thread // threads}, thread {thread % threads}"
+    if thread <= 0:
+        return {NOBODY: "nobody", SEVERAL: "several threads", PROGRAMS: "several programs"}[int(thread)]
+    return f"program {(thread - 1) // threads}, thread {(thread - 1) % threads}"

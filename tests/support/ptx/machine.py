@@ -84,7 +84,7 @@ class Batch:
         )
         self.programs, self.settings, self.report = programs, settings, report
         self.threads = work.code.kernel.threads
-        self.first_thread = int(programs[0]) * self.threads
+        self.first_thread = 1 + int(programs[0]) * self.threads
         self.shared = Shared(len(programs), max(16, -(-work.shared // 16) * 16), granule(work.code, "shared"))
         self.epoch, self.barriers = np.zeros(len(programs), np.int64), 0
         self.fences = np.zeros(len(programs) * self.threads, np.int32)

@@ -18,7 +18,9 @@ from tests.support.ptx.parser import PtxError
 
 Array = np.ndarray[Any, Any]
 
-NOBODY, SEVERAL, PROGRAMS = -1, -2, -3  # instead of a thread: none, several of a program, of several ones
+# Instead of a thread, which count from 1: none, several of a program, of several programs. Memory of zeros
+# costs nothing where it is not touched, and tensors here may be of gigabytes without contents.
+NOBODY, SEVERAL, PROGRAMS = 0, -1, -2
 POISON = 0xDB  # of shared memory that no one wrote
 _EPOCHS = 20  # bits of a stamp below the program's number
 
@@ -43,7 +45,7 @@ class Access:
     """One access of each lane that takes part.
 
     Attributes:
-        thread: (n,) numbers in the grid.
+        thread: (n,) numbers in the grid, from 1.
         stamp: (n,) the program and the number of barriers before it.
         size: bytes of one element.
         count: adjacent elements.
@@ -73,8 +75,10 @@ class Shadow:
     def __init__(self, nbytes: int, granule: int, written: bool) -> None:
         size = -(-nbytes // granule)
         self.granule = granule
-        self.written = np.full(size, written)
-        self.writer, self.reader = (np.full(size, NOBODY, np.int32) for _ in range(2))
+        self.unwritten = np.zeros(size, bool)
+        if not written:
+            self.unwritten[:] = True
+        self.writer, self.reader = (np.zeros(size, np.int32) for _ in range(2))
         self.write_stamp, self.read_stamp = (np.zeros(size, np.int64) for _ in range(2))
 
     def granules(self, offset: Array, nbytes: int) -> Array:
@@ -85,7 +89,7 @@ class Shadow:
         """Note a read; ((n, k) of which nobody wrote, of which another thread wrote too recently)."""
         thread, stamp = access.thread[:, None], access.stamp[:, None]
         by, when = self.writer[at], self.write_stamp[at]
-        races = (by >= 0) & (by != thread) & ((when == stamp) | (when >> _EPOCHS != stamp >> _EPOCHS))
+        races = (by > 0) & (by != thread) & ((when == stamp) | (when >> _EPOCHS != stamp >> _EPOCHS))
         before, read = self.reader[at], self.read_stamp[at]
         here = read == stamp
         elsewhere = (before != NOBODY) & (read >> _EPOCHS != stamp >> _EPOCHS)
@@ -99,13 +103,13 @@ class Shadow:
         crowd = self.read_stamp[at] >> _EPOCHS != stamp >> _EPOCHS
         if crowd.any():
             self.reader[at[crowd]] = PROGRAMS
-        return ~self.written[at], races
+        return self.unwritten[at], races
 
     def write(self, at: Array, access: Access) -> tuple[Array, Array]:
         """Note a write; ((n, k) of which another thread wrote, read too recently)."""
         thread, stamp = access.thread[:, None], access.stamp[:, None]
         by, when = self.writer[at], self.write_stamp[at]
-        after_write = (by >= 0) & (by != thread) & ((when == stamp) | (when >> _EPOCHS != stamp >> _EPOCHS))
+        after_write = (by > 0) & (by != thread) & ((when == stamp) | (when >> _EPOCHS != stamp >> _EPOCHS))
         reader, read = self.reader[at], self.read_stamp[at]
         after_read = (reader == PROGRAMS) | (
             (reader != NOBODY)
@@ -113,7 +117,7 @@ class Shadow:
         )
         self.writer[at] = np.broadcast_to(thread, at.shape)
         self.write_stamp[at] = np.broadcast_to(stamp, at.shape)
-        self.written[at] = True
+        self.unwritten[at] = False
         return after_write, after_read
 
 
@@ -223,7 +227,7 @@ class Shared:
         self.bytes = np.full(programs * nbytes, POISON, np.uint8)
         self.words = {size: self.bytes.view(f"<u{size}") for size in (1, 2, 4, 8)}
         self.shadow = Shadow(programs * nbytes, granule, False)
-        granules = len(self.shadow.written)
+        granules = len(self.shadow.unwritten)
         self.landing = np.zeros(granules, bool)  # a copy is on its way here
         self.reading = np.zeros(granules, np.int16)  # products in flight that read it
         self.fences = np.zeros(granules, np.int32)  # of its writer when it wrote
