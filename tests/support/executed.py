@@ -40,7 +40,9 @@ BENIGN = (
                 "tl.store(partial.target + rows, tl.sum(",
                 "tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, its,",
             ),
+            "heads_gradient_kernel": ("tl.store(d_out[j] + at, d.to(d_out[j].dtype.element_ty)",),
             "heads_draw_kernel": (
+                "accumulator *= heads[i].rescale",
                 "tl.store(partial.floats + at, largest, mask=present)",
                 "tl.store(partial.floats + plane + at, top, mask=present)",
                 "tl.store(partial.floats + 2 * plane + at, of_token, mask=present)",
