@@ -242,6 +242,8 @@ def test_permuted_bytes() -> None:
     ]:
         same_bits(arithmetic.prmt(a, b, np.array([selector], U32)), np.array([want], U32))
         same_bits(arithmetic.prmt(a, b, U32(selector)), np.array([want], U32))
+        for literal in (f"{selector:#x}", f"{selector:#x}U", f"{selector}"):
+            same_bits(executed("prmt.b32", U32, a, b, literals=[literal]), np.array([want], U32))
 
 
 @pytest.mark.parametrize(

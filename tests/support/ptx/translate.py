@@ -173,7 +173,7 @@ class _Translator:
         size = int(dtype[1])
         if digits and len(digits[1]) != 2 * size:
             raise PtxError(f"{text} as {dtype}")
-        number = int(digits[1], 16) if digits else int(text, 0)
+        number = int(digits[1], 16) if digits else int(text.removesuffix("U"), 0)
         bits = np.array(number % 2 ** (8 * size), f"u{size}")
         name = f"{dtype}_{int(bits):x}"
         self.constants[name] = bits.view(_TYPES[dtype])[()]
