@@ -41,14 +41,14 @@ FAILURES = (
     KnownFailure(
         "issue",
         "forward_kernel",
-        ("bf16+bf16, softcap", "fp16+fp32, softcap"),
+        ("bf16+bf16, softcap",),
         ("sm_90",),
         "a tanh for each term",
     ),
     KnownFailure(
         "issue",
         "forward_kernel",
-        ("bf16+bf16, stats", "bf16+bf16, smooth, stats", "fp16+fp32, smooth, stats"),
+        ("bf16+bf16, smooth, stats",),
         ("sm_90",),
         "a softmax for each term",
     ),

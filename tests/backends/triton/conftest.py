@@ -75,11 +75,12 @@ def machine(
 ) -> Iterator[Any]:
     """What ``backend="triton"`` is on CPU tensors; compiled code must leave nothing to report."""
     from auxkern.backends.triton import BACKEND
-    from tests.support.executed import BENIGN, Machine, executed
+    from tests.support.executed import BENIGN, Machine, executed, held_as_on_a_gpu
     from tests.support.ptx.report import Report
     from tests.support.ptx.runner import Executor
 
     if request.param == INTERPRETER:
+        held_as_on_a_gpu(monkeypatch)
         yield Machine(BACKEND, compiled=False)
         return
     executor = Executor(request.param, report=Report(BENIGN), codes=codes)

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.numerics import log1p
+from auxkern.backends.triton.device.numerics import exp, log1p
 from auxkern.core import loss
 
 # Out of the running in an argmax.
@@ -43,10 +43,10 @@ def nll_of(softmax, target):
     """
     largest = tl.maximum(softmax[0], target)
     pivot = pivot_of(largest)
-    others = softmax[1] * tl.exp(softmax[0] - pivot)
+    others = softmax[1] * exp(softmax[0] - pivot)
     on_top = (target >= softmax[0]) & (largest > -float("inf"))
     # Where the target is not on top, the others hold at least the 1 of the largest.
-    excess = tl.where(on_top, others, (others - 1.0) + tl.exp(target - pivot))
+    excess = tl.where(on_top, others, (others - 1.0) + exp(target - pivot))
     log_sum = log1p(tl.where(largest < float("inf"), excess, float("nan")))
     log_sum = tl.where(largest == -float("inf"), others - float("inf"), log_sum)
     nll = tl.where(on_top, log_sum, (largest - target) + log_sum)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from auxkern.backends.triton.device.draws import NO_ID, finite_pivot, gumbel
 from auxkern.backends.triton.device.mass import masses
+from auxkern.backends.triton.device.numerics import exp
 from auxkern.backends.triton.device.rows import row_pointer
 from auxkern.backends.triton.device.terms import shares_of
 
@@ -105,7 +106,7 @@ def _moved(state, largest, temperature):
     shift = tl.where(
         state[0] == -float("inf"), 0.0, (finite_pivot(state[0]) - finite_pivot(largest)) / temperature
     )
-    return largest, state[1] + shift, state[2] + shift, state[3], state[4] * tl.exp(shift), state[5]
+    return largest, state[1] + shift, state[2] + shift, state[3], state[4] * exp(shift), state[5]
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def _tile_draw(d, kept, ids, noise, largest, has_nan, LOGPROB: tl.constexpr):
     of_token = tl.max(tl.where(ids == token, d, -float("inf")), axis=0)
     total = 0.0
     if LOGPROB:
-        total = tl.sum(tl.exp(d), axis=0)
+        total = tl.sum(exp(d), axis=0)
     return largest, top, of_token, token, total, has_nan
 
 

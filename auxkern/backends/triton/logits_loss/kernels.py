@@ -14,7 +14,7 @@ Backward: one pass, each gradient written once.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.numerics import tanh_slope
+from auxkern.backends.triton.device.numerics import exp, tanh_slope
 from auxkern.backends.triton.device.rows import (
     body_pointers,
     contiguous_width,
@@ -39,16 +39,21 @@ def _fold(softmax, z):
     """Add the columns of z (R, K) to R online softmaxes (largest, sum of exp(z - largest))."""
     largest = tl.maximum(softmax[0], tl.max(z, axis=1))
     pivot = pivot_of(largest)
-    total = softmax[1] * tl.exp(softmax[0] - pivot) + tl.sum(tl.exp(z - pivot[:, None]), axis=1)
+    total = softmax[1] * exp(softmax[0] - pivot) + tl.sum(exp(z - pivot[:, None]), axis=1)
     return largest, total
 
 
 @triton.jit
 def _fold_distance(distance, pivot, z, counted):
-    """Add columns to (sum of pivot - z, number of columns), whose pivot was ``pivot[0]``."""
+    """Add columns to (sum of pivot - z, number of columns), whose pivot was ``pivot[0]``.
+
+    A column at -inf or NaN is not in the number: its gap has settled the sum, wherever the pivot moves. A
+    number made of ``counted`` alone would have no layout but a default one, and pass through shared memory.
+    """
     moved = distance[0] + distance[1] * (pivot[1] - pivot[0])
     gaps = tl.sum(tl.where(counted, pivot[1][:, None] - z, 0.0), axis=1)
-    return moved + gaps, distance[1] + tl.sum(counted.to(tl.float32), axis=1)
+    above = tl.where(counted, z, -float("inf")) > -float("inf")
+    return moved + gaps, distance[1] + tl.sum(above.to(tl.float32), axis=1)
 
 
 @triton.jit
@@ -65,13 +70,13 @@ def _empty_state(TERMS: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    state, terms, pointers, columns, valid, y,
+    state, terms, pointers, columns, valid, others,
     UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """Fold the tile ``columns`` (R, K) into ``state``; ``valid`` columns only, y apart."""
+    """Fold the tile ``columns`` (R, K) into ``state``: ``valid`` columns only, ``others`` than the target."""
     shares = shares_of(terms, pointers, columns, valid, UNIT, CAPPED)
     z = total_of(shares)
-    counted = valid & (columns != y)
+    counted = valid & others
     softmax = _fold(state[0], tl.where(counted, z, -float("inf")))
     distance = state[1]
     best = state[2]
@@ -91,7 +96,7 @@ def _accumulate(
 def _meet(softmax):
     """The online softmaxes of all lanes as one."""
     largest = tl.max(softmax[0], axis=0)
-    return largest, tl.sum(softmax[1] * tl.exp(softmax[0] - pivot_of(largest)), axis=0)
+    return largest, tl.sum(softmax[1] * exp(softmax[0] - pivot_of(largest)), axis=0)
 
 
 @triton.jit
@@ -218,6 +223,15 @@ def _range_of_program(body, split, splits, BLOCK: tl.constexpr):
     return begin, begin + (end - begin) // BLOCK * BLOCK, end
 
 
+@triton.jit
+def _others(y, R: tl.constexpr, G: tl.constexpr):
+    """(R, G): whether a tile's column is another than its column y.
+
+    Counted from its granule, the target is compared with constants: no column needs its own number.
+    """
+    return (y - tl.arange(0, R) * G)[:, None] != tl.arange(0, G)[None, :]
+
+
 @triton.jit(do_not_specialize=["target", "N", "V", "ignore_index", "splits"])
 def forward_kernel(
     terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
@@ -246,20 +260,21 @@ def forward_kernel(
     edge, valid = _edge_columns(head, body, width, G, R)
     state = _accumulate(
         _empty_state(len(terms), R), terms, pointers,
-        edge[:, None], (valid & (split == 0))[:, None], y_column, UNIT, CAPPED, SMOOTH, STATS,
+        edge[:, None], (valid & (split == 0))[:, None], (edge != y_column)[:, None],
+        UNIT, CAPPED, SMOOTH, STATS,
     )  # fmt: skip
     tile = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
     everywhere = tile == tile  # folds to no mask at all
     begin, full, end = _range_of_program(body, split, splits, BLOCK)
     for start in range(begin, full, BLOCK):
         columns = tl.multiple_of(start, G) + tile
-        state = _accumulate(
-            state, terms, pointers, columns, everywhere, y_column, UNIT, CAPPED, SMOOTH, STATS
-        )
+        others = _others(y_column - start, R, G)
+        state = _accumulate(state, terms, pointers, columns, everywhere, others, UNIT, CAPPED, SMOOTH, STATS)
     for start in range(full, end, BLOCK):  # at most once
         columns = tl.multiple_of(start, G) + tile
+        others = _others(y_column - start, R, G)
         state = _accumulate(
-            state, terms, pointers, columns, columns < end, y_column, UNIT, CAPPED, SMOOTH, STATS
+            state, terms, pointers, columns, columns < end, others, UNIT, CAPPED, SMOOTH, STATS
         )
     softmax, distance, best, per_term = _meet_all(state, SMOOTH, STATS)
     state = (softmax, distance, (best[0], best[1] + head), per_term)
@@ -289,10 +304,13 @@ def combine_kernel(
 
 @triton.jit
 def _write_gradients(
-    terms, pointers, gradients, out, columns, valid, live, y, coefficients,
+    terms, pointers, gradients, out, columns, valid, live, others, coefficients,
     WANTED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of columns, read only if the row is ``live``, written where ``valid``."""
+    """Gradients of a tile of columns, read only if the row is ``live``, written where ``valid``.
+
+    ``others`` are all columns but the target.
+    """
     row_max, exp_coefficient, constant, target_gradient = coefficients
     values = ()
     z = 0.0
@@ -300,8 +318,8 @@ def _write_gradients(
         x = read(terms[i], pointers[i], columns, valid & (live != 0), UNIT[i])
         values += (x,)
         z += share_of(terms[i], x, CAPPED[i])
-    dz = exp_coefficient * tl.exp(z - row_max) - constant
-    dz = tl.where(columns == y, target_gradient, dz)
+    dz = exp_coefficient * exp(z - row_max) - constant
+    dz = tl.where(others, dz, target_gradient)
     for j in tl.static_range(len(gradients)):
         term = terms[WANTED[j]]
         d = dz * term.scale
@@ -356,8 +374,8 @@ def backward_kernel(
     if split == 0:
         columns, valid = _edge_columns(head, body, width, G, 2 * G)
         _write_gradients(
-            terms, pointers, gradients, out, columns, valid, live, y_column, coefficients,
-            WANTED, UNIT, CAPPED,
+            terms, pointers, gradients, out, columns, valid, live, columns != y_column,
+            coefficients, WANTED, UNIT, CAPPED,
         )  # fmt: skip
     tile = tl.arange(0, BLOCK)
     everywhere = tile == tile  # folds to no mask at all
@@ -365,14 +383,14 @@ def backward_kernel(
     for start in range(begin, full, BLOCK):
         columns = tl.multiple_of(start, G) + tile
         _write_gradients(
-            terms, pointers, gradients, out, columns, everywhere, live, y_column, coefficients,
-            WANTED, UNIT, CAPPED,
+            terms, pointers, gradients, out, columns, everywhere, live, tile != y_column - start,
+            coefficients, WANTED, UNIT, CAPPED,
         )  # fmt: skip
     for start in range(full, end, BLOCK):  # at most once
         columns = tl.multiple_of(start, G) + tile
         _write_gradients(
-            terms, pointers, gradients, out, columns, columns < end, live, y_column, coefficients,
-            WANTED, UNIT, CAPPED,
+            terms, pointers, gradients, out, columns, columns < end, live, tile != y_column - start,
+            coefficients, WANTED, UNIT, CAPPED,
         )  # fmt: skip
     for j in tl.static_range(len(gradients)):
         if PADDED[j]:
