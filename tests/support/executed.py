@@ -28,7 +28,6 @@ BENIGN = (
     *(
         Benign(kernel, f"shared: {SAME_VALUE}", text, _COPIES)
         for kernel, texts in {
-            "forward_kernel": ("return moved + gaps, distance[1] + tl.sum(counted",),
             "heads_forward_kernel": (
                 "tl.store(at, top, mask=present)",
                 "tl.store(at + plane, total, mask=present)",
