@@ -28,16 +28,7 @@ class KnownFailure:
         return kernel == self.kernel and case in self.cases and target in self.targets
 
 
-_MIXED_LOSS = ("fp32xfp16+fp32 768+256", "fp32xbf16+fp32 768+256")
-_MIXED_DRAW = ("fp32xbf16+fp32",)
-_WIDENED = "the 16-bit operand is widened to float32"
-_ROUNDED = "Triton takes TF32 for an operand that was widened"
-
 FAILURES = (
-    KnownFailure("tensor cores", "heads_forward_kernel", _MIXED_LOSS, ("sm_80", "sm_90"), _WIDENED),
-    KnownFailure("tensor cores", "heads_draw_kernel", _MIXED_DRAW, ("sm_80", "sm_90"), _WIDENED),
-    KnownFailure("exact products", "heads_forward_kernel", _MIXED_LOSS, ("sm_100",), _ROUNDED),
-    KnownFailure("exact products", "heads_draw_kernel", _MIXED_DRAW, ("sm_100",), _ROUNDED),
     KnownFailure(
         "issue",
         "forward_kernel",

@@ -18,7 +18,11 @@ H, B, D32 = torch.float16, torch.bfloat16, torch.float32
 def heads(
     N: int, V: int, widths: Any, dtypes: Any, *, scales: Any = (), softcaps: Any = (), biases: Any = ()
 ) -> list[Head]:
-    """Random heads; a missing scale is 1, a missing softcap and bias None."""
+    """Random heads; a missing scale is 1, a missing softcap and bias None.
+
+    Args:
+        dtypes: of each head, or a pair: of its hidden states, and of its weight and bias.
+    """
     source = torch.Generator().manual_seed(N + V)
 
     def random(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -26,10 +30,11 @@ def heads(
 
     made = []
     for i, (D, dtype) in enumerate(zip(widths, dtypes, strict=True)):
+        hidden_dtype, dtype = dtype if isinstance(dtype, tuple) else (dtype, dtype)
         bias = random(dtype, V) if i < len(biases) and biases[i] else None
         scale = scales[i] if i < len(scales) else 1.0
         softcap = softcaps[i] if i < len(softcaps) else None
-        made.append(Head(random(dtype, N, D), random(dtype, V, D), bias, scale, softcap))
+        made.append(Head(random(hidden_dtype, N, D), random(dtype, V, D), bias, scale, softcap))
     return made
 
 

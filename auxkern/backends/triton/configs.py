@@ -52,9 +52,12 @@ class TileConfig:
 
 
 # By the number of accumulators, each rows * ids float32 in registers; a float32 operand takes twice the
-# memory.
+# memory, and one that is cut into parts registers as well, twice as many for parts of a wide tile's ids in
+# float16. With those, or a bias, wide tiles would spill.
 TILES_HALF = {1: TileConfig(128, 128, 64, 8, 3, 16), 2: TileConfig(64, 64, 64, 8, 3, 16)}
-TILES_FLOAT = {1: TileConfig(64, 64, 16, 4, 2, 16), 2: TileConfig(32, 64, 32, 4, 2, 16)}
+TILES_PARTS = {1: TileConfig(128, 128, 32, 8, 3, 16), 2: TileConfig(64, 64, 32, 8, 3, 16)}
+TILES_PARTS_CROWDED = {1: TileConfig(64, 128, 32, 8, 3, 16)}
+TILES_FLOAT = {1: TileConfig(64, 64, 32, 4, 2, 16), 2: TileConfig(32, 64, 32, 4, 2, 16)}
 TILES_MANY = TileConfig(32, 64, 32, 8, 2, 16)
 
 # Rows and tiles that one program of the combining and of the scaling kernel takes at a time.

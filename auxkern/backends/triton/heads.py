@@ -14,6 +14,11 @@ from auxkern.backends.triton.launch import Launch, encode
 from auxkern.core.terms import Head
 
 HALF = (torch.float16, torch.bfloat16)
+# A float32 operand beside a 16-bit one is multiplied in parts of that dtype, which tensor cores take and the
+# accumulator adds up. Of its 24 bits a part in bfloat16 has 8 and one in float16 11, beside its sign: so many
+# leave an error no larger than that of float32's own sums, and one less leaves 10 and 1,000 times as much.
+PARTS = {torch.bfloat16: 3, torch.float16: 2}
+_FLOAT16_IN_BFLOAT16 = 2  # parts of 8 bits that hold all 11
 # An accumulator passes from one scale to the next by their ratio, unless that is extreme.
 _MOST_RESCALING = 2.0**20
 
@@ -24,6 +29,7 @@ class _HeadArgument(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor  # the weight where there is none
+    largest: Tensor  # float32, magnitude of each row of what is cut into float16; the bias otherwise
     hidden_stride: int
     hidden_column: int
     weight_stride: int
@@ -50,7 +56,7 @@ class HeadsSum:
         config: its launch configuration.
         group_of: the accumulator of each head, in the order given.
         V: ids.
-        half: whether every product has 16-bit operands.
+        parts: of each head, products of 16-bit operands that make its product; 0 if it is float32's own.
     """
 
     heads: tuple[_HeadArgument, ...]
@@ -59,7 +65,7 @@ class HeadsSum:
     config: configs.TileConfig
     group_of: list[int]
     V: int
-    half: bool
+    parts: tuple[int, ...]
 
     @property
     def N(self) -> int:
@@ -67,9 +73,14 @@ class HeadsSum:
         return self.heads[0].hidden.shape[0]
 
     @property
+    def in_tensor_cores(self) -> bool:
+        """Whether every product has 16-bit operands, or parts that do."""
+        return all(self.parts)
+
+    @property
     def width(self) -> int:
-        """Sum of the heads' D."""
-        return sum(head.hidden.shape[1] for head in self.heads)
+        """Sum of the heads' D, each as often as it is multiplied in 16 bits."""
+        return sum(parts * h.hidden.shape[1] for h, parts in zip(self.heads, self.parts, strict=True))
 
     def slope_of(self, head: int) -> int:
         """The group whose soft cap's slope a head's gradient takes; -1 if it has none."""
@@ -114,7 +125,7 @@ class HeadsSum:
         blocks = -(-self.N // config.rows)
         tiles = self.tiles if tiles is None else tiles
         shape = {"BLOCK_N": config.rows, "BLOCK_V": config.ids, "BLOCK_D": config.width}
-        products = 2 * self.N * self.V * self.width
+        exact = sum(h.hidden.shape[1] for h, parts in zip(self.heads, self.parts, strict=True) if not parts)
         return Launch(
             kernel,
             (blocks * tiles,),
@@ -130,9 +141,9 @@ class HeadsSum:
             {**self.constants, **shape, "GROUP": config.group, **constants},
             config.warps,
             bytes_moved=bytes_moved,
-            flops=self.N * self.V * logit_flops + (0 if self.half else products),
+            flops=self.N * self.V * (logit_flops + 2 * exact),
             num_stages=config.stages,
-            tensor_flops=products if self.half else 0,
+            tensor_flops=2 * self.N * self.V * self.width,
         )
 
 
@@ -154,7 +165,29 @@ def _as_head(head: Head, rescale: float) -> _HeadArgument:
     hidden_stride, hidden_column = map(encode, head.hidden.stride())
     weight_stride, weight_column = map(encode, head.weight.stride())
     strides = (hidden_stride, hidden_column, weight_stride, weight_column, encode(bias.stride(0)))
-    return _HeadArgument(head.hidden, head.weight, bias, *strides, rescale)
+    return _HeadArgument(head.hidden, head.weight, bias, _largest(head), *strides, rescale)
+
+
+def _parts(head: Head) -> int:
+    """As ``HeadsSum.parts`` says."""
+    dtypes = {head.hidden.dtype, head.weight.dtype}
+    if torch.float32 not in dtypes:
+        return 1 if len(dtypes) == 1 else _FLOAT16_IN_BFLOAT16
+    narrow = dtypes - {torch.float32}
+    return PARTS[narrow.pop()] if narrow else 0
+
+
+def _largest(head: Head) -> Tensor:
+    """(N,) or (V,) float32: magnitude of each row of a float32 operand beside a float16 one.
+
+    A float16 reaches from 2**-24 to 65,504, hidden states of real models beyond; parts of a row that a power
+    of two has brought there keep its entries to 2**-39 of the largest one.
+    """
+    for operand, other in ((head.hidden, head.weight), (head.weight, head.hidden)):
+        if operand.dtype == torch.float32 and other.dtype == torch.float16:
+            largest: Tensor = torch.linalg.vector_norm(operand, torch.inf, dim=1)
+            return largest
+    return head.weight if head.bias is None else head.bias
 
 
 def _even(head: Head) -> bool:
@@ -184,7 +217,7 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
         group_of[i] = len(groups) - 1
         previous = head
     ordered = [heads[i] for i in order]
-    half = all(h.hidden.dtype == h.weight.dtype and h.weight.dtype in HALF for h in heads)
+    parts = tuple(map(_parts, ordered))
     return HeadsSum(
         heads=tuple(map(_as_head, ordered, rescales)),
         groups=tuple(groups),
@@ -196,14 +229,29 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
             "BIAS": tuple(h.bias is not None for h in ordered),
             "BEGINS": tuple(begins),
             "RESCALED": tuple(r != 1.0 for r in rescales),
+            "PARTS": tuple(max(1, n) for n in parts),
             "CAPPED": tuple(g.softcap > 0 for g in groups),
             "PRECISION": precision or _float32_products(),
         },
-        config=(configs.TILES_HALF if half else configs.TILES_FLOAT).get(len(groups), configs.TILES_MANY),
+        config=_config(ordered, parts, len(groups)),
         group_of=group_of,
         V=V,
-        half=half,
+        parts=parts,
     )
+
+
+def _config(heads: Sequence[Head], parts: Sequence[int], groups: int) -> configs.TileConfig:
+    if not all(parts):
+        table = configs.TILES_FLOAT
+    elif max(parts) == 1:
+        table = configs.TILES_HALF
+    else:
+        crowded = any(
+            h.bias is not None or (h.hidden.dtype == torch.float16 and h.weight.dtype == torch.float32)
+            for h in heads
+        )
+        table = configs.TILES_PARTS_CROWDED if crowded else configs.TILES_PARTS
+    return table.get(groups, configs.TILES_MANY)
 
 
 def _float32_products() -> str:

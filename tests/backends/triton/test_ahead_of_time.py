@@ -37,7 +37,8 @@ def _cases(kernel: cases.Kernel) -> Iterator[tuple[str, cases.Case]]:
     # GPT-2's 50,257 is odd: its rows begin anywhere.
     for case in kernel.cases("GPT-2" if kernel.any_row else "Llama-3"):
         yield "sm_90", case
-        if case.label in ("fp16", "fp32+fp32", "bf16+fp32"):
+        mixed = case.label.startswith(("fp32x", "fp16x", "bf16x"))
+        if mixed or case.label in ("fp16", "fp32+fp32", "bf16+fp32"):
             yield "sm_80", case
             yield "sm_100", case
 

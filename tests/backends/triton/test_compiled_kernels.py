@@ -95,6 +95,13 @@ HEADS = {
     "fp32": {"dtypes": (F, F)},
     "fp16+fp32": {"dtypes": (H, F)},
     "bf16+fp16": {"dtypes": (B, H)},
+    "fp32 x bf16, beside fp32": {"dtypes": ((F, B), F)},
+    "fp32 x fp16, beside its mirror": {"dtypes": ((F, H), (H, F))},
+    "bf16 x fp32, capped, beside bf16 x fp16": {
+        "dtypes": ((B, F), (B, H)),
+        "softcaps": (3.0, None),
+        "biases": (1, 1),
+    },
     "bf16, capped": {"dtypes": (B, B), "softcaps": (3.0, None), "biases": (1, 1)},
 }
 
@@ -144,15 +151,24 @@ def test_draws_with_penalties_and_bad_rows(on, arch):
 
 
 @pytest.mark.parametrize("arch", compiled())
-@pytest.mark.parametrize("dtype", [B, F], ids=["bf16", "fp32"])
-def test_draws_of_heads(on, arch, dtype):
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        pytest.param((B, B), id="bf16"),
+        pytest.param((F, F), id="fp32"),
+        pytest.param((F, B), id="fp32 x bf16"),
+        pytest.param((F, H), id="fp32 x fp16", marks=pytest.mark.slow),
+        pytest.param((B, F), id="bf16 x fp32", marks=pytest.mark.slow),
+        pytest.param((H, F), id="fp16 x fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_draws_of_heads(on, arch, dtypes):
     g = torch.Generator().manual_seed(7)
     with on(arch, 132):
         for rows in (3, 20):
+            hidden, weight = torch.randn(rows, 80, generator=g), torch.randn(290, 80, generator=g)
             terms = [
-                Head(
-                    torch.randn(rows, 80, generator=g).to(dtype), torch.randn(290, 80, generator=g).to(dtype)
-                ),
+                Head(hidden.to(dtypes[0]), weight.to(dtypes[1])),
                 Sparse(torch.randint(0, 290, (rows, 3), generator=g), torch.randn(rows, 3, generator=g)),
             ]
             for params in (None, SamplingParams(top_k=7, top_p=0.9)):

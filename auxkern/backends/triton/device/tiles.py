@@ -37,12 +37,70 @@ def _along(columns, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _powers(largest):
+    """(power of two that brings a positive number to [2**14, 2**15), its inverse), both exact.
+
+    For numbers below 2**-64 it stays what it is there, lest the accumulator that it multiplies overflow.
+    """
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 127 - 64)
+    power = ((127 + 14 + 127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return power, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _powers_of(head, rows, ids):
+    """``_powers`` of an operand's rows, (R, 1) or (1, C), if its parts have the range of float16; else 1."""
+    hidden: tl.constexpr = head.hidden.dtype.element_ty
+    weight: tl.constexpr = head.weight.dtype.element_ty
+    powers = (1.0, 1.0)
+    if hidden == tl.float32 and weight == tl.float16:
+        powers = _powers(tl.load(head.largest + rows)[:, None])
+    elif hidden == tl.float16 and weight == tl.float32:
+        powers = _powers(tl.load(head.largest + ids)[None, :])
+    return powers
+
+
+@triton.jit
+def _leading(rest, dtype: tl.constexpr):
+    """(the leading bits of float32 ``rest`` in a 16-bit ``dtype``, what is left of it), exactly.
+
+    Of an infinite number NaN is left.
+    """
+    if dtype == tl.bfloat16:
+        # Cut off: rounded, the largest of float32 would be infinite.
+        value = (rest.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+        part = value.to(dtype)
+    else:
+        part = rest.to(dtype)
+        value = part.to(tl.float32)
+    return part, rest - value
+
+
+@triton.jit
+def _add_product(x, w, power, accumulator, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator (R, C) + x (R, K) @ w (K, C), the operand of more bits times ``power``, in PARTS."""
+    if PARTS == 1:
+        accumulator = tl.dot(x, w, accumulator, input_precision=PRECISION)
+    elif x.dtype.fp_mantissa_width > w.dtype.fp_mantissa_width:
+        rest = x.to(tl.float32) * power
+        for _ in tl.static_range(PARTS):
+            part, rest = _leading(rest, w.dtype)
+            accumulator = tl.dot(part, w, accumulator)
+    else:
+        rest = w.to(tl.float32) * power
+        for _ in tl.static_range(PARTS):
+            part, rest = _leading(rest, x.dtype)
+            accumulator = tl.dot(x, part, accumulator)
+    return accumulator
+
+
+@triton.jit
 def _product(
-    head, accumulator, rows, ids,
+    head, accumulator, power, rows, ids,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """accumulator (R, C) + hidden[rows] (R, D) @ weight[ids].T (D, C), in float32."""
+    """accumulator (R, C) + power * hidden[rows] (R, D) @ weight[ids].T (D, C), in float32."""
     a = _operand(head.hidden, head.hidden_stride, rows, EVEN)
     b = _operand(head.weight, head.weight_stride, ids, EVEN)
     k = tl.arange(0, BLOCK_D)
@@ -56,10 +114,7 @@ def _product(
         else:
             x = tl.load(x_at, mask=(here < D)[None, :], other=0.0)
             w = tl.load(w_at, mask=(here < D)[:, None], other=0.0)
-        if x.dtype != w.dtype:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        accumulator = tl.dot(x, w, accumulator, input_precision=PRECISION)
+        accumulator = _add_product(x, w, power, accumulator, PARTS, PRECISION)
     return accumulator
 
 
@@ -68,7 +123,7 @@ def products_of(
     heads, rows, ids,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One (R, C) accumulator for each group of heads, in units of its last head's scale."""
     products = ()
@@ -80,9 +135,10 @@ def products_of(
                 accumulator = tl.zeros([rows.shape[0], ids.shape[0]], tl.float32)
         elif RESCALED[i]:
             accumulator *= heads[i].rescale
-        accumulator = _product(
-            heads[i], accumulator, rows, ids,
-            D[i], UNIT_HIDDEN[i], UNIT_WEIGHT[i], EVEN[i], BLOCK_D, PRECISION,
+        power, inverse = _powers_of(heads[i], rows, ids)
+        accumulator = inverse * _product(
+            heads[i], accumulator * power, power, rows, ids,
+            D[i], UNIT_HIDDEN[i], UNIT_WEIGHT[i], EVEN[i], PARTS[i], BLOCK_D, PRECISION,
         )  # fmt: skip
         if BIAS[i]:
             bias = tl.load(heads[i].bias + ids.to(tl.int64) * decode(heads[i].bias_stride))

@@ -36,8 +36,8 @@ def heads_draw_kernel(
     z_out,  # (N, tiles * BLOCK_V) float32, out, if WRITE
     N, V, row_blocks, tiles,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, CAPPED: tl.constexpr,
-    LOGPROB: tl.constexpr, WRITE: tl.constexpr,
+    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
+    CAPPED: tl.constexpr, LOGPROB: tl.constexpr, WRITE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def heads_draw_kernel(
     rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
     products = products_of(
         heads, read_rows, read_ids,
-        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
+        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
     z = total_of(group_shares(groups, products, CAPPED))
     nothing = -float("inf")

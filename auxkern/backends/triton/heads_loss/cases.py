@@ -45,7 +45,7 @@ def forward_launches(heads: HeadsSum, *, smooth: bool = False, stats: bool = Fal
 
 def one_write_launch(heads: HeadsSum) -> Launch:
     """The forward kernel that writes e."""
-    e = heads.buffer(H if heads.half else F)
+    e = heads.buffer(H if heads.in_tensor_cores else F)
     return launches.forward(heads, cases.target_of(ROWS), Loss(), e)[2][0]
 
 
@@ -75,6 +75,9 @@ def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
     for dtype in (H, B):
         mixed = sum_of(V, widths, (dtype, F), hidden=F)
         yield f"fp32x{named(dtype, F)} 768+256", forward_launches(mixed)[0]
+    for dtype in (H, B):
+        yield f"fp32x{named(dtype)}, writes e", one_write_launch(sum_of(V, widths, (dtype, dtype), hidden=F))
+        yield f"{named(dtype)}xfp32, writes e", one_write_launch(sum_of(V, widths, (F, F), hidden=dtype))
     yield "fp32 768+256, writes e", one_write_launch(sum_of(V, widths, (F, F)))
     yield "bf16, softcap", forward_launches(sum_of(V, widths, (B, B), cap=30.0))[0]
     yield "bf16, smooth", forward_launches(sum_of(V, widths, (B, B)), smooth=True)[0]
@@ -100,6 +103,7 @@ def _gradient_cases(V: int) -> Iterator[tuple[str, Launch]]:
     for dtype in (H, B, F):
         narrow = sum_of(V, (256, 256), (dtype, dtype))
         yield f"{named(dtype)} 256+256", gradient_launch(narrow, dtype)
+    yield "fp32xbf16 256+256", gradient_launch(sum_of(V, (256, 256), (B, B), hidden=F), F)
     capped = sum_of(V, WIDTHS["768+256"], (B, B), cap=30.0)
     yield "bf16, softcap", gradient_launch(capped, B)
     yield "bf16, softcap, both wanted", gradient_launch(capped, B, (0, 1))

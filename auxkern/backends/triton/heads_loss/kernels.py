@@ -46,8 +46,8 @@ def heads_forward_kernel(
     e_out,  # (N, tiles * BLOCK_V) float16 or float32, out, if WRITE
     N, V, row_blocks, tiles,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, CAPPED: tl.constexpr,
-    SMOOTH: tl.constexpr, STATS: tl.constexpr, WRITE: tl.constexpr,
+    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
+    CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr, WRITE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def heads_forward_kernel(
     rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
     products = products_of(
         heads, read_rows, read_ids,
-        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
+        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
     shares = group_shares(groups, products, CAPPED)
     z = total_of(shares)
@@ -241,8 +241,8 @@ def heads_gradient_kernel(
     d_out,  # J of (N, tiles * BLOCK_V), out
     N, V, row_blocks, tiles,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, CAPPED: tl.constexpr,
-    SLOPES: tl.constexpr,
+    BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
+    CAPPED: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +251,7 @@ def heads_gradient_kernel(
     rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
     products = products_of(
         heads, read_rows, read_ids,
-        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, BLOCK_D, PRECISION,
+        D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
     z = total_of(group_shares(groups, products, CAPPED))
     present = rows < N

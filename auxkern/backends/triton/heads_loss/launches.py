@@ -57,7 +57,7 @@ def one_write(heads: HeadsSum, wanted: Sequence[int]) -> bool:
     """
     if any(heads.slope_of(i) >= 0 for i in wanted):
         return False
-    return not heads.half or heads.width > _RECOMPUTED_WIDTH
+    return not heads.in_tensor_cores or heads.width > _RECOMPUTED_WIDTH
 
 
 def forward(

@@ -50,7 +50,7 @@ class HeadsLoss(TritonKernels):
             return "a head has hidden states of width 0"
         if any(isinstance(head.scale, Tensor) for head in heads):
             return "a head has a scale for each row"
-        if self.interpreted and any(head.hidden.dtype == torch.bfloat16 for head in heads):
+        if self.interpreted and any(torch.bfloat16 in (h.hidden.dtype, h.weight.dtype) for h in heads):
             return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
         return None
 
