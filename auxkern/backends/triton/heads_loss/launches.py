@@ -18,7 +18,7 @@ from auxkern.backends.triton.heads_loss.kernels import (
 )
 from auxkern.backends.triton.launch import Launch, RowsArgument
 from auxkern.core.loss import Coefficients, Loss, RowLosses
-from auxkern.core.sums import Sum
+from auxkern.core.sums import Sum, Wanted
 
 # Scale, maximum, difference, exp, add: per logit, beside the products.
 _LOGIT_FLOPS = 6
@@ -37,11 +37,19 @@ class _Partial(NamedTuple):
     target: Tensor  # (1 or 1 + G, N) float32
 
 
-def gradient_dtype(sum: Sum, wanted: Sequence[int]) -> torch.dtype:
-    """What dz is rounded to for these heads: their dtype if it is 16-bit and they agree, else float32."""
-    heads = sum.heads
-    dtypes = {x.dtype for i in wanted for x in (heads[i].hidden, heads[i].weight)}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+def gradient_dtype(sum: Sum, wanted: Wanted) -> torch.dtype:
+    """What dz is rounded to for these gradients: their 16-bit dtype if they agree on one, else float32.
+
+    It is multiplied by operands of its own dtype then, and float16 has not the range of others.
+    """
+    results, operands = set(), set()
+    for head, gradients in zip(sum.heads, wanted, strict=True):
+        results |= {head.tensors[name].dtype for name in gradients}
+        if gradients:
+            operands |= {head.hidden.dtype, head.weight.dtype}
+    if results == {torch.bfloat16} or results == operands == {torch.float16}:
+        return results.pop()
+    return torch.float32
 
 
 def e_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,22 +7,19 @@ has to be multiplied by stays in float32 until the products with hidden states a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
-from auxkern.backends.triton.heads_loss import launches
+from auxkern.backends.triton.heads_loss import launches, products
 from auxkern.backends.triton.launch import TritonKernels
 from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear
-from auxkern.core.terms import Head
 
 _MAX_HEADS = 4
 _CHUNK_BYTES = 512 << 20
-_BLOCK_IDS = 8192  # ids of a weight or of a gradient that are converted to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,25 @@ class HeadsLoss(TritonKernels):
         result = RowLosses.empty(target, torch.float32, len(sum.terms), loss).cleared()
         clear(wanted)
         asking = [i for i, gradients in enumerate(wanted) if gradients]
-        chunks = chunks_of_rows(target != loss.ignore_index, sum.chunk_rows or _chunk_rows(sum))
+        present = target != loss.ignore_index
         if weight is None or not asking:
-            for rows in chunks:
+            # Nothing has V columns: as many rows as where that has 16 bits.
+            for rows in chunks_of_rows(present, sum.chunk_rows or _chunk_rows(sum.V, torch.float16)):
                 tiles = heads_sum(sum.rows(rows).heads, sum.V, loss.stats)
                 losses, _, kernels = launches.forward(tiles, target[rows].contiguous(), loss, None)
                 self.run(kernels, target.device)
                 result.store(rows, losses.summed())
             return result
-        gradients = _HeadGradients.of(sum, wanted, asking, weight)
-        for rows in chunks:
+        gradients, dtype = (
+            _HeadGradients.of(sum, wanted, asking, weight),
+            launches.gradient_dtype(sum, wanted),
+        )
+        for rows in chunks_of_rows(present, sum.chunk_rows or _chunk_rows(sum.V, dtype)):
             some, y, factor = sum.rows(rows), target[rows].contiguous(), weight[rows]
             counts = (y != loss.ignore_index) & (factor != 0)
-            losses, products = self._with_products(some, y, counts, loss, asking)
+            losses, of_products = self._with_products(some, y, counts, loss, asking, dtype)
             result.store(rows, losses)
-            gradients.add(some, rows, products, torch.where(counts, factor, 0.0))
+            gradients.add(some, rows, of_products, torch.where(counts, factor, 0.0))
         gradients.rescale()
         return result
 
@@ -83,24 +84,25 @@ class HeadsLoss(TritonKernels):
         asking = [i for i, gradients in enumerate(wanted) if gradients]
         weight = torch.where(slopes.counts, slopes.g, 0.0).float()
         gradients = _HeadGradients.of(sum, wanted, asking, weight)
-        for rows in chunks_of_rows(slopes.counts, sum.chunk_rows or _chunk_rows(sum)):
+        dtype = launches.gradient_dtype(sum, wanted)
+        for rows in chunks_of_rows(slopes.counts, sum.chunk_rows or _chunk_rows(sum.V, dtype)):
             some, factor = sum.rows(rows), weight[rows]
             counts = slopes.counts[rows] & (factor != 0)
-            tiles, dtype = heads_sum(some.heads, sum.V, False), launches.gradient_dtype(some, asking)
-            y = target[rows].contiguous()
-            products = self._made_again(tiles, y, slopes.rows(rows, counts), asking, dtype)
-            gradients.add(some, rows, products, torch.where(counts, factor, 0.0))
+            tiles, y = heads_sum(some.heads, sum.V, False), target[rows].contiguous()
+            of_products = self._made_again(tiles, y, slopes.rows(rows, counts), asking, dtype)
+            gradients.add(some, rows, of_products, torch.where(counts, factor, 0.0))
         gradients.rescale()
 
     def _with_products(
-        self, sum: Sum, target: Tensor, counts: Tensor, loss: Loss, asking: list[int]
+        self, sum: Sum, target: Tensor, counts: Tensor, loss: Loss, asking: list[int], dtype: torch.dtype
     ) -> tuple[RowLosses, _ProductGradients]:
         """The rows of a chunk, and the gradients of the products of the heads in ``asking``.
 
         Args:
             counts: (C,) bool: not ignored, and of a weight that is not 0.
+            dtype: of those gradients.
         """
-        tiles, dtype = heads_sum(sum.heads, sum.V, loss.stats), launches.gradient_dtype(sum, asking)
+        tiles = heads_sum(sum.heads, sum.V, loss.stats)
         e = tiles.buffer(launches.e_dtype(dtype)) if launches.one_write(tiles, asking) else None
         losses, tops, kernels = launches.forward(tiles, target, loss, e)
         self.run(kernels, target.device)
@@ -126,10 +128,9 @@ class HeadsLoss(TritonKernels):
         return _ProductGradients([gradients[distinct.index(group)] for group in groups], unit, magnified)
 
 
-def _chunk_rows(sum: Sum) -> int:
-    """Rows whose (C, V) gradient takes about 512 MiB, 64 at least: 2 bytes a logit, or 4 in float32."""
-    half = all(x.dtype.itemsize == 2 for head in sum.heads for x in (head.hidden, head.weight))
-    return max(64, _CHUNK_BYTES // ((2 if half else 4) * sum.V) // 64 * 64)
+def _chunk_rows(V: int, dtype: torch.dtype) -> int:
+    """Rows whose (C, V) gradient of this dtype takes about 512 MiB, 64 at least."""
+    return max(64, _CHUNK_BYTES // (dtype.itemsize * V) // 64 * 64)
 
 
 def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[Coefficients, Tensor]:
@@ -165,19 +166,23 @@ class _HeadGradients:
         largest = weight.abs().amax()
         return cls(wanted, asking, torch.where(largest == 0, 1.0, largest))
 
-    def add(self, sum: Sum, rows: Rows, products: _ProductGradients, weight: Tensor) -> None:
+    def add(self, sum: Sum, rows: Rows, gradients: _ProductGradients, weight: Tensor) -> None:
         """Bring the gradients of a chunk's products to the heads' inputs, for rows of this weight (C,)."""
         # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
-        share = torch.where(weight != 0, weight / self.largest * products.unit, 0.0)
-        for i, dz in zip(self.asking, products.dz, strict=True):
+        share = torch.where(weight != 0, weight / self.largest * gradients.unit, 0.0)
+        for i, dz in zip(self.asking, gradients.dz, strict=True):
             head = sum.heads[i]
-            factor = float(head.scale) / products.magnified
+            factor = float(head.scale) / gradients.magnified
             if "hidden" in self.wanted[i]:
                 d_hidden = self.wanted[i]["hidden"]
-                back = _times(dz, head.weight[: sum.V])
+                back = products.times(dz, head.weight[: sum.V], head.hidden.dtype)
                 back *= (share * self.largest * factor)[:, None]
                 d_hidden[rows] = back.to(d_hidden.dtype)
-            _add_to_weights(self.wanted[i], head, dz, share, factor)
+            if "weight" in self.wanted[i]:
+                d_weight, dtype = self.wanted[i]["weight"][: sum.V], head.weight.dtype
+                products.add_transposed(d_weight, dz, head.hidden, share, factor, dtype)
+            if "bias" in self.wanted[i]:
+                products.add_columns(self.wanted[i]["bias"][: sum.V], dz, share, factor)
 
     def rescale(self) -> None:
         """Give gradients of weights and biases the factor that ``add`` left out."""
@@ -185,39 +190,3 @@ class _HeadGradients:
             for name in ("weight", "bias"):
                 if name in gradients:
                     gradients[name].mul_(self.largest)
-
-
-def _add_to_weights(
-    gradients: Mapping[str, Tensor], head: Head, dz: Tensor, share: Tensor, factor: float
-) -> None:
-    V = dz.shape[1]
-    if "weight" in gradients:
-        # A row without gradient may hold NaN, and NaN times 0 is not 0.
-        hidden = torch.where(share[:, None] == 0, 0.0, head.hidden * share[:, None])
-        _add_transposed(gradients["weight"][:V], dz, hidden.to(dz.dtype), factor)
-    if "bias" in gradients:
-        for v in range(0, V, _BLOCK_IDS):
-            block = dz[:, v : v + _BLOCK_IDS].float() * share[:, None]
-            gradients["bias"][v : min(v + _BLOCK_IDS, V)].add_(block.sum(0), alpha=factor)
-
-
-def _times(dz: Tensor, weight: Tensor) -> Tensor:
-    """(C, D) float32 = dz (C, V) @ weight (V, D), summed in float32."""
-    if dz.dtype == weight.dtype == torch.float32:
-        return dz @ weight
-    if dz.dtype == weight.dtype and dz.is_cuda:
-        return torch.mm(dz, weight, out_dtype=torch.float32)
-    back = torch.zeros((dz.shape[0], weight.shape[1]), device=dz.device)
-    for v in range(0, weight.shape[0], _BLOCK_IDS):
-        back.addmm_(dz[:, v : v + _BLOCK_IDS].float(), weight[v : v + _BLOCK_IDS].float())
-    return back
-
-
-def _add_transposed(d_weight: Tensor, dz: Tensor, hidden: Tensor, factor: float) -> None:
-    """d_weight (V, D) float32 += factor * dz (C, V).T @ hidden (C, D), summed in float32."""
-    if dz.dtype == torch.float32:
-        d_weight.addmm_(dz.T, hidden, alpha=factor)
-    elif dz.is_cuda:
-        torch.addmm(d_weight, dz.T, hidden, out_dtype=torch.float32, alpha=factor, out=d_weight)
-    else:
-        d_weight.addmm_(dz.T.float(), hidden.float(), alpha=factor)
