@@ -24,6 +24,7 @@ from tests.support.ptx.report import Benign
 from tests.support.ptx.runner import Executor
 
 _COPIES = "a row's number in several lanes: each stores its copy where a layout changes"
+_PARTS = "parts of an operand, which several warps make of the same numbers and store for wgmma"
 BENIGN = (
     *(
         Benign(kernel, f"shared: {SAME_VALUE}", text, _COPIES)
@@ -51,6 +52,11 @@ BENIGN = (
             ),
         }.items()
         for text in texts
+    ),
+    *(
+        Benign(kernel, f"shared: {SAME_VALUE}", f"accumulator = tl.dot({operands}, accumulator)", _PARTS)
+        for kernel in ("heads_forward_kernel", "heads_gradient_kernel", "heads_draw_kernel")
+        for operands in ("part, w", "x, part")
     ),
     Benign(
         "adjust_kernel",

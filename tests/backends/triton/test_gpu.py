@@ -261,11 +261,16 @@ def test_is_chosen_on_a_gpu():
 
 
 def _heads(
-    N: int, V: int, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **options: Any
+    N: int,
+    V: int,
+    widths: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    hidden: torch.dtype | None = None,
+    **options: Any,
 ) -> list[Head]:
     return [
         Head(
-            logits(N, D, dtype=dtype, spread=1.0, seed=i),
+            logits(N, D, dtype=hidden or dtype, spread=1.0, seed=i),
             logits(V, D, dtype=dtype, spread=2 / math.sqrt(D), seed=10 + i),
             **options,
         )
@@ -328,6 +333,21 @@ def test_heads(widths, dtypes, N, V, options):
         error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-6)
         # An error of one head's dtype reaches the other through dz.
         assert float(error) < max(_HEAD_TOLERANCE[dtype] for dtype in dtypes)
+
+
+# Hidden states of one dtype beside weights of others: products in parts.
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("N", [1, 300])
+@pytest.mark.parametrize(("hidden", "dtypes"), [(F, (B, F)), (F, (H, B)), (B, (F, H)), (H, (F, B))], ids=str)
+def test_heads_of_mixed_dtypes(hidden, dtypes, N):
+    heads = _heads(N, 50257, (768, 256), dtypes, hidden)
+    target = random_target(N, V=50257, device="cuda")
+    loss, gradients = _head_step(heads, target, (0, 1))
+    right, exact = _head_formula(heads, target, (0, 1))
+    # Tensor cores cut sums off where float32 rounds them.
+    torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=1e-6)
+    for found, expected in zip(gradients, exact, strict=True):
+        assert float((found.double() - expected).norm() / expected.norm()) < _HEAD_TOLERANCE[found.dtype]
 
 
 @pytest.mark.parametrize("scheme", [True, False], ids=["one-write", "recompute"])

@@ -66,6 +66,16 @@ def test_losses_and_gradients(machine, name, settings):
     run(given, targets(9, 200), return_stats=bool(settings), label_smoothing=0.1, z_loss=1e-3)
 
 
+@pytest.mark.parametrize("name", ["fp32 x fp16", "fp16 x fp32", "fp32 x bf16"])
+def test_strides_and_a_shared_vocabulary(machine, name):
+    first, second = heads(9, 140, (32, 16), (pair(machine, name),) * 2)
+    turned = Head(first.hidden.T.contiguous().T, first.weight.T.contiguous().T)
+    sliced = Head(second.hidden[:, 3:15], second.weight[:, 1:13])
+    # Ids that are not shared, however large, do not count.
+    turned.weight[131:] *= 100
+    run([turned, sliced], targets(9, 131), vocab_size=131)
+
+
 def confident(N: int, V: int, D: int, p: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, a weight and targets, of probability about ``p`` unless that is None."""
     source = torch.Generator().manual_seed(D)
