@@ -24,7 +24,7 @@ from tests.support.ptx.report import Benign
 from tests.support.ptx.runner import Executor
 
 _COPIES = "a row's number in several lanes: each stores its copy where a layout changes"
-_PARTS = "parts of an operand, which several warps make of the same numbers and store for wgmma"
+_PARTS = "parts of an operand, which several threads make of the same numbers and store for a product"
 BENIGN = (
     *(
         Benign(kernel, f"shared: {SAME_VALUE}", text, _COPIES)
@@ -54,9 +54,13 @@ BENIGN = (
         for text in texts
     ),
     *(
-        Benign(kernel, f"shared: {SAME_VALUE}", f"accumulator = tl.dot({operands}, accumulator)", _PARTS)
+        Benign(kernel, f"shared: {SAME_VALUE}", text, _PARTS)
         for kernel in ("heads_forward_kernel", "heads_gradient_kernel", "heads_draw_kernel")
-        for operands in ("part, w", "x, part")
+        for text in (
+            "accumulator = tl.dot(part, w, accumulator)",
+            "accumulator = tl.dot(x, part, accumulator)",
+            "part = rest.to(dtype)",
+        )
     ),
     Benign(
         "adjust_kernel",
