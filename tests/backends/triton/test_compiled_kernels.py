@@ -19,7 +19,7 @@ from tests.support.draws import PARAMS, assert_equal, logits, seeds
 from tests.support.heads import D32 as F
 from tests.support.heads import B, H, heads, targets
 from tests.support.heads import run as run_heads
-from tests.support.machines import compiled
+from tests.support.machines import PROCESSORS, compiled
 
 pytest.importorskip("triton")
 from tests.support.executed import BENIGN, Machine, executed
@@ -129,10 +129,9 @@ def test_losses_of_heads_in_tf32(on, arch):
 
 
 @pytest.mark.parametrize("arch", compiled())
-@pytest.mark.parametrize("processors", [1, 132])
-def test_draws(on, arch, processors):
+def test_draws(on, arch):
     terms = [logits(3, 2049), Logits(logits(3, 2049, 1, H), scale=0.5, softcap=4.0)]
-    with on(arch, processors):
+    with on(arch, PROCESSORS[arch]):
         for settings in PARAMS.values():
             assert_equal(terms, SamplingParams(**settings), seed=seeds(3))
 
@@ -155,7 +154,7 @@ def test_draws_with_penalties_and_bad_rows(on, arch):
     "dtypes",
     [
         pytest.param((B, B), id="bf16"),
-        pytest.param((F, F), id="fp32"),
+        pytest.param((F, F), id="fp32", marks=pytest.mark.slow),
         pytest.param((F, B), id="fp32 x bf16"),
         pytest.param((F, H), id="fp32 x fp16", marks=pytest.mark.slow),
         pytest.param((B, F), id="bf16 x fp32", marks=pytest.mark.slow),
@@ -171,7 +170,7 @@ def test_draws_of_heads(on, arch, dtypes):
                 Head(hidden.to(dtypes[0]), weight.to(dtypes[1])),
                 Sparse(torch.randint(0, 290, (rows, 3), generator=g), torch.randn(rows, 3, generator=g)),
             ]
-            for params in (None, SamplingParams(top_k=7, top_p=0.9)):
+            for params in (None, SamplingParams(top_k=7, top_p=0.9))[: 1 + (rows > 3)]:
                 assert_equal(terms, params, seed=seeds(rows))
 
 

@@ -322,7 +322,7 @@ def assert_same_in_all_orders(launch: Recorded) -> None:
         assert outcome.contents == first.contents
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", compiled()[1:])
 @pytest.mark.parametrize("scenario", FAMILIES)
 def test_warps_may_run_in_any_order(record, arch, scenario):
     for kernel in FAMILIES[scenario]:

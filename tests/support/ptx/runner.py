@@ -40,30 +40,38 @@ class Ptx:
 
 def compile_ptx(launch: Launch, arch: int) -> Ptx:
     """Triton's PTX for a compute capability (80, 90), from its cache or made; ``ptxas`` is not asked."""
-    backend = CUDABackend(GPUTarget("cuda", arch, 32))
-    source, options = launch.source(), backend.parse_options(dict(launch.options))
+    source = launch.source()
     # The PTX names the file, whose lines reports quote.
     path = launch.kernel.fn.__code__.co_filename
-    key = f"{triton.__version__} {source.hash()} {options.hash()} {arch} {path} ptx"
+    key = f"{triton.__version__} {source.hash()} {sorted(launch.options.items())} {arch} {path} ptx"
     cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
     kept = cache.get_file("kernel.ptx")
     if kept is not None:
         with open(kept) as file:
             shared, _, text = file.read().partition("\n")
         return Ptx(text, int(shared))
+    text, metadata = lowered(launch, arch, "ptx")
+    cache.put(f"{metadata['shared']}\n{text}", "kernel.ptx", binary=False)
+    return Ptx(text, metadata["shared"])
+
+
+def lowered(launch: Launch, arch: int, last: str) -> tuple[str, dict[str, Any]]:
+    """Triton's code for a launch behind a stage ("ttir", "ttgir", "llir" or "ptx"), and its metadata."""
+    backend = CUDABackend(GPUTarget("cuda", arch, 32))
+    source, options = launch.source(), backend.parse_options(dict(launch.options))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
-    stage: Any = source.make_ir(backend.target, options, functions, modules, context)
+    module: Any = source.make_ir(backend.target, options, functions, modules, context)
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, source.language)
     metadata: dict[str, Any] = {"target": backend.target, **options.__dict__}
     for name, lower in stages.items():
-        if name != "cubin":
-            stage = lower(stage, metadata)
-    cache.put(f"{metadata['shared']}\n{stage}", "kernel.ptx", binary=False)
-    return Ptx(stage, metadata["shared"])
+        module = lower(module, metadata)
+        if name == last:
+            break
+    return str(module), metadata
 
 
 @dataclass
