@@ -14,7 +14,20 @@ settings.register_profile("auxkern", derandomize=True, deadline=None, max_exampl
 settings.load_profile("auxkern")
 
 
+# Files whose set-up or whose tests take long. At the front of the list they end early, on one worker: at its
+# end the others would wait, and make the same set-up again for the tests that they take over.
+_FIRST = (
+    "test_training_ranks",
+    "test_interpreted",
+    "test_trainer_ranks",
+    "test_traffic",
+    "test_vocabulary_parallel",
+    "test_keyword_study",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _FIRST)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -13,8 +13,16 @@ from tests.support.launching import launch, outputs
 from tests.support.tiny import tiny_lm
 
 
-@pytest.mark.parametrize("accelerate", [False, True], ids=["torchrun", "accelerate"])
-@pytest.mark.parametrize("modes", [[], ["shard-base"]], ids=["copies", "sharded base"])
+@pytest.mark.parametrize(
+    ("accelerate", "modes"),
+    [
+        pytest.param(False, [], id="torchrun, copies"),
+        pytest.param(True, [], id="accelerate, copies"),
+        pytest.param(False, ["shard-base"], id="torchrun, sharded base"),
+        # Who launches and what is sharded have nothing to do with each other.
+        pytest.param(True, ["shard-base"], id="accelerate, sharded base", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_make_the_steps_of_one(tmp_path: Path, accelerate: bool, modes: list[str]) -> None:
     arguments = ["-m", trainer_ranks.__name__, str(tmp_path / "two"), *modes]
     process = launch(2, arguments, accelerate=accelerate)

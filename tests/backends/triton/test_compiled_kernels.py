@@ -155,7 +155,7 @@ def test_draws_with_penalties_and_bad_rows(on, arch):
     [
         pytest.param((B, B), id="bf16"),
         pytest.param((F, F), id="fp32", marks=pytest.mark.slow),
-        pytest.param((F, B), id="fp32 x bf16"),
+        pytest.param((F, B), id="fp32 x bf16", marks=pytest.mark.slow),
         pytest.param((F, H), id="fp32 x fp16", marks=pytest.mark.slow),
         pytest.param((B, F), id="bf16 x fp32", marks=pytest.mark.slow),
         pytest.param((H, F), id="fp16 x fp32", marks=pytest.mark.slow),

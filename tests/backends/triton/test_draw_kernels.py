@@ -13,6 +13,7 @@ import auxkern
 from auxkern import Head, Logits, SamplingParams, Sparse
 from auxkern.core import mass
 from tests.support.draws import PARAMS, assert_equal, both, logits, seeds
+from tests.support.machines import INTERPRETED
 from tests.support.nuclei import kept_count, rows, with_edges
 
 triton = pytest.importorskip("triton")
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("V", [1, 67, 2048, 2049])
+@pytest.mark.parametrize("V", [1, 67, 2049] if INTERPRETED else [1, 67, 2048, 2049])
 @pytest.mark.parametrize("settings", PARAMS.values(), ids=PARAMS)
 def test_equals_the_reference(settings, V):
     terms = [logits(3, V), Logits(logits(3, V, 1, torch.float16), scale=0.5, softcap=4.0)]
