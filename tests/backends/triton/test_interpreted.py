@@ -15,7 +15,7 @@ FILES = {
     "test_logits_kernels.py": 80,  # and how many tests each has at the least
     "test_heads_kernels.py": 60,
     "test_mixed_heads.py": 30,
-    "test_draw_kernels.py": 50,
+    "test_draw_kernels.py": 45,
 }
 
 
