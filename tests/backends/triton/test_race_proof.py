@@ -19,11 +19,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 sentryward = pytest.importorskip("sentryward")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
 from auxkern.backends.triton import kernels  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
+from tests.support.ptx.runner import Ptx, compile_ptx, flattened  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),
@@ -80,26 +79,12 @@ def _launch(name: str) -> Launch:
     return next(launch for _, launch in kernel.launches(VERDICTS[name].V))
 
 
-def _compiled(launch: Launch, arch: int) -> tuple[str, int]:
-    """(PTX, bytes of shared memory)."""
-    compiled = launch.compile(GPUTarget("cuda", arch, 32))
-    return compiled.asm["ptx"], compiled.metadata.shared
-
-
-def _flat(value: object) -> Iterator[Any]:
-    if isinstance(value, tuple):
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield value
-
-
 def _arguments(launch: Launch, ptx: str) -> list[dict[str, object]]:
     """Numbers as they are; a pointer stands for memory of its own, of which nothing is known."""
     declared = re.findall(
         r"\.param \.([usfb]\d+)( \.ptr)?.* (\w+)", ptx[ptx.index(".entry") : ptx.index("\n)")]
     )
-    given = [x for n in launch.kernel.arg_names if n in launch.arguments for x in _flat(launch.arguments[n])]
+    given = [value for _, value in flattened(launch)]
     assert len(declared) == len(given) + 2  # and two pointers to scratch memory, which no kernel of ours has
     numbers = []
     for (kind, pointer, name), value in zip(declared, given, strict=False):
@@ -109,19 +94,19 @@ def _arguments(launch: Launch, ptx: str) -> list[dict[str, object]]:
     return numbers
 
 
-def _verified(launch: Launch, ptx: str, shared: int, folder: Path, loops: bool) -> dict[str, Any]:
+def _verified(launch: Launch, ptx: Ptx, folder: Path, loops: bool) -> dict[str, Any]:
     two_programs = [min(size, 2) for size in launch.grid]
     given = {
         "schema": "spverify.kernel-input/v1",
         "launch": {
             "grid_dim": two_programs + [1] * (3 - len(two_programs)),
             "block_dim": [32 * launch.num_warps, 1, 1],
-            "dynamic_shared_bytes": shared,
+            "dynamic_shared_bytes": ptx.shared,
         },
-        "arguments": _arguments(launch, ptx),
+        "arguments": _arguments(launch, ptx.text),
         "assumptions": {"representative_branches": True, "bounded_computation_loops": loops},
     }
-    (folder / "kernel.ptx").write_text(ptx)
+    (folder / "kernel.ptx").write_text(ptx.text)
     (folder / "input.json").write_text(json.dumps(given))
     return sentryward.verify(folder / "kernel.ptx", input=folder / "input.json", timeout_seconds=SECONDS)
 
@@ -136,7 +121,7 @@ def _parameters() -> Iterator[Any]:
 @pytest.mark.parametrize(("arch", "name"), list(_parameters()))
 def test_verdict(arch, name, tmp_path):
     launch, expected = _launch(name), VERDICTS[name]
-    result = _verified(launch, *_compiled(launch, arch), tmp_path, expected.loops)
+    result = _verified(launch, compile_ptx(launch, arch), tmp_path, expected.loops)
     diagnostics = result.get("diagnostics") or [{"code": None}]
     assert (result["result"], diagnostics[0]["code"]) == (expected.result, expected.code)
     # Whatever stops a proof of memory, no schedule comes out of step or waits for ever.
@@ -149,10 +134,11 @@ def test_every_kernel_has_a_verdict():
 
 def test_a_barrier_less_is_a_race(tmp_path):
     launch = _launch("heads_combine_kernel")
-    ptx, shared = _compiled(launch, 80)
-    barriers = list(re.finditer(r"\tbar\.sync.*\n", ptx))
+    ptx = compile_ptx(launch, 80)
+    barriers = list(re.finditer(r"\tbar\.sync.*\n", ptx.text))
     # The first stands before any access to shared memory.
     begin, end = barriers[1].span()
-    result = _verified(launch, ptx[:begin] + ptx[end:], shared, tmp_path, loops=False)
+    damaged = Ptx(ptx.text[:begin] + ptx.text[end:], ptx.shared)
+    result = _verified(launch, damaged, tmp_path, loops=False)
     assert result["result"] == "potential_race"
     assert result["checks"]["memory"] == "failed"
