@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,8 @@ ROW_NUMBERS = (
     RowNumber("frequency", "frequency_penalty", (0,), -math.inf, closed=_OPEN, penalises=True),
 )
 
+_DTYPES = {number.name: number.dtype for number in ROW_NUMBERS}
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -84,7 +86,7 @@ class Draws:
     ``auxkern.core.mass`` has been taken from ``top_p``, which may be below 0 then, and from ``log_min_p``.
     """
 
-    numbers: dict[str, Tensor]  # by the names of ``ROW_NUMBERS``, (N,) each
+    numbers: dict[str, float | Tensor]  # by the names of ``ROW_NUMBERS``: of all rows, or (N,)
     seed: Tensor  # (N,) int64, its bits taken as unsigned
     position: Tensor  # (N,) int64
     prompt: Tensor  # (N, P) int64
@@ -95,12 +97,26 @@ class Draws:
 
     def __getitem__(self, name: str) -> Tensor:
         """(N,) the number called ``name`` of every row."""
-        return self.numbers[name]
+        number = self.numbers[name]
+        if isinstance(number, Tensor):
+            return number
+        dtype = _DTYPES[name] or self.bias.dtype
+        return torch.full(self.seed.shape, number, dtype=dtype, device=self.seed.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor."""
+        numbers = [x for x in self.numbers.values() if isinstance(x, Tensor)]
+        return [*numbers, self.seed, self.position, self.prompt, self.history, self.bias_ids, self.bias]
+
+    def filled(self) -> Draws:
+        """The same with a tensor in place of every number."""
+        return replace(self, numbers={name: self[name] for name in self.numbers})
 
     def rows(self, rows: slice) -> Draws:
         """The same for some rows."""
         return Draws(
-            numbers={name: x[rows] for name, x in self.numbers.items()},
+            numbers={name: x[rows] if isinstance(x, Tensor) else x for name, x in self.numbers.items()},
             seed=self.seed[rows],
             position=self.position[rows],
             prompt=self.prompt[rows],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.choice import backend_of
-from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
+from auxkern.core.draws import ROW_NUMBERS, Draws, RowNumber, RowTokens
 from auxkern.core.sums import (
     Sum,
     check_rows,
@@ -208,18 +208,14 @@ def _over_ranks(terms: Terms, asked: _Asked, cut: CutVocabulary) -> Sample:
 
 def _drawn(backend: str | None, terms: Sequence[Term], draws: Draws, V: int, want_logprob: bool) -> RowTokens:
     """A token for each row."""
-    kernel, temperature = backend_of(backend, tensors_of(terms)), draws["temperature"]
-    N = temperature.shape[0]
-    if N == 0:
-        return RowTokens(draws.seed, draws.seed.int(), temperature if want_logprob else temperature[:0])
+    kernel = backend_of(backend, tensors_of(terms))
+    if draws.seed.shape[0] == 0:
+        return RowTokens(draws.seed, draws.seed.int(), draws["temperature"])
     return kernel.draw(Sum.of(terms, V), draws, want_logprob)
 
 
-def _per_row(name: str, value: float | Tensor, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(N,) of a number or of a tensor with one entry for each row."""
-    if not isinstance(value, Tensor):
-        _check_range(name, [value], dtype)
-        return torch.full((N,), value, dtype=dtype, device=device)
+def _per_row(name: str, value: Tensor, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(N,) of a tensor with one entry for each row."""
     if value.numel() != N:
         raise ValueError(f"{name} has {value.numel()} entries but there are {N} rows; give each row one")
     if value.device != device:
@@ -257,7 +253,20 @@ def _integers(name: str, value: object, N: int, device: torch.device, *, each: b
         )
     else:
         value = value - 2**64 if value >= 2**63 else value
+    if not isinstance(value, Tensor):
+        return torch.full((N,), value, dtype=torch.int64, device=device)
     return _per_row(name, value, N, torch.int64, device)
+
+
+def _number(
+    number: RowNumber, value: float | Tensor, N: int, dtype: torch.dtype, device: torch.device
+) -> float | Tensor:
+    """A number of every row, or one for each."""
+    dtype = number.dtype or dtype
+    if isinstance(value, Tensor):
+        return _per_row(number.param, value, N, dtype, device)
+    _check_range(number.param, [value], dtype)
+    return value
 
 
 def _row_ids(name: str, ids: object, leading: torch.Size, device: torch.device) -> Tensor:
@@ -290,9 +299,7 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     bias_ids, bias = _bias(params, N, V, dtype, device)
     return Draws(
         numbers={
-            number.name: _per_row(
-                number.param, number.taken(getattr(params, number.param), V), N, number.dtype or dtype, device
-            )
+            number.name: _number(number, number.taken(getattr(params, number.param), V), N, dtype, device)
             for number in ROW_NUMBERS
         },
         seed=_integers("seed", asked.seed, N, device, each=True),

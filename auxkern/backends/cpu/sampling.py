@@ -19,10 +19,11 @@ class LogitDraws(Native, RowKernels):
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         N, terms = draws.seed.shape[0], sum.logits
         # Bound to names: a temporary would be freed before the kernel reads it.
+        numbers = {name: draws[name] for name in draws.numbers}
         added_ids, added = sum.entries()
         scales = [term.scale.contiguous() if isinstance(term.scale, Tensor) else None for term in terms]
         sampling = CSampling(
-            **{name: number.data_ptr() for name, number in draws.numbers.items()},
+            **{name: number.data_ptr() for name, number in numbers.items()},
             seed=draws.seed.data_ptr(),
             position=draws.position.data_ptr(),
             prompt=_row_ids(draws.prompt),

@@ -6,9 +6,10 @@ Beside it stands what terms and rows are as arguments of kernels; ``device/rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton
@@ -18,12 +19,16 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton.device.rows import decode
+from auxkern.backends.triton.replays import Replay, key_of
 from auxkern.core.terms import Logits
 
 VECTOR_BYTES = 16
 MAX_SPLITS = 128  # programs that may share a row; the width of the kernel that combines them
+_MOST_REPLAYS = 256
 _OLDEST = (3, 6)
 _UNBOUNDED = 2**30 - 2  # an inner size that no row number reaches; its code is an int32
+
+_Result = TypeVar("_Result", bound=tuple[Tensor, ...])
 
 _TYPES = {
     torch.float16: "fp16",
@@ -69,9 +74,11 @@ class Launch:
         # bits of a loss, and with them a draw, would change with it.
         return {"num_warps": self.num_warps, "enable_fp_fusion": True, **stages}
 
-    def run(self) -> None:
-        """Launch on the current CUDA device, or in Triton's interpreter."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+    def run(self) -> CompiledKernel | None:
+        """Launch on the current CUDA device, or in Triton's interpreter; the binary, if there is one."""
+        given = self.arguments | self.constants | self.options
+        kernel: CompiledKernel | None = self.kernel[self.grid](**given)
+        return kernel
 
     def source(self) -> ASTSource:
         """What Triton would compile for this launch."""
@@ -132,12 +139,39 @@ class TritonKernels(RowKernels):
         """Of a device; they decide over how many programs a row is split."""
         return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
-    def run(self, launches: Iterable[Launch], device: torch.device) -> None:
-        """Launch in order."""
-        # Triton launches on the current device, whatever device its tensors are on.
-        with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
-            for launch in launches:
-                launch.run()
+    def run(self, launches: Iterable[Launch], device: torch.device) -> list[CompiledKernel | None]:
+        """Launch in order; the binary of each, if there is one."""
+        with _on(device):
+            return [launch.run() for launch in launches]
+
+    def run_plan(
+        self, plan: Callable[[], tuple[_Result, list[Launch]]], inputs: Sequence[Tensor], facts: Hashable
+    ) -> _Result:
+        """What a plan returns, filled by its launches; one that only addresses tell from another is not made.
+
+        Args:
+            plan: makes its result, a named tuple of tensors, and what the launches share uninitialised; it
+                looks into no tensor.
+            inputs: every tensor that it is given.
+            facts: everything else that it depends on.
+        """
+        key, device = key_of(inputs, facts), inputs[0].device
+        replay = self._replays.get(key)
+        if replay is not None:
+            with _on(device):
+                return cast(_Result, replay(inputs))
+        result, launches = plan()
+        kernels = self.run(launches, device)
+        again = Replay(inputs, result, launches, kernels)
+        if again.possible:
+            if len(self._replays) >= _MOST_REPLAYS:
+                self._replays.clear()
+            self._replays[key] = again
+        return result
+
+    @cached_property
+    def _replays(self) -> dict[Hashable, Replay]:
+        return {}
 
     def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
         if _version() < _OLDEST:
@@ -153,6 +187,13 @@ class TritonKernels(RowKernels):
 
     def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
         return "it leaves linear layers to the library of the device"
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device its tensors are on."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def splits(rows: int, tiles: int, multiprocessors: int, programs: int) -> int:

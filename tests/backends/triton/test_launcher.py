@@ -374,6 +374,44 @@ def test_a_single_row_begins_at_a_boundary_whatever_V_is(gpu):
     assert gpu.compiled == ["draw_kernel", "choose_kernel", "draw_kernel"]
 
 
+# --- calls that look like earlier ones ----------------------------------------------------------
+
+
+def _varied() -> Iterator[Call]:
+    """Calls of equal shapes that differ in one thing."""
+    for scale, softcap in ((1.0, None), (0.5, None), (1.0, 30.0), (1.0, 20.0)):
+        terms = (Logits(logits(4, 3001, H), scale, softcap), logits(4, 3001, trained=True))
+        yield loss(*terms, rows=(4,))
+        yield loss(*terms, rows=(4,), label_smoothing=0.1)
+        yield loss(*terms, rows=(4,), label_smoothing=0.2, z_loss=1e-4)
+        yield loss(*terms, rows=(4,), return_stats=True)
+        yield loss(*terms, rows=(4,), ignore_index=3)
+        yield loss(*terms, rows=(4,), vocab_size=3000)
+        yield draw(*terms, rows=4)
+        yield draw(*terms, rows=4, position=4)
+        yield draw(*terms, rows=4, temperature=0.5)
+        yield draw(*terms, rows=4, return_logprobs=True)
+        yield draw(*terms, rows=4, top_k=5)
+        yield draw(*terms, rows=4, top_k=50, top_p=0.5, min_p=0.1)
+        yield draw(*terms, pointer(4), rows=4)
+        yield draw(*terms, rows=4, history=5, repetition_penalty=1.2)
+    yield draw(Logits(logits(4, 3001), torch.ones(4)), rows=4)
+    yield draw(Logits(logits(4, 3001), 1.0), rows=4)
+
+
+def test_what_is_launched_again_is_what_would_be_planned(gpu):
+    calls = list(_varied())
+    for call in calls:
+        call()
+    gpu.checks_replays, gpu.replayed = True, 0
+    try:
+        for call in calls:
+            call()
+    finally:
+        gpu.checks_replays = False
+    assert gpu.replayed >= len(calls) / 2
+
+
 # --- time on the host -------------------------------------------------------------------------
 
 # Microseconds of CPU time, measured on a server's core that other work shared. Three times as long is a

@@ -173,10 +173,25 @@ class LogitsDraw(TritonKernels):
     """Tokens from logits that exist, beside sparse terms."""
 
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
-        device = draws.seed.device
-        tokens, launches = plan(sum, draws, want_logprob, self.multiprocessors(device))
-        self.run(launches, device)
-        return tokens
+        processors = self.multiprocessors(draws.seed.device)
+        # What a plan fills on the device would not be filled when its launches are made again.
+        draws = draws.filled()
+        scales = [t.scale for t in sum.logits]
+        facts = (
+            tuple([None if isinstance(scale, Tensor) else scale for scale in scales]),
+            tuple([t.softcap for t in sum.logits]),
+            len(sum.sparse),
+            sum.V,
+            draws.plain,
+            want_logprob,
+            processors,
+        )
+        per_row = [scale for scale in scales if isinstance(scale, Tensor)]
+        return self.run_plan(
+            lambda: plan(sum, draws, want_logprob, processors),
+            [*sum.tensors, *per_row, *draws.tensors],
+            facts,
+        )
 
 
 def plan(logits: Sum, draws: Draws, want_logprob: bool, processors: int) -> tuple[RowTokens, list[Launch]]:

@@ -1,0 +1,151 @@
+"""Launches of a call that looks like an earlier one, without planning it again.
+
+A plan says which kernels a call launches and on what; Triton then finds out what of it a binary has been
+compiled for. Both take many times as long as the launch itself. Where two calls differ in nothing but the
+addresses of their tensors, so do their launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+if TYPE_CHECKING:
+    from auxkern.backends.triton.launch import Launch
+
+_ALIGNMENT = 16  # bytes: by addresses modulo these rows are cut, and Triton compiles anew
+_BOUNDARY = 256  # bytes, of a tensor in the workspace: where an allocation of its own would begin
+
+
+class _Address(NamedTuple):
+    """Where a tensor lies: so many bytes behind the beginning of an input, a result or the workspace."""
+
+    place: int
+    offset: int
+
+
+class _Replayed(NamedTuple):
+    """A launch but for its tensors' addresses."""
+
+    kernel: CompiledKernel
+    grid: tuple[int, ...]
+    arguments: Callable[[list[int]], tuple[Any, ...]]  # as the kernel takes them, of places' addresses
+
+
+def key_of(inputs: Sequence[Tensor], facts: Hashable) -> Hashable:
+    """Equal for calls whose launches differ in nothing but addresses.
+
+    Args:
+        inputs: every tensor that a plan is given.
+        facts: everything else that it depends on.
+    """
+    addresses = [x.data_ptr() for x in inputs]
+    return (
+        facts,
+        inputs[0].device,
+        tuple([(x.dtype, x.shape, x.stride()) for x in inputs]),
+        tuple([address % _ALIGNMENT for address in addresses]),
+        # Which inputs are one: from addresses alone they could not be told apart.
+        tuple(map(addresses.index, addresses)),
+    )
+
+
+class Replay:
+    """The launches of one call, to be made again with other tensors.
+
+    Attributes:
+        possible: whether they can be: binaries ran, and every tensor among their arguments is an input, a
+            result, or memory of the plan's own.
+
+    Args:
+        inputs: that the call was given.
+        result: a named tuple of tensors that it returned.
+        launches: of the call, in order.
+        kernels: the binary of each; None where an interpreter ran it.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        result: tuple[Tensor, ...],
+        launches: Sequence[Launch],
+        kernels: Sequence[CompiledKernel | None],
+    ) -> None:
+        given = (*inputs, *result)
+        self.possible = all(x.is_contiguous() for x in result) and None not in kernels
+        self._type, self._result = type(result), [(x.shape, x.dtype) for x in result]
+        self._last = len(given)
+        self._addresses = {x.data_ptr(): _Address(place, 0) for place, x in enumerate(given) if x.numel()}
+        self._storages = {x.untyped_storage().data_ptr() for x in given}
+        self._begun: dict[int, int] = {}  # of each storage in the workspace, where it begins
+        self._workspace = 0
+        self._launches = (
+            [self._replayed(*pair) for pair in zip(launches, kernels, strict=True)] if self.possible else []
+        )
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Launches on the current device; a result of new tensors.
+
+        Args:
+            inputs: of a call with an equal ``key_of``.
+        """
+        device = inputs[0].device
+        result = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._result]
+        workspace = torch.empty(self._workspace, dtype=torch.uint8, device=device)
+        addresses = [x.data_ptr() for x in (*inputs, *result, workspace)]
+        for kernel, grid, arguments in self._launches:
+            kernel[grid](*arguments(addresses))
+        return self._type(*result)
+
+    def _replayed(self, launch: Launch, kernel: CompiledKernel | None) -> _Replayed:
+        named = launch.arguments | launch.constants
+        arguments = tuple([self._without_tensors(named[name]) for name in launch.kernel.arg_names])
+        return _Replayed(kernel, (*launch.grid, 1, 1)[:3], _filling(arguments))
+
+    def _without_tensors(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._address(value)
+        if isinstance(value, tuple):
+            return tuple(map(self._without_tensors, value))
+        self.possible &= isinstance(value, (int, float, str))  # anything else may hold a tensor
+        return value
+
+    def _address(self, x: Tensor) -> _Address | int:
+        if not x.numel():
+            return 0  # of memory that nobody reads
+        address = x.data_ptr()
+        if address not in self._addresses:
+            storage = x.untyped_storage()
+            begin = storage.data_ptr()
+            # Part of an input: which one of two that share their memory cannot be told.
+            self.possible &= begin not in self._storages
+            if begin not in self._begun:
+                self._begun[begin] = self._workspace
+                self._workspace += -(-storage.nbytes() // _BOUNDARY) * _BOUNDARY
+            self._addresses[address] = _Address(self._last, self._begun[begin] + address - begin)
+        return self._addresses[address]
+
+
+def _filling(arguments: tuple[Any, ...]) -> Callable[[list[int]], tuple[Any, ...]]:
+    """The arguments of addresses.
+
+    Written out as one expression: walking through nested tuples would take longer than the launch.
+    """
+    constants: list[Any] = []
+
+    def written(value: Any) -> str:
+        if type(value) is _Address:
+            return f"a[{value.place}] + {value.offset}" if value.offset else f"a[{value.place}]"
+        if type(value) is tuple and value:
+            return f"({', '.join(map(written, value))},)"
+        constants.append(value)
+        return f"c[{len(constants) - 1}]"
+
+    filling: Callable[[list[int]], tuple[Any, ...]] = eval(
+        f"lambda a: {written(arguments)}", {"c": constants}
+    )
+    return filling
