@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MAX_TERMS = 8
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (int, float, bool)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +238,8 @@ def softcapped(z: Tensor, softcap: float | None) -> Tensor:
 
 def as_number(value: _Value) -> _Value:
     """A Python number in place of NumPy's, of a 0-d array, and of a 0-d tensor on the CPU; else ``value``."""
+    if value is None or type(value) in _PLAIN:
+        return value
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value  # a look at it would stop the device
     array: Any = value
@@ -343,6 +347,8 @@ def _check_row_scale(name: str, scale: Tensor, leading: torch.Size) -> None:
 
 
 def _number(name: str, value: object) -> float:
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
+        return value
     if isinstance(value, Tensor):
         gradient = " that requires grad" if value.requires_grad else ""
         raise TypeError(
@@ -352,9 +358,8 @@ def _number(name: str, value: object) -> float:
     value = as_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    largest = torch.finfo(torch.float32).max
-    if not -largest <= value <= largest:
-        raise ValueError(f"{name} is {value}; it must be finite in float32, at most {largest:.2e}")
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name} is {value}; it must be finite in float32, at most {_LARGEST:.2e}")
     return float(value)
 
 

@@ -160,7 +160,7 @@ def cross_entropy(
 
     def checked(terms: list[Term], vocab_size: int | None) -> _Problem:
         given = (*tensors_of(terms), target, token_weight, normalizer)
-        transformed = any(isinstance(t, Tensor) and is_transformed(t) for t in given)
+        transformed = is_transformed(given)
         if transformed and (group is not None or backend not in (None, "reference")):
             refuse_transforms("a process_group" if group is not None else f"backend={backend!r}")
         _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from auxkern.backends.choice import backend_of
-from auxkern.core.draws import ROW_NUMBERS, Draws, RowNumber, RowTokens
+from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
 from auxkern.core.sums import (
     Sum,
     check_rows,
@@ -158,7 +159,7 @@ class _Asked:
 def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
     """(...): the rows of all terms."""
     one_device(terms)
-    if any(map(is_transformed, tensors_of(terms))):
+    if is_transformed(tensors_of(terms)):
         raise RuntimeError(
             "auxkern.sample has no forward-mode derivatives and takes no transforms of torch.func (jvp, "
             "grad, vmap, ...); draw outside of them"
@@ -258,15 +259,28 @@ def _integers(name: str, value: object, N: int, device: torch.device, *, each: b
     return _per_row(name, value, N, torch.int64, device)
 
 
-def _number(
-    number: RowNumber, value: float | Tensor, N: int, dtype: torch.dtype, device: torch.device
-) -> float | Tensor:
-    """A number of every row, or one for each."""
-    dtype = number.dtype or dtype
-    if isinstance(value, Tensor):
-        return _per_row(number.param, value, N, dtype, device)
-    _check_range(number.param, [value], dtype)
-    return value
+def _numbers(
+    values: tuple[float | Tensor, ...], V: int, N: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float | Tensor]:
+    """``Draws.numbers`` from the values of their fields, in the order of ``ROW_NUMBERS``."""
+    fixed = tuple([None if isinstance(value, Tensor) else value for value in values])
+    numbers: dict[str, float | Tensor] = {**_fixed_numbers(fixed, V, dtype)}
+    for number, value in zip(ROW_NUMBERS, values, strict=True):
+        if isinstance(value, Tensor):
+            taken = cast(Tensor, number.taken(value, V))
+            numbers[number.name] = _per_row(number.param, taken, N, number.dtype or dtype, device)
+    return numbers
+
+
+@lru_cache(256)
+def _fixed_numbers(values: tuple[float | None, ...], V: int, dtype: torch.dtype) -> dict[str, float]:
+    """Those that all rows share, checked."""
+    numbers = {}
+    for number, value in zip(ROW_NUMBERS, values, strict=True):
+        if value is not None:
+            numbers[number.name] = taken = cast(float, number.taken(value, V))
+            _check_range(number.param, [taken], number.dtype or dtype)
+    return numbers
 
 
 def _row_ids(name: str, ids: object, leading: torch.Size, device: torch.device) -> Tensor:
@@ -297,11 +311,9 @@ def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
         elif isinstance(term.scale, Tensor):
             _per_row("scale", term.scale, N, dtype, device)
     bias_ids, bias = _bias(params, N, V, dtype, device)
+    values = tuple([getattr(params, number.param) for number in ROW_NUMBERS])
     return Draws(
-        numbers={
-            number.name: _number(number, number.taken(getattr(params, number.param), V), N, dtype, device)
-            for number in ROW_NUMBERS
-        },
+        numbers=_numbers(values, V, N, dtype, device),
         seed=_integers("seed", asked.seed, N, device, each=True),
         position=_integers("position", asked.position, N, device),
         prompt=_row_ids("prompt", asked.prompt, leading, device),

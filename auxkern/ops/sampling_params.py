@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class SamplingParams:
         """
         return cls(**settings_of(config))
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether no filter acts on a row; numbers in tensors are not looked at, and may be filters."""
         greedy = not isinstance(self.temperature, Tensor) and self.temperature == 0

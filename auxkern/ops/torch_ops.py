@@ -120,23 +120,31 @@ def _first_tensor(value: object) -> Tensor | None:
     return _first_tensor(list(getattr(value, "tensors", {}).values()))
 
 
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether forward mode or a transform of ``torch.func`` (jvp, grad, vmap, ...) follows a tensor.
+def is_transformed(values: Iterable[object]) -> bool:
+    """Whether forward mode or a transform of ``torch.func`` (jvp, grad, vmap, ...) follows a tensor of these.
 
     ``requires_grad`` tells neither; a kernel that reads the memory would drop tangents without a word.
     """
+    compiling = torch.compiler.is_compiling()
+    if (
+        not compiling
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    ):
+        return False  # none goes on
     # torch.compile, which cannot trace the first question, resolves the transforms itself.
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return any(
+        (not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x))
+        or forward_ad.unpack_dual(x).tangent is not None
+        for x in values
+        if isinstance(x, Tensor)
+    )
 
 
 def is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a derivative of any order or mode may be asked with respect to one of these."""
     given = [t for t in tensors if t is not None]
-    return (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
-        map(is_transformed, given)
-    )
+    return (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or is_transformed(given)
 
 
 def refuse_transforms(what: str) -> None:

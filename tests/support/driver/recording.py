@@ -166,8 +166,8 @@ class Recorder(Triton):
         if self._kept is not None:
             # What is launched again has no ``Launch``.
             self._replays.clear()
-        replay = self._replays.get(key_of(inputs, facts))
-        if replay is not None and self.checks_replays:
+        replay = self._replays.get(key_of(inputs, facts)) if self.checks_replays else None
+        if replay is not None:
             result, launches = plan()
             fresh = Replay(inputs, result, launches, self.run(launches, inputs[0].device))
             assert _described(replay) == _described(fresh), "a fact is missing: calls that differ look alike"
