@@ -10,6 +10,10 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head
+from auxkern.backends.triton import Triton
+from auxkern.core.loss import Loss, RowLosses
+from auxkern.core.sums import Sum
+from auxkern.ops.torch_ops import Gradients
 from tests.support.cases import IGNORE
 
 H, B, D32 = torch.float16, torch.bfloat16, torch.float32
@@ -54,7 +58,8 @@ def exact(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: A
         x = hidden @ matrix.T + (bias[0] if bias else 0.0)
         if head.softcap is not None:
             x = head.softcap * torch.tanh(x / head.softcap)
-        shares.append(head.scale * x[:, :V])
+        scale = head.scale.double()[:, None] if isinstance(head.scale, Tensor) else head.scale
+        shares.append(scale * x[:, :V])
     z = sum(shares)
     row = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORE, **options)
     counts = (y != IGNORE).double()
@@ -74,6 +79,21 @@ def ours(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: An
     loss, stats = out if options.get("return_stats") else (out, None)
     loss.backward(grad)
     return loss.detach(), [x.grad for leaf in leaves for x in leaf.values()], stats
+
+
+def rows_of(
+    backend: Triton, sum: Sum, y: Tensor, loss: Loss, weight: Tensor
+) -> tuple[RowLosses, list[Tensor]]:
+    """What a backend's ``losses`` says of rows of these weights, and all gradients.
+
+    It takes what ``cross_entropy`` refuses: scales of rows, entries outside of the vocabulary.
+    """
+    places = [i for i, x in enumerate(sum.tensors) if x.is_floating_point()]
+    result = Gradients(sum, sum.tensors, places, float32=True)
+    for gradient in result.flat.values():
+        gradient.fill_(torch.nan)
+    rows = backend.losses(sum, y, loss, weight, result.wanted)
+    return rows, list(result.flat.values())
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -119,7 +119,7 @@ def heads_of(
     dtypes: Sequence[torch.dtype],
     *,
     cap: float | None = None,
-    scales: Sequence[float] = (1.0, 1.0, -1.0),
+    scales: Sequence[float | Tensor] = (1.0, 1.0, -1.0),
     hidden: torch.dtype | None = None,
 ) -> Sum:
     """A sum of heads of these widths and dtypes; those of all hidden states are ``hidden``, if given."""

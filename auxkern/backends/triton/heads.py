@@ -35,13 +35,13 @@ class _HeadArgument(NamedTuple):
     weight_stride: int
     weight_column: int
     bias_stride: int
-    rescale: float  # of what the accumulator holds before this head
+    rescale: float | Tensor  # of what the accumulator holds before this head; or (N,) float32
 
 
 class _Group(NamedTuple):
     """Heads that share an accumulator."""
 
-    scale: float
+    scale: float | Tensor  # or (N,) float32
     softcap: float
 
 
@@ -50,7 +50,8 @@ class HeadsSum:
     """A sum of heads as the tile kernels take it.
 
     Attributes:
-        heads: those without a soft cap first, which share an accumulator.
+        heads: those without a soft cap first, which share an accumulator; of them those with a scale for
+            each row, which begin one.
         groups: scale and soft cap of each accumulator.
         constants: of every kernel that makes tiles.
         config: its launch configuration.
@@ -148,19 +149,31 @@ class HeadsSum:
 
 
 def _order(heads: Sequence[Head], separate: bool) -> list[int]:
-    """Heads without a soft cap first: those share an accumulator."""
+    """As ``HeadsSum.heads`` stand."""
     indices = range(len(heads))
-    return list(indices) if separate else sorted(indices, key=lambda i: bool(heads[i].softcap))
+    if separate:
+        return list(indices)
+    return sorted(indices, key=lambda i: 2 if heads[i].softcap else not isinstance(heads[i].scale, Tensor))
 
 
 def _joins(previous: Head, head: Head) -> bool:
     """Whether a head's products can be added to what the previous head's accumulator holds."""
-    if previous.softcap or head.softcap or not previous.scale or not head.scale:
+    # A row's scale may be 0, which nothing is divided by.
+    if previous.softcap or head.softcap or isinstance(head.scale, Tensor) or not head.scale:
         return False
-    return 1 / _MOST_RESCALING <= abs(float(previous.scale) / float(head.scale)) <= _MOST_RESCALING
+    # To look at rows' scales would stop a GPU: they count as 1.
+    before = 1.0 if isinstance(previous.scale, Tensor) else abs(float(previous.scale))
+    return 1 / _MOST_RESCALING <= before / abs(head.scale) <= _MOST_RESCALING
 
 
-def _as_head(head: Head, rescale: float) -> _HeadArgument:
+def _ratio(previous: Head, head: Head) -> float | Tensor:
+    """What the accumulator is multiplied by between them."""
+    if isinstance(previous.scale, Tensor) and head.scale == 1.0:
+        return previous.scale
+    return previous.scale / head.scale
+
+
+def _as_head(head: Head, rescale: float | Tensor) -> _HeadArgument:
     bias = head.weight if head.bias is None else head.bias
     hidden_stride, hidden_column = map(encode, head.hidden.stride())
     weight_stride, weight_column = map(encode, head.weight.stride())
@@ -210,9 +223,9 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
         head = heads[i]
         joins = previous is not None and not separate and _joins(previous, head)
         begins.append(not joins)
-        rescales.append(float(previous.scale) / float(head.scale) if joins and previous is not None else 1.0)
+        rescales.append(_ratio(previous, head) if joins and previous is not None else 1.0)
         # A group counts in units of its last head's scale.
-        group = _Group(float(head.scale), head.softcap or 0.0)
+        group = _Group(head.scale, head.softcap or 0.0)
         groups[-1:] = [group] if joins else [*groups[-1:], group]
         group_of[i] = len(groups) - 1
         previous = head
@@ -228,7 +241,7 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
             "EVEN": tuple(map(_even, ordered)),
             "BIAS": tuple(h.bias is not None for h in ordered),
             "BEGINS": tuple(begins),
-            "RESCALED": tuple(r != 1.0 for r in rescales),
+            "RESCALED": tuple(isinstance(r, Tensor) or r != 1.0 for r in rescales),
             "PARTS": tuple(max(1, n) for n in parts),
             "CAPPED": tuple(g.softcap > 0 for g in groups),
             "PRECISION": precision or _float32_products(),

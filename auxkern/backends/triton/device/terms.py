@@ -13,9 +13,15 @@ from auxkern.backends.triton.device.rows import read
 @triton.jit
 def share_of(term, x, CAPPED: tl.constexpr):
     """The term's share of z, from its value x."""
+    return scaled(term, term.scale, x, CAPPED)
+
+
+@triton.jit
+def scaled(term, scale, x, CAPPED: tl.constexpr):
+    """``scale`` times the term's value x, soft-capped."""
     if CAPPED:
-        return term.scale * (term.softcap * tanh(x * (1.0 / term.softcap)))
-    return term.scale * x
+        return scale * (term.softcap * tanh(x * (1.0 / term.softcap)))
+    return scale * x
 
 
 @triton.jit

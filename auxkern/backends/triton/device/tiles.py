@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from auxkern.backends.triton.device.rows import decode
-from auxkern.backends.triton.device.terms import share_of
+from auxkern.backends.triton.device.terms import scaled
 
 
 @triton.jit
@@ -119,6 +119,15 @@ def _product(
 
 
 @triton.jit
+def _of_rows(scale, rows):
+    """A number as it is; of a pointer to a number for each row, theirs (R, 1)."""
+    # The interpreter's numbers are Python's.
+    if hasattr(scale, "dtype") and scale.dtype.is_ptr():
+        scale = tl.load(scale + rows)[:, None]
+    return scale
+
+
+@triton.jit
 def products_of(
     heads, rows, ids,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
@@ -134,7 +143,7 @@ def products_of(
                 products += (accumulator,)
                 accumulator = tl.zeros([rows.shape[0], ids.shape[0]], tl.float32)
         elif RESCALED[i]:
-            accumulator *= heads[i].rescale
+            accumulator *= _of_rows(heads[i].rescale, rows)
         power, inverse = _powers_of(heads[i], rows, ids)
         accumulator = inverse * _product(
             heads[i], accumulator * power, power, rows, ids,
@@ -148,11 +157,11 @@ def products_of(
 
 
 @triton.jit
-def group_shares(groups, products, CAPPED: tl.constexpr):
-    """Each group's share of z, as a tuple."""
+def group_shares(groups, products, rows, CAPPED: tl.constexpr):
+    """Each group's share of z at ``rows``, as a tuple."""
     shares = ()
     for g in tl.static_range(len(groups)):
-        shares += (share_of(groups[g], products[g], CAPPED[g]),)
+        shares += (scaled(groups[g], _of_rows(groups[g].scale, rows), products[g], CAPPED[g]),)
     return shares
 
 

@@ -48,7 +48,7 @@ def heads_draw_kernel(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
-    z = total_of(group_shares(groups, products, CAPPED))
+    z = total_of(group_shares(groups, products, read_rows, CAPPED))
     nothing = -float("inf")
     z = tl.where((columns < V)[None, :], z, nothing)
     present = rows < N

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import WIDTHS, B, F, H, Kernel, named
@@ -29,7 +30,7 @@ def sum_of(
     *,
     cap: float | None = None,
     stats: bool = False,
-    scales: Sequence[float] = (1.0, 1.0, -1.0),
+    scales: Sequence[float | Tensor] = (1.0, 1.0, -1.0),
     hidden: torch.dtype | None = None,
 ) -> HeadsSum:
     """``ROWS`` rows of a sum of heads."""
@@ -83,6 +84,10 @@ def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "bf16, smooth", forward_launches(sum_of(V, widths, (B, B)), smooth=True)[0]
     separate = sum_of(V, widths, (B, B), stats=True)
     yield "bf16, smooth, stats", forward_launches(separate, smooth=True, stats=True)[0]
+    own = cases.float_row(ROWS)
+    yield "bf16, row scales", forward_launches(sum_of(V, widths, (B, B), scales=(own, 1.0)))[0]
+    both = sum_of(V, widths, (B, F), scales=(own, own), cap=30.0)
+    yield "bf16+fp32, row scales, softcap", forward_launches(both)[0]
     three = sum_of(V, (768, 256, 256), (B, B, B))
     yield "3 x bf16 768+256+256", forward_launches(three)[0]
 
@@ -104,6 +109,8 @@ def _gradient_cases(V: int) -> Iterator[tuple[str, Launch]]:
         narrow = sum_of(V, (256, 256), (dtype, dtype))
         yield f"{named(dtype)} 256+256", gradient_launch(narrow, dtype)
     yield "fp32xbf16 256+256", gradient_launch(sum_of(V, (256, 256), (B, B), hidden=F), F)
+    own = cases.float_row(ROWS)
+    yield "bf16, row scales", gradient_launch(sum_of(V, (256, 256), (B, B), scales=(own, 1.0)), B)
     capped = sum_of(V, WIDTHS["768+256"], (B, B), cap=30.0)
     yield "bf16, softcap", gradient_launch(capped, B)
     yield "bf16, softcap, both wanted", gradient_launch(capped, B, (0, 1))

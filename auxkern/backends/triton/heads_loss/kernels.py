@@ -58,7 +58,7 @@ def heads_forward_kernel(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
-    shares = group_shares(groups, products, CAPPED)
+    shares = group_shares(groups, products, read_rows, CAPPED)
     z = total_of(shares)
 
     present = rows < N
@@ -253,7 +253,7 @@ def heads_gradient_kernel(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
-    z = total_of(group_shares(groups, products, CAPPED))
+    z = total_of(group_shares(groups, products, read_rows, CAPPED))
     present = rows < N
     row_max, e, c, t, live = _coefficients_of(coefficients, read_rows, present)
     y = tl.load(target + read_rows)

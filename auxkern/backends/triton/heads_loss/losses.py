@@ -26,7 +26,8 @@ _CHUNK_BYTES = 512 << 20
 class _ProductGradients:
     """The gradient of a sum of heads with respect to their products, for one unit of each row's loss.
 
-    d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is ``scale * unit[n] * dz[i][n, v] / magnified``.
+    d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is ``scale * unit[n] * dz[i][n, v] / magnified``,
+    where the scale may be the row's own.
     """
 
     dz: list[Tensor]  # of each head in question (C, V), 16-bit or float32; one tensor may stand for more
@@ -45,8 +46,6 @@ class HeadsLoss(TritonKernels):
             return f"there are {len(heads)} heads; kernels take {_MAX_HEADS} at most"
         if any(head.hidden.shape[1] == 0 for head in heads):
             return "a head has hidden states of width 0"
-        if any(isinstance(head.scale, Tensor) for head in heads):
-            return "a head has a scale for each row"
         if self.interpreted and any(torch.bfloat16 in (h.hidden.dtype, h.weight.dtype) for h in heads):
             return "Triton's interpreter multiplies the bits of bfloat16 matrices, not their values"
         return None
@@ -152,31 +151,36 @@ class _HeadGradients:
     Attributes:
         wanted: of each head.
         asking: the heads that want any.
-        largest: 0-d, of the rows' weights. Gradients of weights and biases are short of it until ``rescale``,
-            so that a row's share is exact in 16 bits where rows weigh the same.
+        largest: of each head in ``asking``, 0-d, of the rows' weights, times the rows' scales where the head
+            has these. Gradients of weights and biases are short of it until ``rescale``, so that a row's
+            share is exact in 16 bits where rows weigh the same.
     """
 
     wanted: Wanted
     asking: list[int]
-    largest: Tensor
+    largest: list[Tensor]
 
     @classmethod
     def of(cls, sum: Sum, wanted: Wanted, asking: list[int], weight: Tensor) -> _HeadGradients:
         """For rows of this weight (N,)."""
-        largest = weight.abs().amax()
-        return cls(wanted, asking, torch.where(largest == 0, 1.0, largest))
+        alike = _largest(weight)
+        scales = [sum.heads[i].scale for i in asking]
+        largest = [_largest(weight * s) if isinstance(s, Tensor) else alike for s in scales]
+        return cls(wanted, asking, largest)
 
     def add(self, sum: Sum, rows: Rows, gradients: _ProductGradients, weight: Tensor) -> None:
         """Bring the gradients of a chunk's products to the heads' inputs, for rows of this weight (C,)."""
-        # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
-        share = torch.where(weight != 0, weight / self.largest * gradients.unit, 0.0)
-        for i, dz in zip(self.asking, gradients.dz, strict=True):
+        for i, dz, largest in zip(self.asking, gradients.dz, self.largest, strict=True):
             head = sum.heads[i]
-            factor = float(head.scale) / gradients.magnified
+            rows_own = isinstance(head.scale, Tensor)
+            its = weight * head.scale if rows_own else weight
+            # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
+            share = torch.where(weight != 0, its / largest * gradients.unit, 0.0)
+            factor = (1.0 if rows_own else float(head.scale)) / gradients.magnified
             if "hidden" in self.wanted[i]:
                 d_hidden = self.wanted[i]["hidden"]
                 back = products.times(dz, head.weight[: sum.V], head.hidden.dtype)
-                back *= (share * self.largest * factor)[:, None]
+                back *= (share * largest * factor)[:, None]
                 d_hidden[rows] = back.to(d_hidden.dtype)
             if "weight" in self.wanted[i]:
                 d_weight, dtype = self.wanted[i]["weight"][: sum.V], head.weight.dtype
@@ -186,7 +190,13 @@ class _HeadGradients:
 
     def rescale(self) -> None:
         """Give gradients of weights and biases the factor that ``add`` left out."""
-        for gradients in self.wanted:
+        for i, largest in zip(self.asking, self.largest, strict=True):
             for name in ("weight", "bias"):
-                if name in gradients:
-                    gradients[name].mul_(self.largest)
+                if name in self.wanted[i]:
+                    self.wanted[i][name].mul_(largest)
+
+
+def _largest(factors: Tensor) -> Tensor:
+    """0-d, magnitude of the largest of the rows' factors; 1 if all are 0."""
+    largest = factors.abs().amax()
+    return torch.where(largest == 0, 1.0, largest)
