@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,13 @@ from torch import Tensor
 
 import auxkern
 from auxkern import Head
-from auxkern.backends.triton import Triton
 from auxkern.core.loss import Loss, RowLosses
 from auxkern.core.sums import Sum
 from auxkern.ops.torch_ops import Gradients
 from tests.support.cases import IGNORE
+
+if TYPE_CHECKING:
+    from auxkern.backends.triton import Triton
 
 H, B, D32 = torch.float16, torch.bfloat16, torch.float32
 
