@@ -42,7 +42,7 @@ BENIGN = (
             ),
             "heads_gradient_kernel": ("tl.store(d_out[j] + at, d.to(d_out[j].dtype.element_ty)",),
             "heads_draw_kernel": (
-                "accumulator *= _of_rows(heads[i].rescale, rows)",
+                "accumulator *= _of_rows(heads[i].rows_rescale, rows) * heads[i].rescale",
                 "tl.store(partial.floats + at, largest, mask=present)",
                 "tl.store(partial.floats + plane + at, top, mask=present)",
                 "tl.store(partial.floats + 2 * plane + at, of_token, mask=present)",

@@ -35,7 +35,8 @@ class _HeadArgument(NamedTuple):
     weight_stride: int
     weight_column: int
     bias_stride: int
-    rescale: float | Tensor  # of what the accumulator holds before this head; or (N,) float32
+    rescale: float  # of what the accumulator holds before this head
+    rows_rescale: float | Tensor  # of it, too: 1 or (N,) float32
 
 
 class _Group(NamedTuple):
@@ -166,19 +167,21 @@ def _joins(previous: Head, head: Head) -> bool:
     return 1 / _MOST_RESCALING <= before / abs(head.scale) <= _MOST_RESCALING
 
 
-def _ratio(previous: Head, head: Head) -> float | Tensor:
+def _ratio(previous: Head | None, head: Head, joins: bool) -> tuple[float, float | Tensor]:
     """What the accumulator is multiplied by between them."""
-    if isinstance(previous.scale, Tensor) and head.scale == 1.0:
-        return previous.scale
-    return previous.scale / head.scale
+    if previous is None or not joins:
+        return 1.0, 1.0
+    if isinstance(previous.scale, Tensor):
+        return 1.0 / float(head.scale), previous.scale
+    return previous.scale / float(head.scale), 1.0
 
 
-def _as_head(head: Head, rescale: float | Tensor) -> _HeadArgument:
+def _as_head(head: Head, rescale: tuple[float, float | Tensor]) -> _HeadArgument:
     bias = head.weight if head.bias is None else head.bias
     hidden_stride, hidden_column = map(encode, head.hidden.stride())
     weight_stride, weight_column = map(encode, head.weight.stride())
     strides = (hidden_stride, hidden_column, weight_stride, weight_column, encode(bias.stride(0)))
-    return _HeadArgument(head.hidden, head.weight, bias, _largest(head), *strides, rescale)
+    return _HeadArgument(head.hidden, head.weight, bias, _largest(head), *strides, *rescale)
 
 
 def _parts(head: Head) -> int:
@@ -223,7 +226,7 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
         head = heads[i]
         joins = previous is not None and not separate and _joins(previous, head)
         begins.append(not joins)
-        rescales.append(_ratio(previous, head) if joins and previous is not None else 1.0)
+        rescales.append(_ratio(previous, head, joins))
         # A group counts in units of its last head's scale.
         group = _Group(head.scale, head.softcap or 0.0)
         groups[-1:] = [group] if joins else [*groups[-1:], group]
@@ -241,7 +244,7 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
             "EVEN": tuple(map(_even, ordered)),
             "BIAS": tuple(h.bias is not None for h in ordered),
             "BEGINS": tuple(begins),
-            "RESCALED": tuple(isinstance(r, Tensor) or r != 1.0 for r in rescales),
+            "RESCALED": tuple(isinstance(own, Tensor) or r != 1.0 for r, own in rescales),
             "PARTS": tuple(max(1, n) for n in parts),
             "CAPPED": tuple(g.softcap > 0 for g in groups),
             "PRECISION": precision or _float32_products(),

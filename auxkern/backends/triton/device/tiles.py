@@ -143,7 +143,7 @@ def products_of(
                 products += (accumulator,)
                 accumulator = tl.zeros([rows.shape[0], ids.shape[0]], tl.float32)
         elif RESCALED[i]:
-            accumulator *= _of_rows(heads[i].rescale, rows)
+            accumulator *= _of_rows(heads[i].rows_rescale, rows) * heads[i].rescale
         power, inverse = _powers_of(heads[i], rows, ids)
         accumulator = inverse * _product(
             heads[i], accumulator * power, power, rows, ids,
