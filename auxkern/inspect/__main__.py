@@ -58,28 +58,38 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{' and '.join(missing)} is not installed; pip install 'auxkern[triton,bench]'")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler by an interpreter; unset it")
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json {options.json}: the folder {options.json.resolve().parent} does not exist")
+    for name in ("json", "record"):
+        path = getattr(options, name)
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"--{name} {path}: the folder {path.resolve().parent} does not exist")
     _check_names(parser, options)
-    from auxkern.inspect import tables
+    from auxkern.inspect import page, tables
 
     try:
         findings = _survey(options)
     except KeyboardInterrupt:
         return INTERRUPTED
     tables.show(findings, options.model)
-    if options.json is not None:
+    if options.json is not None or options.record is not None:
         arguments = sys.argv[1:] if argv is None else argv
-        content = {
+        made = {
             "command": shlex.join([*parser.prog.split(), *arguments]),
             "date": machine.now(),
             "machine": machine.machine_facts(torch.device("cpu")),
-            "targets": {name: asdict(TARGETS[name]) for name in dict.fromkeys(f.target for f in findings)},
-            "findings": [asdict(finding) for finding in findings],
         }
-        replace_file(options.json, json.dumps(content, indent=1) + "\n")
-        print(f"wrote {options.json}", file=sys.stderr)
+        if options.json is not None:
+            targets = {name: asdict(TARGETS[name]) for name in dict.fromkeys(f.target for f in findings)}
+            everything = [asdict(finding) for finding in findings]
+            _write(options.json, {**made, "targets": targets, "findings": everything})
+        if options.record is not None:
+            kept = page.costs(findings, options.model)
+            _write(options.record, {**made, "model": options.model, "costs": kept})
     return 1 if any(finding.problems for finding in findings) else 0
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    replace_file(path, json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write everything found, floors of all models"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write what auxkern.inspect.page draws its tables of"
     )
     return parser
 
