@@ -26,10 +26,11 @@ _HEADER = """\
 # What the GPU kernels cost: a model, before and after
 
 **Nothing here was measured.** `python -m auxkern.inspect` counts the instructions of compiled code and
-divides them by data-sheet rates ([how, and what it leaves out](gpu-proof.md#what-binds-a-kernel-a-model)). The
-longest of four times, to issue all instructions, for transcendental functions (MUFU), for memory and for tensor
-cores, is a kernel's bound; memory or tensor cores, whichever takes longer, is what no kernel of the same
-arithmetic can beat. Their ratio, "of the floor", is the share of the hardware's rate that the model expects.
+divides them by data-sheet rates ([how, and what it leaves out](gpu-proof.md#what-binds-a-kernel-a-model)).
+The longest of four times, to issue all instructions, for transcendental functions (MUFU), for memory and for
+tensor cores, is a kernel's bound; memory or tensor cores, whichever takes longer, is what no kernel of the
+same arithmetic can beat. Their ratio, "of the floor", is the share of the hardware's rate that the model
+expects.
 """
 
 
