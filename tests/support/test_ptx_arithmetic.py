@@ -281,3 +281,15 @@ def test_funnel_shift(mode: str) -> None:
 def test_counted_bits(bits: int) -> None:
     x = registers(13, bits)
     same_bits(arithmetic.popc(x), np.array([format(v, "b").count("1") for v in x.tolist()], U32))
+
+
+def test_packed_sums_do_not_carry_and_other_packed_types_are_unknown():
+    rng = np.random.default_rng(3)
+    x, y = rng.integers(0, 2**32, (2, 1000), dtype=U32)
+    want = (x.view(np.uint16) + y.view(np.uint16)).view(U32)
+    for opcode in ("add.s16x2", "add.u16x2"):
+        assert np.array_equal(executed(opcode, U32, x, y), want)
+    assert not np.array_equal(want, x + y)
+    for opcode in ("sub.s16x2", "add.f16x2", "add.rn.bf16x2"):
+        with pytest.raises(PtxError):
+            executed(opcode, U32, x, y)

@@ -32,6 +32,12 @@ def signed_view(x: Lanes) -> Lanes:
     return x.view(f"i{x.dtype.itemsize}")
 
 
+def add_halves(x: Lanes, y: Lanes) -> Lanes:
+    """Sums of the upper and of the lower 16 bits of uint32, neither carried."""
+    upper = U32(0xFFFF0000)
+    return ((x & upper) + (y & upper)) | ((x + y) & ~upper)
+
+
 def canonical(x: Lanes) -> Lanes:
     """x with every NaN of a float32 array turned into 0x7FFFFFFF; float64 keeps its payloads."""
     if x.dtype.type is not F32:

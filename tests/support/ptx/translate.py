@@ -38,6 +38,7 @@ _INTEGERS = {
     "neg": "t <- np.negative({0:t})", "abs": "t <- np.abs({0:t})",
     "div": "t <- X.divided({0:t}, {1:t}, AT)[0]", "rem": "t <- X.divided({0:t}, {1:t}, AT)[1]",
 }  # fmt: skip
+_HALVES = {"add": "A.add_halves({0}, {1})"}  # two numbers of 16 bits in a register of 32
 _FLOATS = {
     "add": "A.canonical({0} + {1})", "sub": "A.canonical({0} - {1})", "mul": "A.canonical({0} * {1})",
     "neg": "np.negative({0})", "abs": "np.abs({0})",
@@ -68,7 +69,13 @@ _NAMES: dict[str, Any] = {"A": arithmetic, "Q": approximate, "where": np.where, 
 
 
 def width_of(kind: str) -> int:
-    """Bytes of a PTX type."""
+    """Bytes of a PTX type.
+
+    Raises:
+        PtxError: it is a packed type, each of which is an opcode's own.
+    """
+    if "x" in kind:
+        raise PtxError(f"type {kind}")
     return int(re.sub(r"\D", "", kind)) // 8
 
 
@@ -250,8 +257,9 @@ class _Translator:
 
     def _expression(self, i: Instruction) -> Iterable[str]:
         kind, words = i.parts[-1], [*i.parts[:-1]]
-        dtype = _dtype(kind)
-        rules = _RULES | (_FLOATS if dtype[0] == "f" else _INTEGERS) | (_FLOAT32 if dtype == "f4" else {})
+        packed = kind in ("s16x2", "u16x2")
+        dtype = "u4" if packed else _dtype(kind)
+        rules = _HALVES if packed else _RULES | (_FLOATS if dtype[0] == "f" else _INTEGERS) | (_FLOAT32 if dtype == "f4" else {})
         flush = dtype == "f4" and "ftz" in words
         if dtype[0] == "f":
             words = [word for word in words if word not in ("ftz", "rn")]
