@@ -115,7 +115,7 @@ def bound_of(made: Assembly, case: Case, target: Target) -> Bound:
     """
     launch = case.launch
     programs = math.prod(launch.grid)
-    share = VOCABULARIES[case.model] * case.rows / programs
+    share = case.columns or VOCABULARIES[case.model] * case.rows / programs
     counts = by_class(_opcodes_of_program(made, launch, share, launch.num_warps * target.warp))
     warps = programs * launch.num_warps
     # A program runs on one multiprocessor, a warp on one scheduler: a small launch leaves others idle.

@@ -35,12 +35,14 @@ class Case:
         model: key of ``VOCABULARIES``.
         rows: N.
         launch: as the backend would launch it.
+        columns: that a program comes by; None for its share of the vocabulary.
     """
 
     label: str
     model: str
     rows: int
     launch: Launch
+    columns: int | None = None
 
     @property
     def half_operands(self) -> list[bool]:
@@ -61,6 +63,7 @@ class Kernel:
         dot: whether it multiplies matrices and must use tensor cores.
         any_row: whether ``vectors`` holds for rows that begin anywhere, not only at 16-byte boundaries.
         passes: how often it may read what it reads.
+        columns: that a program comes by, of a kernel that takes lists; None for its share of the vocabulary.
     """
 
     function: Any
@@ -70,6 +73,7 @@ class Kernel:
     dot: bool = False
     any_row: bool = True
     passes: int = 1
+    columns: int | None = None
 
     @property
     def name(self) -> str:
@@ -80,7 +84,7 @@ class Kernel:
     def cases(self, model: str) -> Iterator[Case]:
         """The launches for a model of ``VOCABULARIES``."""
         for label, launch in self.launches(VOCABULARIES[model]):
-            yield Case(label, model, self.rows, launch)
+            yield Case(label, model, self.rows, launch, self.columns)
 
 
 def named(*dtypes: torch.dtype) -> str:

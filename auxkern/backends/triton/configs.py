@@ -80,5 +80,32 @@ class BlockConfig:
     programs: int = 0
 
 
-# A tile of a radix search is compared with 16 thresholds at once, in registers.
-SAMPLE, FILTER, ADJUST = BlockConfig(2048, 8, programs=4), BlockConfig(1024, 8), BlockConfig(256, 2)
+SAMPLE, ADJUST = BlockConfig(2048, 8, programs=4), BlockConfig(256, 2)
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """How the kernels are launched that filter written logits.
+
+    Attributes:
+        block: columns in a tile; divides that of ``SAMPLE``.
+        warps: warps in a program.
+        programs: wanted per multiprocessor, as in ``Config``.
+        bins: of a row's histogram, a power of 2: 128 for each doubling of the distance to the largest logit.
+        listed: ids at a threshold that are listed of a row, if its programs find as many each.
+        least_listed: that each program has room for.
+        finish_block, finish_warps: of the kernel that ends a row, whose tiles are compared with 16 thresholds
+            at once, in registers.
+    """
+
+    block: int
+    warps: int
+    programs: int
+    bins: int
+    listed: int
+    least_listed: int
+    finish_block: int
+    finish_warps: int
+
+
+FILTER = FilterConfig(1024, 4, 4, bins=2048, listed=8192, least_listed=256, finish_block=512, finish_warps=8)

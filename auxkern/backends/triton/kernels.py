@@ -6,9 +6,16 @@ walks ``KERNELS``.
 
 from __future__ import annotations
 
+from auxkern.backends.triton.filters import cases as filters
 from auxkern.backends.triton.heads_draw import cases as heads_draw
 from auxkern.backends.triton.heads_loss import cases as heads_loss
 from auxkern.backends.triton.logits_draw import cases as logits_draw
 from auxkern.backends.triton.logits_loss import cases as logits_loss
 
-KERNELS = (*logits_loss.KERNELS, *heads_loss.KERNELS, *logits_draw.KERNELS, *heads_draw.KERNELS)
+KERNELS = (
+    *logits_loss.KERNELS,
+    *heads_loss.KERNELS,
+    *logits_draw.KERNELS,
+    *heads_draw.KERNELS,
+    *filters.KERNELS,
+)

@@ -74,7 +74,7 @@ def test_default_configuration(target, kernel, case):
         assert bool(made.store_bytes) == (kernel.name in ("backward_kernel", "sum_kernel"))
 
 
-@pytest.mark.parametrize("name", ["filter_kernel", "heads_combine_kernel"])
+@pytest.mark.parametrize("name", ["finish_kernel", "heads_combine_kernel"])
 def test_more_than_one_pass_is_stated_as_it_is(name):
     kernel = _named(name)
     passes = [assembly.read(_compiled("sm_90", case)).source.passes for case in kernel.cases("Llama-3")]

@@ -99,6 +99,7 @@ class Scenario:
     kernels: tuple[str, ...]
 
 
+_FILTER_KERNELS = ("peak_kernel", "histogram_kernel", "gather_kernel", "finish_kernel")
 _FILTERS = SamplingParams(top_k=40, top_p=0.9, min_p=0.01)
 SCENARIOS = {
     "logits": Scenario(logits, ("forward_kernel", "backward_kernel")),
@@ -121,7 +122,7 @@ SCENARIOS = {
         lambda: draw([random(4, 4200, dtype=H), random(4, 4200)], 4, SamplingParams(top_k=5)), ("sum_kernel",)
     ),
     "adjust": Scenario(adjust, ("adjust_kernel",)),
-    "filter": Scenario(lambda: draw([random(1, 1100)], 1, _FILTERS), ("filter_kernel",)),
+    "filter": Scenario(lambda: draw([random(1, 1100)], 1, _FILTERS), _FILTER_KERNELS),
     "draw from a head": Scenario(
         lambda: draw([Head(random(20, 200, dtype=B), random(100, 200, dtype=B))], 20), ("heads_draw_kernel",)
     ),

@@ -70,7 +70,13 @@ VERDICTS = {
     ),
 }
 # Matrix products, and a filter's passes: no verdict in 40 to 110 seconds, whatever small shape was tried.
-TOO_LONG = {"heads_forward_kernel", "heads_gradient_kernel", "heads_draw_kernel", "filter_kernel"}
+TOO_LONG = {
+    "heads_forward_kernel",
+    "heads_gradient_kernel",
+    "heads_draw_kernel",
+    "gather_kernel",
+    "finish_kernel",
+}
 SECONDS = 240  # of which the slowest of the others take a fifth
 
 

@@ -259,7 +259,11 @@ class _Translator:
         kind, words = i.parts[-1], [*i.parts[:-1]]
         packed = kind in ("s16x2", "u16x2")
         dtype = "u4" if packed else _dtype(kind)
-        rules = _HALVES if packed else _RULES | (_FLOATS if dtype[0] == "f" else _INTEGERS) | (_FLOAT32 if dtype == "f4" else {})
+        rules = (
+            _HALVES
+            if packed
+            else _RULES | (_FLOATS if dtype[0] == "f" else _INTEGERS) | (_FLOAT32 if dtype == "f4" else {})
+        )
         flush = dtype == "f4" and "ftz" in words
         if dtype[0] == "f":
             words = [word for word in words if word not in ("ftz", "rn")]

@@ -27,7 +27,9 @@ def _launch(
 ) -> Launch:
     """The launch that draws from heads, or that writes their logits."""
     heads = cases.heads_of(rows, V, widths, dtypes, cap=cap, hidden=hidden)
-    return launches.plan(heads, draws_of(plain=not write, rows=rows), logprob, "ieee")[1][0]
+    return launches.plan(heads, draws_of(plain=not write, rows=rows), logprob, cases.MULTIPROCESSORS, "ieee")[
+        1
+    ][0]
 
 
 def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:

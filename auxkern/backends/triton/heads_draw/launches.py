@@ -16,17 +16,18 @@ class HeadsDraw(TritonKernels):
     """Tokens from heads beside sparse terms, the logits not written where no filter reads them."""
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
-        tokens, launches = plan(sum, draws, want_logprob)
+        tokens, launches = plan(sum, draws, want_logprob, self.multiprocessors(draws.seed.device))
         self.run(launches, draws.seed.device)
         return tokens
 
 
 def plan(
-    sum: Sum, draws: Draws, want_logprob: bool, precision: str | None = None
+    sum: Sum, draws: Draws, want_logprob: bool, processors: int, precision: str | None = None
 ) -> tuple[RowTokens, list[Launch]]:
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
+        processors: of the device; filters split rows over them.
         precision: as in ``heads_sum``.
     """
     drawing, V = Drawing.of(sum, draws, want_logprob), sum.V
@@ -47,5 +48,5 @@ def plan(
         logit_flops=2 if write else NOISE_FLOPS,
         tiles=tiles,
     )
-    rest = drawing.from_logits(z) if write else [drawing.choose(partial)]
+    rest = drawing.from_logits(z, processors) if write else [drawing.choose(partial)]
     return drawing.tokens, [drawn, *rest]

@@ -14,7 +14,6 @@ from auxkern.backends.triton.logits_draw.kernels import (
     adjust_kernel,
     choose_kernel,
     draw_kernel,
-    filter_kernel,
     sum_kernel,
 )
 from auxkern.core.draws import ROW_NUMBERS, Draws
@@ -75,16 +74,9 @@ def _adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "history", _launches(V, (B, B), draws_of(plain=True, history=512))[1]
 
 
-def _filter_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    for label, logprob in (("plain", False), ("logprob", True)):
-        yield label, _launches(V, (B, B), draws_of(plain=False), logprob=logprob)[-1]
-
-
 KERNELS = (
     Kernel(draw_kernel, _draw_cases, ROWS, vectors=True, any_row=False),
     Kernel(choose_kernel, _choose_cases, ROWS),
     Kernel(sum_kernel, _sum_cases, ROWS, vectors=True, any_row=False),
     Kernel(adjust_kernel, _adjust_cases, ROWS),
-    # The largest logit; top-k and top-p, each a search of 8 digits, top-p with the sum of all; the draw.
-    Kernel(filter_kernel, _filter_cases, ROWS, passes=19),
 )

@@ -3,8 +3,7 @@
 Without filters one pass over the terms decides (``draw_kernel``): a program keeps the best of its share
 of a row, relative to the largest logit so far, and ``choose_kernel`` compares the programs' bests.
 With filters or penalties the sum is written once, in float32 (``sum_kernel``); for the rows of a decoding
-step it stays in the L2 cache, where ``adjust_kernel`` and ``filter_kernel`` work on it. Thresholds
-are found by a radix search over the ordered bits of the logits: exact, and without a sort.
+step it stays in the L2 cache, where ``adjust_kernel`` and the kernels of ``../filters`` work on it.
 """
 
 # Triton's language is not Python's: kernels have no annotations and build tuples entry by entry.
@@ -14,7 +13,6 @@ import triton
 import triton.language as tl
 
 from auxkern.backends.triton.device.draws import NO_ID, finite_pivot, gumbel
-from auxkern.backends.triton.device.mass import masses
 from auxkern.backends.triton.device.numerics import exp
 from auxkern.backends.triton.device.rows import row_pointer
 from auxkern.backends.triton.device.terms import shares_of
@@ -24,8 +22,6 @@ _OK: tl.constexpr = tl.constexpr(0)
 _NAN: tl.constexpr = tl.constexpr(1)
 _EMPTY: tl.constexpr = tl.constexpr(2)
 _INFINITE: tl.constexpr = tl.constexpr(3)
-# A radix search decides 4 bits at a time between 16 thresholds, in 8 steps.
-_DIGITS: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -289,125 +285,3 @@ def adjust_kernel(
         z = tl.where(repetition != 1, penalized, z)
         paid = presence + frequency * generated.to(tl.float32)
         tl.store(z_row + ids, tl.where(generated > 0, z - paid, z), exists)
-
-
-@triton.jit
-def _key(z):
-    """uint32 that orders as the floats do; 0.0 and -0.0 are equal."""
-    bits = (z + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ordered.to(tl.uint32, bitcast=True) ^ 0x80000000
-
-
-@triton.jit
-def _distance(z, pivot, temperature):
-    """d of the filters, rounded as everywhere: ``/`` alone is an approximation on a GPU."""
-    return tl.div_rn(z - pivot, temperature)
-
-
-@triton.jit
-def _weights_above(
-    z_row, thresholds, least, stride, pivot, temperature, shift, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(16,) int64: how many ids, or how much mass, have a key of at least ``least`` and each threshold."""
-    totals = tl.zeros([_DIGITS], tl.int64)
-    for start in range(0, stride, BLOCK):
-        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        z = tl.load(z_row + ids)
-        key = _key(z)
-        if COUNT:
-            weight = (z > -float("inf")).to(tl.int64)
-        else:
-            weight = tl.where(key >= least, masses(_distance(z, pivot, temperature), shift), 0)
-        above = tl.where(key[:, None] >= thresholds[None, :], weight[:, None], 0)
-        totals += tl.sum(above, axis=0)
-    return totals
-
-
-@triton.jit
-def _search(
-    z_row, wanted, least, stride, pivot, temperature, shift, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(largest key t whose weight at or above it reaches ``wanted``, weight above t)."""
-    digit = tl.arange(0, _DIGITS).to(tl.uint32)
-    prefix = tl.zeros([], tl.uint32)
-    over = tl.zeros([], tl.int64)
-    for step in range(8):
-        bit = 28 - 4 * step
-        thresholds = prefix + (digit << bit)
-        totals = _weights_above(z_row, thresholds, least, stride, pivot, temperature, shift, COUNT, BLOCK)
-        # Thresholds rise and totals fall; the first one was reached in the step before.
-        reached = (totals >= wanted) | (digit == 0)
-        chosen = tl.max(tl.where(reached, digit, 0), axis=0)
-        over = tl.where(chosen == 15, over, tl.max(tl.where(digit == chosen + 1, totals, 0), axis=0))
-        prefix += chosen << bit
-    return prefix, over
-
-
-@triton.jit
-def _row_stats(z_row, stride, BLOCK: tl.constexpr):
-    """(largest z, whether one is NaN)."""
-    largest = -float("inf")
-    nans = 0
-    for start in range(0, stride, BLOCK):
-        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        z = tl.load(z_row + ids)
-        largest = tl.maximum(largest, tl.max(z, axis=0))
-        nans = tl.maximum(nans, _nans(z))
-    return largest, nans
-
-
-@triton.jit(do_not_specialize=["V", "stride", "shift"])
-def filter_kernel(
-    z_in,  # (N, stride) float32, -inf from V on
-    draws,  # Draws
-    out,  # (N,) int64, int32, float32
-    V, stride,
-    shift,  # mass_shift of V
-    LOGPROB: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Top-k, top-p, min-p and the draw of row program_id(0), whose logits stay in the L2 cache."""
-    row = tl.program_id(0).to(tl.int64)
-    z_row = tl.multiple_of(z_in + row * stride, 16)
-    temperature = tl.load(draws.temperature + row)
-    greedy = temperature == 0
-    temperature = tl.where(greedy, 1.0, temperature)
-    top_k = tl.load(draws.top_k + row)
-    top_p = tl.load(draws.top_p + row)
-    log_min_p = tl.where(greedy, -float("inf"), tl.load(draws.log_min_p + row))
-    largest, nans = _row_stats(z_row, stride, BLOCK)
-    pivot = finite_pivot(largest)
-
-    least = tl.zeros([], tl.uint32)  # the smallest key that is kept
-    equals = tl.full([], NO_ID, tl.int32)  # how many of that key are kept, the lowest ids first
-    if (top_k < V) & (greedy == 0):
-        least, _ = _search(z_row, top_k, least, stride, pivot, temperature, shift, True, BLOCK)
-    if (top_p < 1) & (greedy == 0):
-        all_keys = tl.zeros([_DIGITS], tl.uint32)
-        everything = _weights_above(z_row, all_keys, least, stride, pivot, temperature, shift, False, BLOCK)
-        needed = tl.maximum((top_p * tl.max(everything, axis=0).to(tl.float64)).to(tl.int64), 1)
-        least, over = _search(z_row, needed, least, stride, pivot, temperature, shift, False, BLOCK)
-        bits = least ^ 0x80000000
-        ordered = bits.to(tl.int32, bitcast=True)
-        smallest = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        each = tl.maximum(masses(_distance(smallest, pivot, temperature), shift), 1)  # 0 in a row of NaN
-        equals = ((needed - over + each - 1) // each).to(tl.int32)
-
-    seed = tl.load(draws.seed + row)
-    position = tl.load(draws.position + row)
-    nothing = -float("inf")
-    state = (largest, nothing, nothing, NO_ID, 0.0, nans)
-    before = tl.zeros([], tl.int32)
-    for start in range(0, stride, BLOCK):
-        ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-        z = tl.load(z_row + ids)
-        key = _key(z)
-        equal = (key == least).to(tl.int32)
-        place = before + tl.cumsum(equal, axis=0)
-        before += tl.sum(equal, axis=0)
-        kept = (key > least) | ((equal != 0) & (place <= equals))
-        d = _distance(z, pivot, temperature)
-        kept = kept & (z > nothing) & (d >= log_min_p)
-        noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
-        state = _merge(state, _tile_draw(d, kept, ids, noise, largest, nans, LOGPROB))
-    _write(state, out, row, greedy, LOGPROB)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
+from auxkern.backends.triton.filters import launches as filters
 from auxkern.backends.triton.launch import (
     MAX_SPLITS,
     VECTOR_BYTES,
@@ -23,16 +24,12 @@ from auxkern.backends.triton.logits_draw.kernels import (
     adjust_kernel,
     choose_kernel,
     draw_kernel,
-    filter_kernel,
     sum_kernel,
 )
 from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
-from auxkern.core.mass import mass_shift
 from auxkern.core.sums import Sum
 
-# Ten rounds of Philox for four ids, two logarithms: per id. Comparisons of a radix search: per id.
-NOISE_FLOPS, _SEARCH_FLOPS = 40, 2 * 8 * 16
-
+NOISE_FLOPS = 40  # ten rounds of Philox for four ids, two logarithms: per id
 
 _PER_ROW = ("seed", "position", "added_ids", "added", "bias_ids", "bias")
 # What a draw is given, as kernels take it.
@@ -115,9 +112,11 @@ class Drawing:
             self.draws.seed.new_empty((self.N, parts), dtype=torch.int32),
         )
 
-    def from_logits(self, z: Tensor) -> list[Launch]:
+    def from_logits(self, z: Tensor, processors: int) -> list[Launch]:
         """Penalties, filters and the draw from (N, padded) float32 logits, -inf from V on."""
-        return [self._adjust(z), self._filter(z)] if self._adjusts else [self._filter(z)]
+        written = filters.Written(z, self.V, self.rows, self.tokens, self.want_logprob)
+        filtered = filters.plan(written, processors)
+        return [self._adjust(z), *filtered] if self._adjusts else filtered
 
     def choose(self, partial: PartialDraws) -> Launch:
         """The best of what programs that share a row have drawn."""
@@ -148,24 +147,6 @@ class Drawing:
             configs.ADJUST.warps,
             bytes_moved=20 * entries,
             flops=6 * entries,
-        )
-
-    def _filter(self, z: Tensor) -> Launch:
-        return Launch(
-            filter_kernel,
-            (self.N,),
-            {
-                "z_in": z,
-                "draws": self.rows,
-                "out": self.tokens,
-                "V": self.V,
-                "stride": z.shape[1],
-                "shift": mass_shift(self.V),
-            },
-            {"LOGPROB": self.want_logprob, "BLOCK": configs.FILTER.block},
-            configs.FILTER.warps,
-            bytes_moved=4 * self.N * self.V,
-            flops=self.N * self.V * (NOISE_FLOPS + _SEARCH_FLOPS),
         )
 
 
@@ -229,7 +210,7 @@ def plan(logits: Sum, draws: Draws, want_logprob: bool, processors: int) -> tupl
             bytes_moved=read + 4 * N * V,
             flops=2 * N * V * len(values),
         )
-        return drawing.tokens, [written, *drawing.from_logits(z)]
+        return drawing.tokens, [written, *drawing.from_logits(z, processors)]
     partial = drawing.partial(programs)
     drawn = Launch(
         draw_kernel,
