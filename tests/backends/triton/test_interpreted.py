@@ -16,6 +16,7 @@ FILES = {
     "test_heads_kernels.py": 60,
     "test_mixed_heads.py": 30,
     "test_draw_kernels.py": 45,
+    "test_filter_kernels.py": 20,
 }
 
 
