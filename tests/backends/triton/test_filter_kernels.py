@@ -71,11 +71,11 @@ def test_any_split_gives_the_same_bits(split, name):
     assert_equal(z, params, seed=seeds(4))
 
 
-def test_as_many_programs_as_may_share_a_row(split, monkeypatch):
+def test_smaller_tiles_and_many_programs(split, monkeypatch):
     z, params = logits(2, 16300), SamplingParams(top_k=200, top_p=0.8)
     whole = draw(z, params)
-    monkeypatch.setattr(configs, "FILTER", dataclasses.replace(configs.FILTER, block=128, warps=1))
-    split(132)  # 128 tiles, and as many programs
+    monkeypatch.setattr(configs, "FILTER", dataclasses.replace(configs.FILTER, block=256, warps=2))
+    split(132)  # 64 tiles, and as many programs
     parted = draw(z, params)
     assert torch.equal(parted.tokens, whole.tokens)
     assert torch.equal(parted.processed_logprob, whole.processed_logprob)

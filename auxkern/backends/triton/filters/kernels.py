@@ -36,6 +36,10 @@ _ONE_BITS: tl.constexpr = tl.constexpr(0x3F800000)
 _WITHIN_BIN: tl.constexpr = tl.constexpr(16)
 # A radix search decides 4 bits at a time between 16 thresholds, in 8 steps.
 _DIGITS: tl.constexpr = tl.constexpr(16)
+# A program splits its columns into 1, 8, 64 and 512 sets.
+_LEVELS: tl.constexpr = tl.constexpr(4)
+# So few ids are all listed, rather than those before the threshold drawn from where they lie.
+_FEW: tl.constexpr = tl.constexpr(256)
 # What a search weighs: each id of the bin of top-k; the mass of each id of a least key; each id of one key.
 _COUNT: tl.constexpr = tl.constexpr(0)
 _MASS: tl.constexpr = tl.constexpr(1)
@@ -159,7 +163,7 @@ def _drawn(best, d, kept, ids, noise, shift, LOGPROB: tl.constexpr):
 def peak_kernel(
     z_in,  # (N, stride) float32, -inf from V on
     bins,  # Bins, zeroed
-    parts,  # Parts: largest logit and whether there is a NaN, out
+    parts,  # Parts: largest logit, whether there is a NaN, the bounds of top-k, out
     N, V, stride, splits,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -178,11 +182,33 @@ def peak_kernel(
     plane = N.to(tl.int64) * splits
     tl.store(parts.floats + at, tl.max(largest, axis=0))
     tl.store(parts.floats + plane + at, tl.max(nans, axis=0).to(tl.float32))
+    for i in tl.static_range(_LEVELS):
+        bound = float("inf")
+        if (1 << (3 * i)) <= BLOCK:
+            # The smallest of the sets' largest; of a share of less than a tile some sets are empty.
+            sets = tl.reshape(largest, [BLOCK >> (3 * i), 1 << (3 * i)])
+            bound = tl.where(end - begin >= BLOCK, tl.min(tl.max(sets, axis=0), axis=0), bound)
+        tl.store(parts.floats + (3 + i) * plane + at, bound)
     for tile in tl.static_range(BINS // BLOCK):
         if tile % splits == split:
             at_bin = row * BINS + tile * BLOCK + tl.arange(0, BLOCK)
             tl.store(bins.counts + at_bin, tl.zeros([BLOCK], tl.int32))
             tl.store(bins.masses + at_bin, tl.zeros([BLOCK], tl.int64))
+
+
+@triton.jit
+def _bound_of_top_k(parts, row, plane, splits, top_k, SPLITS: tl.constexpr):
+    """A logit that at least top-k ids reach: as many sets do, if it is the smallest of their largest."""
+    lane = tl.arange(0, SPLITS)
+    at = parts.floats + row * splits + lane
+    bound = -float("inf")
+    for level in tl.static_range(_LEVELS):
+        # The most sets first, so that the fewest that are enough decide.
+        i = _LEVELS - 1 - level
+        largest = tl.load(at + (3 + i) * plane, lane < splits, float("inf"))
+        sets = tl.sum((largest < float("inf")).to(tl.int32), axis=0) << (3 * i)
+        bound = tl.where(sets >= top_k, tl.min(largest, axis=0), bound)
+    return bound
 
 
 @triton.jit(do_not_specialize=["N", "V", "stride", "splits", "shift"])
@@ -198,7 +224,7 @@ def histogram_kernel(
     """Ids and mass of row program_id(0) in each bin, from its share program_id(1) of ``splits``.
 
     Integers, so that the order in which programs add does not matter. Ids are counted only for
-    top-k, masses added up only for top-p.
+    top-k, masses added up only for top-p, and ids that top-k drops for certain are left out.
     """
     row = tl.program_id(0).to(tl.int64)
     settings = _settings(draws, row, V)
@@ -215,12 +241,14 @@ def histogram_kernel(
         dropped = tl.maximum(1.0 - top_p, 1e-30).to(tl.float32)
         far = 1.1 + 1.001 * (tl.log(V.to(tl.float32)) - tl.log(dropped))
         far = tl.where(counts, float("inf"), far)
+        plane = N.to(tl.int64) * splits
+        bound = tl.where(counts, _bound_of_top_k(parts, row, plane, splits, top_k, SPLITS), -float("inf"))
         rest = tl.zeros([BLOCK], tl.int64)
         begin, end = _share(tl.program_id(1), splits, V, BLOCK)
         for start in range(begin, end, BLOCK):
             z = _tile(z_row, start, BLOCK)
             reach = _reach(z, largest, inverse)
-            exists = z > -float("inf")
+            exists = (z >= bound) & (z > -float("inf"))
             at = row * BINS + _bin(reach, BINS)
             if counts:
                 tl.atomic_add(bins.counts + at, exists.to(tl.int32), exists, sem="relaxed")
@@ -241,18 +269,20 @@ def _needed(top_p, total):
 
 @triton.jit
 def _thresholds(bins, row, top_k, top_p, V, BINS: tl.constexpr):
-    """(first and last bin of top-p's threshold, bin of top-k's, ids before that, mass before it, mass before
-    the first); BINS and 0 where there is no threshold.
+    """(first and last bin to list, top-k's bin, ids before that, mass before it, mass before the first); BINS
+    and 0 where there is no threshold.
 
     How much mass top-k keeps of its bin is not known yet; so top-p's threshold lies in one of several bins.
     """
     at = tl.arange(0, BINS)
     bin_k = tl.full([], BINS, tl.int32)
     ids_before = tl.zeros([], tl.int32)
+    few = tl.full([], False, tl.int1)
     if top_k < V:
         reached = tl.cumsum(tl.load(bins.counts + row * BINS + at), axis=0)
         bin_k = tl.sum((reached < top_k).to(tl.int32), axis=0)
         ids_before = tl.max(tl.where(at < bin_k, reached, 0), axis=0)
+        few = (bin_k < BINS) & (tl.max(tl.where(at <= bin_k, reached, 0), axis=0) <= _FEW)
     first = bin_k
     last = bin_k
     mass_before = tl.zeros([], tl.int64)
@@ -264,6 +294,9 @@ def _thresholds(bins, row, top_k, top_p, V, BINS: tl.constexpr):
         first = tl.sum((mass < _needed(top_p, mass_before)).to(tl.int32), axis=0)
         last = tl.sum((mass < _needed(top_p, with_bin)).to(tl.int32), axis=0)
         mass_first = tl.max(tl.where(at < first, mass, 0), axis=0)
+    if few:
+        first = tl.zeros([], tl.int32)
+        mass_first = tl.zeros([], tl.int64)
     return first, last, bin_k, ids_before, mass_before, mass_first
 
 

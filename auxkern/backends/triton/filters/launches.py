@@ -33,7 +33,7 @@ class Bins(NamedTuple):
 class Parts(NamedTuple):
     """What programs that share a row leave."""
 
-    floats: Tensor  # (3, N, splits) float32: largest logit, whether there is a NaN, score of the draw
+    floats: Tensor  # (7, N, splits) float32: largest logit, whether one is NaN, score of the draw, 4 bounds
     ints: Tensor  # (2, N, splits) int32: id of the draw, how many are listed
     mass: Tensor  # (N, splits) int64 of what was kept
     listed: Tensor  # (N, splits, capacity) int32 ids
@@ -70,7 +70,7 @@ def plan(written: Written, processors: int) -> list[Launch]:
         z.new_empty((N, config.bins), dtype=torch.int32), z.new_empty((N, config.bins), dtype=torch.int64)
     )
     parts = Parts(
-        z.new_empty((3, N, programs)),
+        z.new_empty((7, N, programs)),
         z.new_empty((2, N, programs), dtype=torch.int32),
         z.new_empty((N, programs), dtype=torch.int64),
         z.new_empty((N, programs, capacity), dtype=torch.int32),
