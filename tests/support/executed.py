@@ -85,9 +85,9 @@ class Executed(Triton):
     def multiprocessors(self, device: torch.device) -> int:
         return self.processors
 
-    def run(self, launches: Iterable[Launch], device: torch.device) -> None:
-        for launch in launches:
-            self.executor.run(launch)
+    def run(self, launches: Iterable[Launch], device: torch.device) -> list[None]:
+        """A list of None: there are no binaries, whose launches could be made again."""
+        return [self.executor.run(launch) for launch in launches]
 
     # Gradients come to a backend without contents, and all else that is empty it allocates itself.
 
