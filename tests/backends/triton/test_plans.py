@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import torch
 pytest.importorskip("triton")
 
 from auxkern.backends.triton import BACKEND
-from auxkern.backends.triton.cases import coefficients_of, target_of
+from auxkern.backends.triton.cases import VOCABULARIES, coefficients_of, logits_of, target_of
+from auxkern.backends.triton.heads_draw import launches as heads_draw
+from auxkern.backends.triton.kernels import KERNELS
 from auxkern.backends.triton.launch import alignment, splits
+from auxkern.backends.triton.logits_draw import launches as logits_draw
+from auxkern.backends.triton.logits_draw.cases import draws_of
 from auxkern.backends.triton.logits_loss import launches as logits_loss
 from auxkern.core.loss import Loss
 from auxkern.core.sums import Sum
@@ -108,3 +113,24 @@ def test_refusals_name_the_reason():
 def test_importing_auxkern_does_not_import_triton():
     code = "import sys, auxkern; sys.exit('auxkern.backends.triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("rows", [1, 64, 600])
+@pytest.mark.parametrize("source", ["logits", "heads"])
+def test_a_filtered_draw_passes_over_a_row_four_times_with_the_whole_device(source, rows):
+    V, draws = VOCABULARIES["Llama-3"], draws_of(plain=False, rows=rows)
+    if source == "logits":
+        launches = logits_draw.plan(logits_of(rows, V, (H, F)), draws, True, 132)[1]
+    else:
+        heads = Sum.of([Head(logits(rows, 16, dtype=H), logits(V, 16, dtype=H))], V)
+        launches = heads_draw.plan(heads, draws, True, 132, "ieee")[1]
+    passes = {kernel.name: kernel.passes for kernel in KERNELS}
+    *over_rows, last = launches
+    assert sum(passes[launch.kernel.fn.__name__] for launch in over_rows) <= 4
+    for launch in over_rows:
+        assert math.prod(launch.grid) >= 63  # as many as one row has of the widest tiles
+    # The last one takes lists, and the row itself only where they are too short.
+    assert last.grid == (rows,)
+    capacity, splits = last.arguments["capacity"], last.arguments["splits"]
+    assert last.arguments["parts"].listed.shape == (rows, splits, capacity)
+    assert splits * capacity < V / 3
