@@ -47,6 +47,7 @@ class SourceLoop:
     Attributes:
         turns: how often it turns; None where that depends on the launch.
         length: the argument that it counts up to from 0, by ``step``; None if there is none.
+        read: whether memory says how often it turns.
         step: of its index; 0 where that depends on the launch.
         repeats: how often loops around it run it over the same addresses.
         continues: whether it begins where another loop ended, and so belongs to that one's pass.
@@ -57,6 +58,7 @@ class SourceLoop:
     turns: int | None
     length: str | None
     step: int
+    read: bool = False
     repeats: int = 1
     continues: bool = False
     loads: list[Load] = field(default_factory=list)
@@ -112,6 +114,7 @@ class _Reader:
         self.constants: dict[str, int] = {}
         self.pointers: set[str] = set()  # the arguments that are, and those that are not
         self.numbers: set[str] = set()
+        self.loaded: set[str] = set()
         self.uses: dict[str, set[str]] = {}  # what each value is computed from
         self.regions: list[_Region] = []
         self.bodies: list[_Body] = []
@@ -130,6 +133,7 @@ class _Reader:
         if (yielded := _YIELD.match(line)) and self.regions and self.regions[-1].result:
             self.uses[self.regions[-1].result] |= set(_NAME.findall(yielded[1].partition(":")[0]))
         if load := _LOAD.search(line):
+            self.loaded.add(result)
             self._read(load[1], line)
         elif (dot := _DOT.search(line)) and (around := self._around()):
             exact = dot[1] == dot[2] == "f32" and "inputPrecision" not in line
@@ -153,6 +157,7 @@ class _Reader:
             turns=turns,
             length=upper[1:] if begin == 0 and upper in self.numbers else None,
             step=by or 0,
+            read=bool(self.loaded & self._inputs(upper)),
             continues=any(lower == other.upper for other in self.bodies),
         )
         self.uses[index] = {lower}

@@ -203,6 +203,30 @@ def test_source_tells_turns_repeats_and_passes():
     assert read.passes == 8 + 1
 
 
+def test_a_loop_as_long_as_memory_says_counts_once():
+    """As code that a branch may skip: how often it turns stands nowhere."""
+    code = """\
+tt.func public @kernel(%p: !tt.ptr<i32>, %q: !tt.ptr<f32>, %n: i32) {
+  %c0 = arith.constant 0 : i32
+  %c1 = arith.constant 1 : i32
+  %a = tt.load %p : !tt.ptr<i32>
+  %end = arith.subi %a, %n : i32
+  scf.for %i = %c0 to %END step %c1 : i32 {
+    %at = tt.addptr %q, %i : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
+    %x = tt.load %at : tensor<64x!tt.ptr<f32>>
+  }
+}"""
+    (read,) = source.read_source(code.replace("%END", "%end")).loops
+    (given,) = source.read_source(code.replace("%END", "%n")).loops
+    assert (read.read, read.length) == (True, None)
+    assert (given.read, given.length) == (False, "n")
+    once = dataclasses.replace(read, read=False, turns=1)
+    case = _case("combine_kernel", "fp16+fp32")
+    assert issue.bound_of(_made(LISTING, [read]), case, H100) == issue.bound_of(
+        _made(LISTING, [once]), case, H100
+    )
+
+
 def test_products_of_the_source_name_their_operands():
     code = CODE.replace(
         "%y = tt.load",
