@@ -40,10 +40,12 @@ class RowKernels(Backend):
     Attributes:
         fuses: whether its kernels make gradients of logits with their losses, in place where asked.
         heads_way: name of the faster way that it has for sums of nothing but heads; "" for none.
+        heads_way_adds: whether that way makes losses of heads beside sparse terms, too.
     """
 
     fuses = False
     heads_way = ""
+    heads_way_adds = False
 
     @abstractmethod
     def logits_losses(
@@ -69,11 +71,11 @@ class RowKernels(Backend):
     def heads_losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
-        """``losses`` of heads that ``heads_refusal`` takes."""
+        """``losses`` of heads that ``heads_refusal`` takes, beside sparse terms if ``heads_way_adds``."""
         raise NotImplementedError(self.heads_refusal(sum))
 
     def heads_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
-        """``gradients`` of heads that ``heads_refusal`` takes."""
+        """``gradients`` of such a sum."""
         raise NotImplementedError(self.heads_refusal(sum))
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
@@ -90,7 +92,8 @@ class RowKernels(Backend):
         return Route("chunks of logits", fused=sum.device.type == "cpu", refusals=refusals)
 
     def _heads_refusal(self, sum: Sum) -> str | None:
-        if len(sum.heads) < len(sum.terms):
+        taken = (Head, Sparse) if self.heads_way_adds else Head
+        if not sum.heads or not all(isinstance(term, taken) for term in sum.terms):
             return "there are other terms beside the heads"
         return self.heads_refusal(sum)
 

@@ -38,9 +38,18 @@ BENIGN = (
                 "tl.store(best, key, mask=present)",
                 "tl.store(best + plane, column, mask=present)",
                 "tl.store(partial.target + rows, tl.sum(",
+                "tl.store(entries.z + at, tl.sum(",
                 "tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, its,",
             ),
-            "heads_gradient_kernel": ("tl.store(d_out[j] + at, d.to(d_out[j].dtype.element_ty)",),
+            "heads_gradient_kernel": (
+                "tl.store(d_out[j] + at, d.to(d_out[j].dtype.element_ty)",
+                "tl.store(entries.z + at, tl.sum(",
+            ),
+            "entries_order_kernel": (
+                "before += tl.sum(",
+                "up_to += tl.sum(",
+                "below += tl.sum(",
+            ),
             "heads_draw_kernel": (
                 "accumulator *= _of_rows(heads[i].rows_rescale, rows) * heads[i].rescale",
                 "tl.store(partial.floats + at, largest, mask=present)",

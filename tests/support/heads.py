@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxkern
-from auxkern import Head
+from auxkern import Head, Sparse
 from auxkern.core.loss import Loss, RowLosses
 from auxkern.core.sums import Sum
 from auxkern.ops.torch_ops import Gradients
@@ -50,13 +51,20 @@ def targets(N: int, V: int) -> Tensor:
     return y
 
 
-def exact(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
+def exact(given: Sequence[Head | Sparse], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
     """(loss, gradients, z, shares) by the textbook formula in float64."""
     z_loss, weight = options.pop("z_loss", 0.0), options.pop("token_weight", None)
     reduction, V = options.pop("reduction", "mean"), options.pop("vocab_size", None)
-    leaves = [[t.detach().double().requires_grad_() for t in h.tensors.values()] for h in given]
+    leaves = [
+        [t.detach().double().requires_grad_() for t in h.tensors.values() if t.is_floating_point()]
+        for h in given
+    ]
     shares = []
-    for head, (hidden, matrix, *bias) in zip(given, leaves, strict=True):
+    for head, (hidden, *matrices) in zip(given, leaves, strict=True):
+        if isinstance(head, Sparse):
+            shares.append(_scattered(head.ids, hidden, V or _vocabulary(given)))
+            continue
+        matrix, *bias = matrices
         x = hidden @ matrix.T + (bias[0] if bias else 0.0)
         if head.softcap is not None:
             x = head.softcap * torch.tanh(x / head.softcap)
@@ -71,6 +79,18 @@ def exact(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: A
     loss = loss / w.sum() if reduction == "mean" else loss
     loss.backward(None if grad is None else grad.double())
     return loss.detach(), [x.grad for leaf in leaves for x in leaf], z.detach(), [s.detach() for s in shares]
+
+
+def _vocabulary(given: Sequence[Head | Sparse]) -> int:
+    return next(term.vocabulary for term in given if isinstance(term, Head))
+
+
+def _scattered(ids: Tensor, values: Tensor, V: int) -> Tensor:
+    """(N, V) a sparse term's logits; ids outside of the vocabulary count for nothing."""
+    ids = ids.long()
+    inside = (ids >= 0) & (ids < V)
+    wider = torch.zeros(len(ids), V + 1, dtype=values.dtype)
+    return wider.scatter_add(1, torch.where(inside, ids, V), values)[:, :V]
 
 
 def ours(given: list[Head], y: Tensor, grad: Tensor | None = None, **options: Any) -> Any:
@@ -101,9 +121,8 @@ def rows_of(
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     """Within ``tolerance`` of the largest entry: sums of many entries have its rounding."""
     assert not bool(found.isnan().any())
-    torch.testing.assert_close(
-        found.double(), expected, rtol=0, atol=tolerance * max(float(expected.abs().max()), 1e-3)
-    )
+    largest = max(expected.abs().amax().item() if expected.numel() else 0.0, 1e-3)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * largest)
 
 
 # A gradient is rounded to 16 bits once as e, once as dz and once as the result.
@@ -137,3 +156,21 @@ def run(
         assert torch.equal(stats.argmax, torch.where(counts, z.argmax(-1), -1))
         for found, share in zip(stats.term_nll, shares, strict=True):
             close(found, F.cross_entropy(share, y, ignore_index=IGNORE, reduction="none"), 2e-6)
+
+
+def check_rows(backend: Triton, sum: Sum, y: Tensor, loss: Loss, weight: Tensor) -> None:
+    """What ``rows_of`` says, rows, statistics and gradients, against the formula."""
+    rows, gradients = rows_of(backend, sum, y, loss, weight)
+    options = {"label_smoothing": loss.label_smoothing, "z_loss": loss.z_loss, "vocab_size": sum.V}
+    expected, right, z, shares = exact(sum.terms, y, weight, reduction="none", **options)
+    close(loss.of_rows(rows.nll, rows.lse, rows.smooth), expected, 1e-6)
+    inputs = [(term, x) for term in sum.terms for x in term.tensors.values() if x.is_floating_point()]
+    for (term, x), gradient, exact_gradient in zip(inputs, gradients, right, strict=True):
+        # That of a sparse term's values is never rounded to 16 bits on its way.
+        close(gradient, exact_gradient, TOLERANCE[D32 if isinstance(term, Sparse) else x.dtype])
+    if loss.stats:
+        counts = y != IGNORE
+        assert torch.equal(rows.argmax, torch.where(counts, z.argmax(-1), -1))
+        for its, share in zip(rows.term_nll, shares, strict=True):
+            nll = F.cross_entropy(share, y, ignore_index=IGNORE, reduction="none")
+            close(its, nll, 2e-6)

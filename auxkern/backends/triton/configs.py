@@ -63,6 +63,11 @@ TILES_MANY = TileConfig(32, 64, 32, 8, 2, 16)
 # Rows and tiles that one program of the combining and of the scaling kernel takes at a time.
 COMBINE_ROWS, COMBINE_LANES, COMBINE_WARPS = 16, 32, 4
 SCALE_ROWS, SCALE_WARPS = 32, 4
+# Entries of sparse terms: those (or tiles) that a program ranks and those that it compares them with at a
+# time; rows of a program that makes their gradients, and of one that makes the nll of a term alone, with the
+# entries of a turn of its loop.
+ENTRY_LANES, ENTRY_STEP, ENTRY_WARPS = 128, 32, 4
+ENTRY_ROWS, ENTRY_NLL_ROWS, ENTRY_NLL_STEP = 32, 32, 4
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ walks ``KERNELS``.
 
 from __future__ import annotations
 
+from auxkern.backends.triton.entries import cases as entries
 from auxkern.backends.triton.filters import cases as filters
 from auxkern.backends.triton.heads_draw import cases as heads_draw
 from auxkern.backends.triton.heads_loss import cases as heads_loss
@@ -15,6 +16,7 @@ from auxkern.backends.triton.logits_loss import cases as logits_loss
 KERNELS = (
     *logits_loss.KERNELS,
     *heads_loss.KERNELS,
+    *entries.KERNELS,
     *logits_draw.KERNELS,
     *heads_draw.KERNELS,
     *filters.KERNELS,

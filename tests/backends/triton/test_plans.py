@@ -84,16 +84,21 @@ def head(dtype: torch.dtype = F, **options: object) -> Head:
 
 
 def test_heads_go_by_tiles_and_what_does_not_says_why():
-    for heads in ([head()], [head(softcap=3.0), head(H, scale=0.5)], [head()] * 4):
-        for loss in (Loss(), Loss(label_smoothing=0.1, stats=True)):
-            route = BACKEND.route(Sum.of(heads, 129), loss)
-            assert (route.name, route.fused, route.rescales, route.refusals) == ("tiles", True, True, {})
     beside = Sparse(torch.empty(4, 2, dtype=torch.int64, device="meta"), logits(4, 2))
+    for terms in (
+        [head()],
+        [head(softcap=3.0), head(H, scale=0.5)],
+        [head(scale=logits(4))] * 4,
+        [beside, head(), beside],
+    ):
+        for loss in (Loss(), Loss(label_smoothing=0.1, stats=True)):
+            route = BACKEND.route(Sum.of(terms, 129), loss)
+            assert (route.name, route.fused, route.rescales, route.refusals) == ("tiles", True, True, {})
     narrow = Head(logits(4, 0), logits(129, 0))
     for terms, reason in (
         ([head()] * 5, "there are 5 heads; kernels take 4 at most"),
         ([head(), Logits(logits(4, 129))], "there are other terms beside the heads"),
-        ([head(), beside], "there are other terms beside the heads"),
+        ([head(), beside, Logits(logits(4, 129))], "there are other terms beside the heads"),
         ([head(), narrow], "a head has hidden states of width 0"),
     ):
         route = BACKEND.route(Sum.of(terms, 129), Loss())

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from auxkern import Head, SamplingParams
 from auxkern.core.loss import Loss
 from auxkern.core.sums import Sum
 from auxkern.core.terms import like
-from tests.support.cases import IGNORE
 from tests.support.draws import assert_equal, seeds
 from tests.support.heads import D32 as F
-from tests.support.heads import TOLERANCE, B, H, close, exact, heads, rows_of, targets
+from tests.support.heads import B, H, check_rows, heads, targets
 from tests.support.machines import INTERPRETED
 
 pytest.importorskip("triton")
@@ -52,29 +50,12 @@ def scaled(settings: dict[str, Any]) -> list[Head]:
     return [like(h, scale=own if s is None else s) for h, s in zip(given, scales, strict=True)]
 
 
-def check(backend: Any, given: list[Head], loss: Loss, y: Tensor, weight: Tensor) -> None:
-    """Rows and gradients against the formula."""
-    rows, gradients = rows_of(backend, Sum.of(given, V, chunk_rows=4), y, loss, weight)
-    options = {"label_smoothing": loss.label_smoothing, "z_loss": loss.z_loss}
-    expected, right, z, shares = exact(given, y, weight, reduction="none", **options)
-    close(loss.of_rows(rows.nll, rows.lse, rows.smooth), expected, 1e-6)
-    inputs = [x for head in given for x in head.tensors.values()]
-    for x, gradient, exact_gradient in zip(inputs, gradients, right, strict=True):
-        close(gradient, exact_gradient, TOLERANCE[x.dtype])
-    if loss.stats:
-        counts = y != IGNORE
-        assert torch.equal(rows.argmax, torch.where(counts, z.argmax(-1), -1))
-        for its, share in zip(rows.term_nll, shares, strict=True):
-            nll = torch.nn.functional.cross_entropy(share, y, ignore_index=IGNORE, reduction="none")
-            close(its, nll, 2e-6)
-
-
 @pytest.mark.parametrize("options", [{}, EVERYTHING, {**EVERYTHING, "stats": True}], ids=["", "all", "stats"])
 @pytest.mark.parametrize("name", SUMS)
 def test_losses_and_gradients(machine, name, options):
     given = scaled(SUMS[name])
     assert machine.backend.heads_refusal(Sum.of(given, V)) is None
-    check(machine.backend, given, Loss(**options), targets(N, V), torch.linspace(-1, 2, N))
+    check_rows(machine.backend, Sum.of(given, V, 4), targets(N, V), Loss(**options), torch.linspace(-1, 2, N))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -83,7 +64,7 @@ def test_both_schemes_in_16_bits(machine, recompute, monkeypatch):
     monkeypatch.setattr(heads_loss, "one_write", lambda *_: not recompute)
     head = heads(N, V, (48,), (HALF,))[0]
     given = [like(head, weight=head.weight * 1e-5, scale=torch.where(torch.arange(N) == 3, 1e6, SCALES))]
-    check(machine.backend, given, Loss(), targets(N, V), torch.ones(N))
+    check_rows(machine.backend, Sum.of(given, V, 4), targets(N, V), Loss(), torch.ones(N))
 
 
 def test_a_row_of_scale_zero_takes_part_without_a_division(machine):

@@ -57,3 +57,13 @@ def nll_of(softmax, target):
 def absent_logit(y):
     """The logit of a target outside the vocabulary: -inf if another shard has it, else NaN."""
     return tl.where(y == NO_TARGET, -float("inf"), float("nan"))
+
+
+@triton.jit
+def coefficients_of(coefficients, rows, present):
+    """(row maximum, the three coefficients, whether the row has a gradient) of rows."""
+    e = tl.load(coefficients.exp_coefficient + rows, present, 0.0)
+    c = tl.load(coefficients.constant + rows, present, 0.0)
+    t = tl.load(coefficients.target_gradient + rows, present, 0.0)
+    live = (e != 0) | (c != 0) | (t != 0)
+    return tl.load(coefficients.row_max + rows, present, 0.0), e, c, t, live

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import WIDTHS, B, F, H, Kernel, named
+from auxkern.backends.triton.entries import launches as entry_launches
+from auxkern.backends.triton.entries.cases import sparse_of
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches
 from auxkern.backends.triton.heads_loss.kernels import (
@@ -17,8 +19,10 @@ from auxkern.backends.triton.heads_loss.kernels import (
     heads_gradient_kernel,
     heads_scale_kernel,
 )
+from auxkern.backends.triton.heads_loss.launches import NOTHING_ADDED, AddedEntries
 from auxkern.backends.triton.launch import Launch
 from auxkern.core.loss import Loss
+from auxkern.core.sums import Sum
 
 ROWS = 4096  # a chunk
 
@@ -38,16 +42,24 @@ def sum_of(
     return heads_sum(heads, V, stats, "ieee")
 
 
-def forward_launches(heads: HeadsSum, *, smooth: bool = False, stats: bool = False) -> list[Launch]:
-    """A forward pass without gradient."""
+def pointer_beside(heads: HeadsSum, *, store: bool) -> AddedEntries:
+    """A sparse term, whose gradient may be wanted."""
+    entries, _ = entry_launches.order(Sum((sparse_of(ROWS),), heads.V), heads.tiles, heads.config.ids)
+    return AddedEntries(entries, store)
+
+
+def forward_launches(
+    heads: HeadsSum, *, smooth: bool = False, stats: bool = False, added: AddedEntries = NOTHING_ADDED
+) -> list[Launch]:
+    """A forward pass without e."""
     loss = Loss(label_smoothing=0.1 if smooth else 0.0, stats=stats)
-    return launches.forward(heads, cases.target_of(ROWS), loss, None)[2]
+    return launches.forward(heads, cases.target_of(ROWS), loss, None, added)[2]
 
 
-def one_write_launch(heads: HeadsSum) -> Launch:
+def one_write_launch(heads: HeadsSum, added: AddedEntries = NOTHING_ADDED) -> Launch:
     """The forward kernel that writes e."""
     e = heads.buffer(H if heads.in_tensor_cores else F)
-    return launches.forward(heads, cases.target_of(ROWS), Loss(), e)[2][0]
+    return launches.forward(heads, cases.target_of(ROWS), Loss(), e, added)[2][0]
 
 
 def scale_launch(heads: HeadsSum, dtype: torch.dtype) -> Launch:
@@ -57,10 +69,17 @@ def scale_launch(heads: HeadsSum, dtype: torch.dtype) -> Launch:
     return launches.scale(heads, cases.target_of(ROWS), e, tops, cases.coefficients_of(ROWS), dtype)[1]
 
 
-def gradient_launch(heads: HeadsSum, dtype: torch.dtype, wanted: tuple[int, ...] = (1,)) -> Launch:
+def gradient_launch(
+    heads: HeadsSum,
+    dtype: torch.dtype,
+    wanted: tuple[int, ...] = (1,),
+    added: AddedEntries = NOTHING_ADDED,
+) -> Launch:
     """The kernel that makes dz from the hidden states again."""
     slopes = list(dict.fromkeys(heads.slope_of(i) for i in wanted))
-    return launches.gradient(heads, cases.target_of(ROWS), cases.coefficients_of(ROWS), slopes, dtype)[1]
+    return launches.gradient(heads, cases.target_of(ROWS), cases.coefficients_of(ROWS), slopes, dtype, added)[
+        1
+    ]
 
 
 def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
@@ -77,6 +96,20 @@ def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
         mixed = sum_of(V, widths, (dtype, F), hidden=F)
         yield f"fp32x{named(dtype, F)} 768+256", forward_launches(mixed)[0]
     for dtype in (H, B):
+        # Beside them a pointer: the recipe's own sum, in evaluation and in training.
+        recipe = sum_of(V, widths, (dtype, F), hidden=F)
+        pointer = pointer_beside(recipe, store=False)
+        yield f"fp32x{named(dtype)}+sparse", forward_launches(recipe, added=pointer)[0]
+        pointer = pointer_beside(recipe, store=True)
+        yield f"fp32x{named(dtype)}+sparse, e", one_write_launch(recipe, pointer)
+    narrow = sum_of(V, widths, (H, F))
+    yield "fp16+fp32+sparse", forward_launches(narrow, added=pointer_beside(narrow, store=True))[0]
+    half = sum_of(V, widths, (B, B))
+    yield "bf16+sparse, e", one_write_launch(half, pointer_beside(half, store=True))
+    separate = sum_of(V, widths, (B, F), stats=True)
+    pointer = pointer_beside(separate, store=False)
+    yield "bf16+sparse, stats", forward_launches(separate, smooth=True, stats=True, added=pointer)[0]
+    for dtype in (H, B):
         yield f"fp32x{named(dtype)}, writes e", one_write_launch(sum_of(V, widths, (dtype, dtype), hidden=F))
         yield f"{named(dtype)}xfp32, writes e", one_write_launch(sum_of(V, widths, (F, F), hidden=dtype))
     yield "fp32 768+256, writes e", one_write_launch(sum_of(V, widths, (F, F)))
@@ -87,7 +120,7 @@ def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
     own = cases.float_row(ROWS)
     yield "bf16, row scales", forward_launches(sum_of(V, widths, (B, B), scales=(own, 1.0)))[0]
     both = sum_of(V, widths, (B, F), scales=(own, own), cap=30.0)
-    yield "bf16+fp32, row scales, softcap", forward_launches(both)[0]
+    yield "row scales, softcap", forward_launches(both)[0]
     three = sum_of(V, (768, 256, 256), (B, B, B))
     yield "3 x bf16 768+256+256", forward_launches(three)[0]
 
@@ -109,6 +142,9 @@ def _gradient_cases(V: int) -> Iterator[tuple[str, Launch]]:
         narrow = sum_of(V, (256, 256), (dtype, dtype))
         yield f"{named(dtype)} 256+256", gradient_launch(narrow, dtype)
     yield "fp32xbf16 256+256", gradient_launch(sum_of(V, (256, 256), (B, B), hidden=F), F)
+    half = sum_of(V, (256, 256), (B, B))
+    pointer = pointer_beside(half, store=True)
+    yield "bf16+sparse", gradient_launch(half, B, added=pointer)
     own = cases.float_row(ROWS)
     yield "bf16, row scales", gradient_launch(sum_of(V, (256, 256), (B, B), scales=(own, 1.0)), B)
     capped = sum_of(V, WIDTHS["768+256"], (B, B), cap=30.0)

@@ -15,12 +15,14 @@ light pass turns e into dz. Gradient, recompute: the tile is made a second time 
 import triton
 import triton.language as tl
 
+from auxkern.backends.triton.device.entries import entries_of, with_entries
 from auxkern.backends.triton.device.numerics import tanh_slope
 from auxkern.backends.triton.device.softmax import (
     NO_COLUMN,
     NO_KEY,
     NO_TARGET,
     absent_logit,
+    coefficients_of,
     fold_best,
     nll_of,
     pivot_of,
@@ -41,6 +43,7 @@ def _tile_softmax(z):
 def heads_forward_kernel(
     heads,  # I of (N, D) hidden states and (>= V, D) weights
     groups,  # scale and softcap of each accumulator
+    entries,  # Entries: of sparse terms beside the heads, if ENTRIES
     target,  # (N,) int64
     partial,  # (2.., tiles, N) float32, (2, tiles, N) int32 and (1.., N) float32, out
     e_out,  # (N, tiles * BLOCK_V) float16 or float32, out, if WRITE
@@ -48,20 +51,27 @@ def heads_forward_kernel(
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
     CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr, WRITE: tl.constexpr,
+    ENTRIES: tl.constexpr, STORE_ENTRIES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of a tile (BLOCK_N rows, BLOCK_V ids) of z, and exp(z - its maximum) if WRITE."""
+    """Statistics of a tile (BLOCK_N rows, BLOCK_V ids) of z, and exp(z - its maximum) if WRITE.
+
+    And z at the tile's entries if STORE_ENTRIES.
+    """
     block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
     rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    present = rows < N
     products = products_of(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
     shares = group_shares(groups, products, read_rows, CAPPED)
     z = total_of(shares)
+    if ENTRIES:
+        first, end = entries_of(entries, read_rows, tile)
+        z = with_entries(z, entries, read_rows, present, columns, first, end, STORE_ENTRIES)
 
-    present = rows < N
     y = tl.load(target + read_rows)
     valid = (columns < V)[None, :]
     hit = (columns[None, :] == y[:, None]) & valid
@@ -197,16 +207,6 @@ def heads_combine_kernel(
             tl.store(there, tl.where(ignored, 0.0, term_nll), mask=present)
 
 
-@triton.jit
-def _coefficients_of(coefficients, rows, present):
-    """(row maximum, the three coefficients, whether the row has a gradient) of rows."""
-    e = tl.load(coefficients.exp_coefficient + rows, present, 0.0)
-    c = tl.load(coefficients.constant + rows, present, 0.0)
-    t = tl.load(coefficients.target_gradient + rows, present, 0.0)
-    live = (e != 0) | (c != 0) | (t != 0)
-    return tl.load(coefficients.row_max + rows, present, 0.0), e, c, t, live
-
-
 @triton.jit(do_not_specialize=["target", "N", "tiles"])
 def heads_scale_kernel(
     e_in,  # (N, tiles * BLOCK_V) float16 or float32: exp(z - maximum of the row within the tile)
@@ -222,7 +222,7 @@ def heads_scale_kernel(
     tile = tl.program_id(1)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     present = rows < N
-    row_max, e, c, t, live = _coefficients_of(coefficients, rows, present)
+    row_max, e, c, t, live = coefficients_of(coefficients, rows, present)
     y = tl.load(target + rows, present, -1)
     top = tl.load(tops + tile.to(tl.int64) * N + rows, present, 0.0)
     factor = tl.where(live, e * tl.exp(top - row_max), 0.0)
@@ -235,27 +235,30 @@ def heads_scale_kernel(
 
 @triton.jit(do_not_specialize=["target", "N", "V", "row_blocks", "tiles"])
 def heads_gradient_kernel(
-    heads, groups,  # as in the forward
+    heads, groups, entries,  # as in the forward
     target,  # (N,) int64
     coefficients,  # (N,) float32 each
     d_out,  # J of (N, tiles * BLOCK_V), out
     N, V, row_blocks, tiles,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
-    CAPPED: tl.constexpr, SLOPES: tl.constexpr,
+    CAPPED: tl.constexpr, SLOPES: tl.constexpr, ENTRIES: tl.constexpr, STORE_ENTRIES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dz of a tile, made from the hidden states again; times the slope of group SLOPES[j] if >= 0."""
     block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
     rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    present = rows < N
     products = products_of(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
     z = total_of(group_shares(groups, products, read_rows, CAPPED))
-    present = rows < N
-    row_max, e, c, t, live = _coefficients_of(coefficients, read_rows, present)
+    if ENTRIES:
+        first, end = entries_of(entries, read_rows, tile)
+        z = with_entries(z, entries, read_rows, present, columns, first, end, STORE_ENTRIES)
+    row_max, e, c, t, live = coefficients_of(coefficients, read_rows, present)
     y = tl.load(target + read_rows)
     dz = e[:, None] * tl.exp(z - row_max[:, None]) - c[:, None]
     dz = tl.where(columns[None, :] == y[:, None], t[:, None], dz)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
+from auxkern.backends.triton.entries.launches import Entries, EntriesArgument
+from auxkern.backends.triton.entries.launches import none as no_entries
 from auxkern.backends.triton.heads import HALF, HeadsSum
 from auxkern.backends.triton.heads_loss.kernels import (
     heads_combine_kernel,
@@ -37,10 +40,39 @@ class _Partial(NamedTuple):
     target: Tensor  # (1 or 1 + G, N) float32
 
 
+@dataclass(frozen=True)
+class AddedEntries:
+    """What the tiles add beside the heads.
+
+    Attributes:
+        entries: of sparse terms; None for none.
+        store: whether z at each of them is wanted.
+    """
+
+    entries: Entries | None = None
+    store: bool = False
+
+    def argument(self, placeholder: Tensor) -> EntriesArgument:
+        """Of a kernel that makes tiles."""
+        return no_entries(placeholder) if self.entries is None else self.entries.argument
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Of that kernel."""
+        there = self.entries is not None
+        return {"ENTRIES": there, "STORE_ENTRIES": there and self.store}
+
+
+NOTHING_ADDED = AddedEntries()
+
+
 def gradient_dtype(sum: Sum, wanted: Wanted) -> torch.dtype:
     """What dz is rounded to for these gradients: their 16-bit dtype if they agree on one, else float32.
 
     It is multiplied by operands of its own dtype then, and float16 has not the range of others.
+
+    Args:
+        wanted: of each head.
     """
     results, operands = set(), set()
     for head, gradients in zip(sum.heads, wanted, strict=True):
@@ -69,13 +101,14 @@ def one_write(heads: HeadsSum, wanted: Sequence[int]) -> bool:
 
 
 def forward(
-    heads: HeadsSum, target: Tensor, loss: Loss, e: Tensor | None
+    heads: HeadsSum, target: Tensor, loss: Loss, e: Tensor | None, added: AddedEntries = NOTHING_ADDED
 ) -> tuple[RowLosses, Tensor, list[Launch]]:
     """The launches of a forward pass, in order, the rows they fill, and the tiles' (tiles, N) maxima.
 
     Args:
         heads: separate if the loss wants stats.
         e: ``heads.buffer(...)`` that receives exp(z - the tile's maximum), or None.
+        added: to the heads.
     """
     N, want_smooth, want_stats = heads.N, loss.smooth, loss.stats
     groups = len(heads.groups)
@@ -89,8 +122,13 @@ def forward(
     options = {"SMOOTH": want_smooth, "STATS": want_stats}
     tiles = heads.launch(
         heads_forward_kernel,
-        {"target": target, "partial": partial, "e_out": partial.sums if e is None else e},
-        options | {"WRITE": e is not None},
+        {
+            "entries": added.argument(target),
+            "target": target,
+            "partial": partial,
+            "e_out": partial.sums if e is None else e,
+        },
+        options | {"WRITE": e is not None} | added.constants,
         bytes_moved=heads.input_bytes + (0 if e is None else N * heads.V * e.element_size()),
         logit_flops=_LOGIT_FLOPS,
     )
@@ -148,18 +186,29 @@ def scale(
 
 
 def gradient(
-    heads: HeadsSum, target: Tensor, coefficients: Coefficients, capped: Sequence[int], dtype: torch.dtype
+    heads: HeadsSum,
+    target: Tensor,
+    coefficients: Coefficients,
+    capped: Sequence[int],
+    dtype: torch.dtype,
+    added: AddedEntries = NOTHING_ADDED,
 ) -> tuple[list[Tensor], Launch]:
     """The launch that makes dz (N, V) from the hidden states again, and the tensors it fills.
 
     Args:
         capped: for each tensor, the group whose slope multiplies dz, or -1 for dz itself.
+        added: to the heads.
     """
     out = [heads.buffer(dtype) for _ in capped]
     launch = heads.launch(
         heads_gradient_kernel,
-        {"target": target, "coefficients": coefficients, "d_out": tuple(out)},
-        {"SLOPES": tuple(capped)},
+        {
+            "entries": added.argument(target),
+            "target": target,
+            "coefficients": coefficients,
+            "d_out": tuple(out),
+        },
+        {"SLOPES": tuple(capped), **added.constants},
         bytes_moved=heads.input_bytes + sum(heads.N * heads.V * d.element_size() for d in out),
         logit_flops=_LOGIT_FLOPS,
     )

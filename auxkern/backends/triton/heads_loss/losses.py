@@ -12,33 +12,114 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from auxkern.backends.triton.entries import launches as entry_launches
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches, products
-from auxkern.backends.triton.launch import TritonKernels
+from auxkern.backends.triton.launch import Launch, TritonKernels
 from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear
+from auxkern.core.terms import Head, Sparse
 
 _MAX_HEADS = 4
 _CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class _ProductGradients:
-    """The gradient of a sum of heads with respect to their products, for one unit of each row's loss.
+class _Unit:
+    """dz for one unit of each row's loss, which fits a 16-bit number.
 
-    d row[n] / d (hidden[n] @ weight[v] + bias[v]) of a head is ``scale * unit[n] * dz[i][n, v] / magnified``,
-    where the scale may be the row's own.
+    d row[n] / d z[n, v] is ``size[n] * dz[n, v] / magnified``.
+
+    Attributes:
+        coefficients: of dz.
+        size: (C,) float32, finite; 1 without z-loss.
+        magnified: a power of 2 that keeps products of dz above underflow.
     """
 
-    dz: list[Tensor]  # of each head in question (C, V), 16-bit or float32; one tensor may stand for more
-    unit: Tensor  # (C,) float32, finite; 1 without z-loss
-    magnified: float  # a power of 2 that keeps the products above underflow
+    coefficients: Coefficients
+    size: Tensor
+    magnified: float
+
+    @classmethod
+    def of(cls, slopes: RowSlopes, dtype: torch.dtype) -> _Unit:
+        """For a dz of this dtype.
+
+        ``slopes.g`` is not looked at: it comes in when the products with hidden states and weights are done.
+        """
+        magnified = launches.MAGNIFIED[dtype]
+        lse = slopes.sums.row_max + slopes.sums.log_sum
+        steepness = (1.0 + (2 * slopes.loss.z_loss * lse).abs()).float()
+        # A row that is NaN says so in dz; its factor is finite, lest it spoil the other rows.
+        steepness = torch.where(steepness.isfinite(), steepness, 1.0)
+        return cls(replace(slopes, g=magnified / steepness).coefficients(torch.float32), steepness, magnified)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The gradients that are wanted of a sum, at least one.
+
+    Attributes:
+        heads: places among the heads of those that want any.
+        sparse: of each sparse term, as a backend's ``wanted``.
+        gradients: of the heads.
+        dtype: of dz.
+    """
+
+    heads: list[int]
+    sparse: Wanted
+    gradients: _HeadGradients
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, sum: Sum, wanted: Wanted, weight: Tensor) -> _Asked | None:
+        """Of all rows, of this weight (N,); None if nothing is wanted."""
+        if not any(wanted):
+            return None
+        of_heads = [its for term, its in zip(sum.terms, wanted, strict=True) if isinstance(term, Head)]
+        of_sparse = [its for term, its in zip(sum.terms, wanted, strict=True) if isinstance(term, Sparse)]
+        heads = [i for i, its in enumerate(of_heads) if its]
+        # Nothing has V columns without a dz: as many rows as where that has 16 bits.
+        dtype = launches.gradient_dtype(sum, of_heads) if heads else torch.float16
+        return cls(heads, of_sparse, _HeadGradients.of(sum, of_heads, heads, weight), dtype)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows of a sum as kernels take them.
+
+    Attributes:
+        sum: of the C rows.
+        tiles: its heads.
+        added: its sparse terms.
+        target: (C,), contiguous.
+    """
+
+    sum: Sum
+    tiles: HeadsSum
+    added: launches.AddedEntries
+    target: Tensor
+
+    @classmethod
+    def of(cls, sum: Sum, target: Tensor, loss: Loss, asked: _Asked | None) -> tuple[_Chunk, list[Launch]]:
+        """The chunk, and the launches that come before its tiles."""
+        tiles = heads_sum(sum.heads, sum.V, loss.stats)
+        if not any(term.ids.shape[1] for term in sum.sparse):
+            return cls(sum, tiles, launches.NOTHING_ADDED, target), []
+        entries, launch = entry_launches.order(sum, tiles.tiles, tiles.config.ids)
+        store = asked is not None and any(asked.sparse)
+        return cls(sum, tiles, launches.AddedEntries(entries, store), target), [launch]
+
+    def buffer(self, asked: _Asked) -> Tensor | None:
+        """Memory for e where dz is made of that."""
+        if not asked.heads or not launches.one_write(self.tiles, asked.heads):
+            return None
+        return self.tiles.buffer(launches.e_dtype(asked.dtype))
 
 
 class HeadsLoss(TritonKernels):
-    """Sums of nothing but heads, whose logits are made tile by tile and never held as a whole."""
+    """Heads, beside sparse terms or alone, whose logits are made tile by tile and never held as a whole."""
 
-    heads_way = "tiles"
+    heads_way, heads_way_adds = "tiles", True
 
     def heads_refusal(self, sum: Sum) -> str | None:
         heads = sum.heads
@@ -55,93 +136,105 @@ class HeadsLoss(TritonKernels):
     ) -> RowLosses:
         result = RowLosses.empty(target, torch.float32, len(sum.terms), loss).cleared()
         clear(wanted)
-        asking = [i for i, gradients in enumerate(wanted) if gradients]
-        present = target != loss.ignore_index
-        if weight is None or not asking:
-            # Nothing has V columns: as many rows as where that has 16 bits.
-            for rows in chunks_of_rows(present, sum.chunk_rows or _chunk_rows(sum.V, torch.float16)):
-                tiles = heads_sum(sum.rows(rows).heads, sum.V, loss.stats)
-                losses, _, kernels = launches.forward(tiles, target[rows].contiguous(), loss, None)
-                self.run(kernels, target.device)
-                result.store(rows, losses.summed())
-            return result
-        gradients, dtype = (
-            _HeadGradients.of(sum, wanted, asking, weight),
-            launches.gradient_dtype(sum, wanted),
-        )
-        for rows in chunks_of_rows(present, sum.chunk_rows or _chunk_rows(sum.V, dtype)):
-            some, y, factor = sum.rows(rows), target[rows].contiguous(), weight[rows]
-            counts = (y != loss.ignore_index) & (factor != 0)
-            losses, of_products = self._with_products(some, y, counts, loss, asking, dtype)
+        asked = None if weight is None else _Asked.of(sum, wanted, weight)
+        for rows in chunks_of_rows(target != loss.ignore_index, _chunk_of(sum, asked)):
+            chunk, kernels = _Chunk.of(sum.rows(rows), target[rows].contiguous(), loss, asked)
+            e = None if asked is None else chunk.buffer(asked)
+            losses, tops, forward = launches.forward(chunk.tiles, chunk.target, loss, e, chunk.added)
+            self.run([*kernels, *forward], target.device)
+            if asked is not None and weight is not None:
+                factor = weight[rows]
+                counts = (chunk.target != loss.ignore_index) & (factor != 0)
+                slopes = RowSlopes(losses.nll, losses.sums, counts, loss, sum.V)
+                unit = _Unit.of(slopes, asked.dtype)
+                dz = self._product_gradients(chunk, unit, asked, None if e is None else (e, tops))
+                self._collect(asked, chunk, rows, unit, dz, torch.where(counts, factor, 0.0))
+            losses = losses.summed()
+            if loss.stats and sum.sparse:
+                losses = losses._replace(term_nll=self._term_nll(chunk, losses.term_nll, loss))
             result.store(rows, losses)
-            gradients.add(some, rows, of_products, torch.where(counts, factor, 0.0))
-        gradients.rescale()
+        if asked is not None:
+            asked.gradients.rescale()
         return result
 
     def heads_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
         clear(wanted)
-        asking = [i for i, gradients in enumerate(wanted) if gradients]
         weight = torch.where(slopes.counts, slopes.g, 0.0).float()
-        gradients = _HeadGradients.of(sum, wanted, asking, weight)
-        dtype = launches.gradient_dtype(sum, wanted)
-        for rows in chunks_of_rows(slopes.counts, sum.chunk_rows or _chunk_rows(sum.V, dtype)):
-            some, factor = sum.rows(rows), weight[rows]
+        asked = _Asked.of(sum, wanted, weight)
+        if asked is None:
+            return
+        for rows in chunks_of_rows(slopes.counts, _chunk_of(sum, asked)):
+            chunk, kernels = _Chunk.of(sum.rows(rows), target[rows].contiguous(), slopes.loss, asked)
+            factor = weight[rows]
             counts = slopes.counts[rows] & (factor != 0)
-            tiles, y = heads_sum(some.heads, sum.V, False), target[rows].contiguous()
-            of_products = self._made_again(tiles, y, slopes.rows(rows, counts), asking, dtype)
-            gradients.add(some, rows, of_products, torch.where(counts, factor, 0.0))
-        gradients.rescale()
+            unit = _Unit.of(slopes.rows(rows, counts), asked.dtype)
+            if not asked.heads:
+                # Nobody wants a dz, but z at the entries.
+                kernels += launches.forward(chunk.tiles, chunk.target, Loss(), None, chunk.added)[2][:1]
+            self.run(kernels, target.device)
+            dz = self._product_gradients(chunk, unit, asked, None)
+            self._collect(asked, chunk, rows, unit, dz, torch.where(counts, factor, 0.0))
+        asked.gradients.rescale()
 
-    def _with_products(
-        self, sum: Sum, target: Tensor, counts: Tensor, loss: Loss, asking: list[int], dtype: torch.dtype
-    ) -> tuple[RowLosses, _ProductGradients]:
-        """The rows of a chunk, and the gradients of the products of the heads in ``asking``.
+    def _product_gradients(
+        self, chunk: _Chunk, unit: _Unit, asked: _Asked, e: tuple[Tensor, Tensor] | None
+    ) -> list[Tensor]:
+        """dz (C, V) of each head that wants a gradient: one tensor may stand for more.
 
         Args:
-            counts: (C,) bool: not ignored, and of a weight that is not 0.
-            dtype: of those gradients.
+            e: what the forward pass wrote, and the tiles' maxima; None to make z from hidden states again.
         """
-        tiles = heads_sum(sum.heads, sum.V, loss.stats)
-        e = tiles.buffer(launches.e_dtype(dtype)) if launches.one_write(tiles, asking) else None
-        losses, tops, kernels = launches.forward(tiles, target, loss, e)
-        self.run(kernels, target.device)
-        slopes = RowSlopes(losses.nll, losses.sums, counts, loss, sum.V)
-        if e is None:
-            return losses.summed(), self._made_again(tiles, target, slopes, asking, dtype)
-        magnified = launches.MAGNIFIED[dtype]
-        coefficients, unit = _unit_coefficients(slopes, magnified)
-        d, launch = launches.scale(tiles, target, e, tops, coefficients, dtype)
-        self.run([launch], target.device)
-        return losses.summed(), _ProductGradients([d] * len(asking), unit, magnified)
-
-    def _made_again(
-        self, tiles: HeadsSum, target: Tensor, slopes: RowSlopes, asking: list[int], dtype: torch.dtype
-    ) -> _ProductGradients:
-        """Gradients of the heads' products, from their hidden states."""
-        magnified = launches.MAGNIFIED[dtype]
-        coefficients, unit = _unit_coefficients(slopes, magnified)
-        groups = [tiles.slope_of(i) for i in asking]
+        if not asked.heads:
+            return []
+        if e is not None:
+            d, launch = launches.scale(chunk.tiles, chunk.target, *e, unit.coefficients, asked.dtype)
+            self.run([launch], d.device)
+            return [d] * len(asked.heads)
+        groups = [chunk.tiles.slope_of(i) for i in asked.heads]
         distinct = list(dict.fromkeys(groups))
-        gradients, launch = launches.gradient(tiles, target, coefficients, distinct, dtype)
-        self.run([launch], target.device)
-        return _ProductGradients([gradients[distinct.index(group)] for group in groups], unit, magnified)
+        made, launch = launches.gradient(
+            chunk.tiles, chunk.target, unit.coefficients, distinct, asked.dtype, chunk.added
+        )
+        self.run([launch], chunk.target.device)
+        return [made[distinct.index(group)] for group in groups]
+
+    def _collect(
+        self, asked: _Asked, chunk: _Chunk, rows: Rows, unit: _Unit, dz: list[Tensor], weight: Tensor
+    ) -> None:
+        """Bring dz of a chunk to the tensors that want a gradient, for rows of this weight (C,)."""
+        asked.gradients.add(chunk.sum, rows, dz, unit, weight)
+        if chunk.added.store and chunk.added.entries is not None:
+            factor = weight * (unit.size / unit.magnified)
+            d, launch = entry_launches.gradient(chunk.added.entries, chunk.target, unit.coefficients, factor)
+            self.run([launch], d.device)
+            for its, part in zip(
+                asked.sparse, d.split([t.ids.shape[1] for t in chunk.sum.sparse], 1), strict=True
+            ):
+                if its:
+                    its["values"][rows] = part.to(its["values"].dtype)
+
+    def _term_nll(self, chunk: _Chunk, of_heads: Tensor, loss: Loss) -> Tensor:
+        """(I, C) of all terms, from (heads, C)."""
+        heads = iter(of_heads)
+        result = []
+        for term in chunk.sum.terms:
+            if isinstance(term, Sparse):
+                nll, kernels = entry_launches.term_nll(term, chunk.sum.V, chunk.target, loss)
+                self.run(kernels, nll.device)
+                result.append(nll)
+            else:
+                result.append(next(heads))
+        return torch.stack(result)
+
+
+def _chunk_of(sum: Sum, asked: _Asked | None) -> int:
+    """Rows of a chunk: where nothing has V columns as many as where dz has 16 bits."""
+    return sum.chunk_rows or _chunk_rows(sum.V, torch.float16 if asked is None else asked.dtype)
 
 
 def _chunk_rows(V: int, dtype: torch.dtype) -> int:
     """Rows whose (C, V) gradient of this dtype takes about 512 MiB, 64 at least."""
     return max(64, _CHUNK_BYTES // (dtype.itemsize * V) // 64 * 64)
-
-
-def _unit_coefficients(slopes: RowSlopes, magnified: float) -> tuple[Coefficients, Tensor]:
-    """Coefficients of a dz that fits a 16-bit number, and the (C,) factor that it is short of.
-
-    ``slopes.g`` is not looked at: it comes in when the products with hidden states and weights are done.
-    """
-    lse = slopes.sums.row_max + slopes.sums.log_sum
-    steepness = (1.0 + (2 * slopes.loss.z_loss * lse).abs()).float()
-    # A row that is NaN says so in dz; its factor is finite, lest it spoil the other rows.
-    steepness = torch.where(steepness.isfinite(), steepness, 1.0)
-    return replace(slopes, g=magnified / steepness).coefficients(torch.float32), steepness
 
 
 @dataclass(frozen=True)
@@ -163,30 +256,36 @@ class _HeadGradients:
     @classmethod
     def of(cls, sum: Sum, wanted: Wanted, asking: list[int], weight: Tensor) -> _HeadGradients:
         """For rows of this weight (N,)."""
+        if not asking:
+            return cls(wanted, asking, [])
         alike = _largest(weight)
         scales = [sum.heads[i].scale for i in asking]
         largest = [_largest(weight * s) if isinstance(s, Tensor) else alike for s in scales]
         return cls(wanted, asking, largest)
 
-    def add(self, sum: Sum, rows: Rows, gradients: _ProductGradients, weight: Tensor) -> None:
-        """Bring the gradients of a chunk's products to the heads' inputs, for rows of this weight (C,)."""
-        for i, dz, largest in zip(self.asking, gradients.dz, self.largest, strict=True):
+    def add(self, sum: Sum, rows: Rows, dz: list[Tensor], unit: _Unit, weight: Tensor) -> None:
+        """Bring the gradients of a chunk's products to the heads' inputs, for rows of this weight (C,).
+
+        Args:
+            dz: (C, V) of each head in ``asking``, 16-bit or float32.
+        """
+        for i, d, largest in zip(self.asking, dz, self.largest, strict=True):
             head = sum.heads[i]
             rows_own = isinstance(head.scale, Tensor)
             its = weight * head.scale if rows_own else weight
             # Largest of all rows 1 if the loss has no z-loss: exact in 16 bits where rows weigh the same.
-            share = torch.where(weight != 0, its / largest * gradients.unit, 0.0)
-            factor = (1.0 if rows_own else float(head.scale)) / gradients.magnified
+            share = torch.where(weight != 0, its / largest * unit.size, 0.0)
+            factor = (1.0 if rows_own else float(head.scale)) / unit.magnified
             if "hidden" in self.wanted[i]:
                 d_hidden = self.wanted[i]["hidden"]
-                back = products.times(dz, head.weight[: sum.V], head.hidden.dtype)
+                back = products.times(d, head.weight[: sum.V], head.hidden.dtype)
                 back *= (share * largest * factor)[:, None]
                 d_hidden[rows] = back.to(d_hidden.dtype)
             if "weight" in self.wanted[i]:
                 d_weight, dtype = self.wanted[i]["weight"][: sum.V], head.weight.dtype
-                products.add_transposed(d_weight, dz, head.hidden, share, factor, dtype)
+                products.add_transposed(d_weight, d, head.hidden, share, factor, dtype)
             if "bias" in self.wanted[i]:
-                products.add_columns(self.wanted[i]["bias"][: sum.V], dz, share, factor)
+                products.add_columns(self.wanted[i]["bias"][: sum.V], d, share, factor)
 
     def rescale(self) -> None:
         """Give gradients of weights and biases the factor that ``add`` left out."""
