@@ -68,8 +68,8 @@ def head(N: int, V: int, D: int, dtype: torch.dtype = H, *, trained: bool = Fals
     return Head(logits(N, D, dtype, trained=trained), logits(V, D, dtype, trained=trained), **options)
 
 
-def pointer(N: int) -> Sparse:
-    return Sparse(torch.arange(2).expand(N, 2), torch.zeros(N, 2))
+def pointer(N: int, *, trained: bool = False) -> Sparse:
+    return Sparse(torch.arange(2).expand(N, 2), logits(N, 2, trained=trained))
 
 
 Call = Callable[[], None]
@@ -109,7 +109,7 @@ def draw(
 
 
 FORWARD, BACKWARD, COMBINE = "forward_kernel", "backward_kernel", "combine_kernel"
-TILES = ("heads_forward_kernel", "heads_combine_kernel")
+TILES, ORDER = ("heads_forward_kernel", "heads_combine_kernel"), "entries_order_kernel"
 FILTERS = ("peak_kernel", "histogram_kernel", "gather_kernel", "finish_kernel")
 # What each call launches on an H100: an extra launch is a change that somebody has to mean.
 CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
@@ -135,8 +135,16 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
         (*TILES, "heads_scale_kernel"),
     ),
     "loss and gradients of frozen head, head and pointer (5, 300)": (
-        loss(head(5, 300, 64), head(5, 300, 32, F, trained=True), pointer(5), rows=(5,)),
-        (FORWARD, BACKWARD),
+        loss(head(5, 300, 64), head(5, 300, 32, F, trained=True), pointer(5, trained=True), rows=(5,)),
+        (ORDER, *TILES, "heads_scale_kernel", "entries_gradient_kernel"),
+    ),
+    "loss and gradient of a pointer alone (5, 300)": (
+        loss(head(5, 300, 64), pointer(5, trained=True), rows=(5,)),
+        (ORDER, *TILES, "entries_gradient_kernel"),
+    ),
+    "loss and statistics of head and pointer (5, 300)": (
+        loss(head(5, 300, 64), pointer(5), rows=(5,), return_stats=True),
+        (ORDER, *TILES, ORDER, "entries_nll_kernel"),
     ),
     "draw (4, 3001)": (draw(logits(4, 3001, H), logits(4, 3001), rows=4), ("draw_kernel", "choose_kernel")),
     "draw with log-probabilities (4, 3001)": (

@@ -74,6 +74,17 @@ def heads(
     (result[0] if stats else result).backward()
 
 
+def head_and_pointer(rows: int, V: int, K: int) -> None:
+    """Entries of each tile, some equal."""
+    ids = torch.randint(0, V // 2, (rows, K), generator=torch.Generator().manual_seed(0)) * 2
+    terms = [
+        Head((0.8 * random(rows, 16)).to(B), (0.8 * random(V, 16, seed=1)).to(B)),
+        Sparse(ids, random(rows, K, seed=2).requires_grad_()),
+    ]
+    loss, _ = auxkern.cross_entropy(terms, torch.arange(rows), backend="triton", return_stats=True)
+    loss.backward()
+
+
 def draw(terms: list[Any], rows: int, params: SamplingParams | None = None, **options: Any) -> None:
     options |= {"seed": torch.arange(rows), "position": 7, "return_logprobs": True}
     auxkern.sample(terms, params, backend="triton", **options)
@@ -115,6 +126,10 @@ SCENARIOS = {
     "float head": Scenario(
         lambda: heads(4, 2100, (40,), F, None, True),
         ("heads_forward_kernel", "heads_combine_kernel", "heads_scale_kernel"),
+    ),
+    "head and pointer": Scenario(
+        lambda: head_and_pointer(20, 200, 40),
+        ("heads_forward_kernel", "entries_order_kernel", "entries_gradient_kernel", "entries_nll_kernel"),
     ),
     "draw": Scenario(
         lambda: draw([random(4, 4200, dtype=H), random(4, 4200)], 4), ("draw_kernel", "choose_kernel")

@@ -59,6 +59,10 @@ VERDICTS = {
     "sum_kernel": Verdict(2056),
     "peak_kernel": Verdict(2056),
     "heads_scale_kernel": Verdict(1024, slow=True),
+    # Entries lie where sorting puts them, or say where a tile has left z: addresses from memory.
+    "entries_order_kernel": Verdict(1024, "unsupported", "allocation_alias_relation_unknown", slow=True),
+    "entries_gradient_kernel": Verdict(1024, "unsupported", "allocation_alias_relation_unknown", slow=True),
+    "entries_nll_kernel": Verdict(1024),
     "draw_kernel": Verdict(2056, slow=True),
     # Where two programs write is read from memory: the ids of a row's history.
     "adjust_kernel": Verdict(1031, "unsupported", "dynamic_address_overlap_unresolved"),
