@@ -161,6 +161,20 @@ def test_a_shard_of_the_vocabulary(machine, only):
     close(result.flat[values], torch.where(inside, right[-1], 0.0), 2e-6)
 
 
+@pytest.mark.nan
+def test_bad_rows_spoil_nothing_but_themselves(machine):
+    terms, y = case("16 bits + fp32")
+    terms[1].hidden[[2, 4]] = math.nan
+    y[[2, 4]] = torch.tensor([5, 7])
+    weight = torch.where(torch.arange(N) == 4, 0.0, 1.0)  # as good as ignored
+    rows, gradients = rows_of(machine.backend, Sum.of(terms, V), y, Loss(), weight)
+    assert rows.nll.isnan().tolist() == [n in (2, 4) for n in range(N)]
+    inside = (terms[-1].ids >= 0) & (terms[-1].ids < V)
+    bad = (torch.arange(N) == 2)[:, None] & inside & (terms[-1].ids != 5)
+    assert torch.equal(gradients[-1].isnan() & (terms[-1].ids != 5), bad)
+    assert bool((gradients[-1][4] == 0).all())
+
+
 def test_runs_are_bitwise_equal(machine):
     terms, y = case("16 bits + fp32", 40)
     first, again = (rows_of(machine.backend, Sum.of(terms, V), y, Loss(), torch.ones(N)) for _ in range(2))
