@@ -47,15 +47,8 @@ FAILURES = (
     KnownFailure(
         "issue",
         "draw_kernel",
-        (
-            "bf16+bf16",
-            "fp16+fp32",
-            "fp32+fp32",
-            "bf16",
-            "bf16+bf16, logprob",
-            "fp16+fp32, row scales",
-        ),
+        ("bf16",),
         ("sm_90",),
-        "Philox and two logarithms for every column",
+        "Philox for every column, of which 2 bytes are read",
     ),
 )

@@ -67,7 +67,8 @@ def broken_rules(kernel: Kernel, case: Case, target: Target, made: Assembly) -> 
         yield NO_PRODUCT, f"has {', '.join(made.tensor_core)}"
     if target.backend != "cuda":
         return
-    narrow = sorted({width for width in made.load_bytes + made.store_bytes if width < 16})
+    moved = made.load_bytes if kernel.sums else made.load_bytes + made.store_bytes
+    narrow = sorted({width for width in moved if width < 16})
     if kernel.vectors and (narrow or not made.load_bytes):
         widths = ", ".join(map(str, narrow)) or "no"
         yield WIDTH, f"moves {widths} bytes at a time in its inner loop, not 16"

@@ -52,13 +52,12 @@ BENIGN = (
             ),
             "heads_draw_kernel": (
                 "accumulator *= _of_rows(heads[i].rows_rescale, rows) * heads[i].rescale",
-                "tl.store(partial.floats + at, largest, mask=present)",
-                "tl.store(partial.floats + plane + at, top, mask=present)",
-                "tl.store(partial.floats + 2 * plane + at, of_token, mask=present)",
-                "tl.store(partial.floats + 3 * plane + at, tl.sum(tl.exp(d), axis=1), mask=present)",
-                "tl.store(partial.floats + 4 * plane + at, tl.where(nans != 0, 1.0, 0.0), mask=present)",
+                "tl.store(partial.z + at, tl.where(bad",
                 "tl.store(partial.ids + at, token, mask=present)",
+                "tl.store(partial.parts + 2 * at, largest, mask=present)",
+                "tl.store(partial.parts + 2 * at + 1, total, mask=present)",
             ),
+            "draw_kernel": ("tl.store(parts + at, tl.reshape(tl.join(largest, total)",),
         }.items()
         for text in texts
     ),

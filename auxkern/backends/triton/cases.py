@@ -35,6 +35,7 @@ class Case:
         model: key of ``VOCABULARIES``.
         rows: N.
         launch: as the backend would launch it.
+        sums: whether its inner loop stores a few numbers of a tile, narrow ones, beside what ``vectors`` is of.
         columns: that a program comes by; None for its share of the vocabulary.
     """
 
@@ -63,6 +64,7 @@ class Kernel:
         dot: whether it multiplies matrices and must use tensor cores.
         any_row: whether ``vectors`` holds for rows that begin anywhere, not only at 16-byte boundaries.
         passes: how often it may read what it reads.
+        sums: whether its inner loop stores a few numbers of a tile, narrow ones, beside what ``vectors`` is of.
         columns: that a program comes by, of a kernel that takes lists; None for its share of the vocabulary.
     """
 
@@ -73,6 +75,7 @@ class Kernel:
     dot: bool = False
     any_row: bool = True
     passes: int = 1
+    sums: bool = False
     columns: int | None = None
 
     @property

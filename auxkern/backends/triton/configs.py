@@ -85,7 +85,17 @@ class BlockConfig:
     programs: int = 0
 
 
-SAMPLE, ADJUST = BlockConfig(2048, 8, programs=4), BlockConfig(256, 2)
+SAMPLE, ADJUST = BlockConfig(2048, 4, programs=8), BlockConfig(256, 2)
+
+# Adjacent columns of a tile that have one bound: what a thread reads of a 16-bit term at a time.
+ADJACENT = 8
+# Columns whose exponentials are added up to one number, within a warp: sums of a row do not depend on
+# its splits.
+PART = 128
+# Bounds that the kernel which chooses looks at at a time, and tiles of a group.
+CHOOSE, CHOOSE_TILES = BlockConfig(2048, 4), 32
+# Tiles of heads whose draws are compared at a time.
+CHOOSE_TILE = BlockConfig(512, 4)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ SCENARIOS = {
     # Of few values, so that a nucleus ends between equal logits.
     "filter": Scenario(lambda: draw([random(1, 1100).round()], 1, _FILTERS), _FILTER_KERNELS),
     "draw from a head": Scenario(
-        lambda: draw([Head(random(20, 200, dtype=B), random(100, 200, dtype=B))], 20), ("heads_draw_kernel",)
+        lambda: draw([Head(random(20, 200, dtype=B), random(100, 200, dtype=B))], 20),
+        ("heads_draw_kernel", "heads_choose_kernel"),
     ),
 }
 

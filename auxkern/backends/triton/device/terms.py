@@ -11,6 +11,14 @@ from auxkern.backends.triton.device.rows import read
 
 
 @triton.jit
+def capped(term, x, CAPPED: tl.constexpr):
+    """The term's value x, soft-capped if it is."""
+    if CAPPED:
+        return term.softcap * tanh(x * (1.0 / term.softcap))
+    return x
+
+
+@triton.jit
 def share_of(term, x, CAPPED: tl.constexpr):
     """The term's share of z, from its value x."""
     return scaled(term, term.scale, x, CAPPED)
@@ -19,9 +27,7 @@ def share_of(term, x, CAPPED: tl.constexpr):
 @triton.jit
 def scaled(term, scale, x, CAPPED: tl.constexpr):
     """``scale`` times the term's value x, soft-capped."""
-    if CAPPED:
-        return scale * (term.softcap * tanh(x * (1.0 / term.softcap)))
-    return scale * x
+    return scale * capped(term, x, CAPPED)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """The next token of each row from output heads: Gumbel-max in the epilogue of the products.
 
 A program makes a tile of z as for the loss (``device/tiles.py``), draws from it, and leaves the
-tile's best; ``choose_kernel`` compares the tiles' bests. No logit is written, unless filters or
-penalties follow, which then work on a buffer in the L2 cache.
+tile's best; ``heads_choose_kernel`` compares the scores of the tiles' bests. Tiles lie where they lie
+whatever else is drawn, so neither draws nor log-probabilities depend on the batch. No logit is written,
+unless filters or penalties follow, which then work on a buffer in the L2 cache.
 """
 
 # Triton's language is not Python's: kernels have no annotations and build tuples entry by entry.
@@ -11,7 +12,17 @@ penalties follow, which then work on a buffer in the L2 cache.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.draws import NO_ID, finite_pivot, gumbel
+from auxkern.backends.triton.device.draws import (
+    NO_ID,
+    better_draw,
+    finite_pivot,
+    gumbel,
+    no_draw,
+    random_words,
+    sharpness_of,
+    temperature_of,
+    write_draw,
+)
 from auxkern.backends.triton.device.terms import total_of
 from auxkern.backends.triton.device.tiles import group_shares, products_of, tile_indices, tile_of_program
 
@@ -20,10 +31,7 @@ from auxkern.backends.triton.device.tiles import group_shares, products_of, tile
 def _noise(seed, position, start, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """(BLOCK_N, BLOCK_V) Gumbel noise of ids from ``start``: the noise of one row, for each row."""
     counter = (start // 4 + tl.arange(0, BLOCK_V // 4))[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
-    zero = tl.zeros([BLOCK_N, BLOCK_V // 4], tl.uint32)
-    low = zero + (position & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    a, b, c, d = tl.philox(seed[:, None], counter, zero, low, high)
+    a, b, c, d = random_words(seed[:, None], position[:, None], counter)
     return gumbel(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK_N, BLOCK_V]))
 
 
@@ -32,7 +40,7 @@ def heads_draw_kernel(
     heads,  # I of (N, D) hidden states and (>= V, D) weights
     groups,  # scale and softcap of each accumulator
     draws,  # Draws: (N,) temperature, seed, position
-    partial,  # (5, N, tiles) float32 and (N, tiles) int32, out, unless WRITE
+    partial,  # TileDraws, out, unless WRITE
     z_out,  # (N, tiles * BLOCK_V) float32, out, if WRITE
     N, V, row_blocks, tiles,
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
@@ -58,26 +66,48 @@ def heads_draw_kernel(
         at = z_out + rows.to(tl.int64)[:, None] * tl.multiple_of(width, BLOCK_V) + columns[None, :]
         tl.store(at, z, mask=present[:, None])
     else:
-        temperature = tl.load(draws.temperature + read_rows)
-        greedy = temperature == 0
-        temperature = tl.where(greedy, 1.0, temperature)
+        temperature = temperature_of(draws, read_rows)
         seed = tl.load(draws.seed + read_rows)
         position = tl.load(draws.position + read_rows)
         noise = _noise(seed, position, tile * BLOCK_V, BLOCK_N, BLOCK_V)
         largest = tl.max(z, axis=1)
-        d = (z - finite_pivot(largest)[:, None]) / temperature[:, None]
-        score = tl.where(greedy[:, None], d, d + noise)
+        d = z - finite_pivot(largest)[:, None]
+        # Between columns of a tile float32 decides, as it does where all logits are at hand.
+        score = tl.fma(noise, tl.broadcast_to(temperature[:, None], d.shape), d)
         top = tl.max(score, axis=1)
         winner = (score == top[:, None]) & (z > nothing)
         token = tl.min(tl.where(winner, columns[None, :], NO_ID), axis=1)
-        of_token = tl.max(tl.where(columns[None, :] == token[:, None], d, nothing), axis=1)
-        plane = N.to(tl.int64) * tiles
+        z_of_token = tl.max(tl.where(columns[None, :] == token[:, None], z, nothing), axis=1)
+        bad = tl.max((z != z).to(tl.int32), axis=1) != 0
         at = rows.to(tl.int64) * tiles + tile
-        tl.store(partial.floats + at, largest, mask=present)
-        tl.store(partial.floats + plane + at, top, mask=present)
-        tl.store(partial.floats + 2 * plane + at, of_token, mask=present)
-        if LOGPROB:
-            tl.store(partial.floats + 3 * plane + at, tl.sum(tl.exp(d), axis=1), mask=present)
-        nans = tl.max((z != z).to(tl.int32), axis=1)
-        tl.store(partial.floats + 4 * plane + at, tl.where(nans != 0, 1.0, 0.0), mask=present)
+        tl.store(partial.z + at, tl.where(bad, float("nan"), z_of_token), mask=present)
         tl.store(partial.ids + at, token, mask=present)
+        if LOGPROB:
+            sharpness = sharpness_of(tl.where(temperature == 0, 1.0, temperature))
+            total = tl.sum(tl.exp2(d * sharpness[:, None]), axis=1)
+            tl.store(partial.parts + 2 * at, largest, mask=present)
+            tl.store(partial.parts + 2 * at + 1, total, mask=present)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def heads_choose_kernel(
+    draws,  # Draws
+    partial,  # what heads_draw_kernel left
+    out,  # (N,) int64, int32, float32
+    tiles,
+    LOGPROB: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The best of the draws of row program_id(0)'s tiles, LANES at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = temperature_of(draws, row)
+    seed = tl.load(draws.seed + row)
+    position = tl.load(draws.position + row)
+    lane = tl.arange(0, LANES)
+    best = no_draw()
+    for first in range(0, tiles, LANES):
+        inside = first + lane < tiles
+        at = row * tiles + first + lane
+        z = tl.load(partial.z + at, inside, -float("inf"))
+        ids = tl.load(partial.ids + at, inside, NO_ID)
+        best = better_draw(best, z, ids, temperature, seed, position)
+    write_draw(out, row, best, partial.parts, tiles, temperature, LOGPROB, LANES)

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from auxkern.backends.triton import configs
 from auxkern.backends.triton.heads import heads_sum
-from auxkern.backends.triton.heads_draw.kernels import heads_draw_kernel
+from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
 from auxkern.backends.triton.launch import Launch, TritonKernels
 from auxkern.backends.triton.logits_draw.launches import NOISE_FLOPS, Drawing
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
 
 
+class TileDraws(NamedTuple):
+    """What tiles leave of their draws for ``heads_choose_kernel``; NaN as z says that a tile has one."""
+
+    z: Tensor  # (N, tiles) float32
+    ids: Tensor  # (N, tiles) int32
+    parts: (
+        Tensor  # (N, tiles, 2) float32: largest logit and sum of exp((z - largest) / temperature), if wanted
+    )
+
+
 class HeadsDraw(TritonKernels):
     """Tokens from heads beside sparse terms, the logits not written where no filter reads them."""
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
-        tokens, launches = plan(sum, draws, want_logprob, self.multiprocessors(draws.seed.device))
-        self.run(launches, draws.seed.device)
+        device = draws.seed.device
+        tokens, launches = plan(sum, draws, want_logprob, self.multiprocessors(device))
+        self.run(launches, device)
         return tokens
 
 
@@ -27,19 +43,19 @@ def plan(
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
-        processors: of the device; filters split rows over them.
+        processors: of the device; they decide over how many programs a row of written logits is split.
         precision: as in ``heads_sum``.
     """
-    drawing, V = Drawing.of(sum, draws, want_logprob), sum.V
+    drawing, V = Drawing.of(sum, draws, want_logprob, processors), sum.V
     tiled = heads_sum(sum.heads, V, False, precision)
-    # A decoding step reads its weights once; more rows in a tile than there are would be products of
-    # nothing. Sizes of batches fall in two classes, so that a run compiles no more than two kernels.
+    # Of any batch 64 rows, though few be there: another kind of matrix instruction adds up in another order.
     # The noise takes registers beside the products: 128 rows would spill.
-    few = 16 if drawing.N <= 16 else 64
-    tiled = replace(tiled, config=replace(tiled.config, rows=min(tiled.config.rows, few)))
+    tiled = replace(tiled, config=replace(tiled.config, rows=min(tiled.config.rows, 64)))
     write = drawing.writes
     tiles = drawing.padded // tiled.config.ids if write else tiled.tiles
-    partial, z = drawing.partial(0 if write else tiles), drawing.logits()
+    kept = 0 if write else tiles
+    ids = draws.seed.new_empty((drawing.N, kept), dtype=torch.int32)
+    partial, z = TileDraws(drawing.floats(kept), ids, drawing.parts(kept)), drawing.logits()
     drawn = tiled.launch(
         heads_draw_kernel,
         {"draws": drawing.rows, "partial": partial, "z_out": z},
@@ -48,5 +64,19 @@ def plan(
         logit_flops=2 if write else NOISE_FLOPS,
         tiles=tiles,
     )
-    rest = drawing.from_logits(z, processors) if write else [drawing.choose(partial)]
+    rest = drawing.from_written(z) if write else [_chosen(drawing, partial)]
     return drawing.tokens, [drawn, *rest]
+
+
+def _chosen(drawing: Drawing, partial: TileDraws) -> Launch:
+    """The best of what tiles have drawn."""
+    N, tiles = partial.ids.shape
+    return Launch(
+        heads_choose_kernel,
+        (N,),
+        {"draws": drawing.rows, "partial": partial, "out": drawing.tokens, "tiles": tiles},
+        {"LOGPROB": drawing.want_logprob, "LANES": configs.CHOOSE_TILE.block},
+        configs.CHOOSE_TILE.warps,
+        bytes_moved=8 * N * tiles * (1 + drawing.want_logprob),
+        flops=NOISE_FLOPS * N * tiles,
+    )

@@ -75,8 +75,10 @@ def _adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
 
 
 KERNELS = (
-    Kernel(draw_kernel, _draw_cases, ROWS, vectors=True, any_row=False),
-    Kernel(choose_kernel, _choose_cases, ROWS),
+    # Of each part of a row a program leaves two numbers, if log-probabilities are wanted.
+    Kernel(draw_kernel, _draw_cases, ROWS, vectors=True, any_row=False, sums=True),
+    # The bounds, twice; they also decide what two loops over groups read, which counts as reading them.
+    Kernel(choose_kernel, _choose_cases, ROWS, passes=4),
     Kernel(sum_kernel, _sum_cases, ROWS, vectors=True, any_row=False),
     Kernel(adjust_kernel, _adjust_cases, ROWS),
 )

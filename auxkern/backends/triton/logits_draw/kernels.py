@@ -1,7 +1,12 @@
 """The next token of each row: Gumbel-max over a sum of logits, with or without filters.
 
-Without filters one pass over the terms decides (``draw_kernel``): a program keeps the best of its share
-of a row, relative to the largest logit so far, and ``choose_kernel`` compares the programs' bests.
+A column's score is z + temperature * noise, exactly (``device/draws.py``), and the largest wins, however rows
+are split. Its noise takes two logarithms, so ``draw_kernel``, which reads every logit once, works out no more
+than a bound of the score: u, of which the noise is -log(-log1p(-u)) <= -log(u), has a logarithm that the bits
+of u as a float are close to. A thread keeps the largest bound of its columns; a program leaves one for each
+of its threads, a group of columns, and ``choose_kernel`` works out the scores of the groups whose bounds are
+above the best score so far: of one group or two of a row, as a rule.
+
 With filters or penalties the sum is written once, in float32 (``sum_kernel``); for the rows of a decoding
 step it stays in the L2 cache, where ``adjust_kernel`` and the kernels of ``../filters`` work on it.
 """
@@ -12,28 +17,25 @@ step it stays in the L2 cache, where ``adjust_kernel`` and the kernels of ``../f
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.draws import NO_ID, finite_pivot, gumbel
-from auxkern.backends.triton.device.numerics import exp
-from auxkern.backends.triton.device.rows import row_pointer
-from auxkern.backends.triton.device.terms import shares_of
+from auxkern.backends.triton import configs
+from auxkern.backends.triton.device.draws import (
+    NO_ID,
+    better_draw,
+    finite_pivot,
+    no_draw,
+    random_words,
+    sharpness_of,
+    temperature_of,
+    write_draw,
+)
+from auxkern.backends.triton.device.rows import read, row_pointer
+from auxkern.backends.triton.device.terms import capped
 
-# ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE of core/draws.py
-_OK: tl.constexpr = tl.constexpr(0)
-_NAN: tl.constexpr = tl.constexpr(1)
-_EMPTY: tl.constexpr = tl.constexpr(2)
-_INFINITE: tl.constexpr = tl.constexpr(3)
-
-
-@triton.jit
-def _noise(seed, position, start, BLOCK: tl.constexpr):
-    """(BLOCK,) Gumbel noise of ids from ``start``, a multiple of 4: word id % 4 of counter id // 4."""
-    counter = start // 4 + tl.arange(0, BLOCK // 4)
-    zero = tl.zeros([BLOCK // 4], tl.uint32)
-    low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
-    high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, counter, zero, low, high)
-    # join puts its arguments side by side in a new last dimension.
-    return gumbel(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK]))
+_ADJACENT: tl.constexpr = tl.constexpr(configs.ADJACENT)
+_PART: tl.constexpr = tl.constexpr(configs.PART)
+# log2(x) of a float is at least its bits, as an integer, times 2**-23, less 127; and u is bits * 2**-32.
+_BITS_UNIT: tl.constexpr = tl.constexpr(0.6931471805599453 * 2.0**-23)
+_LOWEST_LOG: tl.constexpr = tl.constexpr(0.6931471805599453 * (127 + 32))
 
 
 @triton.jit
@@ -54,19 +56,14 @@ def _sum(
     mask = ids == ids
     if not WHOLE:
         mask = ids < V
-    shares = shares_of(terms, pointers, ids, mask, UNIT, CAPPED)
-    z = tl.zeros_like(shares[0])
-    for i in tl.static_range(len(shares)):
-        if SCALED[i]:
-            z += shares[i] * tl.load(row_scales[i] + row)
-        else:
-            z += shares[i]
+    z = tl.zeros(ids.shape, tl.float32)
+    for i in tl.static_range(len(terms)):
+        x = read(terms[i], pointers[i], ids, mask, UNIT[i])
+        x = capped(terms[i], x, CAPPED[i])
+        # Fused by name: two kernels that make the same z must round it alike.
+        scale = tl.load(row_scales[i] + row) if SCALED[i] else terms[i].scale
+        z = tl.fma(x, scale, z)
     return tl.where(mask, z, -float("inf"))
-
-
-@triton.jit
-def _nans(z):
-    return tl.max((z != z).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -80,146 +77,197 @@ def _share_of_program(split, splits, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _merge(state, other):
-    """The better of two draws (largest logit, score, d of its id, id, sum of exp d, has NaN).
+def _larger(a, b):
+    """NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
-    Scores, d and sums are relative to the largest logit, in units of the temperature: see ``_moved``.
+
+@triton.jit
+def _four_blocks(x):
+    """Of (M, 2, 2) the four (M,) in turn."""
+    evens, odds = tl.split(x)
+    first, third = tl.split(evens)
+    second, fourth = tl.split(odds)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _raised_by_four(bounds, z, counter, seed, position, unit):
+    """(M,) largest of ``bounds`` and of those of four columns, z (M, 2, 2), that one Philox block serves."""
+    words = random_words(seed, position, counter)
+    z = _four_blocks(z)
+    for i in tl.static_range(4):
+        # 2**23 (log2(bits) + 127) or less: as close as the bits of a float come to its logarithm.
+        octaves = words[i].to(tl.float32).to(tl.int32, bitcast=True).to(tl.float32)
+        bounds = _larger(bounds, tl.fma(octaves, unit, z[i]))
+    return bounds
+
+
+@triton.jit
+def _raised(bounds, z, start, seed, position, unit, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """(BLOCK // TOGETHER,) ``bounds`` raised to what z + temperature * noise is not above, but for rounding.
+
+    z is cut as threads read it, TOGETHER columns at a time: each then makes the noise of its own.
+
+    Args:
+        unit: -temperature * log(2) * 2**-23.
     """
-    better = (other[1] > state[1]) | ((other[1] == state[1]) & (other[3] < state[3]))
-    return (
-        state[0],
-        tl.where(better, other[1], state[1]),
-        tl.where(better, other[2], state[2]),
-        tl.where(better, other[3], state[3]),
-        state[4] + other[4],
-        tl.maximum(state[5], other[5]),
-    )
+    lane = tl.arange(0, BLOCK // TOGETHER)
+    if TOGETHER == 4:
+        z = tl.reshape(z, [BLOCK // 4, 2, 2])
+        bounds = _raised_by_four(bounds, z, start // 4 + lane, seed, position, unit)
+    else:
+        z = tl.permute(tl.reshape(z, [BLOCK // 8, 2, 2, 2]), [0, 2, 3, 1])
+        left, right = tl.split(z)
+        bounds = _raised_by_four(bounds, left, start // 4 + 2 * lane, seed, position, unit)
+        bounds = _raised_by_four(bounds, right, start // 4 + 2 * lane + 1, seed, position, unit)
+    return bounds
 
 
 @triton.jit
-def _moved(state, largest, temperature):
-    """``state`` relative to another largest logit."""
-    shift = tl.where(
-        state[0] == -float("inf"), 0.0, (finite_pivot(state[0]) - finite_pivot(largest)) / temperature
-    )
-    return largest, state[1] + shift, state[2] + shift, state[3], state[4] * exp(shift), state[5]
+def _store_parts(parts, at, z, start, sharpness, BLOCK: tl.constexpr):
+    """Largest z and sum of exp((z - largest) / temperature) of each part of a tile."""
+    count: tl.constexpr = BLOCK // _PART
+    z = tl.reshape(z, [count, _PART])
+    largest = tl.max(z, axis=1)
+    total = tl.sum(tl.exp2((z - finite_pivot(largest)[:, None]) * sharpness), axis=1)
+    at = 2 * (at + start // _PART) + tl.arange(0, 2 * count)
+    tl.store(parts + at, tl.reshape(tl.join(largest, total), [2 * count]))
 
 
-@triton.jit
-def _tile_draw(d, kept, ids, noise, largest, has_nan, LOGPROB: tl.constexpr):
-    """The draw of one tile, relative to ``largest``."""
-    d = tl.where(kept, d, -float("inf"))
-    score = d + noise
-    top = tl.max(score, axis=0)
-    token = tl.min(tl.where((score == top) & kept, ids, NO_ID), axis=0)
-    of_token = tl.max(tl.where(ids == token, d, -float("inf")), axis=0)
-    total = 0.0
-    if LOGPROB:
-        total = tl.sum(exp(d), axis=0)
-    return largest, top, of_token, token, total, has_nan
-
-
-@triton.jit
-def _step(
-    state, z, ids, seed, position, start, greedy, temperature, LOGPROB: tl.constexpr, BLOCK: tl.constexpr
-):
-    """``state`` after another tile."""
-    noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
-    largest = tl.maximum(state[0], tl.max(z, axis=0))
-    d = (z - finite_pivot(largest)) / temperature
-    tile = _tile_draw(d, z > -float("inf"), ids, noise, largest, _nans(z), LOGPROB)
-    return _merge(_moved(state, largest, temperature), tile)
-
-
-@triton.jit
-def _write(state, out, row, greedy, LOGPROB: tl.constexpr):
-    """The row's token, status and log-probability."""
-    status = tl.where(state[0] == -float("inf"), _EMPTY, _OK)
-    status = tl.where(state[0] == float("inf"), _INFINITE, status)
-    status = tl.where(state[5] != 0, _NAN, status)
-    tl.store(out.token + row, tl.where(status == _OK, state[3], -1).to(tl.int64))
-    tl.store(out.status + row, status)
-    if LOGPROB:
-        logprob = tl.where(greedy, 0.0, state[2] - tl.log(state[4]))
-        tl.store(out.logprob + row, tl.where(status == _OK, logprob, float("nan")))
-
-
-@triton.jit(do_not_specialize=["N", "V", "splits"])
+@triton.jit(do_not_specialize=["V", "splits", "parts"])
 def draw_kernel(
     terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
     row_scales,  # I of (N,) float32, where SCALED
     draws,  # Draws: (N,) temperature, seed, position
-    partial,  # (5, N, splits) float32 and (1, N, splits) int32
-    N, V, splits,
+    partial,  # Bounds, out
+    V, splits, parts,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-    LOGPROB: tl.constexpr, BLOCK: tl.constexpr,
+    LOGPROB: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The draw of row program_id(0) among the columns of its share program_id(1) of ``splits``.
+    """Bounds of the scores in row program_id(0), of the columns of its share program_id(1) of ``splits``.
 
-    Reads each logit once and writes none.
+    Reads each logit once and writes none. No barrier: a thread meets no other one's numbers.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    temperature = tl.load(draws.temperature + row)
-    greedy = temperature == 0
-    temperature = tl.where(greedy, 1.0, temperature)
+    temperature = temperature_of(draws, row)
     seed = tl.load(draws.seed + row)
     position = tl.load(draws.position + row)
+    unit = -temperature * _BITS_UNIT
+    sharpness = sharpness_of(tl.where(temperature == 0, 1.0, temperature))
     pointers = _row_pointers(terms, row, ALIGNED)
     begin, whole, end = _share_of_program(split, splits, V, BLOCK)
-    nothing = -float("inf")
-    state = (nothing, nothing, nothing, NO_ID, 0.0, 0)
+    bounds = tl.full([BLOCK // TOGETHER], -float("inf"), tl.float32)
     for start in range(begin, whole, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
         z = _sum(terms, row_scales, pointers, row, ids, V, UNIT, CAPPED, SCALED, True)
-        state = _step(state, z, ids, seed, position, start, greedy, temperature, LOGPROB, BLOCK)
+        bounds = _raised(bounds, z, start, seed, position, unit, BLOCK, TOGETHER)
+        if LOGPROB:
+            _store_parts(partial.parts, row * parts, z, start, sharpness, BLOCK)
     if whole < end:
         ids = tl.multiple_of(whole, BLOCK) + tl.arange(0, BLOCK)
         z = _sum(terms, row_scales, pointers, row, ids, V, UNIT, CAPPED, SCALED, False)
-        state = _step(state, z, ids, seed, position, whole, greedy, temperature, LOGPROB, BLOCK)
-    plane = N.to(tl.int64) * splits
-    at = row * splits + split
-    for i in tl.static_range(3):
-        tl.store(partial.floats + i * plane + at, state[i])
-    tl.store(partial.floats + 3 * plane + at, state[4])
-    tl.store(partial.floats + 4 * plane + at, tl.where(state[5] != 0, 1.0, 0.0))
-    tl.store(partial.ids + at, state[3])
+        bounds = _raised(bounds, z, whole, seed, position, unit, BLOCK, TOGETHER)
+        if LOGPROB:
+            _store_parts(partial.parts, row * parts, z, whole, sharpness, BLOCK)
+    groups: tl.constexpr = BLOCK // _ADJACENT
+    if TOGETHER < _ADJACENT:
+        left, right = tl.split(tl.reshape(bounds, [groups, 2]))
+        bounds = _larger(left, right)
+    bounds += temperature * _LOWEST_LOG
+    tl.store(partial.bounds + (row * splits + split) * groups + tl.arange(0, groups), bounds)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
-def choose_kernel(
-    draws,  # Draws
-    partial,  # what draw_kernel or heads_draw_kernel left
-    out,  # (N,) int64, int32, float32
-    N, splits,
-    LOGPROB: tl.constexpr, LANES: tl.constexpr,
+@triton.jit
+def _better_of_group(
+    best, group, terms, row_scales, pointers, row, numbers, V, splits,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The best of the draws of row program_id(0)'s programs, LANES at a time."""
+    """``best``, or the best of the columns of a group, whose scores are worked out, if that is better.
+
+    Args:
+        numbers: temperature, seed and position of the row.
+    """
+    groups: tl.constexpr = BLOCK // _ADJACENT
+    begin, _, end = _share_of_program(group // groups, splits, V, BLOCK)
+    k = tl.arange(0, TILES * _ADJACENT)
+    place = k // _ADJACENT * BLOCK + group % groups * _ADJACENT + k % _ADJACENT
+    for start in range(begin, end, TILES * BLOCK):
+        ids = start + place
+        z = _sum(terms, row_scales, pointers, row, ids, end, UNIT, CAPPED, SCALED, False)
+        best = better_draw(best, z, ids, numbers[0], numbers[1], numbers[2])
+    return best
+
+
+@triton.jit
+def _still_open(bounds, index, best, temperature, share, BLOCK: tl.constexpr):
+    """Which groups may hold a better column than ``best``, or a NaN if none was met."""
+    groups: tl.constexpr = BLOCK // _ADJACENT
+    # What rounding may have taken: of the sum, of 159 octaves as float32, of what is too small for ``unit``.
+    slack = tl.where(temperature == 0, 0.0, tl.abs(bounds) * 2.0**-22 + temperature * 2.0**-14 + 1e-28)
+    most = bounds + slack
+    first = index // groups * share + index % groups * _ADJACENT
+    above = (most > best[0]) | ((most == best[0]) & (first < best[2]))
+    return ((bounds != bounds) | above) & (best[4] == 0)
+
+
+@triton.jit(do_not_specialize=["V", "splits", "parts"])
+def choose_kernel(
+    terms, row_scales, draws,  # as draw_kernel takes them
+    partial,  # what it left
+    out,  # (N,) int64, int32, float32
+    V, splits, parts,
+    ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    LOGPROB: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The draw of row program_id(0): the best score of the groups whose bounds are not below it.
+
+    Looks at LANES bounds at a time, and at a group in TILES tiles.
+    """
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(draws.temperature + row)
-    greedy = temperature == 0
-    temperature = tl.where(greedy, 1.0, temperature)
-    plane = N.to(tl.int64) * splits
+    temperature = temperature_of(draws, row)
+    numbers = (temperature, tl.load(draws.seed + row), tl.load(draws.position + row))
+    pointers = _row_pointers(terms, row, ALIGNED)
+    groups = splits * (BLOCK // _ADJACENT)
+    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
+    at = partial.bounds + row * groups
     lane = tl.arange(0, LANES)
     nothing = -float("inf")
-    state = (nothing, nothing, nothing, NO_ID, 0.0, 0.0)
-    for first in range(0, splits, LANES):
-        valid = first + lane < splits
-        at = partial.floats + row * splits + first + lane
-        tile_largest = tl.load(at, valid, nothing)
-        score = tl.load(at + plane, valid, nothing)
-        d = tl.load(at + 2 * plane, valid, nothing)
-        total = tl.load(at + 3 * plane, valid, 0.0)
-        nans = tl.load(at + 4 * plane, valid, 0.0)
-        ids = tl.load(partial.ids + row * splits + first + lane, valid, NO_ID)
-        largest = tl.maximum(state[0], tl.max(tile_largest, axis=0))
-        tiles = _moved((tile_largest, score, d, ids, total, nans), largest, temperature)
-        top = tl.max(tiles[1], axis=0)
-        token = tl.min(tl.where(tiles[1] == top, ids, NO_ID), axis=0)
-        of_token = tl.max(tl.where(ids == token, tiles[2], nothing), axis=0)
-        best = (largest, top, of_token, token, tl.sum(tiles[4], axis=0), tl.max(nans, axis=0))
-        state = _merge(_moved(state, largest, temperature), best)
-    _write(state, out, row, greedy, LOGPROB)
+
+    largest = tl.full([LANES], nothing, tl.float32)
+    place = tl.full([LANES], NO_ID, tl.int32)
+    place_of_nan = tl.full([LANES], NO_ID, tl.int32)
+    for first in range(0, groups, LANES):
+        bounds = tl.load(at + first + lane, first + lane < groups, nothing)
+        place_of_nan = tl.where((bounds != bounds) & (place_of_nan == NO_ID), first + lane, place_of_nan)
+        place = tl.where(bounds > largest, first + lane, place)
+        largest = tl.where(bounds > largest, bounds, largest)
+    # A NaN comes before all else: one that is true decides the row.
+    chosen = tl.min(place_of_nan, axis=0)
+    of_largest = tl.min(tl.where(largest == tl.max(largest, axis=0), place, NO_ID), axis=0)
+    chosen = tl.where(chosen == NO_ID, of_largest, chosen)
+
+    best = no_draw()
+    if chosen < NO_ID:
+        best = _better_of_group(
+            best, chosen, terms, row_scales, pointers, row, numbers, V, splits,
+            UNIT, CAPPED, SCALED, BLOCK, TILES,
+        )  # fmt: skip
+    for first in range(0, groups, LANES):
+        index = first + lane
+        bounds = tl.load(at + index, index < groups, nothing)
+        candidate = (index != chosen) & _still_open(bounds, index, best, temperature, share, BLOCK)
+        for _ in range(tl.sum(candidate.to(tl.int32), axis=0)):
+            group = tl.min(tl.where(candidate, index, NO_ID), axis=0)
+            if group < NO_ID:
+                best = _better_of_group(
+                    best, group, terms, row_scales, pointers, row, numbers, V, splits,
+                    UNIT, CAPPED, SCALED, BLOCK, TILES,
+                )  # fmt: skip
+            candidate &= (index > group) & _still_open(bounds, index, best, temperature, share, BLOCK)
+    write_draw(out, row, best, partial.parts, parts, temperature, LOGPROB, LANES)
 
 
 @triton.jit(do_not_specialize=["V", "stride", "splits"])

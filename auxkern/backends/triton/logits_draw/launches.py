@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.filters import launches as filters
 from auxkern.backends.triton.launch import (
-    MAX_SPLITS,
     VECTOR_BYTES,
     Launch,
     TritonKernels,
@@ -28,6 +28,7 @@ from auxkern.backends.triton.logits_draw.kernels import (
 )
 from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
 from auxkern.core.sums import Sum
+from auxkern.core.terms import Logits, unchecked
 
 NOISE_FLOPS = 40  # ten rounds of Philox for four ids, two logarithms: per id
 
@@ -36,11 +37,11 @@ _PER_ROW = ("seed", "position", "added_ids", "added", "bias_ids", "bias")
 RowDraws: Any = cast(Any, namedtuple)("RowDraws", [*(number.name for number in ROW_NUMBERS), *_PER_ROW])
 
 
-class PartialDraws(NamedTuple):
-    """What programs that share a row leave for ``choose_kernel``."""
+class Bounds(NamedTuple):
+    """What ``draw_kernel`` leaves for ``choose_kernel``, float32."""
 
-    floats: Tensor  # (5, N, splits) float32
-    ids: Tensor  # (N, splits) int32
+    bounds: Tensor  # (N, groups): of scores
+    parts: Tensor  # (N, parts, 2): largest logit and sum of exp((z - largest) / temperature), if wanted
 
 
 class _Seen(NamedTuple):
@@ -60,6 +61,7 @@ class Drawing:
         want_logprob: whether log-probabilities are filled.
         rows: ``draws`` as kernels take them.
         tokens: what the last kernel fills.
+        processors: of the device; they decide over how many programs a row is split.
     """
 
     draws: Draws
@@ -67,9 +69,10 @@ class Drawing:
     want_logprob: bool
     rows: Any
     tokens: RowTokens
+    processors: int
 
     @classmethod
-    def of(cls, sum: Sum, draws: Draws, want_logprob: bool) -> Drawing:
+    def of(cls, sum: Sum, draws: Draws, want_logprob: bool, processors: int) -> Drawing:
         """A draw from this sum, of which it takes the sparse terms."""
         N = draws.seed.shape[0]
         per_row = (draws.seed, draws.position, *sum.entries(), draws.bias_ids, draws.bias)
@@ -79,7 +82,7 @@ class Drawing:
             draws.seed.new_empty(N, dtype=torch.int32),
             draws.seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
         )
-        return cls(draws, sum.V, want_logprob, rows, tokens)
+        return cls(draws, sum.V, want_logprob, rows, tokens, processors)
 
     @property
     def N(self) -> int:
@@ -100,36 +103,71 @@ class Drawing:
         listed = (self.draws.prompt, self.draws.history, self.rows.added_ids, self.rows.bias_ids)
         return any(ids.shape[1] for ids in listed)
 
+    def floats(self, columns: int) -> Tensor:
+        """Uninitialised (N, columns) float32."""
+        return self.draws.seed.new_empty((self.N, columns), dtype=torch.float32)
+
+    def parts(self, count: int) -> Tensor:
+        """Uninitialised (N, count, 2): largest logit and sum of each part of a row, for log-probabilities."""
+        return self.floats(2 * count if self.want_logprob else 0)
+
     def logits(self) -> Tensor:
         """Uninitialised (N, padded) float32, or nothing where no logits are written."""
-        shape = (self.N, self.padded) if self.writes else (0, 0)
-        return self.draws.seed.new_empty(shape, dtype=torch.float32)
+        return self.floats(self.padded if self.writes else 0)
 
-    def partial(self, parts: int) -> PartialDraws:
-        """Uninitialised, for ``parts`` programs that share a row."""
-        return PartialDraws(
-            self.draws.seed.new_empty((5, self.N, parts), dtype=torch.float32),
-            self.draws.seed.new_empty((self.N, parts), dtype=torch.int32),
+    def from_written(self, z: Tensor) -> list[Launch]:
+        """Penalties, filters and the draw from (N, padded) float32 logits, -inf from V on."""
+        adjusted = [self._adjust(z)] if self._adjusts else []
+        if not self.draws.plain:
+            written = filters.Written(z, self.V, self.rows, self.tokens, self.want_logprob)
+            return [*adjusted, *filters.plan(written, self.processors)]
+        term = unchecked(Logits, values=z[None], scale=1.0, softcap=None)
+        return [*adjusted, *self.drawn(RowsOfTerms.of([term], self))]
+
+    def summed(self, logits: RowsOfTerms, z: Tensor) -> Launch:
+        """The sum of terms, written."""
+        config = configs.SAMPLE
+        return Launch(
+            sum_kernel,
+            (self.N, logits.programs),
+            {**logits.arguments, "z_out": z, "stride": z.shape[1]},
+            logits.constants,
+            config.warps,
+            bytes_moved=logits.bytes_read + 4 * self.N * self.V,
+            flops=2 * self.N * self.V * logits.count,
         )
 
-    def from_logits(self, z: Tensor, processors: int) -> list[Launch]:
-        """Penalties, filters and the draw from (N, padded) float32 logits, -inf from V on."""
-        written = filters.Written(z, self.V, self.rows, self.tokens, self.want_logprob)
-        filtered = filters.plan(written, processors)
-        return [self._adjust(z), *filtered] if self._adjusts else filtered
-
-    def choose(self, partial: PartialDraws) -> Launch:
-        """The best of what programs that share a row have drawn."""
-        N, parts = partial.ids.shape
-        return Launch(
+    def drawn(self, logits: RowsOfTerms) -> list[Launch]:
+        """The draw from a sum of terms."""
+        N, V, config, programs = self.N, self.V, configs.SAMPLE, logits.programs
+        groups = programs * config.block // configs.ADJACENT
+        parts = self.padded // configs.PART
+        partial = Bounds(self.floats(groups), self.parts(parts))
+        arguments = {**logits.arguments, "draws": self.rows, "partial": partial, "parts": parts}
+        bounded = Launch(
+            draw_kernel,
+            (N, programs),
+            arguments,
+            {**logits.constants, "LOGPROB": self.want_logprob, "TOGETHER": logits.together},
+            config.warps,
+            bytes_moved=logits.bytes_read,
+            flops=N * V * (NOISE_FLOPS + 2 * logits.count),
+        )
+        chosen = Launch(
             choose_kernel,
             (N,),
-            {"draws": self.rows, "partial": partial, "out": self.tokens, "N": N, "splits": parts},
-            {"LOGPROB": self.want_logprob, "LANES": MAX_SPLITS},
-            1,
-            bytes_moved=24 * N * parts,
-            flops=8 * N * parts,
+            {**arguments, "out": self.tokens},
+            {
+                **logits.constants,
+                "LOGPROB": self.want_logprob,
+                "LANES": configs.CHOOSE.block,
+                "TILES": configs.CHOOSE_TILES,
+            },
+            configs.CHOOSE.warps,
+            bytes_moved=4 * N * (groups + 2 * parts * self.want_logprob),
+            flops=8 * N * groups,
         )
+        return [bounded, chosen]
 
     def _adjust(self, z: Tensor) -> Launch:
         seen = _seen(self.draws.prompt, self.draws.history)
@@ -175,53 +213,64 @@ class LogitsDraw(TritonKernels):
         )
 
 
+@dataclass(frozen=True)
+class RowsOfTerms:
+    """Logits that are read row by row, as the kernels take them.
+
+    Attributes:
+        arguments, constants: of every kernel that reads them.
+        programs: that share a row.
+        bytes_read: of all rows.
+        together: adjacent columns that a thread reads in one vector.
+        count: terms.
+    """
+
+    arguments: dict[str, object]
+    constants: dict[str, object]
+    programs: int
+    bytes_read: int
+    together: int
+    count: int
+
+    @classmethod
+    def of(cls, terms: Sequence[Logits], drawing: Drawing) -> RowsOfTerms:
+        """Terms of a sum."""
+        values, scales, config = [t.values for t in terms], [t.scale for t in terms], configs.SAMPLE
+        N, V = drawing.N, drawing.V
+        programs = splits(N, -(-V // config.block), drawing.processors, config.programs)
+        unused = drawing.draws["temperature"]
+        return cls(
+            arguments={
+                "terms": as_arguments(terms),
+                "row_scales": tuple(scale if isinstance(scale, Tensor) else unused for scale in scales),
+                "V": V,
+                "splits": programs,
+            },
+            constants=term_constants(terms)
+            | {
+                "ALIGNED": tuple(map(_is_aligned, values)),
+                "SCALED": tuple(isinstance(scale, Tensor) for scale in scales),
+                "BLOCK": config.block,
+            },
+            programs=programs,
+            bytes_read=N * V * sum(x.element_size() for x in values),
+            together=VECTOR_BYTES // min(x.element_size() for x in values),
+            count=len(terms),
+        )
+
+
 def plan(logits: Sum, draws: Draws, want_logprob: bool, processors: int) -> tuple[RowTokens, list[Launch]]:
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
         processors: of the device; they decide over how many programs a row is split.
     """
-    terms, V = logits.logits, logits.V
-    values, scales = [t.values for t in terms], [t.scale for t in terms]
-    drawing = Drawing.of(logits, draws, want_logprob)
-    N, config = drawing.N, configs.SAMPLE
-    programs = splits(N, -(-V // config.block), processors, config.programs)
-    unused = draws["temperature"]
-    arguments = {
-        "terms": as_arguments(terms),
-        "row_scales": tuple(scale if isinstance(scale, Tensor) else unused for scale in scales),
-        "V": V,
-        "splits": programs,
-    }
-    constants = term_constants(terms) | {
-        "ALIGNED": tuple(map(_is_aligned, values)),
-        "SCALED": tuple(isinstance(scale, Tensor) for scale in scales),
-        "BLOCK": config.block,
-    }
-    read = N * V * sum(x.element_size() for x in values)
-    if drawing.writes:
-        z = drawing.logits()
-        written = Launch(
-            sum_kernel,
-            (N, programs),
-            arguments | {"z_out": z, "stride": z.shape[1]},
-            constants,
-            config.warps,
-            bytes_moved=read + 4 * N * V,
-            flops=2 * N * V * len(values),
-        )
-        return drawing.tokens, [written, *drawing.from_logits(z, processors)]
-    partial = drawing.partial(programs)
-    drawn = Launch(
-        draw_kernel,
-        (N, programs),
-        arguments | {"draws": drawing.rows, "partial": partial, "N": N},
-        constants | {"LOGPROB": want_logprob},
-        config.warps,
-        bytes_moved=read,
-        flops=N * V * (NOISE_FLOPS + 2 * len(values)),
-    )
-    return drawing.tokens, [drawn, drawing.choose(partial)]
+    drawing = Drawing.of(logits, draws, want_logprob, processors)
+    terms = RowsOfTerms.of(logits.logits, drawing)
+    if not drawing.writes:
+        return drawing.tokens, drawing.drawn(terms)
+    z = drawing.logits()
+    return drawing.tokens, [drawing.summed(terms, z), *drawing.from_written(z)]
 
 
 def _is_aligned(x: Tensor) -> bool:
