@@ -44,11 +44,4 @@ FAILURES = (
         "a softmax for each term",
     ),
     KnownFailure("issue", "backward_kernel", ("bf16+bf16, softcap",), ("sm_90",), "a tanh for each term"),
-    KnownFailure(
-        "issue",
-        "draw_kernel",
-        ("bf16",),
-        ("sm_90",),
-        "Philox for every column, of which 2 bytes are read",
-    ),
 )

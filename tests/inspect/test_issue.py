@@ -347,10 +347,10 @@ def test_the_command_fails_on_more_passes_than_are_stated(with_kernels, capsys):
 
 
 def test_the_command_does_not_fail_on_a_known_failure(with_kernels, capsys):
-    draw = _kernel("draw_kernel")
-    launches = lambda V: ((label, launch) for label, launch in draw.launches(V) if label == "bf16")  # noqa: E731
-    with_kernels(dataclasses.replace(draw, launches=launches))
-    assert command.main(["--target", "sm_90", "--jobs", "1", "--kernel", "draw_kernel"]) == 0
+    kernel, capped = _kernel("backward_kernel"), "bf16+bf16, softcap"
+    launches = lambda V: (case for case in kernel.launches(V) if case[0] == capped)  # noqa: E731
+    with_kernels(dataclasses.replace(kernel, launches=launches))
+    assert command.main(["--target", "sm_90", "--jobs", "1", "--kernel", "backward_kernel"]) == 0
     printed = capsys.readouterr().out
-    assert "known: draw_kernel [bf16] on sm_90 issues for" in printed
+    assert f"known: backward_kernel [{capped}] on sm_90 issues for" in printed
     assert "1 binaries, 0 broken rules, 1 known failures" in printed

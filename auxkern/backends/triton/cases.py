@@ -35,7 +35,6 @@ class Case:
         model: key of ``VOCABULARIES``.
         rows: N.
         launch: as the backend would launch it.
-        sums: whether its inner loop stores a few numbers of a tile, narrow ones, beside what ``vectors`` is of.
         columns: that a program comes by; None for its share of the vocabulary.
     """
 
@@ -64,7 +63,7 @@ class Kernel:
         dot: whether it multiplies matrices and must use tensor cores.
         any_row: whether ``vectors`` holds for rows that begin anywhere, not only at 16-byte boundaries.
         passes: how often it may read what it reads.
-        sums: whether its inner loop stores a few numbers of a tile, narrow ones, beside what ``vectors`` is of.
+        sums: whether its inner loop also stores a few numbers of a tile, which need not be wide.
         columns: that a program comes by, of a kernel that takes lists; None for its share of the vocabulary.
     """
 

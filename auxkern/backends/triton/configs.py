@@ -93,7 +93,7 @@ ADJACENT = 8
 # its splits.
 PART = 128
 # Bounds that the kernel which chooses looks at at a time, and tiles of a group.
-CHOOSE, CHOOSE_TILES = BlockConfig(2048, 4), 32
+CHOOSE, CHOOSE_TILES = BlockConfig(1024, 4), 16
 # Tiles of heads whose draws are compared at a time.
 CHOOSE_TILE = BlockConfig(512, 4)
 

@@ -17,6 +17,7 @@ FILES = {
     "test_mixed_heads.py": 30,
     "test_draw_kernels.py": 45,
     "test_filter_kernels.py": 20,
+    "test_draw_splits.py": 9,
 }
 
 

@@ -157,11 +157,11 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     ),
     "draw with penalties (4, 3001)": (
         draw(logits(4, 3001, H), logits(4, 3001), rows=4, history=5, repetition_penalty=1.2),
-        ("sum_kernel", "adjust_kernel", *FILTERS),
+        ("sum_kernel", "adjust_kernel", "draw_kernel", "choose_kernel"),
     ),
     "draw of heads (4, 300)": (
         draw(head(4, 300, 64), head(4, 300, 32), rows=4),
-        ("heads_draw_kernel", "choose_kernel"),
+        ("heads_draw_kernel", "heads_choose_kernel"),
     ),
     "draw of heads with filters (4, 300)": (
         draw(head(4, 300, 64), head(4, 300, 32), rows=4, top_k=5),

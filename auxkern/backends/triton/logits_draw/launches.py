@@ -159,6 +159,8 @@ class Drawing:
             {**arguments, "out": self.tokens},
             {
                 **logits.constants,
+                # It reads few columns: no binary of its own for rows whose vectors are aligned.
+                "ALIGNED": (False,) * logits.count,
                 "LOGPROB": self.want_logprob,
                 "LANES": configs.CHOOSE.block,
                 "TILES": configs.CHOOSE_TILES,
