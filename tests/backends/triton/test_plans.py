@@ -106,6 +106,30 @@ def test_heads_go_by_tiles_and_what_does_not_says_why():
     assert BACKEND.route(Sum.of([Logits(logits(4, 129))], 129), Loss()).name == "logits"
 
 
+def test_draws_write_logits_for_what_rewrites_them_alone():
+    pointer = Sparse(torch.empty(4, 2, dtype=torch.int64, device="meta"), logits(4, 2))
+    plain, seen, filtered = (
+        draws_of(plain=name != "filtered", history=3 * (name == "seen"), rows=4)
+        for name in ("plain", "seen", "filtered")
+    )
+    drawn = ["draw_kernel", "choose_kernel"]
+    from_heads = ["entries_order_kernel", "heads_draw_kernel", "heads_choose_kernel"]
+    existing = Logits(logits(1, 4, 129))
+    for terms, draws, kernels in (
+        ([head()], plain, from_heads[1:]),
+        ([head(H, scale=logits(4)), pointer], plain, from_heads),
+        ([head(), pointer], seen, ["heads_draw_kernel", "adjust_kernel", *drawn]),
+        ([existing], plain, drawn),
+        ([existing, pointer], plain, ["sum_kernel", "adjust_kernel", *drawn]),
+        ([existing, pointer], filtered, ["sum_kernel", "adjust_kernel", "peak_kernel"]),
+        ([head()], filtered, ["heads_draw_kernel", "peak_kernel"]),
+    ):
+        plan = heads_draw.plan if isinstance(terms[0], Head) else logits_draw.plan
+        launches = plan(Sum(tuple(terms), 129), draws, True, 132)[1]
+        assert [launch.kernel.fn.__name__ for launch in launches][: len(kernels)] == kernels
+        assert (len(launches) == len(kernels)) == draws.plain
+
+
 def test_refusals_name_the_reason():
     cpu = torch.device("cpu")
     if os.environ.get("TRITON_INTERPRET") != "1":

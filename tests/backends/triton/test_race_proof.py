@@ -54,7 +54,6 @@ class Verdict:
 VERDICTS = {
     "combine_kernel": Verdict(50257),
     "heads_combine_kernel": Verdict(1024),
-    "choose_kernel": Verdict(1031),
     # Two programs of a row: one with a whole tile, one with the rest.
     "sum_kernel": Verdict(2056),
     "peak_kernel": Verdict(2056),
@@ -63,7 +62,8 @@ VERDICTS = {
     "entries_order_kernel": Verdict(1024, "unsupported", "allocation_alias_relation_unknown", slow=True),
     "entries_gradient_kernel": Verdict(1024, "unsupported", "allocation_alias_relation_unknown", slow=True),
     "entries_nll_kernel": Verdict(1024),
-    "draw_kernel": Verdict(2056, slow=True),
+    "draw_kernel": Verdict(2056),
+    "heads_choose_kernel": Verdict(1024, slow=True),
     # Where two programs write is read from memory: the ids of a row's history.
     "adjust_kernel": Verdict(1031, "unsupported", "dynamic_address_overlap_unresolved"),
     # Where whole vectors of a row begin is computed from the row's address, of which nothing is known.
@@ -74,12 +74,13 @@ VERDICTS = {
         1031, "unsupported", "dynamic_address_overlap_unresolved", slow=True, loops=True
     ),
 }
-# Matrix products, and searches in lists: no verdict in 40 to 110 seconds, whatever small shape was tried. The
-# atomic additions of a histogram the verifier does not know.
+# Matrix products, searches in lists, groups of columns that memory chooses: no verdict in 40 to 110 seconds,
+# whatever small shape was tried. The atomic additions of a histogram the verifier does not know.
 NO_VERDICT = {
     "heads_forward_kernel",
     "heads_gradient_kernel",
     "heads_draw_kernel",
+    "choose_kernel",
     "histogram_kernel",
     "gather_kernel",
     "finish_kernel",

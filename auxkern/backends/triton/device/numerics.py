@@ -64,3 +64,22 @@ def tanh_slope(u):
     """
     e = exp(-2.0 * tl.abs(u))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def log(x):
+    """log(x) of a positive normal float32, within 3 units; no special cases.
+
+    x = 2**k (1 + f) with 1 + f in [0.70, 1.41); the series of log(1 + f) is Chebyshev's of degree 9.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    octaves = (bits - 0x3F3504F3) & -0x800000
+    f = (bits - octaves).to(tl.float32, bitcast=True) - 1.0
+    series = 0.09002147614955902 * f + -0.1425737738609314
+    series = series * f + 0.14806851744651794
+    series = series * f + -0.16575102508068085
+    series = series * f + 0.19973084330558777
+    series = series * f + -0.25001609325408936
+    series = series * f + 0.33333659172058105
+    series = series * f + -0.4999999403953552
+    return octaves.to(tl.float32) * (0.6931471805599453 * 2.0**-23) + (f * f * series + f)

@@ -8,10 +8,12 @@ import torch
 
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import WIDTHS, B, F, H, Kernel
+from auxkern.backends.triton.entries.cases import sparse_of
 from auxkern.backends.triton.heads_draw import launches
 from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_draw.cases import ROWS, draws_of
+from auxkern.core.sums import Sum
 
 
 def _launches(
@@ -24,12 +26,13 @@ def _launches(
     write: bool = False,
     logprob: bool = False,
     hidden: torch.dtype | None = None,
+    pointer: bool = False,
 ) -> list[Launch]:
     """The launch that draws from heads, or that writes their logits, and what follows it."""
-    heads = cases.heads_of(rows, V, widths, dtypes, cap=cap, hidden=hidden)
-    return launches.plan(heads, draws_of(plain=not write, rows=rows), logprob, cases.MULTIPROCESSORS, "ieee")[
-        1
-    ]
+    terms = cases.heads_of(rows, V, widths, dtypes, cap=cap, hidden=hidden).terms
+    summed = Sum((*terms, sparse_of(rows)) if pointer else terms, V)
+    draws = draws_of(plain=not write, rows=rows)
+    return launches.plan(summed, draws, logprob, cases.MULTIPROCESSORS, "ieee")[1]
 
 
 def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
@@ -42,7 +45,9 @@ def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "bf16, writes z", _launches(V, widths, (B, B), write=True)[0]
     yield "bf16, softcap", _launches(V, widths, (B, B), cap=30.0)[0]
     yield "fp16+fp32", _launches(V, widths, (H, F))[0]
-    yield "fp32xbf16+fp32", _launches(V, widths, (B, F), hidden=F)[0]  # the package's own case
+    yield "fp32xbf16+fp32", _launches(V, widths, (B, F), hidden=F)[0]
+    # The package's own case.
+    yield "fp32xbf16+fp32, pointer", _launches(V, widths, (B, F), hidden=F, pointer=True)[1]
 
 
 def _choose_cases(V: int) -> Iterator[tuple[str, Launch]]:

@@ -3,7 +3,8 @@
 A program makes a tile of z as for the loss (``device/tiles.py``), draws from it, and leaves the
 tile's best; ``heads_choose_kernel`` compares the scores of the tiles' bests. Tiles lie where they lie
 whatever else is drawn, so neither draws nor log-probabilities depend on the batch. No logit is written,
-unless filters or penalties follow, which then work on a buffer in the L2 cache.
+unless filters or penalties follow, which then work on a buffer in the L2 cache. Sparse terms and biases enter
+the tiles where none do.
 """
 
 # Triton's language is not Python's: kernels have no annotations and build tuples entry by entry.
@@ -23,6 +24,7 @@ from auxkern.backends.triton.device.draws import (
     temperature_of,
     write_draw,
 )
+from auxkern.backends.triton.device.entries import entries_of, with_entries
 from auxkern.backends.triton.device.terms import total_of
 from auxkern.backends.triton.device.tiles import group_shares, products_of, tile_indices, tile_of_program
 
@@ -39,6 +41,7 @@ def _noise(seed, position, start, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 def heads_draw_kernel(
     heads,  # I of (N, D) hidden states and (>= V, D) weights
     groups,  # scale and softcap of each accumulator
+    entries,  # Entries: of sparse terms and biases beside the heads, if ENTRIES
     draws,  # Draws: (N,) temperature, seed, position
     partial,  # TileDraws, out, unless WRITE
     z_out,  # (N, tiles * BLOCK_V) float32, out, if WRITE
@@ -47,7 +50,7 @@ def heads_draw_kernel(
     BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
     CAPPED: tl.constexpr, LOGPROB: tl.constexpr, WRITE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """The draw from a tile (BLOCK_N rows, BLOCK_V ids) of z, or the tile itself if WRITE."""
     block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
@@ -58,8 +61,11 @@ def heads_draw_kernel(
     )  # fmt: skip
     z = total_of(group_shares(groups, products, read_rows, CAPPED))
     nothing = -float("inf")
-    z = tl.where((columns < V)[None, :], z, nothing)
     present = rows < N
+    if ENTRIES:
+        first, end = entries_of(entries, read_rows, tile)
+        z = with_entries(z, entries, read_rows, present, columns, first, end, False)
+    z = tl.where((columns < V)[None, :], z, nothing)
     if WRITE:
         # Rows are as wide as whole tiles: no mask along them, so that stores stay wide.
         width = tiles * BLOCK_V

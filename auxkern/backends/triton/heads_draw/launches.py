@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.heads import heads_sum
+from auxkern.backends.triton.entries import launches as entry_launches
+from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
+from auxkern.backends.triton.heads_loss.launches import AddedEntries
 from auxkern.backends.triton.launch import Launch, TritonKernels
 from auxkern.backends.triton.logits_draw.launches import NOISE_FLOPS, Drawing
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
+from auxkern.core.terms import Sparse, unchecked
 
 
 class TileDraws(NamedTuple):
@@ -51,21 +54,39 @@ def plan(
     # Of any batch 64 rows, though few be there: another kind of matrix instruction adds up in another order.
     # The noise takes registers beside the products: 128 rows would spill.
     tiled = replace(tiled, config=replace(tiled.config, rows=min(tiled.config.rows, 64)))
-    write = drawing.writes
+    write = drawing.rewrites
+    added, ordered = (AddedEntries(), []) if write else _entries(drawing, sum, tiled)
     tiles = drawing.padded // tiled.config.ids if write else tiled.tiles
     kept = 0 if write else tiles
     ids = draws.seed.new_empty((drawing.N, kept), dtype=torch.int32)
-    partial, z = TileDraws(drawing.floats(kept), ids, drawing.parts(kept)), drawing.logits()
+    partial = TileDraws(drawing.floats(kept), ids, drawing.parts(kept))
+    z = drawing.logits() if write else drawing.floats(0)
     drawn = tiled.launch(
         heads_draw_kernel,
-        {"draws": drawing.rows, "partial": partial, "z_out": z},
-        {"LOGPROB": want_logprob, "WRITE": write},
+        {
+            "draws": drawing.rows,
+            "partial": partial,
+            "z_out": z,
+            "entries": added.argument(drawing.rows.temperature),
+        },
+        {"LOGPROB": want_logprob, "WRITE": write, "ENTRIES": added.entries is not None},
         bytes_moved=tiled.input_bytes + (4 * drawing.N * V if write else 0),
         logit_flops=2 if write else NOISE_FLOPS,
         tiles=tiles,
     )
     rest = drawing.from_written(z) if write else [_chosen(drawing, partial)]
-    return drawing.tokens, [drawn, *rest]
+    return drawing.tokens, [*ordered, drawn, *rest]
+
+
+def _entries(drawing: Drawing, sum: Sum, tiled: HeadsSum) -> tuple[AddedEntries, list[Launch]]:
+    """What sparse terms and biases add to the tiles, and the launch that sorts it."""
+    terms = [*sum.sparse]
+    if drawing.draws.bias_ids.shape[1]:
+        terms.append(unchecked(Sparse, ids=drawing.draws.bias_ids, values=drawing.draws.bias))
+    if not any(term.ids.shape[1] for term in terms):
+        return AddedEntries(), []
+    entries, launch = entry_launches.order(Sum(tuple(terms), sum.V), tiled.tiles, tiled.config.ids)
+    return AddedEntries(entries), [launch]
 
 
 def _chosen(drawing: Drawing, partial: TileDraws) -> Launch:

@@ -94,14 +94,18 @@ class Drawing:
         return -(-self.V // configs.SAMPLE.block) * configs.SAMPLE.block
 
     @property
-    def writes(self) -> bool:
+    def rewrites(self) -> bool:
         """Whether filters or penalties follow, which read written logits."""
-        return not self.draws.plain or self._adjusts
+        return not self.draws.plain or bool(self.draws.prompt.shape[1] or self.draws.history.shape[1])
 
     @property
-    def _adjusts(self) -> bool:
-        listed = (self.draws.prompt, self.draws.history, self.rows.added_ids, self.rows.bias_ids)
-        return any(ids.shape[1] for ids in listed)
+    def writes(self) -> bool:
+        """Whether those follow, or entries, which row kernels add to written logits."""
+        return self.rewrites or self._adds
+
+    @property
+    def _adds(self) -> bool:
+        return bool(self.rows.added_ids.shape[1] or self.rows.bias_ids.shape[1])
 
     def floats(self, columns: int) -> Tensor:
         """Uninitialised (N, columns) float32."""
@@ -112,12 +116,13 @@ class Drawing:
         return self.floats(2 * count if self.want_logprob else 0)
 
     def logits(self) -> Tensor:
-        """Uninitialised (N, padded) float32, or nothing where no logits are written."""
-        return self.floats(self.padded if self.writes else 0)
+        """Uninitialised (N, padded) float32."""
+        return self.floats(self.padded)
 
     def from_written(self, z: Tensor) -> list[Launch]:
         """Penalties, filters and the draw from (N, padded) float32 logits, -inf from V on."""
-        adjusted = [self._adjust(z)] if self._adjusts else []
+        seen = self.draws.prompt.shape[1] or self.draws.history.shape[1]
+        adjusted = [self._adjust(z)] if seen or self._adds else []
         if not self.draws.plain:
             written = filters.Written(z, self.V, self.rows, self.tokens, self.want_logprob)
             return [*adjusted, *filters.plan(written, self.processors)]
