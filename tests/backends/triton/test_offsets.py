@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import auxkern
+from tests.support.machines import compiled
 from tests.support.offsets import too_narrow
 
 triton = pytest.importorskip("triton")
@@ -24,8 +28,10 @@ from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa:
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from auxkern.core.loss import Loss  # noqa: E402
 from auxkern.core.sums import Sum  # noqa: E402
-from auxkern.core.terms import Head, Logits, like  # noqa: E402
-from tests.support.ptx.runner import lowered  # noqa: E402
+from auxkern.core.terms import Head, Logits, Sparse, like  # noqa: E402
+from tests.support.executed import BENIGN, executed  # noqa: E402
+from tests.support.ptx.report import Report  # noqa: E402
+from tests.support.ptx.runner import Executor, lowered  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),
@@ -104,6 +110,41 @@ def _launches() -> list[Any]:
 @pytest.mark.parametrize("launch", _launches())
 def test_addresses_of_large_tensors(launch):
     assert too_narrow(lowered(launch, 90, "ttir")[0]) == []
+
+
+@pytest.mark.parametrize("arch", compiled())
+def test_a_weight_stored_the_other_way_round_beyond_32_bits(arch, monkeypatch):
+    """(D, V) of more than 2**31 elements, in memory that the system maps only where it is written."""
+    width, rows, ids, step = 18, 3, 131, 2**27 + 8
+    assert (width - 1) * step > 2**31
+    flat = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 2 * ((width - 1) * step + ids)), dtype=np.float16))
+    weight = flat.as_strided((ids, width), (1, step))
+    source = torch.Generator().manual_seed(1)
+    weight.copy_(torch.randn(ids, width, generator=source))
+    hidden = torch.randn(rows, width, generator=source).half()
+    far, near = Head(hidden, weight), Head(hidden, weight.contiguous())
+    entries = Sparse(torch.randint(0, ids, (rows, 3), generator=source), torch.randn(rows, 3))
+    executor = Executor(arch, report=Report(BENIGN), races=False)
+
+    def results(head: Head) -> tuple[torch.Tensor, ...]:
+        leaf = head.hidden.clone().requires_grad_()
+        terms = [Head(leaf, head.weight), entries]
+        loss = auxkern.cross_entropy(terms, torch.arange(rows) * 60, backend="triton")
+        loss.backward()
+        drawn = auxkern.sample(head, seed=torch.arange(rows), position=0, backend="triton")
+        return loss.detach(), leaf.grad, drawn.tokens
+
+    ran = []
+    with executed(executor, monkeypatch) as machine:
+        run = machine.backend.executor.run
+        monkeypatch.setattr(
+            executor, "run", lambda launch: ran.append(launch.kernel.fn.__name__) or run(launch)
+        )
+        for mine, right in zip(results(far), results(near), strict=True):
+            assert torch.equal(mine, right)
+    # Every kernel that reads a weight.
+    assert {"heads_forward_kernel", "heads_gradient_kernel", "heads_draw_kernel"} <= set(ran)
+    assert not executor.report.faults, str(executor.report)
 
 
 ONE = "%a = tt.addptr %p, %o : !tt.ptr<f32>, i64"
