@@ -26,10 +26,11 @@ def with_entries(z, entries, rows, present, columns, first, end, STORE: tl.const
         rows, present: (R,), and which of them to store for.
         first, end: as ``entries_of`` says. Most tiles have none, and the loop does not turn.
     """
-    begin = rows.to(tl.int64) * decode(entries.K)
-    for i in range(tl.max(end - first, axis=0)):
-        there = first + i < end
-        at = begin + (first + i)
+    begin = rows.to(tl.int64) * decode(entries.K) + first
+    count = end - first
+    for i in range(tl.max(count, axis=0)):
+        there = i < count
+        at = begin + i
         ids = tl.load(entries.ids + at, mask=there, other=-1)
         values = tl.load(entries.logits + at, mask=there, other=0.0)
         hit = columns[None, :] == ids[:, None]
