@@ -400,6 +400,7 @@ _AGAIN = (
     "between two products: behind the last reads lies the barrier at the end of the loop's turn, and then a"
     " thread copies to the bytes that it copied to before"
 )
+_OWN = "a thread stores to the bytes that it alone has read, for another exchange"
 NEEDLESS = (
     Needless("two heads", "heads_forward_kernel", _LOAD, {80: 2, 90: 2}, _FIRST_COPIES),
     Needless("two heads", "heads_forward_kernel", _LOOP, {80: 1}, _AGAIN),
@@ -408,6 +409,13 @@ NEEDLESS = (
     Needless("capped head", "heads_forward_kernel", _LOAD, {80: 1, 90: 1}, _FIRST_COPIES),
     Needless("capped head", "heads_gradient_kernel", _LOAD, {80: 1, 90: 1}, _FIRST_COPIES),
     Needless("draw from a head", "heads_draw_kernel", _LOAD, {80: 1, 90: 1}, _FIRST_COPIES),
+    Needless(
+        "head and pointer",
+        "entries_order_kernel",
+        "sooner = (its < key[:, None]) | ((its == key[:, None]) & (other[None, :] < lane[:, None]))",
+        {80: 1, 90: 1},
+        _OWN,
+    ),
 )
 
 
