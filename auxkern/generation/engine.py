@@ -8,21 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from auxkern.core.terms import Term, rows_of
+from auxkern.core.terms import Term
 from auxkern.generation import limits
-from auxkern.generation.drawing import Drawer, check_drawable
-from auxkern.generation.graphs import CudaRecorder, DecodeGraphs, Record
-from auxkern.generation.lanes import Lane
+from auxkern.generation.drawing import check_drawable
+from auxkern.generation.graphs import CudaRecorder, Record
 from auxkern.generation.request import Completion, Request, Sequence, Sequences
+from auxkern.generation.runner import Room, Runner
 from auxkern.generation.scheduler import Move, Scheduler
-from auxkern.generation.slots import SlotTable, columns_for
+from auxkern.generation.slots import columns_for
 from auxkern.generation.texts import Text
 from auxkern.model.base import counts_positions
-from auxkern.model.caches import AuxiliaryRows, PairCache
-from auxkern.model.inputs import PairInputs
-from auxkern.model.text import TextFormat, padded
+from auxkern.model.text import TextFormat
 
 
 @dataclass
@@ -99,23 +96,9 @@ class Engine:
         self.stats = EngineStats()
         self._texts: dict[Sequence, Text] = {}  # of what runs, and of what ended and was not told yet
         self._told = True
-        record = self._recorder(graphs)
-        fixed, columns = record is not None, max_length + max_condition
-        self._table = SlotTable(slots, max_length, model.device, fixed=fixed)
-        self._lanes = {}
-        for name in model.auxiliary_names:
-            recordable = fixed and model.auxiliary_traits(name).counts_positions
-            table = SlotTable(slots, columns, model.device, fixed=recordable)
-            self._lanes[name] = Lane(name, table, max_condition)
-        self._condition = torch.zeros(2, slots, max_condition, dtype=torch.int64, device=model.device)
-        self._drawer = Drawer(model)
         model.eval()
-        self._reserve()
-        self._graphs: DecodeGraphs | None = None
-        if record is not None:
-            with torch.no_grad():
-                lanes = {name: lane for name, lane in self._lanes.items() if lane.table.fixed}
-                self._graphs = DecodeGraphs(model, self._table, lanes, self._condition, record)
+        room = Room(slots, max_length, max_condition)
+        self._runner = Runner(model, room, text_format.start_id, self._recorder(graphs))
 
     # ------------------------------------------------------------------------------------- asking
 
@@ -215,11 +198,7 @@ class Engine:
         for sequence, text in self._texts.items():
             if sequence.state != "ended":
                 text.go_back()
-        for table in (self._table, *(lane.table for lane in self._lanes.values())):
-            table.clear()
-        for lane in self._lanes.values():
-            lane.members.clear()
-        self._drawer = Drawer(self.model)
+        self._runner.clear()
         self._told = False
         self.scheduler.torn = False
 
@@ -268,13 +247,13 @@ class Engine:
     def _end(self, sequences: Sequences) -> None:
         running = self.scheduler.running
         gone, moves = self.scheduler.remove(sequences)
-        self._remove([sequence for sequence in gone if sequence in running], moves)
+        self._leave([sequence for sequence in gone if sequence in running], moves)
         for sequence in sequences:
             self._texts.pop(sequence, None)
 
     def _fail_unloaded(self) -> None:
         """Ends what an auxiliary was to write that the model has no longer."""
-        unloaded = self._lanes.keys() - {*self.model.auxiliary_names}
+        unloaded = self._runner.lanes.keys() - {*self.model.auxiliary_names}
         gone = [one for one in self.scheduler.sequences if one.request.auxiliary in unloaded]
         for one in gone:
             problem = f"auxiliary {one.request.auxiliary!r} has been unloaded"
@@ -297,7 +276,7 @@ class Engine:
         # From here on they are finished, whatever happens.
         self.scheduler.unanswered += [completion for _, completion in ended]
         slots = [sequence.slot for sequence, _ in ended if sequence.slot is not None]
-        self._remove([sequence for sequence, _ in ended], self.scheduler.finish(slots))
+        self._leave([sequence for sequence, _ in ended], self.scheduler.finish(slots))
         for sequence in self.scheduler.running:
             self._texts[sequence].keep()
         self.stats.steps += 1
@@ -305,84 +284,28 @@ class Engine:
         seconds["rest"] += time.perf_counter() - began + counted
 
     def _decoded(self, sequences: Sequences) -> list[Term]:
-        """The terms of the next token of running sequences, rows (n,)."""
-        began, n = time.perf_counter(), len(sequences)
-        lanes = [lane for lane in self._lanes.values() if lane.members]
-        parts = [(lane, lane.rows(sequences)) for lane in lanes]
-        together = not parts or (len(parts) == 1 and parts[0][1] is None)
-        name = lanes[0].name if lanes else None
-        recorded = self._graphs is not None and self._graphs.serves(name) and together
-        if self._graphs is not None and recorded and not _wants_logprobs(sequences):
-            tokens = [s.generated[-1] for s in sequences]
-            terms = self._graphs.terms(name, tokens, [self._drawer.scale(s) for s in sequences])
-        else:
-            terms = self._computed(sequences, [AuxiliaryRows(lane.name, rows, None) for lane, rows in parts])
-        for table in (self._table, *(lane.table for lane in lanes)):
-            table.advance()
+        began = time.perf_counter()
+        terms = self._runner.decoded(sequences)
         self.stats.seconds["models"] += time.perf_counter() - began
-        return [rows_of(term, torch.arange(n, device=self.model.device)) for term in terms]
-
-    def _computed(self, sequences: Sequences, parts: list[AuxiliaryRows]) -> list[Term]:
-        """The same without graphs; ``parts`` without their caches."""
-        n, table = len(sequences), self._table
-        ids = torch.tensor([[s.generated[-1]] for s in sequences], device=self.model.device)
-        mask = torch.cat([table.window, torch.ones_like(ids)], 1)
-        width = max(len(s.condition_ids) for s in sequences)
-        parts = [AuxiliaryRows(p.name, p.rows, self._lanes[p.name].cache(width)) for p in parts]
-        terms, cache = self.model.terms(
-            PairInputs(ids, mask, *self._condition[:, :n, :width]),
-            cache=PairCache(table.cache, parts),
-            use_cache=True,
-            keep=1,
-            aux_scale=self._drawer.scales(sequences),
-            separate=_wants_logprobs(sequences),
-        )
-        for part in cache.auxiliaries:
-            self._lanes[part.name].keep(part.cache)
         return terms
 
     def _prefilled(self, newcomers: Sequences) -> list[Term]:
-        """Reads prompts and conditions, and takes slots; the terms of the first token, rows (n,)."""
         began = time.perf_counter()
-        # Samples of one request read their prompt once.
-        keys = [(s.request.auxiliary, s.ids, s.condition_ids, s.request.aux_scale) for s in newcomers]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        unique = sorted(first.values())
-        place = {keys[i]: row for row, i in enumerate(unique)}
-        of = torch.tensor([place[key] for key in keys], device=self.model.device)
-        readers = [newcomers[i] for i in unique]
-        prompts = padded([s.ids for s in readers], 0, side="left")
-        conditions = padded([s.condition_ids for s in readers], 0)
-        inputs = PairInputs(*(ids.to(self.model.device) for ids in (*prompts, *conditions)))
-        terms, cache = self.model.terms(
-            inputs,
-            # Layers with sliding windows keep all columns too, as the table does.
-            cache=PairCache(DynamicCache(), self._readers([s.request.auxiliary for s in readers])),
-            use_cache=True,
-            keep=1,
-            aux_scale=self._drawer.scales(readers),
-            separate=_wants_logprobs(readers),
-        )
-        cache.lm.reorder_cache(of)
-        self._table.join(cache.lm, inputs.attention_mask[of])
-        start = self._table.count - len(newcomers)
-        self._condition[:, start : self._table.count] = 0
-        width = inputs.condition_ids.shape[1]
-        for side, ids in zip(self._condition, (inputs.condition_ids, inputs.condition_mask), strict=True):
-            side[start : self._table.count, :width] = ids[of]
-        for part in cache.auxiliaries:
-            rows = range(len(readers)) if part.rows is None else part.rows.tolist()
-            here = {row: i for i, row in enumerate(rows)}
-            joining = [(s, here[row]) for s, row in zip(newcomers, of.tolist(), strict=True) if row in here]
-            self._lanes[part.name].join(joining, part.cache)
-        self.stats.prefill_tokens += int(inputs.attention_mask.sum() + inputs.condition_mask.sum())
+        terms = self._runner.prefilled(newcomers)
+        # Samples of one request have read their prompt once.
+        read = {(s.request.auxiliary, s.ids, s.condition_ids, s.request.aux_scale) for s in newcomers}
+        self.stats.prefill_tokens += sum(len(ids) + len(condition) for _, ids, condition, _ in read)
         self.stats.seconds["models"] += time.perf_counter() - began
-        return [rows_of(term, of) for term in terms]
+        return terms
+
+    def _leave(self, ended: Sequences, moves: list[Move]) -> None:
+        if ended:
+            self._runner.leave(ended, moves, len(self.scheduler.running))
 
     def _advance(self, sequences: Sequences, terms: list[Term]) -> list[tuple[Sequence, Completion]]:
         """Draws a token for each sequence; those that it ends, with what they wrote."""
         began = time.perf_counter()
-        drawn = self._drawer.draw(terms, sequences)
+        drawn = self._runner.draw(terms, sequences)
         self.stats.seconds["sampling"] += time.perf_counter() - began
         ended = []
         for row, sequence in enumerate(sequences):
@@ -401,15 +324,6 @@ class Engine:
                 ended.append((sequence, text.completion(reason)))
         return ended
 
-    def _remove(self, ended: Sequences, moves: list[Move]) -> None:
-        if not ended:
-            return
-        self._table.leave(moves, len(self.scheduler.running))
-        for source, destination in moves:
-            self._condition[:, destination] = self._condition[:, source]
-        for lane in self._lanes.values():
-            lane.leave(ended)
-
     # ---------------------------------------------------------------------------------- preparing
 
     def _encoded(self, request: Request, samples: Iterable[int]) -> tuple[list[Sequence], list[Completion]]:
@@ -426,10 +340,10 @@ class Engine:
 
     def _sequences(self, request: Request, samples: Iterable[int]) -> list[Sequence]:
         name, names = request.auxiliary, self.model.auxiliary_names
-        if name in self._lanes and name not in names:
+        if name in self._runner.lanes and name not in names:
             raise ValueError(f"auxiliary {name!r} has been unloaded; choose one of {names}")
-        if name is not None and name not in self._lanes:
-            can = ", ".join(self._lanes)
+        if name is not None and name not in self._runner.lanes:
+            can = ", ".join(self._runner.lanes)
             raise ValueError(
                 f"there is no auxiliary {name!r}; choose one of {can}, or null for the base alone"
             )
@@ -442,45 +356,6 @@ class Engine:
                 "condition"
             )
         return request.sequences(inputs["input_ids"][0].tolist(), condition, samples)
-
-    @torch.no_grad()
-    def _reserve(self) -> None:
-        """Takes the memory of all caches before the first request, as large as one token shows it to be."""
-        token = torch.tensor([[self.text_format.start_id]], device=self.model.device)
-        caches = []
-        for lane in self._lanes.values():
-            _, cache = self.model.terms(
-                PairInputs(token, None, token, None),
-                cache=PairCache(DynamicCache(), self._readers([lane.name])),
-                use_cache=True,
-                keep=1,
-            )
-            caches.append((lane, cache.auxiliaries[0].cache))
-            lm_cache = cache.lm
-        needed = self._table.needed_bytes(lm_cache)
-        needed += sum(lane.table.needed_bytes(lane.attention_of(cache)) for lane, cache in caches)
-        if self.model.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.model.device)
-            if needed > free:
-                raise RuntimeError(
-                    f"the caches of {self.scheduler.slots} slots of {self.scheduler.max_length} tokens take "
-                    f"{needed / 1e9:.1f} GB, but the GPU has {free / 1e9:.1f} GB free; lower slots or "
-                    "max_length"
-                )
-        self._table.reserve(lm_cache)
-        for lane, cache in caches:
-            lane.reserve(cache)
-
-    def _readers(self, names: list[str | None]) -> list[AuxiliaryRows]:
-        """Who reads which rows of a first pass, of an auxiliary each."""
-        parts = []
-        for name in self._lanes:
-            rows = [row for row, one in enumerate(names) if one == name]
-            if len(rows) == len(names):
-                return [AuxiliaryRows(name, None, None)]
-            if rows:
-                parts.append(AuxiliaryRows(name, torch.tensor(rows, device=self.model.device), None))
-        return parts
 
     def _recorder(self, graphs: bool | None) -> Record | None:
         window = limits.window_of(self.model)
@@ -495,7 +370,3 @@ class Engine:
         if graphs and refusal is not None:
             raise ValueError(f"graphs cannot be recorded: {refusal}; leave graphs out")
         return CudaRecorder() if refusal is None and graphs is not False else None
-
-
-def _wants_logprobs(sequences: Sequences) -> bool:
-    return any(sequence.request.logprobs for sequence in sequences)
