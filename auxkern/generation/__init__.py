@@ -1,9 +1,10 @@
 """Batch generation: requests in, texts out, two models behind them."""
 
 from auxkern.generation.batch_mapper import BatchMapper
-from auxkern.generation.engine import Engine, EngineStats
+from auxkern.generation.engine import Engine
 from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
 from auxkern.generation.scheduler import Move, Plan, Scheduler
+from auxkern.generation.stats import EngineStats
 from auxkern.generation.stops import TextStream
 from auxkern.generation.stream import BadLine, CompletionWriter, file_fingerprint, read_requests
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.terms import Sparse, Term
 from auxkern.generation.request import Request, Sequence, Sequences
-from auxkern.model.text import padded
+from auxkern.generation.rows import BIASES, Rows
+from auxkern.generation.transfers import HostCopy, to_device
 from auxkern.ops.dense import dense_logits
-from auxkern.ops.sample import sample
+from auxkern.ops.sample import Sample, sample
 from auxkern.ops.sampling_params import SamplingParams
 
 _NUMBERS = tuple(one.name for one in fields(SamplingParams) if one.name != "logit_bias")
@@ -23,6 +26,38 @@ _FLOAT32 = torch.finfo(torch.float32)
 Logprob = tuple[float, float, float, float | None]
 
 
+class Acts(NamedTuple):
+    """What acts on some row of a draw beside its temperature.
+
+    Attributes:
+        filters: whether a filter does.
+        penalties: whether a penalty does.
+        biases: most biases of a row.
+    """
+
+    filters: bool = False
+    penalties: bool = False
+    biases: int = 0
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> Acts:
+        params = [sequence.request.params for sequence in sequences]
+        return cls(
+            any(not one.is_plain for one in params),
+            any(one.penalises for one in params),
+            max((len(one.logit_bias or ()) for one in params), default=0),  # type: ignore[arg-type]
+        )
+
+    def within(self, other: Acts) -> bool:
+        """Whether a draw for the other serves these rows too."""
+        return all(ours <= theirs for ours, theirs in zip(self, other, strict=True))
+
+
+# Kinds of steps that are worth a graph of their own, the cheapest first: the draw alone, which writes no
+# logits; filters, of which most requests have one; and all, which counts every id of the text besides.
+RECORDED_ACTS = (Acts(), Acts(filters=True), Acts(filters=True, penalties=True, biases=BIASES))
+
+
 @dataclass(frozen=True)
 class Drawn:
     """One token for each row.
@@ -30,57 +65,88 @@ class Drawn:
     Attributes:
         tokens: ids.
         status: 0 where all is well, see ``auxkern.Sample``.
-        logprobs: (raw, processed, LM alone, auxiliary alone) of each token; empty if no row wants them.
+        logprobs: (raw, processed, LM alone, auxiliary alone) of a row's token, by row, where they are known.
     """
 
     tokens: list[int]
     status: list[int]
-    logprobs: list[Logprob]
+    logprobs: dict[int, Logprob]
+
+
+class Pending:
+    """Tokens that the device may still be drawing.
+
+    Args:
+        sequences: n that they are for, by row.
+        numbers: (2, at least n) tokens and statuses.
+        logprobs: (n', 4) of some rows, by the first one's number; NaN where there is no auxiliary.
+    """
+
+    def __init__(self, sequences: Sequences, numbers: HostCopy, logprobs: dict[int, HostCopy]) -> None:
+        self.sequences = sequences
+        self._numbers, self._logprobs = numbers, logprobs
+
+    def result(self) -> Drawn:
+        """The tokens; waits for the device."""
+        n = len(self.sequences)
+        tokens, status = self._numbers.tolist()
+        logprobs: dict[int, Logprob] = {}
+        for first, numbers in self._logprobs.items():
+            for row, (raw, processed, lm, auxiliary) in enumerate(numbers.tolist(), first):
+                own = None if self.sequences[row].request.auxiliary is None else auxiliary
+                logprobs[row] = raw, processed, lm, own
+        return Drawn(tokens[:n], status[:n], logprobs)
+
+
+class _Known(NamedTuple):
+    """What does not change while the same sequences run."""
+
+    acts: Acts
+    params: SamplingParams
 
 
 class Drawer:
-    """Keeps what does not change from step to step while the same sequences run.
+    """Draws tokens for slots, and keeps what they are drawn with.
 
     Args:
         model: an ``AuxTunedForCausalLM``.
+        slots: most sequences.
+        length: most tokens of a sequence.
+
+    Attributes:
+        rows: what the slots are drawn with, on the device.
+        results: (2, slots) int64 tokens and statuses of the last draw of each slot, on the device.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, slots: int, length: int) -> None:
         self.model = model
-        self._known: tuple[list[Sequence], SamplingParams, Tensor] | None = None
+        self.rows = Rows(slots, length, model.device)
+        self.results = torch.zeros(2, slots, dtype=torch.int64, device=model.device)
+        self._sequences: list[Sequence] = []
+        self._known: dict[tuple[int, int], _Known] = {}
 
-    def scales(self, sequences: Sequences) -> Tensor | None:
-        """(n,) mixing weights; None if no request has one of its own."""
-        if all(one.request.aux_scale is None for one in sequences):
-            return None
-        return torch.tensor([self.scale(one) for one in sequences], device=self.model.device)
+    def clear(self) -> None:
+        """All sequences leave."""
+        self._known, self._sequences = {}, []
+        self.rows.clear()
 
-    def draw(self, terms: list[Term], sequences: Sequences) -> Drawn:
-        """One token for each sequence.
+    def join(self, newcomers: Sequences) -> None:
+        """Newcomers take the next slots."""
+        self.rows.join(len(self._sequences), newcomers, [self.scale(one) for one in newcomers])
+        self._sequences += newcomers
+        self._known = {}
 
-        Args:
-            terms: of rows (n,).
-            sequences: n of them.
-        """
-        device = self.model.device
-        if self._known is None or [*map(id, self._known[0])] != [*map(id, sequences)]:
-            seed = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
-            self._known = [*sequences], _params_of_rows([s.request.params for s in sequences], device), seed
-        _, params, seed = self._known
-        penalised = any(s.request.params.penalises for s in sequences)
-        wanted = any(s.request.logprobs for s in sequences)
-        drawn = sample(
-            terms,
-            params,
-            seed=seed,
-            position=torch.tensor([s.length for s in sequences], device=device),
-            history=padded([s.generated for s in sequences], -1)[0].to(device) if penalised else None,
-            prompt=padded([s.prompt_ids for s in sequences], -1)[0].to(device) if penalised else None,
-            vocab_size=self.model.config.vocab_size,
-            return_logprobs=wanted,
-        )
-        logprobs = self._logprobs(terms, drawn, sequences) if wanted else []
-        return Drawn(drawn.tokens.tolist(), drawn.status.tolist(), logprobs)
+    def leave(self, moves: AnySequence[tuple[int, int]], left: int) -> None:
+        """Sequences have ended; ``left`` go on, after these moves of (source, destination)."""
+        self.rows.leave(moves, left)
+        for source, destination in moves:
+            self._sequences[destination] = self._sequences[source]
+        del self._sequences[left:]
+        self._known = {}
+
+    def acts(self, rows: slice) -> Acts:
+        """What acts on the sequences of these slots."""
+        return self._of(rows).acts
 
     def scale(self, sequence: Sequence) -> float:
         """Its mixing weight."""
@@ -89,19 +155,90 @@ class Drawer:
             return request.aux_scale
         return 1.0 if request.auxiliary is None else self.model.auxiliary_scale(request.auxiliary)
 
-    def _logprobs(self, terms: list[Term], drawn: Any, sequences: Sequences) -> list[Logprob]:
-        """Of the terms as ``model.terms(separate=True)`` gives them: the base's first."""
+    def scales(self, sequences: Sequences) -> Tensor | None:
+        """(n,) mixing weights; None if no request has one of its own."""
+        if all(one.request.aux_scale is None for one in sequences):
+            return None
+        return to_device([self.scale(one) for one in sequences], self.model.device)
+
+    def draw(self, terms: list[Term], rows: slice, *, logprobs: bool = False) -> Tensor | None:
+        """One token for each of these slots, which fills ``results`` and is fed to ``rows``.
+
+        Args:
+            terms: of rows (n,); as ``model.terms(separate=True)`` gives them for log-probabilities.
+            rows: the slots, all taken.
+            logprobs: whether they are wanted.
+
+        Returns:
+            (n, 4) float64: raw, processed, LM alone, auxiliary alone; None if not wanted.
+        """
+        sequences, (acts, params) = self._sequences[rows], self._of(rows)
+        # The token that the host has not seen yet may be one more.
+        seen = 1 + max(len(one.generated) for one in sequences), max(len(one.prompt_ids) for one in sequences)
+        drawn = self._drawn(terms, rows, params, seen if acts.penalties else None, logprobs)
+        return self._logprobs(terms, drawn) if logprobs else None
+
+    def draw_recorded(self, terms: list[Term], rows: slice, acts: Acts) -> None:
+        """``draw`` for whatever sequences may stand in these slots, taken or not; nothing depends on which.
+
+        Args:
+            acts: what may act on them.
+        """
+        names = ["temperature"]
+        names += [number.param for number in ROW_NUMBERS if acts.filters and number.filters]
+        names += [number.param for number in ROW_NUMBERS if acts.penalties and number.penalises]
+        settings: dict[str, Any] = {name: self.rows[name][rows] for name in names}
+        if acts.biases:
+            settings["logit_bias"] = Sparse(self.rows["bias_ids"][rows], self.rows["bias"][rows].float())
+        length = self.rows["history"].shape[1]
+        self._drawn(terms, rows, SamplingParams(**settings), (length, length) if acts.penalties else None)
+
+    def _of(self, rows: slice) -> _Known:
+        key = rows.start, rows.stop
+        if key not in self._known:
+            sequences = self._sequences[rows]
+            params = _params_of_rows([one.request.params for one in sequences], self.model.device)
+            self._known[key] = _Known(Acts.of(sequences), params)
+        return self._known[key]
+
+    def _drawn(
+        self,
+        terms: list[Term],
+        rows: slice,
+        params: SamplingParams,
+        seen: tuple[int, int] | None,
+        logprobs: bool = False,
+    ) -> Sample:
+        """``seen``: columns of the history and of the prompt that penalties count; None without them."""
+        drawn = sample(
+            terms,
+            params,
+            seed=self.rows["seed"][rows],
+            position=self.rows["position"][rows],
+            history=None if seen is None else self.rows["history"][rows, : seen[0]],
+            prompt=None if seen is None else self.rows["prompt"][rows, : seen[1]],
+            vocab_size=self.model.config.vocab_size,
+            return_logprobs=logprobs,
+        )
+        self.results[0, rows].copy_(drawn.tokens)
+        self.results[1, rows].copy_(drawn.status)
+        self.rows.feed(rows, drawn.tokens)
+        return drawn
+
+    def _logprobs(self, terms: list[Term], drawn: Sample) -> Tensor:
+        """(n, 4) of the terms as ``model.terms(separate=True)`` gives them: the base's first."""
         V = self.model.config.vocab_size
         picked = drawn.tokens.clamp_min(0)[:, None]  # a failed row has token -1
 
-        def alone(some: list[Term]) -> list[float]:
+        def alone(some: list[Term]) -> Tensor:
             z = dense_logits(some, vocab_size=V).log_softmax(-1)
-            return [float(x) for x in z.gather(1, picked)[:, 0]]
+            return z.gather(1, picked)[:, 0].double()
 
         lm = alone(terms[:1])
-        auxiliary: list[float | None] = [*alone(terms[1:])] if len(terms) > 1 else [None] * len(lm)
-        own = [None if s.request.auxiliary is None else x for s, x in zip(sequences, auxiliary, strict=True)]
-        return list(zip(drawn.logprob.tolist(), drawn.processed_logprob.tolist(), lm, own, strict=True))
+        auxiliary = alone(terms[1:]) if len(terms) > 1 else torch.full_like(lm, math.nan)
+        if drawn.logprob is None or drawn.processed_logprob is None:
+            raise RuntimeError("sample returned no log-probabilities although they were asked for")
+        return torch.stack([drawn.logprob.double(), drawn.processed_logprob.double(), lm, auxiliary], 1)
 
 
 def check_drawable(request: Request, V: int) -> None:
@@ -145,7 +282,7 @@ def _params_of_rows(each: list[SamplingParams], device: torch.device) -> Samplin
             settings[name] = values[0]
         else:
             dtype = torch.int64 if name == "top_k" else torch.float64  # top_p is one
-            settings[name] = torch.tensor(values, dtype=dtype, device=device)
+            settings[name] = to_device(values, device, dtype)
     return SamplingParams(**settings, logit_bias=_bias_rows(each, device))
 
 
@@ -156,4 +293,4 @@ def _bias_rows(each: list[SamplingParams], device: torch.device) -> Sparse | Non
         return None
     ids = [[*bias] + [0] * (longest - len(bias)) for bias in listed]
     values = [[*bias.values()] + [0.0] * (longest - len(bias)) for bias in listed]
-    return Sparse(torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device))
+    return Sparse(to_device(ids, device), to_device(values, device, torch.float32))

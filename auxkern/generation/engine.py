@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from auxkern.core.terms import Term
 from auxkern.generation import limits
-from auxkern.generation.drawing import check_drawable
+from auxkern.generation.drawing import Drawn, Pending, check_drawable
 from auxkern.generation.graphs import CudaRecorder, Record
 from auxkern.generation.request import Completion, Request, Sequence, Sequences
 from auxkern.generation.runner import Room, Runner
 from auxkern.generation.scheduler import Move, Scheduler
 from auxkern.generation.slots import columns_for
+from auxkern.generation.stats import EngineStats
 from auxkern.generation.texts import Text
 from auxkern.model.base import counts_positions
 from auxkern.model.text import TextFormat
-
-
-@dataclass
-class EngineStats:
-    """What an engine has done.
-
-    Attributes:
-        steps: calls of ``step`` that ran a model.
-        prefill_tokens: tokens of prompts and conditions that were read, without padding.
-        new_tokens: tokens drawn.
-        seconds: time by what it went to: "models", "sampling", "rest". On a GPU kernels run on after
-            the call that started them, and the time is counted where the result is waited for.
-    """
-
-    steps: int = 0
-    prefill_tokens: int = 0
-    new_tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"models": 0.0, "sampling": 0.0, "rest": 0.0})
 
 
 class Engine:
@@ -96,6 +76,7 @@ class Engine:
         self.stats = EngineStats()
         self._texts: dict[Sequence, Text] = {}  # of what runs, and of what ended and was not told yet
         self._told = True
+        self._flying: Pending | None = None  # a step whose tokens the host has not looked at
         model.eval()
         room = Room(slots, max_length, max_condition)
         self._runner = Runner(model, room, text_format.start_id, self._recorder(graphs))
@@ -127,7 +108,7 @@ class Engine:
         self._settle()
         try:
             self._add(sequences)
-            while left and (self.scheduler.running or self.scheduler.waiting or not self._told):
+            while left and (self.scheduler.sequences or not self._told):
                 self._work()
                 mine = [done for done in self.scheduler.unanswered if (done.id, done.sample) in left]
                 completions |= {(done.id, done.sample): done for done in mine}
@@ -171,7 +152,10 @@ class Engine:
     # ------------------------------------------------------------------------------------ writing
 
     def step(self) -> list[Completion]:
-        """One token for every running text, and the first one for newcomers; returns what is finished."""
+        """One token for every running text, and the first one for newcomers; returns what is finished.
+
+        Where steps are recorded, that are texts whose last token the step before has drawn.
+        """
         self._work()
         try:
             return self.scheduler.unanswered
@@ -198,6 +182,7 @@ class Engine:
         for sequence, text in self._texts.items():
             if sequence.state != "ended":
                 text.go_back()
+        self._flying = None
         self._runner.clear()
         self._told = False
         self.scheduler.torn = False
@@ -261,68 +246,72 @@ class Engine:
         self._end(gone)
 
     def _advance_all(self) -> None:
-        """Schedules, runs both models, draws, and ends what is at its end."""
-        began, seconds = time.perf_counter(), self.stats.seconds
-        counted = seconds["models"] + seconds["sampling"]
-        before = self.scheduler.running
-        plan = self.scheduler.schedule()
-        if not plan.running:
-            return
-        ended: list[tuple[Sequence, Completion]] = []
-        if plan.decode:
-            ended += self._advance(before, self._decoded(before))
-        if plan.prefill:
-            ended += self._advance(plan.prefill, self._prefilled(plan.prefill))
+        """Schedules, has both models run and draw, and ends what is at its end.
+
+        Where steps are recorded, the tokens that are taken are those of the step before: the device draws
+        the next ones meanwhile. A text that ends has then been computed one token too far, which is
+        dropped when it comes; one whose length is known to end it has left its slot in time.
+        """
+        with self.stats.timed("rest"):
+            self._release()
+            before = self.scheduler.running
+            plan = self.scheduler.schedule()
+            launched = None
+            if plan.running:
+                launched = self._runner.launch(before, plan.prefill, self.stats)
+                self.stats.steps += 1
+            if self._runner.recorded:
+                launched, self._flying = self._flying, launched
+            if launched is not None:
+                self._arrive(launched)
+
+    def _release(self) -> None:
+        """Frees the slots of texts whose last token is on its way."""
+        flying = [] if self._flying is None else self._flying.sequences
+        last = [
+            one for one in flying if one.slot is not None and len(one.generated) + 1 >= one.max_new_tokens
+        ]
+        self._leave(last, self.scheduler.release(last))
+
+    def _arrive(self, pending: Pending) -> None:
+        """Takes a step's tokens, and ends what they end."""
+        with self.stats.timed("sampling"):
+            drawn = pending.result()
+        ended = []
+        for row, sequence in enumerate(pending.sequences):
+            if sequence.state == "ended":
+                continue  # before this token, or it was cancelled
+            completion = self._taken(sequence, drawn, row)
+            if completion is not None:
+                ended.append((sequence, completion))
         # From here on they are finished, whatever happens.
         self.scheduler.unanswered += [completion for _, completion in ended]
-        slots = [sequence.slot for sequence, _ in ended if sequence.slot is not None]
-        self._leave([sequence for sequence, _ in ended], self.scheduler.finish(slots))
-        for sequence in self.scheduler.running:
-            self._texts[sequence].keep()
-        self.stats.steps += 1
-        counted -= seconds["models"] + seconds["sampling"]
-        seconds["rest"] += time.perf_counter() - began + counted
+        in_slots = [sequence for sequence, _ in ended if sequence.slot is not None]
+        _, moves = self.scheduler.remove([sequence for sequence, _ in ended])
+        self._leave(in_slots, moves)
+        for sequence in pending.sequences:
+            if sequence.state != "ended":
+                self._texts[sequence].keep()
+        if self._flying is not None and all(one.state == "ended" for one in self._flying.sequences):
+            self._flying = None
 
-    def _decoded(self, sequences: Sequences) -> list[Term]:
-        began = time.perf_counter()
-        terms = self._runner.decoded(sequences)
-        self.stats.seconds["models"] += time.perf_counter() - began
-        return terms
-
-    def _prefilled(self, newcomers: Sequences) -> list[Term]:
-        began = time.perf_counter()
-        terms = self._runner.prefilled(newcomers)
-        # Samples of one request have read their prompt once.
-        read = {(s.request.auxiliary, s.ids, s.condition_ids, s.request.aux_scale) for s in newcomers}
-        self.stats.prefill_tokens += sum(len(ids) + len(condition) for _, ids, condition, _ in read)
-        self.stats.seconds["models"] += time.perf_counter() - began
-        return terms
+    def _taken(self, sequence: Sequence, drawn: Drawn, row: int) -> Completion | None:
+        """Adds a token to its text; the whole text if that ends it."""
+        if sequence not in self._texts:
+            ends = () if sequence.request.ignore_eos else self.text_format.end_ids(self.model)
+            self._texts[sequence] = Text(sequence, self.text_format, frozenset(ends))
+        text = self._texts[sequence]
+        if drawn.status[row]:
+            problem = "the logits are NaN or infinite; look at the models' weights and aux_scale"
+            return text.completion("error", problem)
+        logprob = drawn.logprobs[row] if sequence.request.logprobs else None
+        reason = text.take(drawn.tokens[row], logprob)
+        self.stats.new_tokens += 1
+        return None if reason is None else text.completion(reason)
 
     def _leave(self, ended: Sequences, moves: list[Move]) -> None:
         if ended:
             self._runner.leave(ended, moves, len(self.scheduler.running))
-
-    def _advance(self, sequences: Sequences, terms: list[Term]) -> list[tuple[Sequence, Completion]]:
-        """Draws a token for each sequence; those that it ends, with what they wrote."""
-        began = time.perf_counter()
-        drawn = self._runner.draw(terms, sequences)
-        self.stats.seconds["sampling"] += time.perf_counter() - began
-        ended = []
-        for row, sequence in enumerate(sequences):
-            if sequence not in self._texts:
-                ends = () if sequence.request.ignore_eos else self.text_format.end_ids(self.model)
-                self._texts[sequence] = Text(sequence, self.text_format, frozenset(ends))
-            text = self._texts[sequence]
-            if drawn.status[row]:
-                problem = "the logits are NaN or infinite; look at the models' weights and aux_scale"
-                ended.append((sequence, text.completion("error", problem)))
-                continue
-            logprob = drawn.logprobs[row] if sequence.request.logprobs else None
-            reason = text.take(drawn.tokens[row], logprob)
-            self.stats.new_tokens += 1
-            if reason is not None:
-                ended.append((sequence, text.completion(reason)))
-        return ended
 
     # ---------------------------------------------------------------------------------- preparing
 

@@ -1,7 +1,7 @@
 """Decoding steps as CUDA graphs: recorded for a few batch sizes before the first request, then replayed.
 
-A replay costs one launch instead of thousands, and nothing is compiled or recorded while texts are
-written.
+A replay is a whole step: both models, the draw, and the token fed to the next step. It costs one launch
+instead of thousands, and nothing is compiled or recorded while texts are written.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.core.terms import Term
+from auxkern.core.terms import rows_of
+from auxkern.generation.drawing import RECORDED_ACTS, Acts, Drawer
 from auxkern.generation.lanes import Lane
 from auxkern.generation.slots import SlotTable
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
 
-Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class CudaRecorder:
@@ -28,8 +29,8 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """A function that does the call again, and what it left: each time in the same memory."""
+    def __call__(self, call: Callable[[], None]) -> Callable[[], None]:
+        """A function that does the call again, on the same memory."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -38,71 +39,81 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            result = call()
-        return graph.replay, result
+            call()
+        return graph.replay
 
 
 class DecodeGraphs:
-    """One decoding step of a pair, for each auxiliary and each batch size of 1, 2, 4, ... slots.
+    """One decoding step of a pair: for each auxiliary, each batch size of 1, 2, 4, ... and each kind of draw.
 
-    Rows beyond the running sequences are computed and not looked at.
+    All that changes from step to step is in device memory, which the step itself brings up to date. Rows
+    beyond the running sequences are computed and not looked at.
 
     Args:
         model: an ``AuxTunedForCausalLM``.
         table: of the base's keys and values, fixed.
         lanes: of the auxiliaries whose steps are recorded, by name; their tables fixed.
         condition: (2, slots, K) int64, ids and mask of the running sequences' conditions.
+        drawer: of the slots.
         record: records a call.
     """
 
     def __init__(
-        self, model: Any, table: SlotTable, lanes: dict[str, Lane], condition: Tensor, record: Record
+        self,
+        model: Any,
+        table: SlotTable,
+        lanes: dict[str, Lane],
+        condition: Tensor,
+        drawer: Drawer,
+        record: Record,
     ) -> None:
-        self._model, self._table, self._lanes, self._condition = model, table, lanes, condition
-        slots, device = condition.shape[1], condition.device
-        self._ids = torch.zeros(slots, 1, dtype=torch.int64, device=device)
-        self._scales = torch.ones(slots, device=device)
-        self._recorded: dict[tuple[str | None, int], tuple[Callable[[], None], list[Term]]] = {}
+        self._model, self._table, self._lanes = model, table, lanes
+        self._condition, self._drawer = condition, drawer
+        self._slots = condition.shape[1]
+        self._recorded: dict[tuple[str | None, int, Acts], Callable[[], None]] = {}
         for name in (None, *lanes):
             # The largest first: the others find room in its memory.
-            for size in reversed(sizes(slots)):
-                self._recorded[name, size] = record(partial(self._step, name, size))
+            for size in reversed(sizes(self._slots)):
+                for acts in reversed(RECORDED_ACTS):
+                    self._recorded[name, size, acts] = record(partial(self._step, name, size, acts))
+                    self._clear()  # what was called has moved on by some columns
 
-    def serves(self, name: str | None) -> bool:
-        """Whether steps of this auxiliary were recorded."""
-        return (name, 1) in self._recorded
-
-    def terms(self, name: str | None, tokens: list[int], scales: list[float]) -> list[Term]:
-        """The terms of the next token of the sequences in slots 0, 1, ..., rows (size); size >= n.
+    def replay(self, name: str | None, n: int, acts: Acts) -> Callable[[], None] | None:
+        """Does a step of the sequences in slots 0 to n - 1; None if it was not recorded.
 
         Args:
             name: the auxiliary of all of them; None for the base alone.
-            tokens: n, the last one of each.
-            scales: n mixing weights.
+            n: sequences.
+            acts: what acts on their draws.
         """
-        n = len(tokens)
-        device = self._ids.device
-        self._ids[:n, 0] = torch.tensor(tokens, device=device)
-        self._scales[:n] = torch.tensor(scales, device=device)
-        size = next(size for size in sizes(self._ids.shape[0]) if size >= n)
-        replay, terms = self._recorded[name, size]
-        replay()
-        return terms
+        kind = next((one for one in RECORDED_ACTS if acts.within(one)), None)
+        size = next(size for size in sizes(self._slots) if size >= n)
+        return None if kind is None else self._recorded.get((name, size, kind))
 
-    def _step(self, name: str | None, size: int) -> list[Term]:
-        ids, K = self._ids[:size], self._condition.shape[2]
-        mask = torch.cat([self._table.mask[:size], torch.ones_like(ids)], 1)
+    def _step(self, name: str | None, size: int, acts: Acts) -> None:
+        rows, numbers, K = slice(0, size), self._drawer.rows, self._condition.shape[2]
+        ids = numbers["last"][rows, None]
+        mask = torch.cat([self._table.mask[rows], torch.ones_like(ids)], 1)
         parts = [] if name is None else [AuxiliaryRows(name, None, self._lanes[name].cache(K, size))]
         terms, cache = self._model.terms(
-            PairInputs(ids, mask, *self._condition[:, :size]),
+            PairInputs(ids, mask, *self._condition[:, rows]),
             cache=PairCache(self._table.cache, parts),
             use_cache=True,
             keep=1,
-            aux_scale=self._scales[:size],
+            aux_scale=numbers["scale"][rows].float(),
         )
         for part in cache.auxiliaries:
             self._lanes[part.name].keep(part.cache)
-        return terms
+        every = torch.arange(size, device=ids.device)
+        self._drawer.draw_recorded([rows_of(term, every) for term in terms], rows, acts)
+        live = numbers["live"][rows]
+        for table in (self._table, *(self._lanes[part.name].table for part in parts)):
+            table.open_column(live)
+
+    def _clear(self) -> None:
+        for table in (self._table, *(lane.table for lane in self._lanes.values())):
+            table.clear()
+        self._drawer.clear()
 
 
 def sizes(slots: int) -> list[int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from auxkern.generation.request import Sequence, Sequences
 from auxkern.generation.scheduler import closing_moves
 from auxkern.generation.slots import SlotTable
+from auxkern.generation.transfers import to_device
 from auxkern.model.interface import OF_CONDITION, AuxiliaryCache
 
 
@@ -42,11 +42,15 @@ class Lane:
         attention = cache.attention
         return attention.self_attention_cache if isinstance(attention, EncoderDecoderCache) else attention
 
+    def serves_all(self, sequences: Sequences) -> bool:
+        """Whether it is the lane of the whole batch, in the same order."""
+        return [*map(id, self.members)] == [*map(id, sequences)]
+
     def rows(self, sequences: Sequences) -> Tensor | None:
         """(R,) slots of the whole batch that are this lane's, in its own order; None if it is all of them."""
-        if [*map(id, self.members)] == [*map(id, sequences)]:
+        if self.serves_all(sequences):
             return None
-        return torch.tensor([member.slot for member in self.members], device=self.table.mask.device)
+        return to_device([member.slot for member in self.members], self.table.mask.device)
 
     def cache(self, K: int, rows: int | None = None) -> AuxiliaryCache:
         """What the auxiliary is given at the next step, with conditions of K tokens, padded.
@@ -82,10 +86,12 @@ class Lane:
 
     def join(self, joining: list[tuple[Sequence, int]], cache: Any) -> None:
         """Newcomers, each with its row of what the auxiliary returned for the rows that were read."""
-        rows = torch.tensor([row for _, row in joining], device=self.table.mask.device)
+        rows = to_device([row for _, row in joining], self.table.mask.device)
         start, end = len(self.members), len(self.members) + len(joining)
         cache.reorder_cache(rows)
-        self.table.join(self.attention_of(cache), cache.mask)
+        # A decoder has its condition before the text.
+        most = [one.length + len(one.condition_ids) for one, _ in joining] if self.table.fixed else None
+        self.table.join(self.attention_of(cache), cache.mask, most)
         for name in OF_CONDITION:
             new = getattr(cache, name)
             if new is None:

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from auxkern.core.terms import Term, rows_of
-from auxkern.generation.drawing import Drawer, Drawn
+from auxkern.generation.drawing import Drawer, Pending
 from auxkern.generation.graphs import DecodeGraphs, Record
 from auxkern.generation.lanes import Lane
 from auxkern.generation.request import Sequences
 from auxkern.generation.scheduler import Move
 from auxkern.generation.slots import SlotTable
+from auxkern.generation.stats import EngineStats
+from auxkern.generation.transfers import HostCopy, to_device
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import padded
@@ -59,13 +62,13 @@ class Runner:
             table = SlotTable(room.slots, columns, model.device, fixed=recordable)
             self.lanes[name] = Lane(name, table, room.condition)
         self._condition = torch.zeros(2, room.slots, room.condition, dtype=torch.int64, device=model.device)
-        self._drawer = Drawer(model)
+        self._drawer = Drawer(model, room.slots, room.length)
         self._reserve(start_id)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             with torch.no_grad():
                 lanes = {name: lane for name, lane in self.lanes.items() if lane.table.fixed}
-                self._graphs = DecodeGraphs(model, self._table, lanes, self._condition, record)
+                self._graphs = DecodeGraphs(model, self._table, lanes, self._condition, self._drawer, record)
 
     def clear(self) -> None:
         """All sequences leave."""
@@ -73,36 +76,55 @@ class Runner:
             table.clear()
         for lane in self.lanes.values():
             lane.members.clear()
-        self._drawer = Drawer(self.model)
+        self._drawer.clear()
 
-    def draw(self, terms: list[Term], sequences: Sequences) -> Drawn:
-        """One token for each sequence, from terms of rows (n,)."""
-        return self._drawer.draw(terms, sequences)
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are recorded, and the host may look at a step's tokens after the next has begun."""
+        return self._graphs is not None
 
-    def decoded(self, sequences: Sequences) -> list[Term]:
-        """The terms of the next token of running sequences, rows (n,)."""
-        n = len(sequences)
+    def launch(self, running: Sequences, newcomers: Sequences, stats: EngineStats) -> Pending:
+        """One token for every running sequence, and the first one for newcomers, which take the next slots.
+
+        Args:
+            running: in slots 0 to n - 1.
+            newcomers: for the slots from n on.
+            stats: counts time and tokens read.
+        """
+        logprobs: dict[int, HostCopy] = {}
+        for first, sequences, draw in ((0, running, self._decode), (len(running), newcomers, self._prefill)):
+            numbers = draw(sequences, stats) if sequences else None
+            if numbers is not None:
+                logprobs[first] = HostCopy(numbers)
+        return Pending((*running, *newcomers), HostCopy(self._drawer.results), logprobs)
+
+    def _decode(self, sequences: Sequences, stats: EngineStats) -> Tensor | None:
+        """Draws the next tokens; their log-probabilities (n, 4) if any of them wants them."""
+        n, wanted, logprobs = len(sequences), _wants_logprobs(sequences), None
         lanes = [lane for lane in self.lanes.values() if lane.members]
-        parts = [(lane, lane.rows(sequences)) for lane in lanes]
-        together = not parts or (len(parts) == 1 and parts[0][1] is None)
-        name = lanes[0].name if lanes else None
-        recorded = self._graphs is not None and self._graphs.serves(name) and together
-        if self._graphs is not None and recorded and not _wants_logprobs(sequences):
-            tokens = [s.generated[-1] for s in sequences]
-            terms = self._graphs.terms(name, tokens, [self._drawer.scale(s) for s in sequences])
-        else:
-            terms = self._computed(sequences, [AuxiliaryRows(lane.name, rows, None) for lane, rows in parts])
+        replay = None
+        if self._graphs is not None and not wanted and all(lane.serves_all(sequences) for lane in lanes):
+            name = lanes[0].name if lanes else None
+            replay = self._graphs.replay(name, n, self._drawer.acts(slice(0, n)))
+        with stats.timed("models"):
+            if replay is None:
+                terms = self._computed(sequences, lanes)
+            else:
+                replay()
+        if replay is None:
+            with stats.timed("sampling"):
+                logprobs = self._drawer.draw(terms, slice(0, n), logprobs=wanted)
         for table in (self._table, *(lane.table for lane in lanes)):
-            table.advance()
-        return [rows_of(term, torch.arange(n, device=self.model.device)) for term in terms]
+            table.advance(opened=replay is not None)
+        return logprobs
 
-    def _computed(self, sequences: Sequences, parts: list[AuxiliaryRows]) -> list[Term]:
-        """The same without graphs; ``parts`` without their caches."""
+    def _computed(self, sequences: Sequences, lanes: list[Lane]) -> list[Term]:
+        """The terms of the next tokens, rows (n,), as models of which nothing is recorded make them."""
         n, table = len(sequences), self._table
-        ids = torch.tensor([[s.generated[-1]] for s in sequences], device=self.model.device)
+        ids = self._drawer.rows["last"][:n, None]
         mask = torch.cat([table.window, torch.ones_like(ids)], 1)
         width = max(len(s.condition_ids) for s in sequences)
-        parts = [AuxiliaryRows(p.name, p.rows, self.lanes[p.name].cache(width)) for p in parts]
+        parts = [AuxiliaryRows(lane.name, lane.rows(sequences), lane.cache(width)) for lane in lanes]
         terms, cache = self.model.terms(
             PairInputs(ids, mask, *self._condition[:, :n, :width]),
             cache=PairCache(table.cache, parts),
@@ -113,48 +135,66 @@ class Runner:
         )
         for part in cache.auxiliaries:
             self.lanes[part.name].keep(part.cache)
-        return terms
+        return [rows_of(term, torch.arange(n, device=ids.device)) for term in terms]
 
-    def prefilled(self, newcomers: Sequences) -> list[Term]:
-        """Reads prompts and conditions, and takes slots; the terms of the first token, rows (n,)."""
+    def _prefill(self, newcomers: Sequences, stats: EngineStats) -> Tensor | None:
+        """Reads prompts and conditions, takes slots, and draws the first tokens; returns as ``_decode``."""
+        start, wanted = self._table.count, _wants_logprobs(newcomers)
+        with stats.timed("models"):
+            terms = self._joined(newcomers, stats)
+        with stats.timed("sampling"):
+            self._drawer.join(newcomers)
+            return self._drawer.draw(terms, slice(start, start + len(newcomers)), logprobs=wanted)
+
+    def _joined(self, newcomers: Sequences, stats: EngineStats) -> list[Term]:
+        """The terms of the first tokens, rows (n,), and what was read in the slots' caches."""
+        device = self.model.device
         # Samples of one request read their prompt once.
         keys = [(s.request.auxiliary, s.ids, s.condition_ids, s.request.aux_scale) for s in newcomers]
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         unique = sorted(first.values())
         place = {keys[i]: row for row, i in enumerate(unique)}
-        of = torch.tensor([place[key] for key in keys], device=self.model.device)
+        read_in = [place[key] for key in keys]
+        of = to_device(read_in, device)
         readers = [newcomers[i] for i in unique]
+        names = [s.request.auxiliary for s in readers]
         prompts = padded([s.ids for s in readers], 0, side="left")
         conditions = padded([s.condition_ids for s in readers], 0)
-        inputs = PairInputs(*(ids.to(self.model.device) for ids in (*prompts, *conditions)))
+        inputs = PairInputs(*(to_device(ids, device) for ids in (*prompts, *conditions)))
         terms, cache = self.model.terms(
             inputs,
             # Layers with sliding windows keep all columns too, as the table does.
-            cache=PairCache(DynamicCache(), self._readers([s.request.auxiliary for s in readers])),
+            cache=PairCache(DynamicCache(), self._readers(names)),
             use_cache=True,
             keep=1,
             aux_scale=self._drawer.scales(readers),
             separate=_wants_logprobs(readers),
         )
         cache.lm.reorder_cache(of)
-        self._table.join(cache.lm, inputs.attention_mask[of])
-        start = self._table.count - len(newcomers)
-        self._condition[:, start : self._table.count] = 0
-        width = inputs.condition_ids.shape[1]
-        for side, ids in zip(self._condition, (inputs.condition_ids, inputs.condition_mask), strict=True):
-            side[start : self._table.count, :width] = ids[of]
+        self._table.join(cache.lm, inputs.attention_mask[of], [s.length for s in newcomers])
+        self._keep_conditions(inputs, of)
         for part in cache.auxiliaries:
-            rows = range(len(readers)) if part.rows is None else part.rows.tolist()
-            here = {row: i for i, row in enumerate(rows)}
-            joining = [(s, here[row]) for s, row in zip(newcomers, of.tolist(), strict=True) if row in here]
+            here = {
+                row: i for i, row in enumerate(row for row, name in enumerate(names) if name == part.name)
+            }
+            joining = [(s, here[row]) for s, row in zip(newcomers, read_in, strict=True) if row in here]
             self.lanes[part.name].join(joining, part.cache)
+        stats.prefill_tokens += sum(s.length + len(s.condition_ids) for s in readers)
         return [rows_of(term, of) for term in terms]
+
+    def _keep_conditions(self, inputs: PairInputs, of: Tensor) -> None:
+        """Of newcomers that have just taken their slots; ``of`` (n,) are their rows of ``inputs``."""
+        slots, width = slice(self._table.count - len(of), self._table.count), inputs.condition_ids.shape[1]
+        self._condition[:, slots] = 0
+        for side, ids in zip(self._condition, (inputs.condition_ids, inputs.condition_mask), strict=True):
+            side[slots, :width] = ids[of]
 
     def leave(self, ended: Sequences, moves: list[Move], left: int) -> None:
         """Sequences have ended; ``left`` go on, after these moves."""
         if not ended:
             return
         self._table.leave(moves, left)
+        self._drawer.leave(moves, left)
         for source, destination in moves:
             self._condition[:, destination] = self._condition[:, source]
         for lane in self.lanes.values():
@@ -196,7 +236,7 @@ class Runner:
             if len(rows) == len(names):
                 return [AuxiliaryRows(name, None, None)]
             if rows:
-                parts.append(AuxiliaryRows(name, torch.tensor(rows, device=self.model.device), None))
+                parts.append(AuxiliaryRows(name, to_device(rows, self.model.device), None))
         return parts
 
 

@@ -119,7 +119,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        """All that wait or run, in the order in which they came."""
+        """All that wait, run or are released, in the order in which they came."""
         return tuple(self._known.values())
 
     def refusal(self, sequence: Sequence) -> str | None:
@@ -204,8 +204,33 @@ class Scheduler:
                 raise ValueError(f"nothing runs in slot {slot}; {len(self._running)} slots are in use")
         if len(set(ended)) < len(ended):
             raise ValueError(f"slots holds one twice: {sorted(ended)}")
-        for slot in ended:
-            self._end(self._running[slot])
+        gone = [self._running[slot] for slot in ended]
+        moves = self._vacate(ended)
+        for sequence in gone:
+            self._end(sequence)
+        return moves
+
+    def release(self, sequences: Iterable[Sequence]) -> list[Move]:
+        """Takes running sequences out of their slots that go on no more but are not at their end yet.
+
+        ``remove`` ends them; until then they are among ``sequences``.
+
+        Returns:
+            Moves as of ``finish``.
+
+        Raises:
+            ValueError: one of them has no slot.
+        """
+        released = list(sequences)
+        for sequence in released:
+            if sequence.slot is None:
+                raise ValueError(f"sequence {sequence.key} has no slot; it is {sequence.state}")
+        moves = self._vacate([sequence.slot for sequence in released if sequence.slot is not None])
+        for sequence in released:
+            sequence.slot = None
+        return moves
+
+    def _vacate(self, ended: list[int]) -> list[Move]:
         left = len(self._running) - len(ended)
         moves = closing_moves(len(self._running), ended)
         for move in moves:
@@ -224,15 +249,17 @@ class Scheduler:
         return self.remove([one for one in self._known.values() if one.request.id == id])
 
     def remove(self, sequences: Iterable[Sequence]) -> tuple[list[Sequence], list[Move]]:
-        """Ends sequences, whether they wait or run; results as of ``cancel``."""
+        """Ends sequences, whether they wait, run or are released; results as of ``cancel``."""
         gone = set(sequences)
         waiting = [sequence for sequence in self._queue if sequence in gone]
         self._queue = deque(sequence for sequence in self._queue if sequence not in gone)
-        for sequence in waiting:
+        known = self._known.values()
+        released = [one for one in known if one in gone and one.state == "running" and one.slot is None]
+        for sequence in (*waiting, *released):
             self._end(sequence)
         running = [sequence for sequence in self._running if sequence in gone]
         slots = [slot for slot, sequence in enumerate(self._running) if sequence in gone]
-        return waiting + running, self.finish(slots)
+        return waiting + released + running, self.finish(slots)
 
     def _end(self, sequence: Sequence) -> None:
         sequence.state = "ended"

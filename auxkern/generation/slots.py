@@ -7,7 +7,8 @@ ends makes room by a move. Nothing is allocated while sequences run.
 
 A CUDA graph replays addresses and shapes, so a table for graphs (``fixed``) hands out all columns at
 every step, the mask says which are in use, and the new token stands in one more column behind them,
-beside its own place, which the mask opens at the next step.
+beside its own place, which the mask opens at the next step. Which column that is stands in device memory
+too, where a graph counts it up (``open_column``); the host counts along without asking.
 """
 
 from __future__ import annotations
@@ -142,12 +143,14 @@ class SlotTable:
             layer.lazy_initialization(keys, values)
         self.cache = Cache(layers=list(self.layers))
 
-    def join(self, cache: Cache, mask: Tensor) -> None:
+    def join(self, cache: Cache, mask: Tensor, most: Sequence[int] | None = None) -> None:
         """Newcomers take the next slots.
 
         Args:
             cache: of R sequences, W columns each, as a forward pass filled it.
             mask: (R, W) int64 of these columns.
+            most: as many real tokens as each may have, the last columns; None to count them, for which a
+                GPU has to stop.
 
         Raises:
             ValueError: W is too long.
@@ -162,17 +165,35 @@ class SlotTable:
                 room[rows, :, columns] = new  # type: ignore[index]
         self.mask[rows] = 0
         self.mask[rows, columns] = mask
-        first = mask.argmax(1) if W else mask.new_zeros(R)
-        self._starts += [self.end - W + start for start in first.tolist()]
+        if most is None:
+            first = mask.argmax(1) if W else mask.new_zeros(R)
+            most = [W - start for start in first.tolist()]
+        self._starts += [self.end - min(W, tokens) for tokens in most]
         self.count += R
 
-    def advance(self) -> None:
-        """A step has written one column of every running sequence."""
-        self.mask[: self.count, self.end] = 1
+    def open_column(self, live: Tensor) -> None:
+        """The device's part of ``advance``, where a graph can record it.
+
+        Args:
+            live: (R,) int64, 1 for each of the first R slots in which a sequence runs.
+        """
+        self.mask[: live.shape[0]].index_copy_(1, self.column, live[:, None])
+        self.column.add_(1)
+
+    def advance(self, *, opened: bool = False) -> None:
+        """A step has written one column of every running sequence.
+
+        Args:
+            opened: whether the step called ``open_column`` itself.
+        """
+        if not opened:
+            self.mask[: self.count, self.end] = 1
         self.end += 1
-        if self.end >= self._room:
+        full = self.end >= self._room
+        if full:
             self._shift_back()
-        self.column.fill_(self.end)
+        if full or not opened:
+            self.column.fill_(self.end)
 
     def clear(self) -> None:
         """All sequences leave."""
