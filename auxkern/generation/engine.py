@@ -44,8 +44,9 @@ class Engine:
         max_condition: most tokens of a condition.
         prefill_tokens: most padded tokens of newcomers in one step.
         graphs: whether steps are recorded as CUDA graphs when the engine is made (see ``DecodeGraphs``);
-            on a GPU they are unless it is False. Steps with log-probabilities or of several auxiliaries
-            at once run without.
+            on a GPU they are unless it is False. Steps with log-probabilities, with more than 32 biases of a
+            request or of several auxiliaries at once run without. What is written is then known to the host
+            one step after it was drawn, and so ``on_text`` is told and ``step`` returns it then.
         on_text: called with (request id, sample, new text) when a step is done, as soon as the text is
             certain. It may submit and cancel requests. What it raises comes out of ``step`` or ``generate``;
             the other texts are told, and the finished ones returned, by the next call.
@@ -253,17 +254,30 @@ class Engine:
         dropped when it comes; one whose length is known to end it has left its slot in time.
         """
         with self.stats.timed("rest"):
-            self._release()
-            before = self.scheduler.running
-            plan = self.scheduler.schedule()
-            launched = None
-            if plan.running:
-                launched = self._runner.launch(before, plan.prefill, self.stats)
-                self.stats.steps += 1
+            arriving = self._flying
+            try:
+                launched = self._launched()
+            except Exception:
+                if arriving is not None:
+                    self._take(arriving)  # drawn already, whatever befell the step behind it
+                raise
             if self._runner.recorded:
-                launched, self._flying = self._flying, launched
-            if launched is not None:
-                self._arrive(launched)
+                self._flying = launched
+            else:
+                arriving = launched
+            if arriving is not None:
+                self._arrive(arriving)
+
+    def _launched(self) -> Pending | None:
+        """Begins a step; None if there is nothing to do."""
+        self._release()
+        before = self.scheduler.running
+        plan = self.scheduler.schedule()
+        if not plan.running:
+            return None
+        launched = self._runner.launch(before, plan.prefill, self.stats)
+        self.stats.steps += 1
+        return launched
 
     def _release(self) -> None:
         """Frees the slots of texts whose last token is on its way."""
@@ -274,26 +288,31 @@ class Engine:
         self._leave(last, self.scheduler.release(last))
 
     def _arrive(self, pending: Pending) -> None:
-        """Takes a step's tokens, and ends what they end."""
+        """Takes a step's tokens, and has those leave that they end."""
+        ended = self._take(pending)
+        in_slots = [sequence for sequence in ended if sequence.slot is not None]
+        _, moves = self.scheduler.remove(ended)
+        self._leave(in_slots, moves)
+        if self._flying is not None and all(one.state == "ended" for one in self._flying.sequences):
+            self._flying = None
+
+    def _take(self, pending: Pending) -> list[Sequence]:
+        """Adds a step's tokens to their texts; returns those that are at their end."""
         with self.stats.timed("sampling"):
             drawn = pending.result()
-        ended = []
+        ended: dict[Sequence, Completion] = {}
         for row, sequence in enumerate(pending.sequences):
             if sequence.state == "ended":
                 continue  # before this token, or it was cancelled
             completion = self._taken(sequence, drawn, row)
             if completion is not None:
-                ended.append((sequence, completion))
+                ended[sequence] = completion
         # From here on they are finished, whatever happens.
-        self.scheduler.unanswered += [completion for _, completion in ended]
-        in_slots = [sequence for sequence, _ in ended if sequence.slot is not None]
-        _, moves = self.scheduler.remove([sequence for sequence, _ in ended])
-        self._leave(in_slots, moves)
+        self.scheduler.unanswered += ended.values()
         for sequence in pending.sequences:
-            if sequence.state != "ended":
+            if sequence in self._texts:
                 self._texts[sequence].keep()
-        if self._flying is not None and all(one.state == "ended" for one in self._flying.sequences):
-            self._flying = None
+        return list(ended)
 
     def _taken(self, sequence: Sequence, drawn: Drawn, row: int) -> Completion | None:
         """Adds a token to its text; the whole text if that ends it."""

@@ -10,6 +10,7 @@ from auxkern.generation.scheduler import closing_moves
 from auxkern.generation.slots import SlotTable
 from auxkern.model import TextFormat
 from auxkern.ops.sampling_params import SamplingParams
+from tests.support.replaying import Repeated
 from tests.support.tiny import DECODER, PAIRS, byte_tokenizer, tiny_lm_for, tiny_pair, with_two_more
 
 KINDS = [kind for kind in PAIRS if PAIRS[kind].get("lm_term") != "logits"]
@@ -244,25 +245,11 @@ def test_broken_logits_are_an_error_of_their_request(three, monkeypatch):
     assert list(sound.token_ids) == _alone(three, requests[1], sound.seed)
 
 
-class _Repeated(Engine):
-    """Does again what a CUDA graph would replay: the same calls, into the memory that was left first."""
-
-    recorded = 0
-
-    def _recorder(self, graphs):
-        def record(call):
-            self.recorded += 1
-            call()
-            return call
-
-        return record
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_that_are_recorded_write_the_same_texts(kind):
     model, requests = tiny_pair(kind, _lm()), _requests(14, seed=3)
     plain = Engine(model, TEXT, slots=5, max_length=48, max_condition=8).generate(requests)
-    engine = _Repeated(model, TEXT, slots=5, max_length=48, max_condition=8)
+    engine = Repeated(model, TEXT, slots=5, max_length=48, max_condition=8)
     # With the auxiliary, if its steps can be recorded, and without; 1, 2, 4 and 5 slots; 3 kinds of draws.
     expected = 12 if kind == "encoder-decoder" else 24
     assert engine.recorded == expected
@@ -284,7 +271,7 @@ def test_steps_that_are_recorded_serve_every_mix(three):
         for i in range(24)
     ]
     plain = Engine(three, TEXT, slots=3, max_length=32, max_condition=8).generate(requests)
-    engine = _Repeated(three, TEXT, slots=3, max_length=32, max_condition=8)
+    engine = Repeated(three, TEXT, slots=3, max_length=32, max_condition=8)
     found = engine.generate(requests)
     assert [done.token_ids for done in found] == [done.token_ids for done in plain]
     for ours, theirs in zip(found, plain, strict=True):

@@ -10,6 +10,7 @@ import auxkern.generation
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat
 from auxkern.ops.sampling_params import SamplingParams
+from tests.support.replaying import Repeated
 from tests.support.tiny import DECODER, byte_tokenizer, tiny_lm_for, tiny_pair, with_two_more
 
 TEXT = TextFormat(byte_tokenizer())
@@ -29,8 +30,14 @@ def want(model):
     return {done.id: done for done in _engine(model).generate(REQUESTS)}
 
 
-def _engine(model, **options):
-    return Engine(model, TEXT, **{"slots": 3, "max_length": 32, "max_condition": 8, **options})
+@pytest.fixture(params=[Engine, Repeated], ids=["single steps", "recorded steps"])
+def kind(request):
+    """Of an engine: with recorded steps tokens are on their way when things go wrong."""
+    return request.param
+
+
+def _engine(model, kind=Engine, **options):
+    return kind(model, TEXT, **{"slots": 3, "max_length": 32, "max_condition": 8, **options})
 
 
 def _drained(engine):
@@ -41,7 +48,7 @@ def _drained(engine):
 
 
 @pytest.mark.parametrize("at", [1, 4, 7, 20, "last", "always"])
-def test_a_callback_that_raises_changes_no_text(model, want, at):
+def test_a_callback_that_raises_changes_no_text(model, want, at, kind):
     told, calls = dict.fromkeys(want, ""), 0
     total = sum(map(len, (done.text for done in want.values())))
 
@@ -52,7 +59,7 @@ def test_a_callback_that_raises_changes_no_text(model, want, at):
         if at == "always" or calls == at or (at == "last" and sum(map(len, told.values())) == total):
             raise RuntimeError("the client is gone")
 
-    engine, found, errors = _engine(model, on_text=tell), {}, 0
+    engine, found, errors = _engine(model, kind, on_text=tell), {}, 0
     for request in REQUESTS:
         engine.submit(request)
     while not engine.scheduler.idle:
@@ -65,11 +72,11 @@ def test_a_callback_that_raises_changes_no_text(model, want, at):
     assert told == {id: done.text for id, done in want.items()}
 
 
-def test_an_error_of_a_callback_comes_out_of_generate(model, want):
+def test_an_error_of_a_callback_comes_out_of_generate(model, want, kind):
     def tell(*piece):
         raise RuntimeError("the client is gone")
 
-    engine = _engine(model, on_text=tell)
+    engine = _engine(model, kind, on_text=tell)
     with pytest.raises(RuntimeError, match="client is gone"):
         engine.generate(REQUESTS)
     assert engine.scheduler.idle
@@ -77,43 +84,43 @@ def test_an_error_of_a_callback_comes_out_of_generate(model, want):
     assert {done.id: done for done in engine.generate(REQUESTS)} == want
 
 
-def test_a_callback_may_cancel(model, want):
+def test_a_callback_may_cancel(model, want, kind):
     def tell(id, sample, piece):
         engine.cancel(2)
         engine.cancel(3)
 
-    engine = _engine(model, on_text=tell)
+    engine = _engine(model, kind, on_text=tell)
     done = {one.id: one for one in engine.generate(REQUESTS)}
     assert {id: done[id] for id in (0, 1, 4)} == {id: want[id] for id in (0, 1, 4)}
     assert done[2].error == done[3].error == "it was cancelled"
 
 
-def test_a_callback_may_submit_and_its_texts_are_kept(model, want):
+def test_a_callback_may_submit_and_its_texts_are_kept(model, want, kind):
     def tell(id, sample, piece):
         if not submitted:
             submitted.append(id)
             engine.submit(REQUESTS[4])
 
     submitted = []
-    engine = _engine(model, on_text=tell)
+    engine = _engine(model, kind, on_text=tell)
     first = engine.generate(REQUESTS[:3])
     assert [*first, *_drained(engine)] == [want[id] for id in (0, 1, 2, 4)]
 
 
-def test_a_callback_may_generate(model, want):
+def test_a_callback_may_generate(model, want, kind):
     def tell(id, sample, piece):
         if not inner:
             inner.append(None)
             inner[0] = engine.generate(REQUESTS[3:])
 
     inner = []
-    engine = _engine(model, on_text=tell)
+    engine = _engine(model, kind, on_text=tell)
     outer = engine.generate(REQUESTS[:3])
     assert [*outer, *inner[0]] == [want[id] for id in range(5)]
 
 
-def test_what_was_submitted_before_goes_on_beside_generate(model, want):
-    engine = _engine(model)
+def test_what_was_submitted_before_goes_on_beside_generate(model, want, kind):
+    engine = _engine(model, kind)
     engine.submit(REQUESTS[0])
     engine.step()
     assert engine.generate(REQUESTS[1:3]) == [want[1], want[2]]
@@ -164,6 +171,9 @@ def _lines(call):
     return 10**9 - counting.left
 
 
+BLOCKS = [(Engine, 0), (Engine, 1), (Engine, 2), (Repeated, 3), (Repeated, 4)]
+
+
 @pytest.fixture(scope="module")
 def small():
     """One layer, for many runs."""
@@ -171,10 +181,10 @@ def small():
     return tiny_pair("own head", tiny_lm_for(TEXT.tokenizer, num_hidden_layers=1), auxiliary_config=config)
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_after_ctrl_c_at_any_line_of_generate_the_engine_is_as_new(small, block):
+@pytest.mark.parametrize(("kind", "block"), BLOCKS)
+def test_after_ctrl_c_at_any_line_of_generate_the_engine_is_as_new(small, kind, block):
     requests = [Request(i, "ab", "p" * i, seed=i, max_new_tokens=2 + i, stop=("zq",)) for i in range(3)]
-    engine = _engine(small, slots=2, on_text=lambda *piece: None)
+    engine = _engine(small, kind, slots=2, on_text=lambda *piece: None)
     want = engine.generate(requests)
     lines = _lines(lambda: engine.generate(requests))
     for line in random.Random(block).sample(range(1, lines), 40):
@@ -184,12 +194,12 @@ def test_after_ctrl_c_at_any_line_of_generate_the_engine_is_as_new(small, block)
         assert engine.scheduler.idle
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_after_ctrl_c_at_any_line_of_a_step_every_text_goes_on(small, block):
+@pytest.mark.parametrize(("kind", "block"), BLOCKS)
+def test_after_ctrl_c_at_any_line_of_a_step_every_text_goes_on(small, kind, block):
     requests = [Request(i, "ab", "p" * i, seed=i, max_new_tokens=3 + i, logprobs=True) for i in range(4)]
     told = {}
     engine = _engine(
-        small, slots=2, on_text=lambda id, sample, piece: told.__setitem__(id, told.get(id, "") + piece)
+        small, kind, slots=2, on_text=lambda id, sample, piece: told.__setitem__(id, told.get(id, "") + piece)
     )
     want = {done.id: done for done in engine.generate(requests)}
     texts = dict(told)
@@ -226,8 +236,8 @@ def test_after_ctrl_c_at_any_line_of_a_step_every_text_goes_on(small, block):
         assert {id: len(text) for id, text in told.items()} == {id: len(text) for id, text in texts.items()}
 
 
-def test_a_model_that_fails_once_costs_no_text(model, want, monkeypatch):
-    engine, calls = _engine(model), []
+def test_a_model_that_fails_once_costs_no_text(model, want, monkeypatch, kind):
+    engine, calls = _engine(model, kind), []
     terms = type(model).terms
 
     def sometimes(self, *inputs, **options):
@@ -311,9 +321,9 @@ def test_a_text_of_nan_fails_alone(tmp_path):
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_an_auxiliary_that_is_gone_is_an_error_of_its_requests(tmp_path, begun):
+def test_an_auxiliary_that_is_gone_is_an_error_of_its_requests(tmp_path, begun, kind):
     three = with_two_more(tiny_lm_for(TEXT.tokenizer), tmp_path)
-    engine = _engine(three, slots=4)
+    engine = _engine(three, kind, slots=4)
     asked = [
         Request(name, "ab", seed=1, max_new_tokens=6, auxiliary=name) for name in ("own", "default", "t5")
     ]

@@ -72,6 +72,7 @@ def _requests(count, seed=0, **fixed):
                 "max_new_tokens": chosen.randint(1, 30),
                 "stop": tuple("abcdefghijklmnopqrst") if chosen.random() < 0.5 else (),
                 "ignore_eos": chosen.random() < 0.5,
+                "aux_scale": None if "auxiliary" in fixed else chosen.choice([None, 0.3, 1.7]),
                 "params": SamplingParams(**chosen.choice(PARAMS[: 1 + number * len(PARAMS) // count])),
                 **fixed,
             },

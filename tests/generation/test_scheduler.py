@@ -42,6 +42,7 @@ class Histories(RuleBasedStateMachine):
         self.cache: list[Sequence | None] = [None] * slots
         self.patience: dict[Sequence, int] = {}  # steps with a free slot in which one may yet wait
         self.ended: list[Sequence] = []
+        self.released: list[Sequence] = []
         self.count = 0
 
     @rule(
@@ -90,22 +91,41 @@ class Histories(RuleBasedStateMachine):
         running = len(self.scheduler.running)
         slots = data.draw(st.lists(st.integers(0, running - 1), unique=True) if running else st.just([]))
         ended = [self.cache[slot] for slot in slots]
+        self.ended += ended
         self.follow(self.scheduler.finish(slots), ended)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        running = self.scheduler.running
+        gone = data.draw(st.lists(st.sampled_from(running), unique=True) if running else st.just([]))
+        self.released += gone
+        self.follow(self.scheduler.release(gone), gone)
+
+    @rule()
+    def end_the_released(self) -> None:
+        ended, moves = self.scheduler.remove(self.released)
+        assert set(ended) == set(self.released)
+        assert len(ended) == len(self.released)
+        assert moves == []
+        self.ended += self.released
+        self.released = []
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         id = data.draw(st.integers(1, self.count + 1))
-        expected = [one for one in [*self.patience, *self.scheduler.running] if one.request.id == id]
+        alive = [*self.patience, *self.scheduler.running, *self.released]
+        expected = [one for one in alive if one.request.id == id]
         ended, moves = self.scheduler.cancel(id)
         assert set(ended) == set(expected)
         assert len(ended) == len(expected)
         for one in ended:
             self.patience.pop(one, None)
+        self.released = [one for one in self.released if one not in ended]
+        self.ended += ended
         self.follow(moves, ended)
 
     def follow(self, moves: list[Move], ended: list[Any]) -> None:
         """Makes the moves in the cache, all at once as an engine would."""
-        self.ended += ended
         self.cache = [None if one in ended else one for one in self.cache]
         assert not {move.source for move in moves} & {move.destination for move in moves}
         for source, destination in reversed(moves):
@@ -125,9 +145,12 @@ class Histories(RuleBasedStateMachine):
     def every_sequence_is_somewhere_once(self) -> None:
         assert self.scheduler.waiting == len(self.patience)
         assert {one.state for one in self.patience} <= {"waiting"}
-        everywhere = [*self.patience, *self.scheduler.running, *self.ended]
+        everywhere = [*self.patience, *self.scheduler.running, *self.released, *self.ended]
         assert len(set(everywhere)) == len(everywhere)
-        assert self.scheduler.idle == (not self.patience and not self.scheduler.running)
+        alive = {*self.patience, *self.scheduler.running, *self.released}
+        assert set(self.scheduler.sequences) == alive
+        assert self.scheduler.idle == (not alive)
+        assert all(one.state == "running" and one.slot is None for one in self.released)
         assert all(one.state == "ended" and one.slot is None for one in self.ended)
 
     @invariant()
@@ -136,6 +159,7 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever the history, running on ends everything, in as many steps as there are sequences."""
+        self.end_the_released()
         for _ in range(len(self.patience) + len(self.scheduler.running)):
             self.schedule()
             slots = range(len(self.scheduler.running))[-1:]

@@ -5,6 +5,7 @@ import torch
 
 from auxkern.generation import Engine, Request
 from auxkern.model import TextFormat
+from auxkern.ops.sampling_params import SamplingParams
 from tests.support.batches import ragged_batch
 from tests.support.tiny import KIND, byte_tokenizer, tiny_lm, tiny_lm_for, tiny_pair
 
@@ -70,6 +71,27 @@ def test_the_engine_writes_what_generate_writes():
             **inputs, do_sample=True, top_k=0, seeds=[request.seed], max_new_tokens=request.max_new_tokens
         )
         assert ids[0, inputs["input_ids"].shape[1] :].tolist() == list(done.token_ids)
+
+
+def test_nothing_waits_for_the_device_while_the_same_texts_are_written():
+    tokenizer = byte_tokenizer()
+    model, text = tiny_pair(KIND, tiny_lm_for(tokenizer).half()).cuda(), TextFormat(tokenizer)
+    engine = Engine(model, text, slots=4, max_length=64)
+    params = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(repetition_penalty=1.2)]
+    for one in params:
+        for i in range(4):
+            engine.submit(Request(i, "abc", seed=i, params=one, max_new_tokens=20, ignore_eos=True))
+        engine.step()
+        engine.step()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(10):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        while not engine.scheduler.idle:
+            engine.step()
 
 
 def test_graphs_write_what_single_steps_write():
