@@ -16,7 +16,7 @@ from torch import Tensor
 
 from auxkern.core.backend import Backend, Route
 from auxkern.core.draws import Draws, RowTokens
-from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
+from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear, empty
 from auxkern.core.terms import Head, Logits, Sparse, Term, unchecked
 
@@ -51,18 +51,22 @@ class RowKernels(Backend):
     def logits_losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
-        """``losses`` of a sum whose logits exist; with a weight only if it ``fuses``.
+        """``losses`` of a sum whose logits exist; with a weight only if ``logits_route`` is fused.
 
-        Memory in ``wanted`` may be the term's own values then.
+        Memory in ``wanted`` may be the term's own values if it ``fuses``.
         """
 
     @abstractmethod
-    def logits_gradients(self, sum: Sum, target: Tensor, rows: Coefficients, wanted: Wanted) -> None:
+    def logits_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
         """The gradients of a sum whose logits exist: ``dz * scale * (1 - tanh(values / softcap)**2)``."""
 
     @abstractmethod
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         """``draw`` of a sum whose logits exist, beside sparse terms."""
+
+    def logits_route(self, sum: Sum, loss: Loss) -> Route:
+        """The way of a sum whose logits exist."""
+        return Route("logits", fused=self.fuses)
 
     def heads_refusal(self, sum: Sum) -> str | None:
         """Why ``heads_way`` does not take a sum of nothing but heads; None if it does."""
@@ -84,7 +88,7 @@ class RowKernels(Backend):
 
     def route(self, sum: Sum, loss: Loss) -> Route:
         if sum.is_logits:
-            return Route("logits", fused=self.fuses)
+            return self.logits_route(sum, loss)
         reason = self._heads_refusal(sum)
         if reason is None:
             return Route(self.heads_way, fused=True, rescales=True)
@@ -122,9 +126,8 @@ class RowKernels(Backend):
         if self._heads_refusal(sum) is None:
             self.heads_gradients(sum, target, slopes, wanted)
             return
-        coefficients = slopes.coefficients(sum.dtype)
         if sum.is_logits:
-            self.logits_gradients(sum, target, coefficients, wanted)
+            self.logits_gradients(sum, target, slopes, wanted)
             return
         clear(wanted)
         chunks = _Chunks(self, sum, chunks_of_rows(slopes.counts, self._rows_of(sum)), False)
@@ -132,17 +135,18 @@ class RowKernels(Backend):
         for rows in chunks.rows:
             logits = chunks.logits(rows)
             dz = chunks.memory(logits, asking, in_place=False)
-            self.logits_gradients(logits, target[rows].contiguous(), coefficients.rows(rows), dz)
+            some = slopes.rows(rows, slopes.counts[rows])
+            self.logits_gradients(logits, target[rows].contiguous(), some, dz)
             chunks.add(rows, dz, wanted)
 
     def _with_gradients(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
-        if weight is None or self.fuses:
+        if weight is None or self.logits_route(sum, loss).fused:
             return self.logits_losses(sum, target, loss, weight, wanted)
         rows = self.logits_losses(sum, target, loss, None, ())
         slopes = RowSlopes(weight, rows.sums, target != loss.ignore_index, loss, sum.V)
-        self.logits_gradients(sum, target, slopes.coefficients(sum.dtype), wanted)
+        self.logits_gradients(sum, target, slopes, wanted)
         return rows
 
     def draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:

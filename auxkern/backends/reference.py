@@ -22,7 +22,7 @@ from auxkern.core.draws import (
     gumbel,
     random_bits,
 )
-from auxkern.core.loss import NO_TARGET, Coefficients, Loss, RowLosses
+from auxkern.core.loss import NO_TARGET, Loss, RowLosses, RowSlopes
 from auxkern.core.mass import masses, needed
 from auxkern.core.sums import Sum, Wanted
 from auxkern.core.terms import Logits, softcapped
@@ -76,8 +76,8 @@ class Reference(RowKernels):
             lse=row_max + log_sum,
         )
 
-    def logits_gradients(self, sum: Sum, target: Tensor, rows: Coefficients, wanted: Wanted) -> None:
-        row_max, exp_coefficient, constant, target_gradient = rows
+    def logits_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
+        row_max, exp_coefficient, constant, target_gradient = slopes.coefficients(sum.dtype)
         z = torch.stack(_contributions(sum)).sum(0)
         dz = exp_coefficient[:, None] * torch.exp(z - row_max[:, None]) - constant[:, None]
         is_target = torch.arange(sum.V, device=z.device) == target[:, None]

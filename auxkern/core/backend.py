@@ -23,12 +23,15 @@ class Route:
         fused: whether gradients are made with the losses, for the incoming gradient that is expected.
         rescales: whether these are float32, so that another incoming gradient, which is a multiple of the
             one expected, may multiply them.
+        mends: whether ``gradients`` brings those of logits up to date on the device, row by row, where
+            another incoming gradient comes than was expected.
         refusals: by the name of each faster way, why it is not taken.
     """
 
     name: str
     fused: bool = False
     rescales: bool = False
+    mends: bool = False
     refusals: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -48,6 +51,11 @@ class Backend(ABC):
     @abstractmethod
     def route(self, sum: Sum, loss: Loss) -> Route:
         """The way that ``losses`` takes, and why it is not a faster one."""
+
+    def counted(self, target: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """0-d number of rows whose target (N,) counts, 1 if none does, and its reciprocal."""
+        number = (target != ignore_index).sum().clamp(min=1).to(dtype)
+        return number, number.reciprocal()
 
     @abstractmethod
     def losses(

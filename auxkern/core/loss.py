@@ -129,10 +129,6 @@ class Coefficients(NamedTuple):
     constant: Tensor
     target_gradient: Tensor
 
-    def rows(self, rows: slice | Tensor) -> Coefficients:
-        """Those of some rows, contiguous."""
-        return Coefficients(*(c[rows].contiguous() for c in self))
-
 
 @dataclass(frozen=True)
 class RowSlopes:
@@ -141,9 +137,12 @@ class RowSlopes:
     Attributes:
         g: (N,) gradient of the row's loss.
         sums: over all ids.
-        counts: (N,) bool, False for rows that are ignored: their coefficients are 0.
+        counts: (N,) bool, False for rows that are ignored: their coefficients are 0. Rows of logits are those
+            whose target is ``loss.ignore_index``.
         loss: what the row's loss is.
         V: all ids, of every shard.
+        written: (N,) the g whose gradients the memory for gradients of logits already holds; None if it holds
+            none. Rows where it equals ``g`` may be left as they are.
     """
 
     g: Tensor
@@ -151,11 +150,12 @@ class RowSlopes:
     counts: Tensor
     loss: Loss
     V: int
+    written: Tensor | None = None
 
     def rows(self, rows: slice | Tensor, counts: Tensor) -> RowSlopes:
-        """The same for some rows, of which (C,) ``counts`` count."""
+        """The same for some rows, of which (C,) ``counts`` count; of their gradients nothing is written."""
         sums = RowSums(*(x[rows] for x in self.sums))
-        return replace(self, g=self.g[rows], sums=sums, counts=counts)
+        return replace(self, g=self.g[rows], sums=sums, counts=counts, written=None)
 
     def coefficients(self, dtype: torch.dtype) -> Coefficients:
         """What a kernel makes dz of, in this dtype.

@@ -20,13 +20,20 @@ from auxkern.core.sums import (
     row_dtype,
     tensors_of,
 )
-from auxkern.core.terms import INTEGER_DTYPES, Head, Term, Terms, as_number, as_terms, has_dtensors
+from auxkern.core.terms import INTEGER_DTYPES, Term, Terms, as_number, as_terms, has_dtensors
 from auxkern.ops.dense import dense_rows
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.cross_entropy import rows_over_ranks
 from auxkern.ops.parallel.share import Share
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
-from auxkern.ops.torch_ops import Expected, check_target_range, is_transformed, loss_rows, refuse_transforms
+from auxkern.ops.torch_ops import (
+    Expected,
+    check_target_range,
+    is_transformed,
+    loss_rows,
+    refuse_transforms,
+    rows_that_count,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -171,11 +178,11 @@ def cross_entropy(
     loss = Loss(ignore_index, label_smoothing, z_loss, return_stats)
     if group is None:
         problem = checked(as_terms(terms), vocab_size)
-        weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
+        weight, denominator, share = _weighting(problem, ignore_index, reduction, normalizer)
         if problem.transformed:
             rows = dense_rows(problem.terms, problem.target, vocab_size, loss)
         else:
-            gradient = _expected_gradient(problem, weight, denominator, reduction)
+            gradient = _expected_gradient(problem, weight, share, reduction)
             expected = None if gradient is None else Expected(gradient, gradient_memory)
             call = (loss, chunk_rows, problem.vocab_size, problem.backend)
             rows = loss_rows(problem.terms, problem.target, expected, *call)
@@ -191,9 +198,9 @@ def cross_entropy(
         }
         cut = CutVocabulary(group, process_group, vocab_size)
         problem, shard, V = _agreed(cut, terms, checked, facts, ignore_index)
-        weight, denominator = _weighting(problem, ignore_index, reduction, normalizer)
-        share = Share(layout_of(problem.terms), shard, V, chunk_rows, problem.backend)
-        rows = rows_over_ranks(share, tensors_of(problem.terms), problem.target, loss)
+        weight, denominator, _ = _weighting(problem, ignore_index, reduction, normalizer)
+        part = Share(layout_of(problem.terms), shard, V, chunk_rows, problem.backend)
+        rows = rows_over_ranks(part, tensors_of(problem.terms), problem.target, loss)
     row, nll, lse, argmax, term_nll = rows
     result = row if weight is None else row * weight
     if reduction == "none":
@@ -369,46 +376,62 @@ def _shifted(rows: Tensor, fill: float) -> Tensor:
     return torch.cat([rows[..., 1:], torch.full_like(rows[..., :1], fill)], dim=-1)
 
 
+class _Weighting(NamedTuple):
+    """How rows become a loss: ``sum of weight * row / denominator``."""
+
+    weight: Tensor | None  # (N,), None for 1
+    denominator: float | Tensor | None  # None for 1
+    share: Callable[[], Tensor]  # 0-d, 1 / denominator as autograd makes it
+
+
 def _weighting(
     problem: _Problem, ignore_index: int, reduction: str, normalizer: float | Tensor | None
-) -> tuple[Tensor | None, float | Tensor | None]:
-    """(N,) weight of each row, None for 1; and what divides their sum, None for nothing."""
-    counts = problem.target != ignore_index
-    weight = problem.token_weight
+) -> _Weighting:
+    weight, target = problem.token_weight, problem.target
+    dtype = row_dtype(tensors_of(problem.terms))
+
+    def one() -> Tensor:
+        return torch.ones((), dtype=dtype, device=target.device)
+
     if weight is not None:
         # An ignored row's weight is not read: a NaN there must not reach the loss.
-        weight = torch.where(counts, weight, 0.0)
-        counts = counts & (weight != 0)
-    if normalizer is None and reduction != "mean":
-        return weight, None
-    dtype = row_dtype(tensors_of(problem.terms))
-    # Where no row counts the sum is 0, and 0 / 0 would turn "nothing" into NaN.
+        weight = torch.where(target != ignore_index, weight, 0.0)
     if normalizer is None:
+        if reduction != "mean":
+            return _Weighting(weight, None, one)
         if weight is None:
-            return None, counts.sum().clamp(min=1).to(dtype)
+            call = (target, ignore_index, dtype, problem.backend, problem.transformed)
+            number, reciprocal = rows_that_count(*call)
+            return _Weighting(None, number, lambda: reciprocal)
         normalizer = weight.sum()
     if not isinstance(normalizer, Tensor):
-        return weight, float(normalizer)
-    return weight, torch.where(counts.any(), normalizer.to(counts.device, dtype), 1.0)
+        divisor = float(normalizer)
+        return _Weighting(weight, divisor, lambda: one() / divisor)
+    counts = target != ignore_index if weight is None else weight != 0
+    # Where no row counts the sum is 0, and 0 / 0 would turn "nothing" into NaN.
+    denominator = torch.where(counts.any(), normalizer.to(target.device, dtype), 1.0)
+    return _Weighting(weight, denominator, lambda: one() / denominator)
 
 
 def _expected_gradient(
-    problem: _Problem, weight: Tensor | None, denominator: float | Tensor | None, reduction: str
-) -> Tensor | None:
-    """(N,) d loss / d row, to the last bit what autograd will bring if the loss is the root.
+    problem: _Problem, weight: Tensor | None, share: Callable[[], Tensor], reduction: str
+) -> Callable[[], Tensor] | None:
+    """Makes the (N,) d loss / d row, to the last bit what autograd will bring if the loss is the root.
 
-    None where no gradient will come or none can be foreseen, and where comparing what comes with
-    what was expected would stop a GPU or break a graph. What comes is always a multiple of it.
+    None where no gradient will come or none can be foreseen, or a graph would be broken. What comes is always
+    a multiple of it.
     """
     tensors = tensors_of(problem.terms)
     if (
         reduction == "none"
         or torch.compiler.is_compiling()
-        or (problem.target.device.type != "cpu" and not any(isinstance(t, Head) for t in problem.terms))
         or not torch.is_grad_enabled()
         or not any(t.requires_grad for t in tensors)
     ):
         return None
-    one = torch.ones((), dtype=row_dtype(tensors), device=problem.target.device)
-    each = (one if denominator is None else one / denominator).detach().expand(problem.target.shape)
-    return each if weight is None else each * weight.detach()
+
+    def gradient() -> Tensor:
+        each = share().detach().expand(problem.target.shape)
+        return each if weight is None else each * weight.detach()
+
+    return gradient

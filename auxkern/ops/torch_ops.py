@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from auxkern.backends.choice import backend_of
+from auxkern.backends.choice import backend_of, load
 from auxkern.core.loss import Loss, RowLosses, RowSlopes, RowSums
 from auxkern.core.memory import GradientMemory
 from auxkern.core.sums import (
@@ -241,6 +241,36 @@ def check_target_range(target: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
+def _fake_counted(
+    target: Tensor, ignore_index: int, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    return target.new_empty((), dtype=dtype), target.new_empty((), dtype=dtype)
+
+
+@operator(
+    "counted(Tensor target, int ignore_index, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _fake_counted,
+)
+def _counted(target: Tensor, ignore_index: int, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    return load(backend).counted(target, ignore_index, dtype)
+
+
+def rows_that_count(
+    target: Tensor, ignore_index: int, dtype: torch.dtype, backend: str, transformed: bool
+) -> tuple[Tensor, Tensor]:
+    """0-d number of rows whose target (N,) counts, 1 if none does, and its reciprocal.
+
+    Args:
+        dtype: of both.
+        backend: its name; "" where a graph is traced.
+        transformed: whether a transform of ``torch.func`` follows a tensor.
+    """
+    if backend and not transformed and target.numel():
+        return _counted(target, ignore_index, dtype, backend)
+    number = (target != ignore_index).sum().clamp(min=1).to(dtype)
+    return number, number.reciprocal()
+
+
 _Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -354,21 +384,31 @@ class Gradients:
         return [d.to(tensors[place].dtype) for place, d in self.flat.items()]
 
 
-class Expected(NamedTuple):
-    """The (N,) gradient of the rows that a backward is expected to bring, but for a factor.
+@dataclass(eq=False)
+class Expected:
+    """The gradient of the rows that a backward is expected to bring, but for a factor.
 
-    ``memory`` is for gradients of logits that are made for it.
+    Attributes:
+        make: makes it.
+        memory: for gradients of logits that are made for it.
     """
 
-    gradient: Tensor
+    make: Callable[[], Tensor]
     memory: GradientMemory | None
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """(N,)."""
+        return self.make()
 
 
 class _Ready(NamedTuple):
-    """Gradients that were made with the losses; ``rescales`` as in ``Route``."""
+    """Gradients that were made with the losses; ``rescales`` and ``mends`` as in ``Route``."""
 
     gradients: list[Tensor]
+    wanted: list[dict[str, Tensor]]  # the same memory, as a backend takes it
     rescales: bool
+    mends: bool
 
 
 @apart_from_autocast
@@ -390,7 +430,7 @@ def _with_gradients(
     result = Gradients(sum, tensors, places, float32=route.rescales, memory=expected.memory)
     rows = kernel.losses(sum, target, call.loss, expected.gradient, result.wanted)
     gradients = list(result.flat.values()) if route.rescales else result.rounded(tensors)
-    return _as_outputs(rows, call.loss), _Ready(gradients, route.rescales)
+    return _as_outputs(rows, call.loss), _Ready(gradients, result.wanted, route.rescales, route.mends)
 
 
 class _LossRows(torch.autograd.Function):
@@ -398,7 +438,8 @@ class _LossRows(torch.autograd.Function):
 
     A backend may make the gradient with the losses, while a row's logits are at hand, for the incoming
     gradient that is expected. If another one comes, float32 gradients are multiplied: whatever comes is a
-    multiple of what was expected. Others, and those of a second backward, are computed afresh.
+    multiple of what was expected. Others are brought up to date where they lie if the backend mends them;
+    else they, and always those of a second backward, are computed afresh.
     """
 
     @staticmethod
@@ -433,19 +474,28 @@ class _LossRows(torch.autograd.Function):
         row, nll, lse, argmax, term_nll, row_max, log_sum = rows
         ctx.save_for_backward(target, nll, row_max, log_sum, *tensors)
         ctx.mark_non_differentiable(nll, lse, argmax, term_nll)
+        # Zeros would be written for these four, only to be thrown away.
+        ctx.set_materialize_grads(False)
         return row, nll, lse, argmax, term_nll
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         target, nll, row_max, log_sum, *tensors = ctx.saved_tensors
+        if g is None:
+            return (None,) * (_BEFORE + len(tensors))
         (integers, numbers, vocab_size, backend), wanted = ctx.call, _wanted(ctx)
         with torch.no_grad():
+            # Handed out once: a second backward must not change what the first one gave away.
             ready, ctx.ready = ctx.ready, None
-            gradients = None if ready is None else _for_incoming(ready, g, ctx.expected.gradient)
+            V, sums = _vocabulary(tensors, integers[3:], vocab_size), [nll, row_max, log_sum]
+            gradients = None
+            if ready is not None and ready.mends:
+                call, written = _decoded(tuple(integers), tuple(numbers)), ctx.expected.gradient
+                gradients = _mended(tensors, target, sums, call, V, ready, (g, written), backend)
+            elif ready is not None:
+                gradients = _for_incoming(ready, g, ctx.expected.gradient)
             del ready  # freed before others are made
             if gradients is None:
-                V = _vocabulary(tensors, integers[3:], vocab_size)
-                sums = [nll, row_max, log_sum]
                 gradients = _gradients(tensors, target, g, sums, integers, numbers, V, wanted, backend)
             by_place = {i: d.to(tensors[i].dtype) for i, d in zip(wanted, gradients, strict=True)}
         result = tuple(by_place[ctx.sources[i]] if i in ctx.sources else None for i in range(len(tensors)))
@@ -480,6 +530,25 @@ def _same_gradient(values: Sequence[Tensor], factors: Sequence[float], i: int, j
 def _vocabulary(tensors: Sequence[Tensor], kinds: Sequence[int], vocab_size: int | None) -> int:
     """V, read off the tensors where it is used: torch.compile does not carry open sizes to a backward."""
     return Layout.vocabulary(tensors, kinds) if vocab_size is None else vocab_size
+
+
+@apart_from_autocast
+def _mended(
+    tensors: list[Tensor], target: Tensor, sums: list[Tensor], call: _Call, V: int, ready: _Ready,
+    incoming: tuple[Tensor, Tensor], backend: str,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that are ready, for the gradient of the rows that came; nothing waits for a GPU.
+
+    Args:
+        sums: of the rows.
+        incoming: (N,) what came, and what was expected.
+    """
+    g, written = incoming
+    sum = call.layout.sum(tensors, V, call.chunk_rows)
+    counts = target != call.loss.ignore_index
+    slopes = RowSlopes(g, RowSums(*sums), counts, replace(call.loss, stats=False), V, written)
+    backend_of(backend or None, tensors).gradients(sum, target, slopes, ready.wanted)
+    return ready.gradients
 
 
 def _for_incoming(ready: _Ready, g: Tensor, expected: Tensor) -> list[Tensor] | None:

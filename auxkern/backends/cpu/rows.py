@@ -9,7 +9,7 @@ from torch import Tensor
 
 from auxkern.backends.chunked import RowKernels
 from auxkern.backends.cpu.abi import CGradient, Native, c_terms
-from auxkern.core.loss import Coefficients, Loss, RowLosses
+from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Sum, Wanted
 
 
@@ -39,8 +39,8 @@ class LogitRows(Native, RowKernels):
         )
         return rows.summed()
 
-    def logits_gradients(self, sum: Sum, target: Tensor, rows: Coefficients, wanted: Wanted) -> None:
-        rows = Coefficients(*[c.contiguous() for c in rows])
+    def logits_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
+        rows = Coefficients(*[c.contiguous() for c in slopes.coefficients(sum.dtype)])
         self.library.auxkern_cross_entropy_backward(
             c_terms(sum.logits),
             len(sum.terms),

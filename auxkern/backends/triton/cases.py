@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton.launch import Launch
-from auxkern.core.loss import Coefficients
+from auxkern.core.loss import Coefficients, Loss, RowSlopes, RowSums
 from auxkern.core.sums import Sum
 from auxkern.core.terms import Head, Logits, unchecked
 
@@ -108,6 +108,12 @@ def target_of(rows: int) -> Tensor:
 def coefficients_of(rows: int) -> Coefficients:
     """Of rows' gradients."""
     return Coefficients(*[float_row(rows)] * 4)
+
+
+def slopes_of(rows: int, V: int, *, ready: bool = False) -> RowSlopes:
+    """Of rows' losses; ``ready`` if gradients are written already."""
+    row, counts = float_row(rows), torch.empty(rows, dtype=torch.bool, device="meta")
+    return RowSlopes(row, RowSums(row, row, row), counts, Loss(), V, row if ready else None)
 
 
 def logits_of(

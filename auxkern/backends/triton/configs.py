@@ -29,6 +29,14 @@ class Config:
 # same registers.
 FORWARD = {1: Config(vectors=4, warps=4, programs=4), 2: Config(2, 4, 4), 8: Config(1, 4, 4)}
 FORWARD_STATS = {2: Config(1, 4, 4), 8: Config(1, 8, 4)}
+# Both in one pass: so many programs for each multiprocessor, whose warps alone keep memory busy. Rows in
+# flight share the L2 cache.
+FUSED = {1: Config(vectors=4, warps=16, programs=1), 2: Config(2, 16, 1), 8: Config(1, 16, 1)}
+FUSED_STATS = {8: Config(1, 16, 1)}
+FUSED_REGISTERS = 128  # of a thread: all that so many warps can have
+# Of the L2 cache, for the rows in flight. Its two halves copy what the other one holds, addresses share its
+# sets unevenly, and gradients pass through it: what it keeps is less than its size. Nothing was measured.
+CACHE_SHARE = 0.6
 BACKWARD = {1: Config(vectors=4, warps=4, programs=4), 2: Config(2, 4, 4), 8: Config(1, 4, 4)}
 
 
@@ -85,6 +93,7 @@ class BlockConfig:
     programs: int = 0
 
 
+COUNT = BlockConfig(2048, 8)
 SAMPLE, ADJUST = BlockConfig(2048, 4, programs=8), BlockConfig(256, 2)
 
 # Adjacent columns of a tile that have one bound: what a thread reads of a 16-bit term at a time.

@@ -6,6 +6,7 @@ Beside it stands what terms and rows are as arguments of kernels; ``device/rows.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,8 @@ class Launch:
         bytes_moved: bytes of logits and gradients that the launch must read and write.
         flops: floating-point operations, an exponential counted as one.
         num_stages: tiles of operands in flight in a loop over products; None for the compiler's choice.
+        registers: most of them per thread, on NVIDIA's GPUs; None for the compiler's choice, which spills
+            some where that lets more programs in.
         tensor_flops: those of matrix products of 16-bit operands, which are not in ``flops``.
     """
 
@@ -65,14 +68,16 @@ class Launch:
     flops: int
     num_stages: int | None = None
     tensor_flops: int = 0
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told beside the source."""
-        stages = {} if self.num_stages is None else {"num_stages": self.num_stages}
+        given = {"num_stages": self.num_stages, "maxnreg": self.registers}
+        chosen = {name: value for name, value in given.items() if value is not None}
         # Triton's default for fused multiply-adds is an environment variable's and a version's; the last
         # bits of a loss, and with them a draw, would change with it.
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True, **stages}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, **chosen}
 
     def run(self) -> CompiledKernel | None:
         """Launch on the current CUDA device, or in Triton's interpreter; the binary, if there is one."""
@@ -137,7 +142,15 @@ class TritonKernels(RowKernels):
 
     def multiprocessors(self, device: torch.device) -> int:
         """Of a device; they decide over how many programs a row is split."""
-        return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda":
+            return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 1
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """Size of a device's L2 cache; where kernels are interpreted, all memory is one."""
+        if device.type == "cuda":
+            return int(torch.cuda.get_device_properties(device).L2_cache_size)
+        return sys.maxsize
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> list[CompiledKernel | None]:
         """Launch in order; the binary of each, if there is one."""
@@ -332,3 +345,4 @@ class RowsArgument(NamedTuple):
     smooth: Tensor
     argmax: Tensor
     term_nll: Tensor
+    lse: Tensor

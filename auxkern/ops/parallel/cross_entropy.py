@@ -11,6 +11,7 @@ each makes the gradient of its own logits from the maximum and the sum over all 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class _ShardedRows(torch.autograd.Function):
         wanted = [i for i in range(len(tensors)) if ctx.needs_input_grad[before + i]]
         sums, counts = RowSums(nll, row_max, log_sum), target != IGNORED
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            slopes = RowSlopes(g.double(), sums, counts, loss, share.V)
+            slopes = RowSlopes(g.double(), sums, counts, replace(loss, ignore_index=IGNORED), share.V)
             summed = share.gradients(tensors, target, slopes, wanted)
             for i in wanted:
                 if share.is_whole(tensors, i):

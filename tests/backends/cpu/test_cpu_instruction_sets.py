@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from auxkern.backends.chunked import RowKernels
 from auxkern.backends.reference import BACKEND as REFERENCE
 from auxkern.core.backend import Backend
-from auxkern.core.loss import Coefficients, Loss, RowLosses
+from auxkern.core.loss import Loss, RowLosses, RowSlopes, RowSums
 from auxkern.core.sums import Sum
 from auxkern.core.terms import Logits
 from tests.support.cases import (
@@ -52,14 +54,14 @@ def rows_of(
 
 
 def gradients_of(
-    backend: RowKernels, logits: Sum, target: Tensor, rows: Coefficients, places: list[int]
+    backend: RowKernels, logits: Sum, target: Tensor, slopes: RowSlopes, places: list[int]
 ) -> list[Tensor]:
     """Of the values of the terms in ``places``."""
     wanted = [
         {"values": torch.empty_like(term.values)} if i in places else {}
         for i, term in enumerate(logits.logits)
     ]
-    backend.logits_gradients(logits, target, rows, wanted)
+    backend.logits_gradients(logits, target, slopes, wanted)
     return [wanted[i]["values"] for i in places]
 
 
@@ -79,13 +81,13 @@ def test_widths_and_dtypes(cpu: Cpu, dtype: torch.dtype, V: int) -> None:
     rows = rows_of(cpu, values, target, scales, caps)
     assert_rows_close(rows, rows_of(REFERENCE, [v.double() for v in values], target, scales, caps))
 
-    coefficients = [torch.rand(5, generator=generator(i)) for i in range(3)]
-    arguments = Coefficients(rows.row_max, *coefficients)
-    got = gradients_of(cpu, sum_of(values, scales, caps), target, arguments, [0, 2])
+    g, counts = torch.rand(5, generator=generator(1)), target >= 0
+    slopes = RowSlopes(g, rows.sums, counts, Loss(label_smoothing=0.1, z_loss=0.01), V)
+    got = gradients_of(cpu, sum_of(values, scales, caps), target, slopes, [0, 2])
     wide = sum_of([v.double() for v in values], scales, caps)
-    want = gradients_of(REFERENCE, wide, target, Coefficients(*[a.double() for a in arguments]), [0, 2])
+    exact = replace(slopes, g=g.double(), sums=RowSums(*[x.double() for x in rows.sums]))
+    want = gradients_of(REFERENCE, wide, target, exact, [0, 2])
     for one, other in zip(got, want, strict=True):
-        counts = target >= 0
         rounding = torch.finfo(dtype).eps / 2 + 64 * FLOAT32_ULP
         torch.testing.assert_close(
             one[0, counts].double(), other[0, counts], rtol=rounding, atol=torch.finfo(dtype).tiny + 1e-6

@@ -71,7 +71,7 @@ def test_default_configuration(target, kernel, case):
     assert rules.judge(kernel, case, TARGETS[target], made).problems == []
     if kernel.vectors:
         assert made.loop_instructions > 0
-        assert bool(made.store_bytes) == (kernel.name in ("backward_kernel", "sum_kernel"))
+        assert bool(made.store_bytes) == (kernel.name in ("backward_kernel", "fused_kernel", "sum_kernel"))
 
 
 @pytest.mark.parametrize("name", ["finish_kernel", "heads_combine_kernel"])
@@ -157,7 +157,7 @@ def _launches(B: int, T: int, *, few: bool = False) -> list[Any]:
     logits = Sum((Logits(whole), Logits(sliced)), 50257)
     forward = logits_loss.forward(logits, target, Loss(), 132)[1]
     wanted = [{}, {"values": torch.empty(sliced.shape, device="meta")}]
-    gradient = logits_loss.backward(logits, target, cases.coefficients_of(N), wanted, 132)
+    gradient = logits_loss.backward(logits, target, cases.slopes_of(N, 50257), wanted, 132)
     return [*forward, gradient]
 
 

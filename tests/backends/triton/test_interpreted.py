@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 FILES = {
     "test_logits_kernels.py": 80,  # and how many tests each has at the least
+    "test_one_pass.py": 16,
     "test_heads_kernels.py": 60,
     "test_mixed_heads.py": 30,
     "test_draw_kernels.py": 45,

@@ -81,9 +81,10 @@ def loss(*terms: Any, rows: tuple[int, ...], target: Tensor | None = None, **opt
     trained = [x for x in tensors_of(as_terms(terms)) if x.requires_grad]
 
     def call() -> None:
-        mean = auxkern.cross_entropy(terms, target, **options)
+        result = auxkern.cross_entropy(terms, target, **options)
+        loss = result[0] if options.get("return_stats") else result
         if trained:
-            torch.autograd.grad(mean[0] if options.get("return_stats") else mean, trained)
+            torch.autograd.grad(loss.sum() if loss.dim() else loss, trained)
 
     return call
 
@@ -109,42 +110,47 @@ def draw(
 
 
 FORWARD, BACKWARD, COMBINE = "forward_kernel", "backward_kernel", "combine_kernel"
+COUNT, FUSED = "count_kernel", "fused_kernel"
 TILES, ORDER = ("heads_forward_kernel", "heads_combine_kernel"), "entries_order_kernel"
 FILTERS = ("peak_kernel", "histogram_kernel", "gather_kernel", "finish_kernel")
 # What each call launches on an H100: an extra launch is a change that somebody has to mean.
 CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
-    "loss (5, 1031)": (loss(logits(5, 1031, H), logits(5, 1031), rows=(5,)), (FORWARD,)),
+    "loss (5, 1031)": (loss(logits(5, 1031, H), logits(5, 1031), rows=(5,)), (COUNT, FORWARD)),
     "loss and gradient (5, 1031)": (
         loss(logits(5, 1031, H), logits(5, 1031, trained=True), rows=(5,)),
-        (FORWARD, BACKWARD),
+        (COUNT, FORWARD, BACKWARD),
     ),
-    "loss and gradient, few rows (2, 5003)": (
-        loss(logits(2, 5003, H), logits(2, 5003, trained=True), rows=(2,)),
+    "loss and gradient in one pass (132, 1031)": (
+        loss(logits(132, 1031, H), logits(132, 1031, trained=True), rows=(132,)),
+        (COUNT, FUSED, BACKWARD),
+    ),
+    "losses and gradient of few rows (2, 5003)": (
+        loss(logits(2, 5003, H), logits(2, 5003, trained=True), rows=(2,), reduction="none"),
         (FORWARD, COMBINE, BACKWARD),
     ),
     "loss of heads (5, 300)": (
         loss(head(5, 300, 64), head(5, 300, 32), rows=(5,)),
-        TILES,
+        (COUNT, *TILES),
     ),
     "loss and gradients of narrow heads (5, 300)": (
         loss(head(5, 300, 64), head(5, 300, 32, trained=True), rows=(5,)),
-        (*TILES, "heads_gradient_kernel"),
+        (COUNT, *TILES, "heads_gradient_kernel"),
     ),
     "loss and gradients of heads in float32 (5, 300)": (
         loss(head(5, 300, 64, F), head(5, 300, 32, F, trained=True), rows=(5,)),
-        (*TILES, "heads_scale_kernel"),
+        (COUNT, *TILES, "heads_scale_kernel"),
     ),
     "loss and gradients of frozen head, head and pointer (5, 300)": (
         loss(head(5, 300, 64), head(5, 300, 32, F, trained=True), pointer(5, trained=True), rows=(5,)),
-        (ORDER, *TILES, "heads_scale_kernel", "entries_gradient_kernel"),
+        (COUNT, ORDER, *TILES, "heads_scale_kernel", "entries_gradient_kernel"),
     ),
     "loss and gradient of a pointer alone (5, 300)": (
         loss(head(5, 300, 64), pointer(5, trained=True), rows=(5,)),
-        (ORDER, *TILES, "entries_gradient_kernel"),
+        (COUNT, ORDER, *TILES, "entries_gradient_kernel"),
     ),
     "loss and statistics of head and pointer (5, 300)": (
         loss(head(5, 300, 64), pointer(5), rows=(5,), return_stats=True),
-        (ORDER, *TILES, ORDER, "entries_nll_kernel"),
+        (COUNT, ORDER, *TILES, ORDER, "entries_nll_kernel"),
     ),
     "draw (4, 3001)": (draw(logits(4, 3001, H), logits(4, 3001), rows=4), ("draw_kernel", "choose_kernel")),
     "draw with log-probabilities (4, 3001)": (
@@ -190,6 +196,47 @@ def test_launches_of_an_operator(gpu, call, names):
 def test_the_calls_launch_every_kernel(gpu):
     launched = {name for call, _ in CALLS.values() for name in _names(_launched(gpu, call))}
     assert launched == {kernel.name for kernel in KERNELS}
+
+
+# By the profiler: what has no kernel of its own, and looks at ids, which is done on a CPU alone.
+VIEWS = {
+    f"aten::{name}"
+    for name in (
+        "_reshape_alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
+        "new_empty", "ones_like", "reshape", "select", "to", "unsqueeze", "view",
+    )
+}  # fmt: skip
+LOOKS = {"aten::aminmax", "aten::item"}
+
+
+def _torch_launches(event: Any) -> list[str]:
+    """Operations of torch's in an event, each of which a GPU would be launched for."""
+    if event.name in LOOKS:
+        return []
+    if event.name.startswith("aten::") and event.name not in VIEWS:
+        return [event.name]
+    return [name for child in event.cpu_children for name in _torch_launches(child)]
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("loss and gradient (5, 1031)", 6),
+        ("loss and gradient in one pass (132, 1031)", 6),
+        ("losses and gradient of few rows (2, 5003)", 4),
+    ],
+)
+def test_launches_of_torch_beside_the_kernels(gpu, name, most):
+    call, _ = CALLS[name]
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    launches = [
+        name for event in profile.events() if event.cpu_parent is None for name in _torch_launches(event)
+    ]
+    assert len(launches) <= most, launches
+    # The loss's sum and the gradient of 1 that autograd begins with are among them: they are counted.
+    assert {"aten::sum", "aten::fill_"} <= set(launches)
 
 
 # --- what is compiled, and what the driver gets -----------------------------------------------
@@ -355,8 +402,11 @@ SIZED: dict[str, Callable[[int, int], Call]] = {
 # A few rows, which are split, and more than a tile of heads has; then N, T and histories that are multiples
 # of 16 and are not, beside an odd V, whose rows begin anywhere, and beside multiples of 8 and of 16.
 SIZES = {
-    "odd V": (((2, 5003), (70, 1031)), ((3, 7005), (16, 1043), (33, 257), (128, 131), (5, 17))),
-    "V of whole vectors": (((2, 5000), (70, 1032)), ((1, 2064), (16, 1048), (33, 256), (128, 136), (5, 16))),
+    "odd V": (((2, 5003), (70, 1031), (132, 1031)), ((3, 7005), (16, 1043), (33, 257), (128, 131), (5, 17))),
+    "V of whole vectors": (
+        ((2, 5000), (70, 1032), (132, 1032)),
+        ((1, 2064), (16, 1048), (33, 256), (128, 136), (5, 16)),
+    ),
 }
 
 

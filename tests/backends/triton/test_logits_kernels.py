@@ -37,7 +37,7 @@ import triton.language as tl  # noqa: E402
 
 from auxkern.backends.triton.device import numerics  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
-from auxkern.core.loss import Coefficients, Loss  # noqa: E402
+from auxkern.core.loss import Loss, RowSlopes  # noqa: E402
 from auxkern.core.sums import Sum  # noqa: E402
 
 pytestmark = [
@@ -333,18 +333,15 @@ def test_splits_agree_with_the_formula(machine, dtypes, multiprocessors):
     assert len(launches) == 2
     machine.backend.run(launches, target.device)
     exact = formula([x[0] for x in values], target)
-    lse = rows.row_max + rows.log_sum
-    for found, expected in ((rows.nll, exact.nll), (lse, exact.lse), (rows.term_nll, exact.term_nll)):
+    assert torch.equal(rows.lse, rows.row_max + rows.log_sum)
+    for found, expected in ((rows.nll, exact.nll), (rows.lse, exact.lse), (rows.term_nll, exact.term_nll)):
         torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
     assert rows.argmax.tolist() == exact.argmax.tolist()
 
-    ones = torch.where(target == IGNORE, 0.0, 1.0)
-    coefficients = Coefficients(
-        rows.row_max, ones * torch.exp(-rows.log_sum), 0 * ones, ones * torch.expm1(-rows.nll)
-    )
+    slopes = RowSlopes(torch.ones(N), rows.sums, target != IGNORE, Loss(IGNORE), V)
     gradients = list(map(torch.empty_like, values))
     wanted = [{"values": gradient} for gradient in gradients]
-    gradient = logits_loss.backward(summed, target, coefficients, wanted, multiprocessors)
+    gradient = logits_loss.backward(summed, target, slopes, wanted, multiprocessors)
     machine.backend.run([gradient], target.device)
     for gradient, expected in zip(
         gradients,

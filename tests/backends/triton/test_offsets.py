@@ -17,7 +17,7 @@ from tests.support.offsets import too_narrow
 triton = pytest.importorskip("triton")
 
 from auxkern.backends.triton import kernels  # noqa: E402
-from auxkern.backends.triton.cases import coefficients_of, target_of  # noqa: E402
+from auxkern.backends.triton.cases import coefficients_of, slopes_of, target_of  # noqa: E402
 from auxkern.backends.triton.heads import heads_sum  # noqa: E402
 from auxkern.backends.triton.heads_draw import launches as heads_draw  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
@@ -87,7 +87,7 @@ def _strided_logits() -> Iterator[tuple[str, Launch]]:
             {} if i == 2 else {"values": torch.empty(x.shape, dtype=x.dtype, device="meta")}
             for i, x in enumerate(values)
         ]
-        yield f"{rows} rows", logits_loss.backward(logits, target, coefficients_of(rows), wanted, 132)
+        yield f"{rows} rows", logits_loss.backward(logits, target, slopes_of(rows, logits.V), wanted, 132)
     for plain in (True, False):
         draws = logits_draw_cases.draws_of(plain=plain, history=5, rows=N)
         few = [term.rows(slice(0, N)) for term in logits.logits]

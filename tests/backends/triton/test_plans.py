@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from auxkern.backends.triton import BACKEND
-from auxkern.backends.triton.cases import VOCABULARIES, coefficients_of, logits_of, target_of
+from auxkern.backends.triton.cases import VOCABULARIES, logits_of, slopes_of, target_of
 from auxkern.backends.triton.heads_draw import launches as heads_draw
 from auxkern.backends.triton.kernels import KERNELS
 from auxkern.backends.triton.launch import alignment, splits
@@ -74,7 +74,7 @@ def test_nothing_is_allocated_for_a_frozen_term():
     values = [logits(1, 4, 129, dtype=H), logits(1, 4, 129)]
     terms = Sum(tuple(map(Logits, values)), 129)
     wanted = [{}, {"values": torch.empty_like(values[1])}]
-    launch = logits_loss.backward(terms, target_of(4), coefficients_of(4), wanted, 132)
+    launch = logits_loss.backward(terms, target_of(4), slopes_of(4, 129), wanted, 132)
     assert [g.logits.shape for g in launch.arguments["gradients"]] == [(1, 4, 129)]
     assert len(launch.arguments["gradients"]) == 1
 
@@ -103,7 +103,50 @@ def test_heads_go_by_tiles_and_what_does_not_says_why():
     ):
         route = BACKEND.route(Sum.of(terms, 129), Loss())
         assert (route.name, route.refusals) == ("chunks of logits", {"tiles": reason})
-    assert BACKEND.route(Sum.of([Logits(logits(4, 129))], 129), Loss()).name == "logits"
+
+
+MIB = 1 << 20
+H100, A100, B200 = (132, 50 * MIB), (108, 40 * MIB), (148, 126 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "dtypes", "gpu", "reason"),
+    [
+        (8192, 50257, (H, H), H100, None),
+        (
+            8192,
+            49152,
+            (H, F),
+            H100,
+            "132 rows of 294,912 bytes are in flight; they take more than 60% of a cache",
+        ),
+        (8192, 128256, (H,), H100, "132 rows of 256,512 bytes"),
+        (8192, 128256, (H,), B200, None),
+        (8192, 50257, (H, H), A100, None),
+        # A second round of which 124 rows are missing counts as a whole one: 264 rows twice, 140 three times.
+        (
+            140,
+            50257,
+            (H, H),
+            H100,
+            "140 rows leave multiprocessors idle: as if 106,142,784 bytes were moved in ",
+        ),
+        (180, 50257, (H, H), H100, None),
+        (88, 50257, (H, H), H100, "88 rows leave multiprocessors idle"),
+    ],
+)
+def test_logits_are_read_once_where_that_moves_less(N, V, dtypes, gpu, reason):
+    summed = Sum(tuple(Logits(logits(1, N, V, dtype=dtype)) for dtype in dtypes), V)
+    refused = logits_loss.one_pass_refusal(summed, Loss(), *gpu)
+    assert refused is None if reason is None else refused.startswith(reason)
+
+
+def test_explain_says_whether_logits_are_read_once():
+    route = BACKEND.route(Sum.of([Logits(logits(4, 129))], 129), Loss())
+    assert (route.name, route.fused, route.mends, route.refusals) == ("logits, read once", True, True, {})
+    route = BACKEND.route(Sum.of([Logits(logits(129, 4).T)], 129), Loss())
+    reason = "the columns of a term do not lie side by side"
+    assert (route.name, route.fused, route.refusals) == ("logits", False, {"logits, read once": reason})
 
 
 def test_draws_write_logits_for_what_rewrites_them_alone():

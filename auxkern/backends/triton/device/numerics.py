@@ -24,6 +24,26 @@ def exp(x):
 
 
 @triton.jit
+def exp_and_expm1(x):
+    """(exp(x), exp(x) - 1), float32, each within 2 units; (0, -1) below -87, inf above 88; NaN stays NaN.
+
+    x = k ln 2 + r with |r| at most half of ln 2; of expm1(r) the Taylor series leaves a quarter of a unit.
+    """
+    bounded = tl.minimum(tl.maximum(x, -87.0), 88.0)
+    # At 1.5 * 2**23 a float32 has no digits behind the point: the sum is rounded to an integer.
+    k = (bounded * _LOG2_E + 12582912.0) - 12582912.0
+    r = (bounded - k * 0.693359375) - k * -2.12194440e-4  # k times the first part is exact
+    series = 1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720 + r * (1 / 5040)))))
+    small = r + r * r * series
+    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    beyond = tl.where(x > 88.0, float("inf"), x)
+    inside = (x >= -87.0) & (x <= 88.0)
+    whole = tl.where(inside, power + power * small, tl.where(x < -87.0, 0.0, beyond))
+    less = tl.where(inside, power * small + (power - 1.0), tl.where(x < -87.0, -1.0, beyond))
+    return whole, less
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0, float32, within 2.6 to 6 units; NaN stays NaN.
 

@@ -139,7 +139,7 @@ def forward(
         {
             "target": target,
             "partial": partial,
-            "out": RowsArgument(*rows[:-1]),
+            "out": RowsArgument(*rows),
             "N": N,
             "V": heads.V,
             "ignore_index": loss.ignore_index,

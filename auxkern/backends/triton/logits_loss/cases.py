@@ -11,8 +11,15 @@ from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import B, F, H, Kernel, named
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_loss import launches
-from auxkern.backends.triton.logits_loss.kernels import backward_kernel, combine_kernel, forward_kernel
+from auxkern.backends.triton.logits_loss.kernels import (
+    backward_kernel,
+    combine_kernel,
+    count_kernel,
+    forward_kernel,
+    fused_kernel,
+)
 from auxkern.core.loss import Loss
+from auxkern.core.sums import Sum, Wanted
 
 _PLAIN, _FULL = Loss(), Loss(label_smoothing=0.1, stats=True)
 _ROWS, _FEW_ROWS = 8192, 4  # a training batch, and one whose rows are split
@@ -45,6 +52,17 @@ def _combine_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "fp16+fp32, smooth, stats", _forward_launches(V, _FEW_ROWS, (H, F), loss=_FULL)[1]
 
 
+def _asking(
+    V: int, dtypes: tuple[torch.dtype, ...], places: Sequence[int], *, cap: float | None = None, cut: int = 0
+) -> tuple[Sum, Wanted]:
+    """Logits, and memory for the gradients of the terms in ``places``."""
+    logits = replace(cases.logits_of(_ROWS, V, dtypes, cap=cap), V=V - cut)
+    return logits, [
+        {"values": torch.empty_like(term.values)} if i in places else {}
+        for i, term in enumerate(logits.logits)
+    ]
+
+
 def _backward_launch(
     V: int,
     dtypes: tuple[torch.dtype, ...],
@@ -52,14 +70,19 @@ def _backward_launch(
     *,
     cap: float | None = None,
     cut: int = 0,
+    ready: bool = False,
 ) -> Launch:
-    logits = replace(cases.logits_of(_ROWS, V, dtypes, cap=cap), V=V - cut)
-    wanted = [
-        {"values": torch.empty_like(term.values)} if i in places else {}
-        for i, term in enumerate(logits.logits)
-    ]
-    rows, target = cases.coefficients_of(_ROWS), cases.target_of(_ROWS)
-    return launches.backward(logits, target, rows, wanted, cases.MULTIPROCESSORS)
+    logits, wanted = _asking(V, dtypes, places, cap=cap, cut=cut)
+    slopes = cases.slopes_of(_ROWS, V - cut, ready=ready)
+    return launches.backward(logits, cases.target_of(_ROWS), slopes, wanted, cases.MULTIPROCESSORS)
+
+
+def _fused_launch(
+    V: int, dtypes: tuple[torch.dtype, ...], places: Sequence[int], *, loss: Loss = _PLAIN, cut: int = 0
+) -> Launch:
+    logits, wanted = _asking(V, dtypes, places, cut=cut)
+    target, weight = cases.target_of(_ROWS), cases.float_row(_ROWS)
+    return launches.fused(logits, target, loss, weight, wanted, cases.MULTIPROCESSORS)[1]
 
 
 def _backward_cases(V: int) -> Iterator[tuple[str, Launch]]:
@@ -69,10 +92,27 @@ def _backward_cases(V: int) -> Iterator[tuple[str, Launch]]:
         yield f"{named(*dtypes)}, both wanted", _backward_launch(V, dtypes, [0, 1])
         yield f"{named(*dtypes)}, softcap", _backward_launch(V, dtypes, [1], cap=30.0)
     yield "fp16+fp32, vocab_size < V", _backward_launch(V, (H, F), [1], cut=47)
+    yield "bf16+bf16, ready", _backward_launch(V, (B, B), [1], ready=True)
+
+
+def _fused_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    for dtypes in _SUMS:
+        yield named(*dtypes), _fused_launch(V, dtypes, [len(dtypes) - 1])
+    for dtypes in ((B, B), (H, F)):
+        yield f"{named(*dtypes)}, both wanted", _fused_launch(V, dtypes, [0, 1])
+        yield f"{named(*dtypes)}, smooth, stats", _fused_launch(V, dtypes, [1], loss=_FULL)
+    yield "fp16+fp32, vocab_size < V", _fused_launch(V, (H, F), [1], cut=47)
+
+
+def _count_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    yield "targets", launches.count(cases.target_of(_ROWS), -100)[1]
 
 
 KERNELS = (
     Kernel(forward_kernel, _forward_cases, _ROWS, vectors=True),
     Kernel(combine_kernel, _combine_cases, _FEW_ROWS),
     Kernel(backward_kernel, _backward_cases, _ROWS, vectors=True),
+    # Twice over V; its loop over rows, which reads where they begin and end, counts as another.
+    Kernel(fused_kernel, _fused_cases, _ROWS, vectors=True, passes=3),
+    Kernel(count_kernel, _count_cases, _ROWS),
 )

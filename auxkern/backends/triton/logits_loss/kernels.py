@@ -6,6 +6,9 @@ target is left out of the fold: with p[y] near 1 the nll is log1p(everything els
 Few rows are split over programs, whose partial results a second kernel combines in fixed order.
 
 Backward: one pass, each gradient written once.
+
+Both in one: a program makes the statistics of a whole row, then its gradient for the incoming gradient
+that is expected; so few rows are in flight that the second time their logits come from the L2 cache.
 """
 
 # Triton's language is not Python's: kernels have no annotations and build tuples entry by entry.
@@ -14,7 +17,7 @@ Backward: one pass, each gradient written once.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.numerics import exp, tanh_slope
+from auxkern.backends.triton.device.numerics import exp, exp_and_expm1, tanh_slope
 from auxkern.backends.triton.device.rows import (
     body_pointers,
     contiguous_width,
@@ -132,13 +135,17 @@ def _write_row(
     state, terms, out, row, N, V, y, ignored,
     UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """A row's results from the state of all its columns but the target."""
+    """A row's results from the state of all its columns but the target: (nll, maximum, log of the sum)."""
     in_range = (y >= 0) & (y < V) & (ignored == 0)
     target, shares = _target_shares(terms, row, y, in_range, UNIT, CAPPED)
     nll, largest, log_sum = nll_of(state[0], target)
-    tl.store(out.nll + row, tl.where(ignored, 0.0, nll))
-    tl.store(out.row_max + row, tl.where(ignored, 0.0, tl.where(log_sum == log_sum, largest, float("nan"))))
-    tl.store(out.log_sum + row, tl.where(ignored, 0.0, log_sum))
+    nll = tl.where(ignored, 0.0, nll)
+    row_max = tl.where(ignored, 0.0, tl.where(log_sum == log_sum, largest, float("nan")))
+    row_sum = tl.where(ignored, 0.0, log_sum)
+    tl.store(out.nll + row, nll)
+    tl.store(out.row_max + row, row_max)
+    tl.store(out.log_sum + row, row_sum)
+    tl.store(out.lse + row, row_max + row_sum)
     if SMOOTH:
         distance = state[1][0] + state[1][1] * (largest - pivot_of(state[0][0]))
         distance += tl.where(y == NO_TARGET, 0.0, largest - target)
@@ -148,6 +155,7 @@ def _write_row(
         for i in tl.static_range(len(terms)):
             term_nll, _, _ = nll_of(state[3][i], tl.where(in_range, shares[i], absent_logit(y)))
             tl.store(out.term_nll + i * N.to(tl.int64) + row, tl.where(ignored, 0.0, term_nll))
+    return nll, row_max, row_sum
 
 
 @triton.jit
@@ -232,6 +240,42 @@ def _others(y, R: tl.constexpr, G: tl.constexpr):
     return (y - tl.arange(0, R) * G)[:, None] != tl.arange(0, G)[None, :]
 
 
+@triton.jit
+def _statistics(
+    terms, pointers, cut, y_column, split, splits,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The state of a row's columns but its target, of those that program ``split`` of ``splits`` takes.
+
+    ``cut`` is (head, end of the body, end of the row) as ``_cut`` gives it; ``pointers`` and ``y_column``
+    count from the end of the head.
+    """
+    R: tl.constexpr = BLOCK // G
+    head, body, width = cut
+    edge, valid = _edge_columns(head, body, width, G, R)
+    state = _accumulate(
+        _empty_state(len(terms), R), terms, pointers,
+        edge[:, None], (valid & (split == 0))[:, None], (edge != y_column)[:, None],
+        UNIT, CAPPED, SMOOTH, STATS,
+    )  # fmt: skip
+    tile = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
+    everywhere = tile == tile  # folds to no mask at all
+    begin, full, end = _range_of_program(body, split, splits, BLOCK)
+    for start in range(begin, full, BLOCK):
+        columns = tl.multiple_of(start, G) + tile
+        others = _others(y_column - start, R, G)
+        state = _accumulate(state, terms, pointers, columns, everywhere, others, UNIT, CAPPED, SMOOTH, STATS)
+    for start in range(full, end, BLOCK):  # at most once
+        columns = tl.multiple_of(start, G) + tile
+        others = _others(y_column - start, R, G)
+        state = _accumulate(
+            state, terms, pointers, columns, columns < end, others, UNIT, CAPPED, SMOOTH, STATS
+        )
+    softmax, distance, best, per_term = _meet_all(state, SMOOTH, STATS)
+    return softmax, distance, (best[0], best[1] + head), per_term
+
+
 @triton.jit(do_not_specialize=["target", "N", "V", "ignore_index", "splits"])
 def forward_kernel(
     terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
@@ -256,28 +300,10 @@ def forward_kernel(
     y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
     pointers = body_pointers(terms, row, head, ALIGNED)
 
-    R: tl.constexpr = BLOCK // G
-    edge, valid = _edge_columns(head, body, width, G, R)
-    state = _accumulate(
-        _empty_state(len(terms), R), terms, pointers,
-        edge[:, None], (valid & (split == 0))[:, None], (edge != y_column)[:, None],
-        UNIT, CAPPED, SMOOTH, STATS,
+    cut = (head, body, width)
+    state = _statistics(
+        terms, pointers, cut, y_column, split, splits, UNIT, CAPPED, SMOOTH, STATS, G, BLOCK
     )  # fmt: skip
-    tile = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
-    everywhere = tile == tile  # folds to no mask at all
-    begin, full, end = _range_of_program(body, split, splits, BLOCK)
-    for start in range(begin, full, BLOCK):
-        columns = tl.multiple_of(start, G) + tile
-        others = _others(y_column - start, R, G)
-        state = _accumulate(state, terms, pointers, columns, everywhere, others, UNIT, CAPPED, SMOOTH, STATS)
-    for start in range(full, end, BLOCK):  # at most once
-        columns = tl.multiple_of(start, G) + tile
-        others = _others(y_column - start, R, G)
-        state = _accumulate(
-            state, terms, pointers, columns, columns < end, others, UNIT, CAPPED, SMOOTH, STATS
-        )
-    softmax, distance, best, per_term = _meet_all(state, SMOOTH, STATS)
-    state = (softmax, distance, (best[0], best[1] + head), per_term)
     if splits > 1:
         _store_partial(state, partial, row, split, N, splits, SMOOTH, STATS)
     else:
@@ -303,15 +329,38 @@ def combine_kernel(
 
 
 @triton.jit
+def _coefficients(g, sums, slope, ignored):
+    """``RowSlopes.coefficients`` of a row whose (nll, maximum, log of the sum) are ``sums``.
+
+    (maximum, factor of the exponential, what is taken from it, gradient at the target, whether any is not 0)
+    """
+    nll, row_max, log_sum = sums
+    p, p_less_1 = exp_and_expm1(-nll)
+    share_of_max, _ = exp_and_expm1(-log_sum)
+    z_slope = slope.z_slope * (row_max + log_sum)
+    constant = g * slope.uniform
+    at_target = g * slope.kept * p_less_1 - constant
+    at_target += g * (slope.smoothing + z_slope) * p
+    factor = g * (1.0 + z_slope) * share_of_max
+    live = ((factor != 0) | (constant != 0) | (at_target != 0)) & (ignored == 0)
+    live = live.to(tl.int32)  # 1 for NaN; Triton's interpreter wants an int
+    # Of a dead row z is 0: with a maximum of 0 no inf or NaN arises to spoil its zeros.
+    return (
+        tl.where(live != 0, row_max, 0.0), tl.where(live != 0, factor, 0.0),
+        tl.where(live != 0, constant, 0.0), tl.where(live != 0, at_target, 0.0), live,
+    )  # fmt: skip
+
+
+@triton.jit
 def _write_gradients(
-    terms, pointers, gradients, out, columns, valid, live, others, coefficients,
+    terms, pointers, gradients, out, columns, valid, others, coefficients,
     WANTED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of columns, read only if the row is ``live``, written where ``valid``.
+    """Gradients of a tile of columns, read only if the row is live, written where ``valid``.
 
     ``others`` are all columns but the target.
     """
-    row_max, exp_coefficient, constant, target_gradient = coefficients
+    row_max, exp_coefficient, constant, target_gradient, live = coefficients
     values = ()
     z = 0.0
     for i in tl.static_range(len(terms)):
@@ -329,52 +378,27 @@ def _write_gradients(
 
 
 @triton.jit
-def _write_padding(gradient, row, V, split, splits, BLOCK: tl.constexpr):
-    """Zeros in columns [V, width) of a gradient's row."""
+def _write_padding(gradient, row, begin, split, splits, BLOCK: tl.constexpr):
+    """Zeros in columns [begin, width) of a gradient's row."""
     pointer = row_pointer(gradient, row)
     width = contiguous_width(gradient)
-    for start in range(V + split * BLOCK, width, splits * BLOCK):
+    for start in range(begin + split * BLOCK, width, splits * BLOCK):
         columns = start + tl.arange(0, BLOCK)
         zero = tl.zeros([BLOCK], pointer.dtype.element_ty)
         tl.store(pointer + columns, zero, mask=columns < width)
 
 
-@triton.jit(
-    do_not_specialize=["target", "row_max", "exp_coefficient", "constant", "target_gradient", "V", "splits"]
-)
-def backward_kernel(
-    terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
-    gradients,  # (N, as wide as its term) of terms[WANTED[j]], out
-    target,  # (N,) int64
-    row_max, exp_coefficient, constant, target_gradient,  # (N,) float32
-    V, splits,
-    WANTED: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_OUT: tl.constexpr, PADDED: tl.constexpr,
-    UNIT: tl.constexpr, CAPPED: tl.constexpr, LEADER: tl.constexpr,
-    G: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _write_row_gradients(
+    terms, pointers, gradients, out, row, cut, y_column, coefficients, split, splits,
+    WANTED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of row program_id(0) in share program_id(1) of ``splits`` of its columns.
-
-    Reads each logit once, none of a row without gradient, and writes each gradient once.
-    Memory-bound, as the forward.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    e = tl.load(exp_coefficient + row)
-    c = tl.load(constant + row)
-    t = tl.load(target_gradient + row)
-    live = ((e != 0) | (c != 0) | (t != 0)).to(tl.int32)  # 1 for NaN; Triton's interpreter wants an int
-    # Of a dead row z is 0: with a maximum of 0 no inf or NaN arises to spoil its zeros.
-    coefficients = (tl.where(live != 0, tl.load(row_max + row), 0.0), e, c, t)
-    y = tl.load(target + row)
-
-    head, body, width = _cut(terms, gradients, row, V, LEADER, G)
-    y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
-    pointers = body_pointers(terms, row, head, ALIGNED)
-    out = body_pointers(gradients, row, head, ALIGNED_OUT)
+    """Gradients of a row's columns, those that program ``split`` of ``splits`` takes; as ``_statistics``."""
+    head, body, width = cut
     if split == 0:
-        columns, valid = _edge_columns(head, body, width, G, 2 * G)
+        edge, valid = _edge_columns(head, body, width, G, 2 * G)
         _write_gradients(
-            terms, pointers, gradients, out, columns, valid, live, columns != y_column,
+            terms, pointers, gradients, out, edge, valid, edge != y_column,
             coefficients, WANTED, UNIT, CAPPED,
         )  # fmt: skip
     tile = tl.arange(0, BLOCK)
@@ -383,15 +407,124 @@ def backward_kernel(
     for start in range(begin, full, BLOCK):
         columns = tl.multiple_of(start, G) + tile
         _write_gradients(
-            terms, pointers, gradients, out, columns, everywhere, live, tile != y_column - start,
+            terms, pointers, gradients, out, columns, everywhere, tile != y_column - start,
             coefficients, WANTED, UNIT, CAPPED,
         )  # fmt: skip
     for start in range(full, end, BLOCK):  # at most once
         columns = tl.multiple_of(start, G) + tile
         _write_gradients(
-            terms, pointers, gradients, out, columns, columns < end, live, tile != y_column - start,
+            terms, pointers, gradients, out, columns, columns < end, tile != y_column - start,
             coefficients, WANTED, UNIT, CAPPED,
         )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "target", "g", "g_step", "written", "written_step", "nll", "row_max", "log_sum", "V", "ignore_index",
+        "splits",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
+    gradients,  # (N, as wide as its term) of terms[WANTED[j]], out
+    target,  # (N,) int64
+    g, g_step,  # float32 [n * g_step]: gradient of the row's loss
+    written, written_step,  # the same, for which ``gradients`` hold the gradients; read if READY
+    nll, row_max, log_sum,  # (N,) float32
+    slope,  # numbers of the loss
+    V, ignore_index, splits,
+    READY: tl.constexpr, WANTED: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_OUT: tl.constexpr,
+    PADDED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, LEADER: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of row program_id(0) in share program_id(1) of ``splits`` of its columns.
+
+    Reads each logit once, none of a row without gradient, and writes each gradient once.
+    Memory-bound, as the forward. A row whose gradients are written already is left as it is.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    incoming = tl.load(g + row * g_step)
+    y = tl.load(target + row)
+    ignored = y == ignore_index
+    sums = (tl.load(nll + row), tl.load(row_max + row), tl.load(log_sum + row))
+    coefficients = _coefficients(incoming, sums, slope, ignored)
+    columns = V
+    if READY:
+        before = tl.load(written + row * written_step)
+        # A row without columns: nothing of it is read or written.
+        columns = tl.where((incoming == before) | ignored, 0, V)
+
+    head, body, width = _cut(terms, gradients, row, columns, LEADER, G)
+    y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
+    pointers = body_pointers(terms, row, head, ALIGNED)
+    out = body_pointers(gradients, row, head, ALIGNED_OUT)
+    cut = (head, body, width)
+    _write_row_gradients(
+        terms, pointers, gradients, out, row, cut, y_column, coefficients, split, splits,
+        WANTED, UNIT, CAPPED, G, BLOCK,
+    )  # fmt: skip
     for j in tl.static_range(len(gradients)):
-        if PADDED[j]:
+        if PADDED[j] and not READY:
             _write_padding(gradients[j], row, V, split, splits, BLOCK)
+
+
+@triton.jit(do_not_specialize=["target", "weight", "weight_step", "N", "V", "ignore_index"])
+def fused_kernel(
+    terms,  # I of (N, >= V) logits, float16, bfloat16 or float32, their columns side by side
+    gradients,  # (N, as wide as its term) of terms[WANTED[j]], out
+    target,  # (N,) int64
+    weight, weight_step,  # float32 [n * weight_step]: the gradient of the row's loss that is expected
+    out,  # Rows: (N,) float32 and so on
+    slope,  # numbers of the loss
+    N, V, ignore_index,
+    WANTED: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_OUT: tl.constexpr, PADDED: tl.constexpr,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, LEADER: tl.constexpr,
+    SMOOTH: tl.constexpr, STATS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a row, then its gradients, of every num_programs(0)-th row from program_id(0) on.
+
+    Reads each logit twice, the second time from the L2 cache, and writes each gradient once. Memory-bound;
+    there are few programs, so that few rows are in flight, and each has many warps.
+    """
+    for number in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = tl.full([], 0, tl.int64) + number
+        y = tl.load(target + row)
+        ignored = y == ignore_index
+        head, body, width = _cut(terms, gradients, row, V, LEADER, G)
+        y_column = tl.where((y >= 0) & (y < V), y - head, NO_COLUMN).to(tl.int32)
+        pointers = body_pointers(terms, row, head, ALIGNED)
+        # Statistics of a row without columns: nothing of an ignored one is read.
+        counted = (tl.where(ignored, 0, head), tl.where(ignored, 0, body), tl.where(ignored, 0, width))
+        state = _statistics(terms, pointers, counted, y_column, 0, 1, UNIT, CAPPED, SMOOTH, STATS, G, BLOCK)
+        sums = _write_row(state, terms, out, row, N, V, y, ignored, UNIT, CAPPED, SMOOTH, STATS)
+        coefficients = _coefficients(tl.load(weight + row * weight_step), sums, slope, ignored)
+        pointers_out = body_pointers(gradients, row, head, ALIGNED_OUT)
+        cut = (head, body, width)
+        _write_row_gradients(
+            terms, pointers, gradients, pointers_out, row, cut, y_column, coefficients, 0, 1,
+            WANTED, UNIT, CAPPED, G, BLOCK,
+        )  # fmt: skip
+        for j in tl.static_range(len(gradients)):
+            if PADDED[j]:
+                _write_padding(gradients[j], row, V, 0, 1, BLOCK)
+
+
+@triton.jit(do_not_specialize=["target", "N", "ignore_index"])
+def count_kernel(
+    target,  # (N,) int64
+    out,  # (2,) float32
+    N, ignore_index,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many rows count, 1 if none does, and the reciprocal of that; one program."""
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, N, BLOCK):
+        rows = start + lanes
+        y = tl.load(target + rows, mask=rows < N, other=ignore_index)
+        total += (y != ignore_index).to(tl.int32)
+    number = tl.maximum(tl.sum(total, axis=0), 1).to(tl.float32)
+    tl.store(out, number)
+    # As autograd divides the incoming gradient of 1.
+    tl.store(out + 1, tl.math.div_rn(1.0, number))

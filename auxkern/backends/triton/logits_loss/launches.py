@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.launch import (
     MAX_SPLITS,
+    Alignment,
     Launch,
     RowsArgument,
     TritonKernels,
@@ -19,10 +21,18 @@ from auxkern.backends.triton.launch import (
     splits,
     term_constants,
 )
-from auxkern.backends.triton.logits_loss.kernels import backward_kernel, combine_kernel, forward_kernel
-from auxkern.core.loss import Coefficients, Loss, RowLosses
+from auxkern.backends.triton.logits_loss.kernels import (
+    backward_kernel,
+    combine_kernel,
+    count_kernel,
+    forward_kernel,
+    fused_kernel,
+)
+from auxkern.core.backend import Route
+from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Sum, Wanted
 
+ONE_PASS = "logits, read once"
 # Scale, add: per share. Maximum, difference, product, exp, add: per logit.
 _SHARE_FLOPS, _LOGIT_FLOPS = 2, 5
 
@@ -34,18 +44,101 @@ class _Partial(NamedTuple):
     best: Tensor  # (2, N, splits) int32
 
 
+class _Slope(NamedTuple):
+    """The numbers in ``RowSlopes.coefficients``."""
+
+    kept: float  # 1 - smoothing
+    smoothing: float
+    uniform: float  # smoothing / V
+    z_slope: float  # 2 z_loss
+
+
 class LogitsLoss(TritonKernels):
     """Losses and gradients of logits that exist."""
+
+    def logits_route(self, sum: Sum, loss: Loss) -> Route:
+        reason = one_pass_refusal(sum, loss, self.multiprocessors(sum.device), self.cache_bytes(sum.device))
+        if reason is None:
+            return Route(ONE_PASS, fused=True, mends=True)
+        return Route("logits", refusals={ONE_PASS: reason})
+
+    def counted(self, target: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        number, launch = count(target, ignore_index)
+        self.run([launch], target.device)
+        return number[0], number[1]
 
     def logits_losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
-        rows, launches = forward(sum, target, loss, self.multiprocessors(target.device))
+        if weight is None or not any(wanted):
+            rows, launches = forward(sum, target, loss, self.multiprocessors(target.device))
+        else:
+            processors = self.multiprocessors(target.device)
+            rows, launch = fused(sum, target, loss, weight, wanted, processors)
+            launches = [launch]
         self.run(launches, target.device)
-        return rows.summed()
+        return rows
 
-    def logits_gradients(self, sum: Sum, target: Tensor, rows: Coefficients, wanted: Wanted) -> None:
-        self.run([backward(sum, target, rows, wanted, self.multiprocessors(target.device))], target.device)
+    def logits_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
+        self.run([backward(sum, target, slopes, wanted, self.multiprocessors(target.device))], target.device)
+
+
+def one_pass_refusal(logits: Sum, loss: Loss, processors: int, cache: int) -> str | None:
+    """Why losses and gradients are not made in one pass; None if they are.
+
+    One pass moves R + W bytes a row, the logits and the gradients, two passes 2 R + W. But it holds up only
+    while a row that is read again is still in the cache: between, the programs of the other rows in flight
+    have each moved (R + W) / 2 bytes on average, R where all gradients are wanted. And its programs take
+    whole rows, so that the last of them leave multiprocessors idle.
+
+    Args:
+        processors: of the device.
+        cache: bytes of its L2.
+    """
+    values, N = [term.values for term in logits.logits], logits.N
+    if torch.version.hip is not None:
+        return "the L2 cache of an AMD GPU is cut over its dies"
+    if any(x.stride(2) != 1 for x in values):
+        return "the columns of a term do not lie side by side"
+    row = logits.V * sum_of_sizes(values)
+    in_flight = processors * _fused_config(logits, loss).programs
+    if in_flight * row > configs.CACHE_SHARE * cache:
+        return (
+            f"{in_flight} rows of {row:,} bytes are in flight; they take more than "
+            f"{configs.CACHE_SHARE:.0%} of a cache of {cache:,} bytes"
+        )
+    one, two = one_pass_bytes(N, row, in_flight), 3 * N * row
+    if one >= two:
+        return f"{N:,} rows leave multiprocessors idle: as if {one:,} bytes were moved in place of {two:,}"
+    return None
+
+
+def one_pass_bytes(N: int, row: int, in_flight: int) -> int:
+    """What N rows of so many bytes cost in one pass, gradients of all terms among them.
+
+    Rows that are missing to a full round of ``in_flight`` take as long as others.
+    """
+    return 2 * row * -(-N // in_flight) * in_flight
+
+
+def sum_of_sizes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of an element of each, together."""
+    return sum(x.element_size() for x in tensors)
+
+
+def count(target: Tensor, ignore_index: int) -> tuple[Tensor, Launch]:
+    """(2,) what ``counted`` returns, and the launch that writes it."""
+    number = target.new_empty(2, dtype=torch.float32)
+    N = target.shape[0]
+    return number, Launch(
+        count_kernel,
+        (1,),
+        {"target": target, "out": number, "N": N, "ignore_index": ignore_index},
+        {"BLOCK": configs.COUNT.block},
+        configs.COUNT.warps,
+        bytes_moved=N * target.element_size(),
+        flops=N,
+    )
 
 
 def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[RowLosses, list[Launch]]:
@@ -67,7 +160,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
     arguments = {
         "terms": as_arguments(terms),
         "target": target,
-        "out": RowsArgument(*rows[:-1]),
+        "out": RowsArgument(*rows),
         "partial": _Partial(
             sums=target.new_empty((fields, *shared), dtype=torch.float32),
             best=target.new_empty((2 if want_stats else 0, *shared), dtype=torch.int32),
@@ -85,7 +178,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
             arguments,
             constants | {"ALIGNED": cut.aligned, "LEADER": cut.leader, "G": cut.granule, "BLOCK": block},
             config.warps,
-            bytes_moved=N * V * sum(x.element_size() for x in values),
+            bytes_moved=N * V * sum_of_sizes(values),
             flops=N * V * (len(terms) * _SHARE_FLOPS + _LOGIT_FLOPS),
         )
     ]
@@ -98,46 +191,124 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
     return rows, launches
 
 
-def backward(logits: Sum, target: Tensor, rows: Coefficients, wanted: Wanted, processors: int) -> Launch:
+def backward(logits: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted, processors: int) -> Launch:
     """The launch of ``logits_gradients``.
 
     Args:
         processors: of the device; they decide over how many programs a row is split.
     """
-    terms, N, V = logits.logits, target.shape[0], logits.V
-    values, places = [t.values for t in terms], [i for i, gradient in enumerate(wanted) if gradient]
-    gradients = [wanted[i]["values"] for i in places]
-    cut = alignment(values + gradients)
-    config = _first_that_fits(configs.BACKWARD, len(terms))
-    block = _block(config, cut.granule)
+    streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
+    config = _first_that_fits(configs.BACKWARD, len(logits.logits))
+    block = _block(config, streams.cut.granule)
     programs = splits(N, -(-V // block), processors, config.programs)
-    moved = sum(V * x.element_size() for x in values)
-    moved += sum(g.shape[2] * g.element_size() for g in gradients)
+    g, ready = slopes.g.float(), slopes.written is not None
+    written = g if slopes.written is None else slopes.written.float()
+    sums = {name: x.float().contiguous() for name, x in slopes.sums._asdict().items()}
     return Launch(
         backward_kernel,
         (N, programs),
         {
-            "terms": as_arguments(terms),
-            "gradients": tuple(map(as_argument, gradients)),
+            **streams.arguments,
             "target": target,
-            **rows._asdict(),
+            "g": g,
+            "g_step": g.stride(0),
+            "written": written,
+            "written_step": written.stride(0),
+            **sums,
+            "slope": _slope(slopes.loss, slopes.V),
             "V": V,
+            "ignore_index": slopes.loss.ignore_index,
             "splits": programs,
         },
-        term_constants(terms)
-        | {
+        streams.constants | {"READY": ready, "BLOCK": block},
+        config.warps,
+        bytes_moved=N * streams.row_bytes,
+        flops=N * V * streams.flops,
+    )
+
+
+def fused(
+    logits: Sum, target: Tensor, loss: Loss, weight: Tensor, wanted: Wanted, processors: int
+) -> tuple[RowLosses, Launch]:
+    """The launch of ``logits_losses`` that writes gradients, and the rows it fills.
+
+    Args:
+        weight: (N,) the gradient of the rows' losses that is expected.
+        processors: of the device; they decide how many rows are in flight.
+    """
+    streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
+    config, weight = _fused_config(logits, loss), weight.float()
+    rows = RowLosses.empty(target, torch.float32, len(logits.logits), loss)
+    return rows, Launch(
+        fused_kernel,
+        (min(N, processors * config.programs),),
+        {
+            **streams.arguments,
+            "target": target,
+            "weight": weight,
+            "weight_step": weight.stride(0),
+            "out": RowsArgument(*rows),
+            "slope": _slope(loss, V),
+            "N": N,
+            "V": V,
+            "ignore_index": loss.ignore_index,
+        },
+        streams.constants
+        | {"SMOOTH": loss.smooth, "STATS": loss.stats, "BLOCK": _block(config, streams.cut.granule)},
+        config.warps,
+        bytes_moved=N * streams.row_bytes,
+        flops=N * V * (streams.flops + len(logits.logits) * _SHARE_FLOPS + _LOGIT_FLOPS),
+        registers=configs.FUSED_REGISTERS,
+    )
+
+
+def _fused_config(logits: Sum, loss: Loss) -> configs.Config:
+    return _first_that_fits(configs.FUSED_STATS if loss.stats else configs.FUSED, len(logits.logits))
+
+
+class _Streams(NamedTuple):
+    """The terms that a kernel reads and the gradients that it writes.
+
+    Attributes:
+        cut: where rows are cut.
+        arguments, constants: of the kernel.
+        row_bytes: of a row, each logit read once and each gradient written once.
+        flops: of a column's gradients.
+    """
+
+    cut: Alignment
+    arguments: dict[str, object]
+    constants: dict[str, Any]
+    row_bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, logits: Sum, wanted: Wanted) -> _Streams:
+        """For gradients that go where ``wanted`` says."""
+        terms, V = logits.logits, logits.V
+        values, places = [t.values for t in terms], [i for i, gradient in enumerate(wanted) if gradient]
+        gradients = [wanted[i]["values"] for i in places]
+        cut = alignment(values + gradients)
+        constants = {
             "WANTED": tuple(places),
             "ALIGNED": cut.aligned[: len(terms)],
             "ALIGNED_OUT": cut.aligned[len(terms) :],
             "PADDED": tuple(g.shape[2] > V for g in gradients),
             "LEADER": cut.leader,
             "G": cut.granule,
-            "BLOCK": block,
-        },
-        config.warps,
-        bytes_moved=N * moved,
-        flops=N * V * (len(terms) * _SHARE_FLOPS + _LOGIT_FLOPS + 2 * len(places)),
-    )
+        }
+        return cls(
+            cut,
+            {"terms": as_arguments(terms), "gradients": tuple(map(as_argument, gradients))},
+            term_constants(terms) | constants,
+            V * sum_of_sizes(values) + sum(g.shape[2] * g.element_size() for g in gradients),
+            len(terms) * _SHARE_FLOPS + _LOGIT_FLOPS + 2 * len(places),
+        )
+
+
+def _slope(loss: Loss, V: int) -> _Slope:
+    s = loss.label_smoothing
+    return _Slope(1.0 - s, float(s), s / V, 2.0 * loss.z_loss)
 
 
 def _first_that_fits(table: dict[int, configs.Config], terms: int) -> configs.Config:
