@@ -51,11 +51,11 @@ def random(*shape: int, dtype: torch.dtype = F, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def logits(rows: int = 4, V: int = 5000) -> None:
+def logits(rows: int = 4, V: int = 5000, reduction: str = "none") -> None:
     terms = [random(rows, V, dtype=dtype, seed=i).requires_grad_() for i, dtype in enumerate((H, F))]
     target = torch.tensor([V - 1, IGNORE, 5, V // 2])[:rows]
-    options = {"return_stats": True, "label_smoothing": 0.1}
-    auxkern.cross_entropy(terms, target, backend="triton", **options)[0].backward()
+    options = {"return_stats": True, "label_smoothing": 0.1, "reduction": reduction}
+    auxkern.cross_entropy(terms, target, backend="triton", **options)[0].sum().backward()
 
 
 def heads(
@@ -115,6 +115,7 @@ _FILTER_KERNELS = ("peak_kernel", "histogram_kernel", "gather_kernel", "finish_k
 _FILTERS = SamplingParams(top_k=400, top_p=0.9, min_p=0.01)
 SCENARIOS = {
     "logits": Scenario(logits, ("forward_kernel", "backward_kernel")),
+    "logits in one pass": Scenario(lambda: logits(2, 8200, "mean"), ("fused_kernel", "count_kernel")),
     "one row": Scenario(lambda: logits(1, 4100), ("combine_kernel",)),
     "two heads": Scenario(
         lambda: heads(20, 100, (200, 144), B, None, False), ("heads_forward_kernel", "heads_gradient_kernel")
@@ -317,6 +318,7 @@ def test_shared_memory_that_nobody_wrote(record, arch):
 
 FAMILIES = {
     "logits": ("forward_kernel", "backward_kernel"),
+    "logits in one pass": ("fused_kernel", "count_kernel"),
     "two heads": ("heads_forward_kernel",),
     "draw": ("draw_kernel",),
     "draw from a head": ("heads_draw_kernel",),

@@ -53,6 +53,7 @@ class Verdict:
 # A verdict that changes, either way, is to be looked at: the kernel, Triton's code or the verifier has.
 VERDICTS = {
     "combine_kernel": Verdict(50257),
+    "count_kernel": Verdict(1031),
     "heads_combine_kernel": Verdict(1024),
     # Two programs of a row: one with a whole tile, one with the rest.
     "sum_kernel": Verdict(2056),
@@ -77,6 +78,7 @@ VERDICTS = {
 # Matrix products, searches in lists, groups of columns that memory chooses: no verdict in 40 to 110 seconds,
 # whatever small shape was tried. The atomic additions of a histogram the verifier does not know.
 NO_VERDICT = {
+    "fused_kernel",
     "heads_forward_kernel",
     "heads_gradient_kernel",
     "heads_draw_kernel",
