@@ -36,12 +36,5 @@ FAILURES = (
         ("sm_90",),
         "a tanh for each term",
     ),
-    KnownFailure(
-        "issue",
-        "forward_kernel",
-        ("bf16+bf16, smooth, stats",),
-        ("sm_90",),
-        "a softmax for each term",
-    ),
     KnownFailure("issue", "backward_kernel", ("bf16+bf16, softcap",), ("sm_90",), "a tanh for each term"),
 )

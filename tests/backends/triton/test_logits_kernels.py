@@ -43,7 +43,7 @@ from auxkern.core.sums import Sum  # noqa: E402
 pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
     # Columns that no one keeps may overflow, as they may on a GPU; NumPy warns of them.
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|All-NaN slice) encountered:RuntimeWarning"),
 ]
 
 H, B, F = torch.float16, torch.bfloat16, torch.float32
@@ -238,6 +238,24 @@ def test_argmax_takes_the_lowest_id_among_equals():
     target = torch.tensor([2999, 5, 2998, IGNORE])
     _, stats = auxkern.cross_entropy([z], target, return_stats=True, backend="triton")
     assert stats.argmax.tolist() == [17, 0, 9, -1]
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize("dtype", [F, H])
+@pytest.mark.parametrize("multiprocessors", [1, 64])
+def test_argmax_of_bad_rows_that_begin_anywhere(machine, dtype, multiprocessors):
+    # Rows of 3,001 begin at other distances from a boundary; a negative NaN is one, too.
+    z = random_logits(1, 6, 3001, dtype=dtype)
+    z[0, 0] = -math.inf
+    z[0, 1, [2, 2500, 3000]] = torch.tensor([math.nan, -math.nan, math.inf], dtype=dtype)
+    z[0, 2, 2998] = -math.nan
+    z[0, 3, [0, 1, 3000]] = math.inf
+    z[0, 4, :3000] = -math.inf
+    rows, launched = logits_loss.forward(
+        Sum((Logits(z),), 3001), torch.full((6,), 7), Loss(stats=True), multiprocessors
+    )
+    machine.backend.run(launched, z.device)
+    assert rows.argmax.tolist() == z[0].argmax(-1).tolist()
 
 
 # --- rows that do not count -------------------------------------------------------------------

@@ -23,6 +23,23 @@ def pivot_of(largest):
 
 
 @triton.jit
+def largest_and_where(z):
+    """The largest of z (R,), NaN being that, and (R,) whether an entry is as large."""
+    nan = z != z
+    any_nan = tl.max(nan.to(tl.int32), axis=0) != 0
+    top = tl.max(z, axis=0)
+    return tl.where(any_nan, float("nan"), top), tl.where(any_nan, nan, z == top)
+
+
+@triton.jit
+def comes_first(z, at, other, other_at):
+    """Whether argmax takes z, at ``at``, before another: the largest, NaN above all, of equals the lowest."""
+    nan, other_nan = z != z, other != other
+    above = (z > other) | (nan & (other == other))
+    return above | (((z == other) | (nan & other_nan)) & (at < other_at))
+
+
+@triton.jit
 def fold_best(best, z, columns, valid):
     """Add columns to (key of the largest, its lowest column); NaN is the largest, as in torch."""
     # Floats ordered as ints; -0 becomes 0 before, for they tie.

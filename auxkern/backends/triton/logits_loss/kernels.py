@@ -27,10 +27,10 @@ from auxkern.backends.triton.device.rows import (
 )
 from auxkern.backends.triton.device.softmax import (
     NO_COLUMN,
-    NO_KEY,
     NO_TARGET,
     absent_logit,
-    fold_best,
+    comes_first,
+    largest_and_where,
     nll_of,
     pivot_of,
 )
@@ -39,11 +39,17 @@ from auxkern.backends.triton.device.terms import share_of, shares_of, total_of
 
 @triton.jit
 def _fold(softmax, z):
-    """Add the columns of z (R, K) to R online softmaxes (largest, sum of exp(z - largest))."""
-    largest = tl.maximum(softmax[0], tl.max(z, axis=1))
+    """R online softmaxes (largest, sum of exp(z - largest)) with the columns of z (R, K); their largest.
+
+    The second is NaN where there is NaN and no inf among them: the sum is NaN then, but for inf as well.
+    """
+    top = tl.max(z, axis=1)
+    # NaN, which a maximum may keep, must not become the pivot of columns that come later.
+    largest = tl.where(top > softmax[0], top, softmax[0])
     pivot = pivot_of(largest)
-    total = softmax[1] * exp(softmax[0] - pivot) + tl.sum(exp(z - pivot[:, None]), axis=1)
-    return largest, total
+    added = tl.sum(exp(z - pivot[:, None]), axis=1)
+    total = softmax[1] * exp(softmax[0] - pivot) + added
+    return (largest, total), tl.where((added != added) & (top < float("inf")), float("nan"), top)
 
 
 @triton.jit
@@ -64,7 +70,7 @@ def _empty_state(TERMS: tl.constexpr, R: tl.constexpr):
     """R lanes before any column: softmax of z, distance, best, softmax of each of I terms."""
     zero = tl.zeros([R], tl.float32)
     softmax = (zero - float("inf"), zero)
-    best = (tl.full([R], NO_KEY, tl.int32), tl.full([R], NO_COLUMN, tl.int32))
+    best = (zero - float("inf"), tl.full([R], NO_COLUMN, tl.int32))
     terms = ()
     for _ in tl.static_range(TERMS):
         terms += (softmax,)
@@ -73,25 +79,30 @@ def _empty_state(TERMS: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    state, terms, pointers, columns, valid, others,
+    state, terms, pointers, columns, first, valid, others,
     UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """Fold the tile ``columns`` (R, K) into ``state``: ``valid`` columns only, ``others`` than the target."""
+    """Fold the tile ``columns`` (R, K) into ``state``: ``valid`` columns only, ``others`` than the target.
+
+    ``first`` (R,) are the first columns of the tile's rows; of the largest logit no more is kept, and of NaN
+    in a row of the tile that has inf, too, nothing.
+    """
     shares = shares_of(terms, pointers, columns, valid, UNIT, CAPPED)
     z = total_of(shares)
     counted = valid & others
-    softmax = _fold(state[0], tl.where(counted, z, -float("inf")))
+    softmax, top = _fold(state[0], tl.where(counted, z, -float("inf")))
     distance = state[1]
     best = state[2]
     per_term = state[3]
     if SMOOTH:
         distance = _fold_distance(distance, (pivot_of(state[0][0]), pivot_of(softmax[0])), z, counted)
     if STATS:
-        best = fold_best(best, z, columns, valid)
+        better = comes_first(top, first, best[0], best[1])
+        best = (tl.where(better, top, best[0]), tl.where(better, first, best[1]))
         per_term = ()
         for i in tl.static_range(len(shares)):
             share = tl.where(counted, shares[i], -float("inf"))
-            per_term += (_fold(state[3][i], share),)
+            per_term += (_fold(state[3][i], share)[0],)
     return softmax, distance, best, per_term
 
 
@@ -107,14 +118,14 @@ def _meet_all(state, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """``state`` of R lanes as the state of one."""
     softmax = _meet(state[0])
     distance = (0.0, 0.0)
-    best = (NO_KEY, NO_COLUMN)
+    best = (0.0, NO_COLUMN)
     per_term = ()
     if SMOOTH:
         moved = state[1][0] + state[1][1] * (pivot_of(softmax[0]) - pivot_of(state[0][0]))
         distance = (tl.sum(moved, axis=0), tl.sum(state[1][1], axis=0))
     if STATS:
-        top = tl.max(state[2][0], axis=0)
-        best = (top, tl.min(tl.where(state[2][0] == top, state[2][1], NO_COLUMN), axis=0))
+        top, has = largest_and_where(state[2][0])
+        best = (top, tl.min(tl.where(has, state[2][1], NO_COLUMN), axis=0))
         for i in tl.static_range(len(state[3])):
             per_term += (_meet(state[3][i]),)
     return softmax, distance, best, per_term
@@ -131,9 +142,23 @@ def _target_shares(terms, row, y, in_range, UNIT: tl.constexpr, CAPPED: tl.const
 
 
 @triton.jit
+def _argmax(terms, row, first, V, UNIT: tl.constexpr, CAPPED: tl.constexpr, G: tl.constexpr):
+    """The column of the largest logit among the G from ``first`` on, which are read again; -1 without any."""
+    pointers = ()
+    for i in tl.static_range(len(terms)):
+        pointers += (row_pointer(terms[i], row),)
+    columns = first + tl.arange(0, G)
+    valid = (first < V) & (columns < V)
+    z = total_of(shares_of(terms, pointers, columns, valid, UNIT, CAPPED))
+    _, has = largest_and_where(tl.where(valid, z, -float("inf")))
+    column = tl.min(tl.where(valid & has, columns, NO_COLUMN), axis=0)
+    return tl.where(column == NO_COLUMN, -1, column)
+
+
+@triton.jit
 def _write_row(
     state, terms, out, row, N, V, y, ignored,
-    UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """A row's results from the state of all its columns but the target: (nll, maximum, log of the sum)."""
     in_range = (y >= 0) & (y < V) & (ignored == 0)
@@ -151,7 +176,9 @@ def _write_row(
         distance += tl.where(y == NO_TARGET, 0.0, largest - target)
         tl.store(out.smooth + row, tl.where(ignored, 0.0, log_sum + distance / V))
     if STATS:
-        tl.store(out.argmax + row, tl.where(ignored, -1, state[2][1]).to(tl.int64))
+        column = _argmax(terms, row, state[2][1], V, UNIT, CAPPED, G).to(tl.int64)
+        is_target = in_range & comes_first(target, y, state[2][0], state[2][1])
+        tl.store(out.argmax + row, tl.where(is_target, y, column))
         for i in tl.static_range(len(terms)):
             term_nll, _, _ = nll_of(state[3][i], tl.where(in_range, shares[i], absent_logit(y)))
             tl.store(out.term_nll + i * N.to(tl.int64) + row, tl.where(ignored, 0.0, term_nll))
@@ -169,9 +196,8 @@ def _store_partial(state, partial, row, split, N, splits, SMOOTH: tl.constexpr, 
         tl.store(at + 2 * plane, state[1][0])
         tl.store(at + 3 * plane, state[1][1])
     if STATS:
-        best = partial.best + row * splits + split
-        tl.store(best, state[2][0])
-        tl.store(best + plane, state[2][1])
+        tl.store(at + (4 + 2 * len(state[3])) * plane, state[2][0])
+        tl.store(partial.best + row * splits + split, state[2][1])
         for i in tl.static_range(len(state[3])):
             tl.store(at + (4 + 2 * i) * plane, state[3][i][0])
             tl.store(at + (5 + 2 * i) * plane, state[3][i][1])
@@ -191,8 +217,8 @@ def _load_partials(
     if SMOOTH:
         distance = (tl.load(at + 2 * plane, valid, 0.0), tl.load(at + 3 * plane, valid, 0.0))
     if STATS:
-        where = partial.best + row * splits + lane
-        best = (tl.load(where, valid, NO_KEY), tl.load(where + plane, valid, NO_COLUMN))
+        top = tl.load(at + (4 + 2 * TERMS) * plane, valid, -float("inf"))
+        best = (top, tl.load(partial.best + row * splits + lane, valid, NO_COLUMN))
         per_term = ()
         for i in tl.static_range(TERMS):
             largest = tl.load(at + (4 + 2 * i) * plane, valid, -float("inf"))
@@ -254,26 +280,33 @@ def _statistics(
     R: tl.constexpr = BLOCK // G
     head, body, width = cut
     edge, valid = _edge_columns(head, body, width, G, R)
+    valid &= split == 0
     state = _accumulate(
         _empty_state(len(terms), R), terms, pointers,
-        edge[:, None], (valid & (split == 0))[:, None], (edge != y_column)[:, None],
+        edge[:, None], tl.where(valid, edge, NO_COLUMN), valid[:, None], (edge != y_column)[:, None],
         UNIT, CAPPED, SMOOTH, STATS,
     )  # fmt: skip
-    tile = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
+    granules = tl.arange(0, R) * G
+    tile = granules[:, None] + tl.arange(0, G)[None, :]
     everywhere = tile == tile  # folds to no mask at all
     begin, full, end = _range_of_program(body, split, splits, BLOCK)
     for start in range(begin, full, BLOCK):
-        columns = tl.multiple_of(start, G) + tile
-        others = _others(y_column - start, R, G)
-        state = _accumulate(state, terms, pointers, columns, everywhere, others, UNIT, CAPPED, SMOOTH, STATS)
-    for start in range(full, end, BLOCK):  # at most once
-        columns = tl.multiple_of(start, G) + tile
+        columns, first = tl.multiple_of(start, G) + tile, start + granules
         others = _others(y_column - start, R, G)
         state = _accumulate(
-            state, terms, pointers, columns, columns < end, others, UNIT, CAPPED, SMOOTH, STATS
+            state, terms, pointers, columns, first, everywhere, others, UNIT, CAPPED, SMOOTH, STATS
+        )
+    for start in range(full, end, BLOCK):  # at most once
+        columns, first = tl.multiple_of(start, G) + tile, start + granules
+        # Of a row of nothing but -inf no granule behind its end may be the first.
+        first = tl.where(first < end, first, NO_COLUMN)
+        others = _others(y_column - start, R, G)
+        state = _accumulate(
+            state, terms, pointers, columns, first, columns < end, others, UNIT, CAPPED, SMOOTH, STATS
         )
     softmax, distance, best, per_term = _meet_all(state, SMOOTH, STATS)
-    return softmax, distance, (best[0], best[1] + head), per_term
+    first = tl.where(best[1] == NO_COLUMN, NO_COLUMN, best[1] + head)
+    return softmax, distance, (best[0], first), per_term
 
 
 @triton.jit(do_not_specialize=["target", "N", "V", "ignore_index", "splits"])
@@ -281,7 +314,7 @@ def forward_kernel(
     terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
     target,  # (N,) int64
     out,  # Rows: (N,) float32 and so on
-    partial,  # (4 + 2 I, N, splits) float32 and (2, N, splits) int32, if splits > 1
+    partial,  # (5 + 2 I, N, splits) float32 and (N, splits) int32, if splits > 1
     N, V, ignore_index, splits,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, LEADER: tl.constexpr,
     SMOOTH: tl.constexpr, STATS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
@@ -307,7 +340,7 @@ def forward_kernel(
     if splits > 1:
         _store_partial(state, partial, row, split, N, splits, SMOOTH, STATS)
     else:
-        _write_row(state, terms, out, row, N, V, y, ignored, UNIT, CAPPED, SMOOTH, STATS)
+        _write_row(state, terms, out, row, N, V, y, ignored, UNIT, CAPPED, SMOOTH, STATS, G)
 
 
 @triton.jit(do_not_specialize=["target", "N", "V", "ignore_index", "splits"])
@@ -318,14 +351,14 @@ def combine_kernel(
     partial,  # written by forward_kernel
     N, V, ignore_index, splits,
     UNIT: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
-    LANES: tl.constexpr,
+    G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Statistics of row program_id(0) from the partial results of its ``splits`` programs."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target + row)
     state = _load_partials(partial, row, N, splits, len(terms), LANES, SMOOTH, STATS)
     state = _meet_all(state, SMOOTH, STATS)
-    _write_row(state, terms, out, row, N, V, y, y == ignore_index, UNIT, CAPPED, SMOOTH, STATS)
+    _write_row(state, terms, out, row, N, V, y, y == ignore_index, UNIT, CAPPED, SMOOTH, STATS, G)
 
 
 @triton.jit
@@ -497,7 +530,7 @@ def fused_kernel(
         # Statistics of a row without columns: nothing of an ignored one is read.
         counted = (tl.where(ignored, 0, head), tl.where(ignored, 0, body), tl.where(ignored, 0, width))
         state = _statistics(terms, pointers, counted, y_column, 0, 1, UNIT, CAPPED, SMOOTH, STATS, G, BLOCK)
-        sums = _write_row(state, terms, out, row, N, V, y, ignored, UNIT, CAPPED, SMOOTH, STATS)
+        sums = _write_row(state, terms, out, row, N, V, y, ignored, UNIT, CAPPED, SMOOTH, STATS, G)
         coefficients = _coefficients(tl.load(weight + row * weight_step), sums, slope, ignored)
         pointers_out = body_pointers(gradients, row, head, ALIGNED_OUT)
         cut = (head, body, width)

@@ -40,8 +40,8 @@ _SHARE_FLOPS, _LOGIT_FLOPS = 2, 5
 class _Partial(NamedTuple):
     """What programs that share a row leave for ``combine_kernel``."""
 
-    sums: Tensor  # (4 + 2 I, N, splits) float32
-    best: Tensor  # (2, N, splits) int32
+    sums: Tensor  # (5 + 2 I, N, splits) float32
+    best: Tensor  # (N, splits) int32
 
 
 class _Slope(NamedTuple):
@@ -155,7 +155,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
     programs = splits(N, -(-V // block), processors, config.programs)
 
     rows = RowLosses.empty(target, torch.float32, len(terms), loss)
-    fields = 4 + 2 * len(terms) if want_stats else 4 if want_smooth else 2
+    fields = 5 + 2 * len(terms) if want_stats else 4 if want_smooth else 2
     shared = (N, programs) if programs > 1 else (0, 0)
     arguments = {
         "terms": as_arguments(terms),
@@ -163,7 +163,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
         "out": RowsArgument(*rows),
         "partial": _Partial(
             sums=target.new_empty((fields, *shared), dtype=torch.float32),
-            best=target.new_empty((2 if want_stats else 0, *shared), dtype=torch.int32),
+            best=target.new_empty(shared if want_stats else 0, dtype=torch.int32),
         ),
         "N": N,
         "V": V,
@@ -183,7 +183,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
         )
     ]
     if programs > 1:
-        lanes = {"LANES": MAX_SPLITS}
+        lanes = {"G": cut.granule, "LANES": MAX_SPLITS}
         sizes = fields * N * programs
         launches.append(
             Launch(combine_kernel, (N,), arguments, constants | lanes, 1, bytes_moved=4 * sizes, flops=sizes)
