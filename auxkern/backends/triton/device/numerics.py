@@ -62,28 +62,39 @@ def log1p(x):
 
 
 @triton.jit
-def tanh(u):
-    """tanh(u), float32, within 2.9 to 11 units.
+def _root_of_gap(a):
+    """The square root of 1 - tanh(u) = 2 / (1 + exp(2u)) for a = 2u log2(e) >= 0; 0 where that is infinite.
 
-    1 - exp(-2u) would cancel near 0, so a series is used there.
+    A reciprocal takes twice the instructions.
     """
-    a = tl.abs(u)
-    e = exp(-2.0 * a)
-    large = (1.0 - e) / (1.0 + e)
-    a2 = a * a
-    series = a2 * (-1 / 3 + a2 * (2 / 15 + a2 * (-17 / 315 + a2 * (62 / 2835 - a2 * (1382 / 155925)))))
-    t = tl.where(a < 0.35, a + a * series, large)
-    return tl.where(u < 0, -t, t)
+    return tl.rsqrt(0.5 + 0.5 * tl.exp2(a))
 
 
 @triton.jit
-def tanh_slope(u):
-    """1 - tanh(u)**2 within 28 to 33 units to |u| of 20, most of them ``exp``'s.
+def tanh(x, by=1.0):
+    """tanh(x * by), float32, within 4.1 to 7 units; ``by`` is positive.
 
-    The difference itself would cancel for large u.
+    1 - 2 / (1 + exp(2u)) would cancel near 0, so a polynomial is used there: ours, the relative error of
+    tanh on [0, 0.38] minimised to 1.3 units.
     """
-    e = exp(-2.0 * tl.abs(u))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    a = tl.abs(x) * (2 * _LOG2_E * by)
+    a2 = a * a
+    small = a * (0.3465735903 + a2 * (-0.01387557781 + a2 * (0.0006643848178 + a2 * -2.903853972e-05)))
+    root = _root_of_gap(a)
+    size = tl.where(a < 1.096448231, small, 1.0 - root * root).to(tl.int32, bitcast=True)
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (size | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tanh_slope(x, by=1.0):
+    """1 - tanh(x * by)**2 within 28 to 30 units to |x * by| of 12, most of them the exponential's.
+
+    The difference itself would cancel for large arguments.
+    """
+    root = _root_of_gap(tl.abs(x) * (2 * _LOG2_E * by))
+    gap = root * root
+    return gap * (2.0 - gap)
 
 
 @triton.jit

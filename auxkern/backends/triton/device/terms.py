@@ -14,7 +14,7 @@ from auxkern.backends.triton.device.rows import read
 def capped(term, x, CAPPED: tl.constexpr):
     """The term's value x, soft-capped if it is."""
     if CAPPED:
-        return term.softcap * tanh(x * (1.0 / term.softcap))
+        return term.softcap * tanh(x, 1.0 / term.softcap)
     return x
 
 
@@ -27,7 +27,10 @@ def share_of(term, x, CAPPED: tl.constexpr):
 @triton.jit
 def scaled(term, scale, x, CAPPED: tl.constexpr):
     """``scale`` times the term's value x, soft-capped."""
-    return scale * capped(term, x, CAPPED)
+    if CAPPED:
+        # Two numbers of the launch, multiplied once and not for every column.
+        return (scale * term.softcap) * tanh(x, 1.0 / term.softcap)
+    return scale * x
 
 
 @triton.jit

@@ -406,7 +406,7 @@ def _write_gradients(
         term = terms[WANTED[j]]
         d = dz * term.scale
         if CAPPED[WANTED[j]]:
-            d *= tanh_slope(values[WANTED[j]] * (1.0 / term.softcap))
+            d *= tanh_slope(values[WANTED[j]], 1.0 / term.softcap)
         tl.store(out[j] + columns, d.to(out[j].dtype.element_ty), mask=valid)
 
 
