@@ -144,14 +144,15 @@ def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
 
 
 @cache
-def _cases(index: int) -> list[tuple[Case, ...]]:
+def _cases(index: int, capability: int) -> list[tuple[Case, ...]]:
     """The cases of a kernel; each as a tuple with one entry per model."""
-    return list(zip(*(KERNELS[index].cases(model) for model in VOCABULARIES), strict=True))
+    by_model = [KERNELS[index].cases(model, capability) for model in VOCABULARIES]
+    return list(zip(*by_model, strict=True))
 
 
 def _inspect(job: tuple[int, int, str]) -> Finding:
     kernel, case, target = job
-    by_model = _cases(kernel)[case]
+    by_model = _cases(kernel, TARGETS[target].capability)[case]
     return inspect_case(KERNELS[kernel], by_model[0], TARGETS[target], by_model)
 
 
@@ -163,7 +164,7 @@ def jobs(targets: Sequence[str], kernels: Sequence[str] = ()) -> list[tuple[int,
         kernels: names; all kernels if empty.
     """
     chosen = [i for i, kernel in enumerate(KERNELS) if not kernels or kernel.name in kernels]
-    return [(k, c, t) for t in targets for k in chosen for c in range(len(_cases(k)))]
+    return [(k, c, t) for t in targets for k in chosen for c in range(len(_cases(k, TARGETS[t].capability)))]
 
 
 def survey(

@@ -41,6 +41,11 @@ class Target:
     shared: int
     shared_per_program: int
 
+    @property
+    def capability(self) -> int:
+        """Its major compute capability; AMD's get the launches of an A100."""
+        return self.arch // 10 if isinstance(self.arch, int) else 8
+
     def resident_warps(self, registers: int, shared: int, warps: int) -> int:
         """Warps that fit on a multiprocessor at once.
 

@@ -32,17 +32,18 @@ BENIGN = (
             "heads_forward_kernel": (
                 "tl.store(at, top, mask=present)",
                 "tl.store(at + plane, total, mask=present)",
-                "tl.store(at + 2 * plane, tl.sum(gaps, axis=1), mask=present)",
-                "tl.store(at + (3 + 2 * g) * plane, share_top, mask=present)",
-                "tl.store(at + (4 + 2 * g) * plane, share_total, mask=present)",
+                "tl.store(at + 2 * plane, gaps, mask=present)",
+                "tl.store(at + (3 + 2 * g) * plane, top, mask=present)",
+                "tl.store(at + (4 + 2 * g) * plane, total, mask=present)",
+                "return tl.where(better, top, best[0]), tl.where(better, column, best[1])",
                 "tl.store(best, key, mask=present)",
-                "tl.store(best + plane, column, mask=present)",
-                "tl.store(partial.target + rows, tl.sum(",
+                "tl.store(best + plane, lowest, mask=present)",
+                "tl.store(partial.target + rows, goal, mask=here)",
                 "tl.store(entries.z + at, tl.sum(",
-                "tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, its,",
+                "tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, goal,",
             ),
             "heads_gradient_kernel": (
-                "tl.store(d_out[j] + at, d.to(d_out[j].dtype.element_ty)",
+                "tl.store(d_out[j] + (at + s * WIDTH), d.to(d_out[j].dtype.",
                 "tl.store(entries.z + at, tl.sum(",
             ),
             "entries_order_kernel": (
@@ -92,6 +93,9 @@ class Executed(Triton):
 
     def multiprocessors(self, device: torch.device) -> int:
         return self.processors
+
+    def capability(self, device: torch.device) -> int:
+        return self.executor.arch // 10
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> list[None]:
         """A list of None: there are no binaries, whose launches could be made again."""

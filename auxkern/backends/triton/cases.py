@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxkern.backends.triton import configs
 from auxkern.backends.triton.launch import Launch
 from auxkern.core.loss import Coefficients, Loss, RowSlopes, RowSums
 from auxkern.core.sums import Sum
@@ -65,10 +66,11 @@ class Kernel:
         passes: how often it may read what it reads.
         sums: whether its inner loop also stores a few numbers of a tile, which need not be wide.
         columns: that a program comes by, of a kernel that takes lists; None for its share of the vocabulary.
+        by_capability: whether ``launches`` is also given a GPU's major compute capability.
     """
 
     function: Any
-    launches: Callable[[int], Iterator[tuple[str, Launch]]]
+    launches: Callable[..., Iterator[tuple[str, Launch]]]
     rows: int
     vectors: bool = False
     dot: bool = False
@@ -76,6 +78,7 @@ class Kernel:
     passes: int = 1
     sums: bool = False
     columns: int | None = None
+    by_capability: bool = False
 
     @property
     def name(self) -> str:
@@ -83,9 +86,10 @@ class Kernel:
         name: str = self.function.fn.__name__
         return name
 
-    def cases(self, model: str) -> Iterator[Case]:
-        """The launches for a model of ``VOCABULARIES``."""
-        for label, launch in self.launches(VOCABULARIES[model]):
+    def cases(self, model: str, capability: int = configs.H100) -> Iterator[Case]:
+        """The launches for a model of ``VOCABULARIES`` on a GPU of this major compute capability."""
+        gpu = (capability,) if self.by_capability else ()
+        for label, launch in self.launches(VOCABULARIES[model], *gpu):
             yield Case(label, model, self.rows, launch, self.columns)
 
 

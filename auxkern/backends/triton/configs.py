@@ -6,6 +6,7 @@ Keys hold dtypes and numbers of terms, never a batch size: a new N or length com
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WARP = 32  # threads; AMD's 64 changes how many vectors a thread takes, not what is computed
 
@@ -49,6 +50,7 @@ class TileConfig:
         warps: warps in a program.
         stages: operands in flight.
         group: row blocks that pass over a tile of the weight while it is in the L2 cache.
+        slices: of a tile's ids, 1, 2, 4 or 8, that a loss takes one after the other.
     """
 
     rows: int
@@ -57,16 +59,54 @@ class TileConfig:
     warps: int
     stages: int
     group: int
+    slices: int
 
 
-# By the number of accumulators, each rows * ids float32 in registers; a float32 operand takes twice the
-# memory, and one that is cut into parts registers as well, twice as many for parts of a wide tile's ids in
-# float16. With those, or a bias, wide tiles would spill.
-TILES_HALF = {1: TileConfig(128, 128, 64, 8, 3, 16), 2: TileConfig(64, 64, 64, 8, 3, 16)}
-TILES_PARTS = {1: TileConfig(128, 128, 32, 8, 3, 16), 2: TileConfig(64, 64, 32, 8, 3, 16)}
-TILES_PARTS_CROWDED = {1: TileConfig(64, 128, 32, 8, 3, 16)}
-TILES_FLOAT = {1: TileConfig(64, 64, 32, 4, 2, 16), 2: TileConfig(32, 64, 32, 4, 2, 16)}
-TILES_MANY = TileConfig(32, 64, 32, 8, 2, 16)
+class Tiles(NamedTuple):
+    """Two configurations of one kind of sum.
+
+    Attributes:
+        roomy: where registers are left.
+        crowded: where they are not: operands whose columns are not adjacent or whose width is no multiple of
+            the tile's, biases beside parts, more than two heads, statistics beside the loss.
+    """
+
+    roomy: TileConfig
+    crowded: TileConfig
+
+
+# Kinds of operands: those of 16 bits; float32 hidden states cut into 16-bit parts beside weights of 16 bits;
+# float32 weights cut beside hidden states of 16 bits, which takes more registers; float32 alone.
+HALF, PARTS, MIRRORED, FLOAT = "half", "parts", "mirrored", "float"
+# By kind and number of accumulators, each rows * ids float32 in registers: the largest that spill nowhere. A
+# float32 operand takes twice the memory, so that it is read in shorter pieces.
+_TILES = {
+    (HALF, 1): Tiles(TileConfig(128, 128, 64, 8, 3, 16, 4), TileConfig(64, 128, 64, 8, 3, 16, 4)),
+    (HALF, 2): Tiles(TileConfig(64, 128, 64, 8, 3, 16, 4), TileConfig(64, 64, 64, 8, 3, 16, 1)),
+    (PARTS, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 128, 32, 8, 3, 16, 4)),
+    (PARTS, 2): Tiles(TileConfig(64, 64, 32, 8, 3, 16, 1), TileConfig(64, 64, 32, 8, 3, 16, 1)),
+    (MIRRORED, 1): Tiles(TileConfig(64, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 1)),
+    (MIRRORED, 2): Tiles(TileConfig(32, 64, 32, 8, 2, 16, 1), TileConfig(32, 64, 32, 8, 2, 16, 1)),
+    (FLOAT, 1): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 1), TileConfig(32, 64, 32, 4, 2, 16, 1)),
+    (FLOAT, 2): Tiles(TileConfig(32, 64, 32, 4, 2, 16, 1), TileConfig(32, 64, 32, 4, 2, 16, 1)),
+}
+TILES_MANY = TileConfig(32, 64, 32, 8, 2, 16, 1)
+# By major compute capability, for GPUs that multiply out of shared memory: a tile twice as wide reads a third
+# less for each product and ends half as often. Of the others, AMD's among them, an A100 stands for all.
+A100, H100, B200 = 8, 9, 10
+TILES = {
+    A100: _TILES,
+    H100: _TILES
+    | {
+        (HALF, 1): Tiles(TileConfig(128, 256, 64, 8, 3, 16, 8), TileConfig(128, 128, 64, 8, 3, 16, 4)),
+        (PARTS, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(64, 128, 32, 8, 3, 16, 4)),
+        (MIRRORED, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 1)),
+    },
+    B200: _TILES
+    | {
+        (HALF, 1): Tiles(TileConfig(128, 256, 64, 8, 3, 16, 8), TileConfig(128, 128, 64, 8, 3, 16, 4)),
+    },
+}
 
 # Rows and tiles that one program of the combining and of the scaling kernel takes at a time.
 COMBINE_ROWS, COMBINE_LANES, COMBINE_WARPS = 16, 32, 4
@@ -76,6 +116,9 @@ SCALE_ROWS, SCALE_WARPS = 32, 4
 # entries of a turn of its loop.
 ENTRY_LANES, ENTRY_STEP, ENTRY_WARPS = 128, 32, 4
 ENTRY_ROWS, ENTRY_NLL_ROWS, ENTRY_NLL_STEP = 32, 32, 4
+
+# Ids by which the entries of a term that stands alone are sorted, where no kernel makes tiles.
+ENTRY_IDS = 128
 
 
 @dataclass(frozen=True)

@@ -211,12 +211,22 @@ def _even(head: Head) -> bool:
     return head.hidden.stride(0) % 8 == 0 and head.weight.stride(0) % 8 == 0
 
 
-def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | None = None) -> HeadsSum:
+def heads_sum(
+    heads: Sequence[Head],
+    V: int,
+    separate: bool,
+    precision: str | None = None,
+    *,
+    crowded: bool = False,
+    capability: int = configs.A100,
+) -> HeadsSum:
     """The sum of 1 to 4 heads as the kernels take it.
 
     Args:
         separate: whether each head needs an accumulator of its own.
         precision: of products of float32: "ieee" or "tf32"; None for what torch is told.
+        crowded: whether statistics or entries take registers beside the products.
+        capability: major compute capability of the GPU.
     """
     order = _order(heads, separate)
     begins, rescales, group_of = [], [], [0] * len(heads)
@@ -249,25 +259,39 @@ def heads_sum(heads: Sequence[Head], V: int, separate: bool, precision: str | No
             "CAPPED": tuple(g.softcap > 0 for g in groups),
             "PRECISION": precision or _float32_products(),
         },
-        config=_config(ordered, parts, len(groups)),
+        config=_config(ordered, parts, len(groups), crowded or separate, capability),
         group_of=group_of,
         V=V,
         parts=parts,
     )
 
 
-def _config(heads: Sequence[Head], parts: Sequence[int], groups: int) -> configs.TileConfig:
+def _config(
+    heads: Sequence[Head], parts: Sequence[int], groups: int, crowded: bool, capability: int
+) -> configs.TileConfig:
+    """How a sum is cut into tiles; ``crowded`` if more than its operands takes registers."""
+    table = configs.TILES.get(capability, configs.TILES[configs.A100])
+    kind = _kind(heads, parts)
+    if (kind, groups) not in table:
+        return configs.TILES_MANY
+    tiles = table[kind, groups]
+    aligned = all(map(_adjacent, heads)) and all(h.hidden.shape[1] % tiles.roomy.width == 0 for h in heads)
+    crowded |= len(heads) > 2 or (kind != configs.HALF and any(h.bias is not None for h in heads))
+    return tiles.roomy if aligned and not crowded else tiles.crowded
+
+
+def _kind(heads: Sequence[Head], parts: Sequence[int]) -> str:
     if not all(parts):
-        table = configs.TILES_FLOAT
-    elif max(parts) == 1:
-        table = configs.TILES_HALF
-    else:
-        crowded = any(
-            h.bias is not None or (h.hidden.dtype == torch.float16 and h.weight.dtype == torch.float32)
-            for h in heads
-        )
-        table = configs.TILES_PARTS_CROWDED if crowded else configs.TILES_PARTS
-    return table.get(groups, configs.TILES_MANY)
+        return configs.FLOAT
+    if max(parts) == 1:
+        return configs.HALF
+    mirrored = any(h.hidden.dtype in HALF and h.weight.dtype == torch.float32 for h in heads)
+    return configs.MIRRORED if mirrored else configs.PARTS
+
+
+def _adjacent(head: Head) -> bool:
+    """Whether both operands' rows are stored as such, at multiples of 8 elements."""
+    return _even(head) and head.hidden.stride(1) == head.weight.stride(1) == 1
 
 
 def _float32_products() -> str:

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from auxkern.backends.chunked import RowKernels
+from auxkern.backends.triton import configs
 from auxkern.backends.triton.device.rows import decode
 from auxkern.backends.triton.replays import Replay, key_of
 from auxkern.core.terms import Logits
@@ -151,6 +152,12 @@ class TritonKernels(RowKernels):
         if device.type == "cuda":
             return int(torch.cuda.get_device_properties(device).L2_cache_size)
         return sys.maxsize
+
+    def capability(self, device: torch.device) -> int:
+        """Major compute capability of a device; that of an A100 where it is not NVIDIA's."""
+        if device.type == "cpu" or torch.version.hip:
+            return configs.A100
+        return torch.cuda.get_device_capability(device)[0]
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> list[CompiledKernel | None]:
         """Launch in order; the binary of each, if there is one."""

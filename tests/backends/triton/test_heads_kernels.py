@@ -92,6 +92,16 @@ def test_wide_heads_take_several_steps_and_a_remainder():
     run(heads(5, 67, (200, 75), (D32, D32)), targets(5, 67))
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(H, H), ((D32, H), (D32, H)), ((H, D32), H)], ids=["half", "parts", "mirrored"]
+)
+def test_the_widest_tiles(dtypes, monkeypatch):
+    """Taken where their width divides the operands'; of targets in the first and in the last slice."""
+    monkeypatch.setattr(heads_loss, "one_write", lambda *_: dtypes[0] == H)
+    given, y = heads(3, 261, (128, 64), dtypes), torch.tensor([3, 255, 260])
+    run(given, y)
+
+
 def test_strides_and_a_shared_vocabulary():
     given = heads(9, 140, (32, 16), (D32, D32))
     first = Head(given[0].hidden.T.contiguous().T, given[0].weight.T.contiguous().T)

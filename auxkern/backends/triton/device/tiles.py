@@ -166,6 +166,43 @@ def group_shares(groups, products, rows, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _halves_of(x):
+    """The first and the last half of the columns of x (R, C): registers that stay where they are."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _slices_of(x, COUNT: tl.constexpr):
+    """The columns of x (R, C) in COUNT parts, in order; 1, 2, 4 or 8."""
+    slices = (x,)
+    for level in tl.static_range(3):
+        if COUNT >> level > 1:
+            halves = ()
+            for s in tl.static_range(len(slices)):
+                halves += _halves_of(slices[s])
+            slices = halves
+    return slices
+
+
+@triton.jit
+def product_slices(products, COUNT: tl.constexpr):
+    """The products of COUNT equal parts of a tile's ids, in order: a tuple of each group's, for each part.
+
+    Products take registers enough; what is made of a slice is gone before the next one is looked at.
+    """
+    by_group = ()
+    for g in tl.static_range(len(products)):
+        by_group += (_slices_of(products[g], COUNT),)
+    slices = ()
+    for s in tl.static_range(COUNT):
+        its = ()
+        for g in tl.static_range(len(products)):
+            its += (by_group[g][s],)
+        slices += (its,)
+    return slices
+
+
+@triton.jit
 def tile_indices(block, tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """(rows, columns, rows to read, ids to read): beyond the end the last one is read again."""
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -33,7 +33,7 @@ def ordered(
     V: int, dtype: torch.dtype = torch.float32, ids: torch.dtype = torch.int64
 ) -> tuple[launches.Entries, Launch]:
     """The entries of ``ROWS`` rows and the launch that sorts them."""
-    block = configs.TILES_HALF[1].ids
+    block = configs.ENTRY_IDS
     return launches.order(Sum((sparse_of(ROWS, dtype, ids),), V), -(-V // block), block)
 
 

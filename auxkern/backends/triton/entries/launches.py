@@ -146,7 +146,7 @@ def gradient(
 def term_nll(term: Sparse, V: int, target: Tensor, loss: Loss) -> tuple[Tensor, list[Launch]]:
     """(N,) float32 nll under the softmax of one term alone, and the launches that make it, in order."""
     result = target.new_empty(target.shape, dtype=torch.float32)
-    block = configs.TILES_HALF[1].ids
+    block = configs.ENTRY_IDS
     entries, sorting = order(Sum((term,), V), -(-V // block), block)
     N, K = entries.ids.shape
     launch = Launch(

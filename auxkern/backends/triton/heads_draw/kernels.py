@@ -64,7 +64,7 @@ def heads_draw_kernel(
     present = rows < N
     if ENTRIES:
         first, end = entries_of(entries, read_rows, tile)
-        z = with_entries(z, entries, read_rows, present, columns, first, end, False)
+        z = with_entries((z,), entries, read_rows, present, tile * BLOCK_V, first, end, False)[0]
     z = tl.where((columns < V)[None, :], z, nothing)
     if WRITE:
         # Rows are as wide as whole tiles: no mask along them, so that stores stay wide.

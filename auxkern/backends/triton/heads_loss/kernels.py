@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from auxkern.backends.triton.device.entries import entries_of, with_entries
-from auxkern.backends.triton.device.numerics import tanh_slope
+from auxkern.backends.triton.device.numerics import exp, tanh_slope
 from auxkern.backends.triton.device.softmax import (
     NO_COLUMN,
     NO_KEY,
@@ -28,15 +28,77 @@ from auxkern.backends.triton.device.softmax import (
     pivot_of,
 )
 from auxkern.backends.triton.device.terms import total_of
-from auxkern.backends.triton.device.tiles import group_shares, products_of, tile_indices, tile_of_program
+from auxkern.backends.triton.device.tiles import (
+    group_shares,
+    product_slices,
+    products_of,
+    tile_indices,
+    tile_of_program,
+)
 
 
 @triton.jit
-def _tile_softmax(z):
-    """(maximum, sum of exp(z - maximum), exp(z - maximum)) of each row; -inf is left out."""
-    top = tl.max(z, axis=1)
-    e = tl.exp(z - pivot_of(top)[:, None])
-    return top, tl.sum(e, axis=1), e
+def _counted(s, hit, ids, WIDTH: tl.constexpr):
+    """(R, WIDTH), of slice s of a tile: which columns are ids, and which are not the row's target.
+
+    Args:
+        hit: (R,) int32, column of the row's target in the tile; -1 for none.
+        ids: in the tile and behind it.
+    """
+    column = tl.arange(0, WIDTH)[None, :]
+    return column < ids - s * WIDTH, column != (hit - s * WIDTH)[:, None]
+
+
+@triton.jit
+def _without_target(slices, hit, ids):
+    """(z of each row at its target or 0, slices with -inf there and beyond the ids, the rows' maxima)."""
+    goal = tl.zeros_like(slices[0])
+    top = tl.full(goal.shape, -float("inf"), tl.float32)
+    masked = ()
+    for s in tl.static_range(len(slices)):
+        valid, other = _counted(s, hit, ids, goal.shape[1])
+        goal = tl.where(other, goal, slices[s])
+        z = tl.where(valid & other, slices[s], -float("inf"))
+        top = tl.maximum(top, z)
+        masked += (z,)
+    return tl.sum(goal, axis=1), masked, tl.max(top, axis=1)
+
+
+@triton.jit
+def _sums_of(slices, pivot, hit, ids, e_at, present, WRITE: tl.constexpr, SMOOTH: tl.constexpr):
+    """Of each row the sums of exp(z - pivot) and, if SMOOTH, of pivot - z; exp too at ``e_at`` if WRITE.
+
+    Args:
+        slices: with -inf where a column does not count.
+        e_at: (R, 1) pointers to the tile's first column.
+    """
+    WIDTH: tl.constexpr = slices[0].shape[1]
+    total = tl.zeros_like(slices[0])
+    gaps = total
+    for s in tl.static_range(len(slices)):
+        d = slices[s] - pivot[:, None]
+        e = exp(d)
+        total += e
+        if WRITE:
+            at = e_at + (s * WIDTH + tl.arange(0, WIDTH))
+            tl.store(at, e.to(at.dtype.element_ty), mask=present[:, None])
+        if SMOOTH:
+            # Of a logit of -inf that counts the gap is infinite.
+            valid, other = _counted(s, hit, ids, WIDTH)
+            gaps -= tl.where(valid & other, d, 0.0)
+    return tl.sum(total, axis=1), tl.sum(gaps, axis=1)
+
+
+@triton.jit
+def _best_of(slices, first, V):
+    """(key, lowest column) of the largest z of each row of a tile whose first column is ``first``."""
+    R: tl.constexpr = slices[0].shape[0]
+    WIDTH: tl.constexpr = slices[0].shape[1]
+    best = (tl.full([R], NO_KEY, tl.int32), tl.full([R], NO_COLUMN, tl.int32))
+    for s in tl.static_range(len(slices)):
+        columns = first + s * WIDTH + tl.arange(0, WIDTH)
+        best = fold_best(best, slices[s], columns[None, :], (columns < V)[None, :])
+    return best
 
 
 @triton.jit(do_not_specialize=["target", "N", "V", "row_blocks", "tiles"])
@@ -52,7 +114,7 @@ def heads_forward_kernel(
     BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
     CAPPED: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr, WRITE: tl.constexpr,
     ENTRIES: tl.constexpr, STORE_ENTRIES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a tile (BLOCK_N rows, BLOCK_V ids) of z, and exp(z - its maximum) if WRITE.
@@ -60,51 +122,53 @@ def heads_forward_kernel(
     And z at the tile's entries if STORE_ENTRIES.
     """
     block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
-    rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    rows, _, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
     present = rows < N
     products = products_of(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
-    shares = group_shares(groups, products, read_rows, CAPPED)
-    z = total_of(shares)
+    shares = ()
+    slices = ()
+    parts = product_slices(products, SLICES)
+    for s in tl.static_range(SLICES):
+        shares += (group_shares(groups, parts[s], read_rows, CAPPED),)
+        slices += (total_of(shares[s]),)
+    column = tile * BLOCK_V
     if ENTRIES:
         first, end = entries_of(entries, read_rows, tile)
-        z = with_entries(z, entries, read_rows, present, columns, first, end, STORE_ENTRIES)
-
+        slices = with_entries(slices, entries, read_rows, present, column, first, end, STORE_ENTRIES)
     y = tl.load(target + read_rows)
-    valid = (columns < V)[None, :]
-    hit = (columns[None, :] == y[:, None]) & valid
-    counted = valid & (columns[None, :] != y[:, None])
-    top, total, e = _tile_softmax(tl.where(counted, z, -float("inf")))
-    if WRITE:
-        # Rows are as wide as whole tiles: no mask along them, so that stores stay wide.
-        width = tiles * BLOCK_V
-        at = e_out + rows.to(tl.int64)[:, None] * tl.multiple_of(width, BLOCK_V) + columns[None, :]
-        tl.store(at, e.to(e_out.dtype.element_ty), mask=present[:, None])
-
+    # Only the tile that holds the target has it: one writer.
+    here = (y >= column) & (y < tl.minimum(column + BLOCK_V, V))
+    hit = tl.where(here, y - column, -1).to(tl.int32)
+    here &= present
     plane = N.to(tl.int64) * tiles
     at = partial.sums + tile.to(tl.int64) * N + rows
+    goal, masked, top = _without_target(slices, hit, V - column)
+    tl.store(partial.target + rows, goal, mask=here)
     tl.store(at, top, mask=present)
+    # Rows are as wide as whole tiles: no mask along them, so that stores stay wide.
+    width = tl.multiple_of(tiles * BLOCK_V, BLOCK_V)
+    e_at = e_out + rows.to(tl.int64)[:, None] * width + tl.multiple_of(column, BLOCK_V)
+    total, gaps = _sums_of(masked, pivot_of(top), hit, V - column, e_at, present, WRITE, SMOOTH)
     tl.store(at + plane, total, mask=present)
-    # Only the tile that holds the target has it: one writer.
-    here = present & (y >= tile * BLOCK_V) & (y < (tile + 1) * BLOCK_V) & (y < V)
-    tl.store(partial.target + rows, tl.sum(tl.where(hit, z, 0.0), axis=1), mask=here)
     if SMOOTH:
-        gaps = tl.where(counted, pivot_of(top)[:, None] - z, 0.0)
-        tl.store(at + 2 * plane, tl.sum(gaps, axis=1), mask=present)
+        tl.store(at + 2 * plane, gaps, mask=present)
     if STATS:
-        nothing = (tl.full([BLOCK_N], NO_KEY, tl.int32), tl.full([BLOCK_N], NO_COLUMN, tl.int32))
-        key, column = fold_best(nothing, z, columns[None, :], valid)
+        key, lowest = _best_of(slices, column, V)
         best = partial.best + tile.to(tl.int64) * N + rows
         tl.store(best, key, mask=present)
-        tl.store(best + plane, column, mask=present)
-        for g in tl.static_range(len(shares)):
-            share_top, share_total, _ = _tile_softmax(tl.where(counted, shares[g], -float("inf")))
-            tl.store(at + (3 + 2 * g) * plane, share_top, mask=present)
-            tl.store(at + (4 + 2 * g) * plane, share_total, mask=present)
-            its = tl.sum(tl.where(hit, shares[g], 0.0), axis=1)
-            tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, its, mask=here)
+        tl.store(best + plane, lowest, mask=present)
+        for g in tl.static_range(len(groups)):
+            of_group = ()
+            for s in tl.static_range(SLICES):
+                of_group += (shares[s][g],)
+            goal, masked, top = _without_target(of_group, hit, V - column)
+            tl.store(at + (3 + 2 * g) * plane, top, mask=present)
+            total, _ = _sums_of(masked, pivot_of(top), hit, V - column, e_at, present, False, False)
+            tl.store(at + (4 + 2 * g) * plane, total, mask=present)
+            tl.store(partial.target + (1 + g) * N.to(tl.int64) + rows, goal, mask=here)
 
 
 @triton.jit
@@ -122,7 +186,7 @@ def _combined(at, plane, N, tiles, present, R: tl.constexpr, LANES: tl.constexpr
         mask = (first + lane < tiles)[:, None] & present[None, :]
         there = at[None, :] + (first + lane).to(tl.int64)[:, None] * N
         tops = tl.load(there, mask, -float("inf"))
-        total += tl.sum(tl.load(there + plane, mask, 0.0) * tl.exp(tops - pivot[None, :]), axis=0)
+        total += tl.sum(tl.load(there + plane, mask, 0.0) * exp(tops - pivot[None, :]), axis=0)
     return top, total
 
 
@@ -225,7 +289,7 @@ def heads_scale_kernel(
     row_max, e, c, t, live = coefficients_of(coefficients, rows, present)
     y = tl.load(target + rows, present, -1)
     top = tl.load(tops + tile.to(tl.int64) * N + rows, present, 0.0)
-    factor = tl.where(live, e * tl.exp(top - row_max), 0.0)
+    factor = tl.where(live, e * exp(top - row_max), 0.0)
     offset = rows.to(tl.int64)[:, None] * tl.multiple_of(tiles * BLOCK_V, BLOCK_V) + columns[None, :]
     x = tl.load(e_in + offset, present[:, None] & live[:, None], 0.0).to(tl.float32)
     d = factor[:, None] * x - c[:, None]
@@ -243,31 +307,39 @@ def heads_gradient_kernel(
     D: tl.constexpr, UNIT_HIDDEN: tl.constexpr, UNIT_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, BEGINS: tl.constexpr, RESCALED: tl.constexpr, PARTS: tl.constexpr,
     CAPPED: tl.constexpr, SLOPES: tl.constexpr, ENTRIES: tl.constexpr, STORE_ENTRIES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dz of a tile, made from the hidden states again; times the slope of group SLOPES[j] if >= 0."""
     block, tile = tile_of_program(tl.program_id(0), row_blocks, tiles, GROUP)
-    rows, columns, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
+    rows, _, read_rows, read_ids = tile_indices(block, tile, N, V, BLOCK_N, BLOCK_V)
     present = rows < N
     products = products_of(
         heads, read_rows, read_ids,
         D, UNIT_HIDDEN, UNIT_WEIGHT, EVEN, BIAS, BEGINS, RESCALED, PARTS, BLOCK_D, PRECISION,
     )  # fmt: skip
-    z = total_of(group_shares(groups, products, read_rows, CAPPED))
+    parts = product_slices(products, SLICES)
+    slices = ()
+    for s in tl.static_range(SLICES):
+        slices += (total_of(group_shares(groups, parts[s], read_rows, CAPPED)),)
+    column = tile * BLOCK_V
     if ENTRIES:
         first, end = entries_of(entries, read_rows, tile)
-        z = with_entries(z, entries, read_rows, present, columns, first, end, STORE_ENTRIES)
+        slices = with_entries(slices, entries, read_rows, present, column, first, end, STORE_ENTRIES)
     row_max, e, c, t, live = coefficients_of(coefficients, read_rows, present)
     y = tl.load(target + read_rows)
-    dz = e[:, None] * tl.exp(z - row_max[:, None]) - c[:, None]
-    dz = tl.where(columns[None, :] == y[:, None], t[:, None], dz)
+    hit = tl.where((y >= column) & (y < column + BLOCK_V), y - column, -1).to(tl.int32)
     width = tl.multiple_of(tiles * BLOCK_V, BLOCK_V)
-    at = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    for j in tl.static_range(len(d_out)):
-        d = dz
-        if SLOPES[j] >= 0:
-            d *= tanh_slope(products[SLOPES[j]] * (1.0 / groups[SLOPES[j]].softcap))
-        # A dead row's logits may be NaN; its gradient is 0 all the same.
-        d = tl.where(live[:, None], d, 0.0)
-        tl.store(d_out[j] + at, d.to(d_out[j].dtype.element_ty), mask=present[:, None])
+    WIDTH: tl.constexpr = BLOCK_V // SLICES
+    along = tl.arange(0, WIDTH)[None, :]
+    at = rows.to(tl.int64)[:, None] * width + tl.multiple_of(column, BLOCK_V) + along
+    for s in tl.static_range(SLICES):
+        dz = e[:, None] * exp(slices[s] - row_max[:, None]) - c[:, None]
+        dz = tl.where(along == (hit - s * WIDTH)[:, None], t[:, None], dz)
+        for j in tl.static_range(len(d_out)):
+            d = dz
+            if SLOPES[j] >= 0:
+                d *= tanh_slope(parts[s][SLOPES[j]] * (1.0 / groups[SLOPES[j]].softcap))
+            # A dead row's logits may be NaN; its gradient is 0 all the same.
+            d = tl.where(live[:, None], d, 0.0)
+            tl.store(d_out[j] + (at + s * WIDTH), d.to(d_out[j].dtype.element_ty), mask=present[:, None])

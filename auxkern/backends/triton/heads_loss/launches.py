@@ -128,7 +128,7 @@ def forward(
             "partial": partial,
             "e_out": partial.sums if e is None else e,
         },
-        options | {"WRITE": e is not None} | added.constants,
+        options | {"WRITE": e is not None, "SLICES": heads.config.slices} | added.constants,
         bytes_moved=heads.input_bytes + (0 if e is None else N * heads.V * e.element_size()),
         logit_flops=_LOGIT_FLOPS,
     )
@@ -208,7 +208,7 @@ def gradient(
             "coefficients": coefficients,
             "d_out": tuple(out),
         },
-        {"SLOPES": tuple(capped), **added.constants},
+        {"SLOPES": tuple(capped), "SLICES": heads.config.slices, **added.constants},
         bytes_moved=heads.input_bytes + sum(heads.N * heads.V * d.element_size() for d in out),
         logit_flops=_LOGIT_FLOPS,
     )

@@ -100,10 +100,13 @@ class _Chunk:
     target: Tensor
 
     @classmethod
-    def of(cls, sum: Sum, target: Tensor, loss: Loss, asked: _Asked | None) -> tuple[_Chunk, list[Launch]]:
-        """The chunk, and the launches that come before its tiles."""
-        tiles = heads_sum(sum.heads, sum.V, loss.stats)
-        if not any(term.ids.shape[1] for term in sum.sparse):
+    def of(
+        cls, sum: Sum, target: Tensor, loss: Loss, asked: _Asked | None, capability: int
+    ) -> tuple[_Chunk, list[Launch]]:
+        """The chunk, and the launches that come before its tiles, on a GPU of this capability."""
+        adds = any(term.ids.shape[1] for term in sum.sparse)
+        tiles = heads_sum(sum.heads, sum.V, loss.stats, crowded=loss.smooth or adds, capability=capability)
+        if not adds:
             return cls(sum, tiles, launches.NOTHING_ADDED, target), []
         entries, launch = entry_launches.order(sum, tiles.tiles, tiles.config.ids)
         store = asked is not None and any(asked.sparse)
@@ -138,7 +141,8 @@ class HeadsLoss(TritonKernels):
         clear(wanted)
         asked = None if weight is None else _Asked.of(sum, wanted, weight)
         for rows in chunks_of_rows(target != loss.ignore_index, _chunk_of(sum, asked)):
-            chunk, kernels = _Chunk.of(sum.rows(rows), target[rows].contiguous(), loss, asked)
+            some, y = sum.rows(rows), target[rows].contiguous()
+            chunk, kernels = _Chunk.of(some, y, loss, asked, self.capability(y.device))
             e = None if asked is None else chunk.buffer(asked)
             losses, tops, forward = launches.forward(chunk.tiles, chunk.target, loss, e, chunk.added)
             self.run([*kernels, *forward], target.device)
@@ -164,7 +168,8 @@ class HeadsLoss(TritonKernels):
         if asked is None:
             return
         for rows in chunks_of_rows(slopes.counts, _chunk_of(sum, asked)):
-            chunk, kernels = _Chunk.of(sum.rows(rows), target[rows].contiguous(), slopes.loss, asked)
+            some, y = sum.rows(rows), target[rows].contiguous()
+            chunk, kernels = _Chunk.of(some, y, slopes.loss, asked, self.capability(y.device))
             factor = weight[rows]
             counts = slopes.counts[rows] & (factor != 0)
             unit = _Unit.of(slopes.rows(rows, counts), asked.dtype)
