@@ -118,20 +118,22 @@ def test_every_kind_of_draw_is_replayed(model, acts, monkeypatch):
 
 def test_auxiliaries_weights_and_log_probabilities_mix_with_replays(three):
     """Steps that are not recorded stand between replays, and hand over to each other."""
-    chosen = random.Random(1)
-    requests = []
-    for request in _requests(28, seed=1):
-        name = chosen.choice(["default"] * 5 + ["own", "t5", None])
-        scale = None if name is None or chosen.random() < 0.5 else 0.3
-        fields = {"auxiliary": name, "aux_scale": scale, "logprobs": chosen.random() < 0.1}
-        requests.append(Request(**{**vars(request), **fields}))
     plain, engine = Engine(three, TEXT, **ROOM), Recorded(three, TEXT, **ROOM)
-    for theirs, ours in zip(plain.generate(requests), engine.generate(requests), strict=True):
-        assert ours.token_ids == theirs.token_ids
-        assert ours.finish_reason == theirs.finish_reason
-        if theirs.logprobs is not None:
-            assert ours.logprobs.raw == pytest.approx(theirs.logprobs.raw, abs=1e-4)  # sums of other widths
-    assert 0 < engine.replays.replayed < engine.stats.steps
+    for seed, names in enumerate((["default", "t5", "own", None], ["own"], [None, "default"], ["default"])):
+        requests = []
+        for number, request in enumerate(_requests(8, seed=seed)):
+            name = names[number % len(names)]
+            scale = None if name is None else request.aux_scale
+            fields = {"auxiliary": name, "aux_scale": scale, "logprobs": number == 3}
+            requests.append(Request(**{**vars(request), **fields}))
+        for theirs, ours in zip(plain.generate(requests), engine.generate(requests), strict=True):
+            assert ours.token_ids == theirs.token_ids
+            assert ours.finish_reason == theirs.finish_reason
+            if theirs.logprobs is not None:
+                assert ours.logprobs.raw == pytest.approx(
+                    theirs.logprobs.raw, abs=1e-4
+                )  # sums of other widths
+    assert 0.1 * engine.stats.steps < engine.replays.replayed < 0.9 * engine.stats.steps
 
 
 def test_nothing_but_one_replay_and_one_copy_to_the_host_is_done_in_a_steady_step(model):
