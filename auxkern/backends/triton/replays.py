@@ -8,14 +8,13 @@ addresses of their tensors, so do their launches.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-if TYPE_CHECKING:
-    from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.launch import Launch
 
 _ALIGNMENT = 16  # bytes: by addresses modulo these rows are cut, and Triton compiles anew
 _BOUNDARY = 256  # bytes, of a tensor in the workspace: where an allocation of its own would begin

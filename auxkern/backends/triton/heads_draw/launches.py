@@ -13,8 +13,9 @@ from auxkern.backends.triton.entries import launches as entry_launches
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
 from auxkern.backends.triton.heads_loss.launches import AddedEntries
-from auxkern.backends.triton.launch import Launch, TritonKernels
+from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_draw.launches import NOISE_FLOPS, Drawing
+from auxkern.backends.triton.running import TritonKernels
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
 from auxkern.core.terms import Sparse, unchecked

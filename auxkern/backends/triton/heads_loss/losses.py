@@ -15,7 +15,8 @@ from torch import Tensor
 from auxkern.backends.triton.entries import launches as entry_launches
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches, products
-from auxkern.backends.triton.launch import Launch, TritonKernels
+from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.running import TritonKernels
 from auxkern.core.loss import Coefficients, Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Rows, Sum, Wanted, chunks_of_rows, clear
 from auxkern.core.terms import Head, Sparse

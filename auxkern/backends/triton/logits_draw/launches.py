@@ -15,7 +15,6 @@ from auxkern.backends.triton.filters import launches as filters
 from auxkern.backends.triton.launch import (
     VECTOR_BYTES,
     Launch,
-    TritonKernels,
     as_arguments,
     splits,
     term_constants,
@@ -26,6 +25,7 @@ from auxkern.backends.triton.logits_draw.kernels import (
     draw_kernel,
     sum_kernel,
 )
+from auxkern.backends.triton.running import TritonKernels
 from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
 from auxkern.core.sums import Sum
 from auxkern.core.terms import Logits, unchecked

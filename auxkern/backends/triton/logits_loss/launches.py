@@ -14,7 +14,6 @@ from auxkern.backends.triton.launch import (
     Alignment,
     Launch,
     RowsArgument,
-    TritonKernels,
     alignment,
     as_argument,
     as_arguments,
@@ -28,6 +27,7 @@ from auxkern.backends.triton.logits_loss.kernels import (
     forward_kernel,
     fused_kernel,
 )
+from auxkern.backends.triton.running import TritonKernels
 from auxkern.core.backend import Route
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Sum, Wanted

@@ -1,0 +1,112 @@
+"""What the families of kernels have in common: where they run, and how their launches get there."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cached_property
+from typing import TypeVar, cast
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from auxkern.backends.chunked import RowKernels
+from auxkern.backends.triton import configs
+from auxkern.backends.triton.device.rows import decode
+from auxkern.backends.triton.launch import Launch
+from auxkern.backends.triton.replays import Replay, key_of
+
+_MOST_REPLAYS = 256
+_OLDEST = (3, 6)
+
+_Result = TypeVar("_Result", bound=tuple[Tensor, ...])
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+class TritonKernels(RowKernels):
+    """What the families of kernels have in common."""
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernels; that was decided when they were imported."""
+        return not isinstance(decode, triton.JITFunction)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        """Of a device; they decide over how many programs a row is split."""
+        if device.type == "cuda":
+            return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 1
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """Size of a device's L2 cache; where kernels are interpreted, all memory is one."""
+        if device.type == "cuda":
+            return int(torch.cuda.get_device_properties(device).L2_cache_size)
+        return sys.maxsize
+
+    def capability(self, device: torch.device) -> int:
+        """Major compute capability of a device; that of an A100 where it is not NVIDIA's."""
+        if device.type == "cpu" or torch.version.hip:
+            return configs.A100
+        return torch.cuda.get_device_capability(device)[0]
+
+    def run(self, launches: Iterable[Launch], device: torch.device) -> list[CompiledKernel | None]:
+        """Launch in order; the binary of each, if there is one."""
+        with _on(device):
+            return [launch.run() for launch in launches]
+
+    def run_plan(
+        self, plan: Callable[[], tuple[_Result, list[Launch]]], inputs: Sequence[Tensor], facts: Hashable
+    ) -> _Result:
+        """What a plan returns, filled by its launches; one that only addresses tell from another is not made.
+
+        Args:
+            plan: makes its result, a named tuple of tensors, and what the launches share uninitialised; it
+                looks into no tensor.
+            inputs: every tensor that it is given.
+            facts: everything else that it depends on.
+        """
+        key, device = key_of(inputs, facts), inputs[0].device
+        replay = self._replays.get(key)
+        if replay is not None:
+            with _on(device):
+                return cast(_Result, replay(inputs))
+        result, launches = plan()
+        kernels = self.run(launches, device)
+        again = Replay(inputs, result, launches, kernels)
+        if again.possible:
+            if len(self._replays) >= _MOST_REPLAYS:
+                self._replays.clear()
+            self._replays[key] = again
+        return result
+
+    @cached_property
+    def _replays(self) -> dict[Hashable, Replay]:
+        return {}
+
+    def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+        if _version() < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            return f"Triton {triton.__version__} is older than {oldest}; pip install 'triton>={oldest}'"
+        if torch.float64 in dtypes:
+            return 'its kernels sum in float32; use backend="reference" for float64'
+        if device.type == "cuda" or (device.type == "cpu" and self.interpreted):
+            return None
+        if device.type == "cpu":
+            return "its kernels need a GPU; set TRITON_INTERPRET=1 before Python starts to interpret them"
+        return f"its kernels run on CUDA and ROCm GPUs, not on {device.type!r}"
+
+    def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
+        return "it leaves linear layers to the library of the device"
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device its tensors are on."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
