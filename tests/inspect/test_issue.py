@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -318,13 +319,8 @@ def test_a_known_failure_that_passes_is_a_problem():
     assert rules.judge(kernel, case, H100, made, failures=(elsewhere,)).problems == []
 
 
-def test_known_failures_name_binaries_and_rules_that_exist():
-    names = {value for name, value in vars(rules).items() if name.isupper() and isinstance(value, str)}
-    for failure in known.FAILURES:
-        assert failure.rule in names
-        assert set(failure.targets) <= set(TARGETS)
-        labels = {case.label for case in _kernel(failure.kernel).cases("Llama-3")}
-        assert set(failure.cases) <= labels
+def test_no_rule_is_known_to_be_broken():
+    assert known.FAILURES == ()
 
 
 @pytest.fixture
@@ -346,11 +342,13 @@ def test_the_command_fails_on_more_passes_than_are_stated(with_kernels, capsys):
     assert "2 binaries, 1 broken rules, 0 known failures" in printed
 
 
-def test_the_command_does_not_fail_on_a_known_failure(with_kernels, capsys):
-    kernel, capped = _kernel("backward_kernel"), "bf16+bf16, softcap"
-    launches = lambda V: (case for case in kernel.launches(V) if case[0] == capped)  # noqa: E731
-    with_kernels(dataclasses.replace(kernel, launches=launches))
-    assert command.main(["--target", "sm_90", "--jobs", "1", "--kernel", "backward_kernel"]) == 0
+def test_the_command_does_not_fail_on_a_known_failure(with_kernels, monkeypatch, capsys):
+    kernel, label = _kernel("combine_kernel"), "fp16+fp32"
+    launches = lambda V: (case for case in kernel.launches(V) if case[0] == label)  # noqa: E731
+    with_kernels(dataclasses.replace(kernel, launches=launches, passes=0))
+    known_one = KnownFailure("passes", "combine_kernel", (label,), ("sm_90",), "no kernel reads nothing")
+    monkeypatch.setattr(survey, "judge", functools.partial(rules.judge, failures=(known_one,)))
+    assert command.main(["--target", "sm_90", "--jobs", "1", "--kernel", "combine_kernel"]) == 0
     printed = capsys.readouterr().out
-    assert f"known: backward_kernel [{capped}] on sm_90 issues for" in printed
+    assert f"known: combine_kernel [{label}] on sm_90 reads" in printed
     assert "1 binaries, 0 broken rules, 1 known failures" in printed
