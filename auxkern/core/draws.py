@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -109,9 +109,15 @@ class Draws:
         numbers = [x for x in self.numbers.values() if isinstance(x, Tensor)]
         return [*numbers, self.seed, self.position, self.prompt, self.history, self.bias_ids, self.bias]
 
-    def filled(self) -> Draws:
-        """The same with a tensor in place of every number."""
-        return replace(self, numbers={name: self[name] for name in self.numbers})
+    @property
+    def facts(self) -> Hashable:
+        """All but the tensors."""
+        shared = [(name, x) for name, x in self.numbers.items() if not isinstance(x, Tensor)]
+        return self.plain, tuple(shared)
+
+    def filled(self, name: str) -> Draws:
+        """The same with a tensor in place of the number called ``name``."""
+        return replace(self, numbers={**self.numbers, name: self[name]})
 
     def rows(self, rows: slice) -> Draws:
         """The same for some rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -103,6 +103,23 @@ class Sum:
     def sparse(self) -> list[Sparse]:
         """The terms of a few ids."""
         return [term for term in self.terms if isinstance(term, Sparse)]
+
+    @property
+    def facts(self) -> Hashable:
+        """All but the tensors; which of them there are is told."""
+        terms = []
+        for term in self.terms:
+            factors: tuple[object, ...] = ()
+            if not isinstance(term, Sparse):
+                factors = (None if isinstance(term.scale, Tensor) else term.scale, term.softcap)
+            terms.append((*term.tensors, *factors))
+        return self.V, self.chunk_rows, tuple(terms)
+
+    @property
+    def every_tensor(self) -> list[Tensor]:
+        """``tensors``, and scales of rows."""
+        scales = [term.scale for term in self.terms if not isinstance(term, Sparse)]
+        return [*self.tensors, *[scale for scale in scales if isinstance(scale, Tensor)]]
 
     def rows(self, rows: Rows) -> Sum:
         """Some rows, by a range or by (C,) indices."""

@@ -6,11 +6,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 from auxkern.backends.chunked import RowKernels
@@ -21,6 +22,9 @@ from auxkern.backends.triton.replays import Replay, key_of
 
 _MOST_REPLAYS = 256
 _OLDEST = (3, 6)
+
+_ATEN = torch.ops.aten
+_UNINITIALISED = (_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.detach)
 
 _Result = TypeVar("_Result", bound=tuple[Tensor, ...])
 
@@ -66,8 +70,8 @@ class TritonKernels(RowKernels):
         """What a plan returns, filled by its launches; one that only addresses tell from another is not made.
 
         Args:
-            plan: makes its result, a named tuple of tensors, and what the launches share uninitialised; it
-                looks into no tensor.
+            plan: makes its result, a named tuple of tensors, and what the launches share uninitialised; one
+                that computes anything is made for each call.
             inputs: every tensor that it is given.
             facts: everything else that it depends on.
         """
@@ -76,10 +80,13 @@ class TritonKernels(RowKernels):
         if replay is not None:
             with _on(device):
                 return cast(_Result, replay(inputs))
-        result, launches = plan()
+        watch = _Watch()
+        with watch:
+            result, launches = plan()
         kernels = self.run(launches, device)
         again = Replay(inputs, result, launches, kernels)
-        if again.possible:
+        # What a plan computes would not be computed when its launches are made again.
+        if again.possible and not watch.computed:
             if len(self._replays) >= _MOST_REPLAYS:
                 self._replays.clear()
             self._replays[key] = again
@@ -103,6 +110,18 @@ class TritonKernels(RowKernels):
 
     def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
         return "it leaves linear layers to the library of the device"
+
+
+class _Watch(TorchDispatchMode):
+    """Sees whether torch computes anything, beside memory and views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.computed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.computed |= not (func.is_view or func.overloadpacket in _UNINITIALISED)
+        return func(*args, **(kwargs or {}))
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

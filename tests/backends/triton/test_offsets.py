@@ -24,6 +24,7 @@ from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_draw import cases as logits_draw_cases  # noqa: E402
 from auxkern.backends.triton.logits_draw import launches as logits_draw  # noqa: E402
+from auxkern.backends.triton.logits_draw.launches import RowDraws  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from auxkern.core.loss import Loss  # noqa: E402
@@ -69,9 +70,10 @@ def _strided_heads() -> Iterator[tuple[str, Launch]]:
         yield f"{dtype} {cap}", heads_loss.gradient(summed, target, coefficients_of(N), [-1], dtype)[1]
         for plain in (True, False):
             draws = logits_draw_cases.draws_of(plain=plain, rows=N)
+            heads = _heads(dtype, cap)
             yield (
                 f"{dtype} {cap} {plain}",
-                heads_draw.plan(_heads(dtype, cap), draws, True, 132, "ieee")[1][0],
+                heads_draw.plan(heads, RowDraws.of(heads, draws), True, 132, "ieee")[1][0],
             )
 
 
@@ -92,7 +94,8 @@ def _strided_logits() -> Iterator[tuple[str, Launch]]:
         draws = logits_draw_cases.draws_of(plain=plain, history=5, rows=N)
         few = [term.rows(slice(0, N)) for term in logits.logits]
         few[1] = like(few[1], scale=_meta(N))
-        for launch in logits_draw.plan(Sum(tuple(few), V), draws, True, 132)[1]:
+        summed = Sum(tuple(few), V)
+        for launch in logits_draw.plan(summed, RowDraws.of(summed, draws), True, 132)[1]:
             yield f"{plain}", launch
 
 

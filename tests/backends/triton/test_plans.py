@@ -19,6 +19,7 @@ from auxkern.backends.triton.kernels import KERNELS
 from auxkern.backends.triton.launch import alignment, splits
 from auxkern.backends.triton.logits_draw import launches as logits_draw
 from auxkern.backends.triton.logits_draw.cases import draws_of
+from auxkern.backends.triton.logits_draw.launches import RowDraws
 from auxkern.backends.triton.logits_loss import launches as logits_loss
 from auxkern.core.loss import Loss
 from auxkern.core.sums import Sum
@@ -168,7 +169,8 @@ def test_draws_write_logits_for_what_rewrites_them_alone():
         ([head()], filtered, ["heads_draw_kernel", "peak_kernel"]),
     ):
         plan = heads_draw.plan if isinstance(terms[0], Head) else logits_draw.plan
-        launches = plan(Sum(tuple(terms), 129), draws, True, 132)[1]
+        summed = Sum(tuple(terms), 129)
+        launches = plan(summed, RowDraws.of(summed, draws), True, 132)[1]
         assert [launch.kernel.fn.__name__ for launch in launches][: len(kernels)] == kernels
         assert (len(launches) == len(kernels)) == draws.plain
 
@@ -192,10 +194,11 @@ def test_importing_auxkern_does_not_import_triton():
 def test_a_filtered_draw_passes_over_a_row_four_times_with_the_whole_device(source, rows):
     V, draws = VOCABULARIES["Llama-3"], draws_of(plain=False, rows=rows)
     if source == "logits":
-        launches = logits_draw.plan(logits_of(rows, V, (H, F)), draws, True, 132)[1]
+        summed = logits_of(rows, V, (H, F))
+        launches = logits_draw.plan(summed, RowDraws.of(summed, draws), True, 132)[1]
     else:
         heads = Sum.of([Head(logits(rows, 16, dtype=H), logits(V, 16, dtype=H))], V)
-        launches = heads_draw.plan(heads, draws, True, 132, "ieee")[1]
+        launches = heads_draw.plan(heads, RowDraws.of(heads, draws), True, 132, "ieee")[1]
     passes = {kernel.name: kernel.passes for kernel in KERNELS}
     *over_rows, last = launches
     assert sum(passes[launch.kernel.fn.__name__] for launch in over_rows) <= 4

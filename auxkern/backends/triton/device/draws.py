@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from auxkern.backends.triton.device.numerics import log
+from auxkern.backends.triton.device.rows import decode
 
 NO_ID: tl.constexpr = tl.constexpr(2**31 - 1)
 _UNIT: tl.constexpr = tl.constexpr(2.0**-32)
@@ -160,9 +161,30 @@ def better_draw(best, z, ids, temperature, seed, position):
 
 
 @triton.jit
+def number_of(number, rows):
+    """A number of all rows for each of these, or of a pointer to a number for each row, theirs."""
+    # The interpreter's numbers are Python's.
+    if hasattr(number, "dtype") and number.dtype.is_ptr():
+        result = tl.load(number + rows)
+    else:
+        result = tl.where(rows >= 0, number, 0.0)
+    return result
+
+
+@triton.jit
+def count_of(number, rows):
+    """The same for integers; one of all rows is coded."""
+    if hasattr(number, "dtype") and number.dtype.is_ptr():
+        result = tl.load(number + rows)
+    else:
+        result = tl.where(rows >= 0, decode(number), 0)
+    return result
+
+
+@triton.jit
 def temperature_of(draws, rows):
     """As given, 1e36 at most: no noise times it overflows, and logits below 1e29 make no difference there."""
-    return tl.minimum(tl.load(draws.temperature + rows), 1e36)
+    return tl.minimum(number_of(draws.temperature, rows), 1e36)
 
 
 @triton.jit

@@ -23,9 +23,12 @@ def _cases(index: int, *logprobs: bool) -> Callable[[int], Iterator[tuple[str, L
 
     def its(V: int) -> Iterator[tuple[str, Launch]]:
         logits = cases.logits_of(ROWS, V, (B, B))
+        given = launches.RowDraws.of(logits, draws_of(plain=False))
         for logprob in logprobs:
-            planned = launches.plan(logits, draws_of(plain=False), logprob, cases.MULTIPROCESSORS)[1]
+            planned = launches.plan(logits, given, logprob, cases.MULTIPROCESSORS)[1]
             yield "logprob" if logprob else "plain", planned[index]
+        alike = launches.RowDraws.of(logits, draws_of(plain=False, shared=True))
+        yield "rows alike", launches.plan(logits, alike, False, cases.MULTIPROCESSORS)[1][index]
 
     return its
 

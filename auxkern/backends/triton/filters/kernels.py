@@ -22,7 +22,7 @@ program.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.draws import NO_ID, gumbel
+from auxkern.backends.triton.device.draws import NO_ID, count_of, gumbel, number_of
 from auxkern.backends.triton.device.mass import masses
 from auxkern.backends.triton.device.numerics import log1p
 
@@ -53,14 +53,14 @@ _MASS_REACH: tl.constexpr = tl.constexpr(48.0)
 @triton.jit
 def _settings(draws, row, V):
     """(whether greedy, temperature, its inverse, top-k, top-p, least d) of a row; no filters if greedy."""
-    temperature = tl.load(draws.temperature + row)
+    temperature = number_of(draws.temperature, row)
     greedy = temperature == 0
     temperature = tl.where(greedy, 1.0, temperature)
     # Any factor orders logits alike; an infinite one would make 0 * inf of the largest.
     inverse = tl.minimum(tl.div_rn(tl.full([], 1.0, tl.float32), temperature), 1e30)
-    top_k = tl.where(greedy, V, tl.load(draws.top_k + row))
-    top_p = tl.where(greedy, 1.0, tl.load(draws.top_p + row))
-    log_min_p = tl.where(greedy, -float("inf"), tl.load(draws.log_min_p + row))
+    top_k = tl.where(greedy, V, count_of(draws.top_k, row))
+    top_p = tl.where(greedy, 1.0, number_of(draws.top_p, row))
+    log_min_p = tl.where(greedy, -float("inf"), number_of(draws.log_min_p, row))
     return greedy, temperature, inverse, top_k, top_p, log_min_p
 
 
@@ -214,7 +214,7 @@ def _bound_of_top_k(parts, row, plane, splits, top_k, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "V", "stride", "splits", "shift"])
 def histogram_kernel(
     z_in,  # (N, stride) float32, -inf from V on
-    draws,  # Draws
+    draws,  # Filters
     bins,  # Bins: (N, BINS) int32 ids, int64 mass, added to
     parts,  # Parts
     N, V, stride, splits,
@@ -309,7 +309,7 @@ def _listed(bin, first, last, bin_k):
 @triton.jit(do_not_specialize=["N", "V", "stride", "splits", "capacity", "shift"])
 def gather_kernel(
     z_in,  # (N, stride) float32, -inf from V on
-    draws,  # Draws
+    draws,  # Filters
     bins,  # Bins
     parts,  # Parts: score, id and mass of the draw, how many ids are listed, and they; out
     thresholds,  # (N, 6) int64, out
@@ -482,7 +482,7 @@ def _nucleus(end, source, bounds, scale, span, least, kept, shift, BINS: tl.cons
 @triton.jit(do_not_specialize=["N", "V", "stride", "splits", "capacity", "bits", "shift"])
 def finish_kernel(
     z_in,  # (N, stride) float32
-    draws,  # Draws
+    draws,  # Filters
     parts,  # Parts
     thresholds,  # (N, 6) int64
     out,  # (N,) int64, int32, float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,20 +39,31 @@ class Parts(NamedTuple):
     listed: Tensor  # (N, splits, capacity) int32 ids
 
 
+class FiltersArgument(NamedTuple):
+    """What a row is drawn with, as kernels take it: a number of all rows, or (N,)."""
+
+    temperature: float | Tensor
+    seed: Tensor
+    position: Tensor
+    top_k: float | Tensor  # an integer, coded where it is one of all rows
+    top_p: float | Tensor  # (N,) float64, or 1
+    log_min_p: float | Tensor
+
+
 class Written(NamedTuple):
     """What filters take.
 
     Attributes:
         z: (N, padded) float32 logits, -inf from V on, rows as wide as whole tiles.
         V: ids.
-        rows: draws as kernels take them.
+        draws: of the rows.
         tokens: to fill.
         want_logprob: whether log-probabilities are filled.
     """
 
     z: Tensor
     V: int
-    rows: Any
+    draws: FiltersArgument
     tokens: RowTokens
     want_logprob: bool
 
@@ -78,7 +89,7 @@ def plan(written: Written, processors: int) -> list[Launch]:
     thresholds = z.new_empty((N, _THRESHOLDS), dtype=torch.int64)
     shift = mass_shift(V)
     shares = {"z_in": z, "parts": parts, "N": N, "V": V, "stride": z.shape[1], "splits": programs}
-    draws, logprob = {"draws": written.rows}, {"LOGPROB": written.want_logprob}
+    draws, logprob = {"draws": written.draws}, {"LOGPROB": written.want_logprob}
     block = {"BINS": config.bins, "BLOCK": config.block}
     tiles = block | {"SPLITS": MAX_SPLITS}
     lists = {"thresholds": thresholds, "capacity": capacity, "shift": shift}

@@ -13,6 +13,7 @@ from auxkern.backends.triton.heads_draw import launches
 from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_draw.cases import ROWS, draws_of
+from auxkern.backends.triton.logits_draw.launches import RowDraws
 from auxkern.core.sums import Sum
 
 
@@ -32,7 +33,7 @@ def _launches(
     terms = cases.heads_of(rows, V, widths, dtypes, cap=cap, hidden=hidden).terms
     summed = Sum((*terms, sparse_of(rows)) if pointer else terms, V)
     draws = draws_of(plain=not write, rows=rows)
-    return launches.plan(summed, draws, logprob, cases.MULTIPROCESSORS, "ieee")[1]
+    return launches.plan(summed, RowDraws.of(summed, draws), logprob, cases.MULTIPROCESSORS, "ieee")[1]
 
 
 def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:

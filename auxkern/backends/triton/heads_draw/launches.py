@@ -14,11 +14,10 @@ from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
 from auxkern.backends.triton.heads_loss.launches import AddedEntries
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.logits_draw.launches import NOISE_FLOPS, Drawing
+from auxkern.backends.triton.logits_draw.launches import NOISE_FLOPS, Drawing, RowDraws
 from auxkern.backends.triton.running import TritonKernels
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
-from auxkern.core.terms import Sparse, unchecked
 
 
 class TileDraws(NamedTuple):
@@ -35,22 +34,26 @@ class HeadsDraw(TritonKernels):
     """Tokens from heads beside sparse terms, the logits not written where no filter reads them."""
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
-        device = draws.seed.device
-        tokens, launches = plan(sum, draws, want_logprob, self.multiprocessors(device))
-        self.run(launches, device)
-        return tokens
+        processors = self.multiprocessors(draws.seed.device)
+        given = RowDraws.of(sum, draws)
+        return self.run_plan(
+            lambda: plan(sum, given, want_logprob, processors),
+            [*sum.every_tensor, *given.tensors],
+            (sum.facts, given.draws.facts, want_logprob, processors, torch.get_float32_matmul_precision()),
+        )
 
 
 def plan(
-    sum: Sum, draws: Draws, want_logprob: bool, processors: int, precision: str | None = None
+    sum: Sum, given: RowDraws, want_logprob: bool, processors: int, precision: str | None = None
 ) -> tuple[RowTokens, list[Launch]]:
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
+        given: for a draw from this sum.
         processors: of the device; they decide over how many programs a row of written logits is split.
         precision: as in ``heads_sum``.
     """
-    drawing, V = Drawing.of(sum, draws, want_logprob, processors), sum.V
+    drawing, V = Drawing.of(sum.V, given, want_logprob, processors), sum.V
     tiled = heads_sum(sum.heads, V, False, precision)
     # Of any batch 64 rows, though few be there: another kind of matrix instruction adds up in another order.
     # The noise takes registers beside the products: 128 rows would spill.
@@ -59,16 +62,16 @@ def plan(
     added, ordered = (AddedEntries(), []) if write else _entries(drawing, sum, tiled)
     tiles = drawing.padded // tiled.config.ids if write else tiled.tiles
     kept = 0 if write else tiles
-    ids = draws.seed.new_empty((drawing.N, kept), dtype=torch.int32)
+    ids = given.draws.seed.new_empty((drawing.N, kept), dtype=torch.int32)
     partial = TileDraws(drawing.floats(kept), ids, drawing.parts(kept))
     z = drawing.logits() if write else drawing.floats(0)
     drawn = tiled.launch(
         heads_draw_kernel,
         {
-            "draws": drawing.rows,
+            "draws": drawing.noise,
             "partial": partial,
             "z_out": z,
-            "entries": added.argument(drawing.rows.temperature),
+            "entries": added.argument(given.draws.seed),
         },
         {"LOGPROB": want_logprob, "WRITE": write, "ENTRIES": added.entries is not None},
         bytes_moved=tiled.input_bytes + (4 * drawing.N * V if write else 0),
@@ -81,12 +84,11 @@ def plan(
 
 def _entries(drawing: Drawing, sum: Sum, tiled: HeadsSum) -> tuple[AddedEntries, list[Launch]]:
     """What sparse terms and biases add to the tiles, and the launch that sorts it."""
-    terms = [*sum.sparse]
-    if drawing.draws.bias_ids.shape[1]:
-        terms.append(unchecked(Sparse, ids=drawing.draws.bias_ids, values=drawing.draws.bias))
-    if not any(term.ids.shape[1] for term in terms):
+    if not drawing.given.added:
         return AddedEntries(), []
-    entries, launch = entry_launches.order(Sum(tuple(terms), sum.V), tiled.tiles, tiled.config.ids)
+    entries, launch = entry_launches.order(
+        Sum(tuple(drawing.given.added), sum.V), tiled.tiles, tiled.config.ids
+    )
     return AddedEntries(entries), [launch]
 
 
@@ -96,7 +98,7 @@ def _chosen(drawing: Drawing, partial: TileDraws) -> Launch:
     return Launch(
         heads_choose_kernel,
         (N,),
-        {"draws": drawing.rows, "partial": partial, "out": drawing.tokens, "tiles": tiles},
+        {"draws": drawing.noise, "partial": partial, "out": drawing.tokens, "tiles": tiles},
         {"LOGPROB": drawing.want_logprob, "LANES": configs.CHOOSE_TILE.block},
         configs.CHOOSE_TILE.warps,
         bytes_moved=8 * N * tiles * (1 + drawing.want_logprob),

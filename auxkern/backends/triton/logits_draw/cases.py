@@ -22,8 +22,8 @@ ROWS = 64  # a decoding batch
 _SUMS = ((B, B), (H, F), (F, F), (B,))
 
 
-def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS) -> Draws:
-    """Parameters of some rows, on tensors without memory."""
+def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS, shared: bool = False) -> Draws:
+    """Parameters of some rows, on tensors without memory; numbers of all rows where they are shared."""
 
     def floats(*shape: int) -> torch.Tensor:
         return torch.empty(rows, *shape, device="meta")
@@ -31,8 +31,12 @@ def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS) -> Draws:
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(rows, *shape, dtype=torch.int64, device="meta")
 
+    each: dict[str, float | torch.Tensor] = {}
+    for number in ROW_NUMBERS:
+        one = 3 if number.dtype == torch.int64 else 0.7
+        each[number.name] = one if shared else floats().to(number.dtype or F)
     return Draws(
-        numbers={number.name: floats().to(number.dtype or F) for number in ROW_NUMBERS},
+        numbers=each,
         seed=integers(),
         position=integers(),
         prompt=integers(0),
@@ -49,7 +53,7 @@ def _launches(
     """The launches of one call on logits of these dtypes."""
     scale = cases.float_row(ROWS) if scaled else 1.0
     logits = cases.logits_of(ROWS, V, dtypes, scale=scale)
-    return launches.plan(logits, draws, logprob, cases.MULTIPROCESSORS)[1]
+    return launches.plan(logits, launches.RowDraws.of(logits, draws), logprob, cases.MULTIPROCESSORS)[1]
 
 
 def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
@@ -58,6 +62,7 @@ def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
         yield named(*dtypes), _launches(V, dtypes, plain)[0]
     yield "bf16+bf16, logprob", _launches(V, (B, B), plain, logprob=True)[0]
     yield "fp16+fp32, row scales", _launches(V, (H, F), plain, scaled=True)[0]
+    yield "bf16+bf16, one temperature", _launches(V, (B, B), draws_of(plain=True, shared=True))[0]
 
 
 def _choose_cases(V: int) -> Iterator[tuple[str, Launch]]:
@@ -72,6 +77,7 @@ def _sum_cases(V: int) -> Iterator[tuple[str, Launch]]:
 
 def _adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "history", _launches(V, (B, B), draws_of(plain=True, history=512))[1]
+    yield "one penalty", _launches(V, (B, B), draws_of(plain=True, history=512, shared=True))[1]
 
 
 KERNELS = (

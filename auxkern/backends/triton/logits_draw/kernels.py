@@ -23,6 +23,7 @@ from auxkern.backends.triton.device.draws import (
     better_draw,
     finite_pivot,
     no_draw,
+    number_of,
     random_words,
     sharpness_of,
     temperature_of,
@@ -139,7 +140,7 @@ def _store_parts(parts, at, z, start, sharpness, BLOCK: tl.constexpr):
 def draw_kernel(
     terms,  # I of (N, >= V) logits, float16, bfloat16 or float32
     row_scales,  # I of (N,) float32, where SCALED
-    draws,  # Draws: (N,) temperature, seed, position
+    draws,  # Noise: temperature, seed, position
     partial,  # Bounds, out
     V, splits, parts,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
@@ -306,27 +307,26 @@ def _add_all(z_row, ids, values, row, width, V):
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["V", "stride", "added_width", "bias_width", "seen_width"])
+@triton.jit(do_not_specialize=["V", "stride", "added_width", "seen_width"])
 def adjust_kernel(
     z_out,  # (N, stride) float32
-    draws,  # Draws
-    seen,  # Seen: (N, S) int64 ids, each once or out of range; (N, S) int64 times it was generated
-    V, stride, added_width, bias_width, seen_width,
+    penalties,  # Penalties
+    listed,  # Listed
+    V, stride, added_width, seen_width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sparse terms, biases and penalties of row program_id(0), in place."""
     row = tl.program_id(0).to(tl.int64)
     z_row = z_out + row * stride
-    _add_all(z_row, draws.added_ids, draws.added, row, added_width, V)
-    _add_all(z_row, draws.bias_ids, draws.bias, row, bias_width, V)
-    repetition = tl.load(draws.repetition + row)
-    presence = tl.load(draws.presence + row)
-    frequency = tl.load(draws.frequency + row)
+    _add_all(z_row, listed.added_ids, listed.added, row, added_width, V)
+    repetition = number_of(penalties.repetition, row)
+    presence = number_of(penalties.presence, row)
+    frequency = number_of(penalties.frequency, row)
     for start in range(0, seen_width, BLOCK):
         lane = start + tl.arange(0, BLOCK)
         inside = lane < seen_width
-        ids = tl.load(seen.ids + row * seen_width + lane, inside, -1)
-        generated = tl.load(seen.generated + row * seen_width + lane, inside, 0)
+        ids = tl.load(listed.seen + row * seen_width + lane, inside, -1)
+        generated = tl.load(listed.generated + row * seen_width + lane, inside, 0)
         exists = (ids >= 0) & (ids < V)
         z = tl.load(z_row + ids, exists, 0.0)
         penalized = tl.where(z > 0, z / repetition, z * repetition)

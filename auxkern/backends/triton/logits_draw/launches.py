@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from auxkern.backends.triton.launch import (
     VECTOR_BYTES,
     Launch,
     as_arguments,
+    encode,
     splits,
     term_constants,
 )
@@ -26,15 +26,27 @@ from auxkern.backends.triton.logits_draw.kernels import (
     sum_kernel,
 )
 from auxkern.backends.triton.running import TritonKernels
-from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
+from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.sums import Sum
-from auxkern.core.terms import Logits, unchecked
+from auxkern.core.terms import Logits, Sparse, unchecked
 
 NOISE_FLOPS = 40  # ten rounds of Philox for four ids, two logarithms: per id
 
-_PER_ROW = ("seed", "position", "added_ids", "added", "bias_ids", "bias")
-# What a draw is given, as kernels take it.
-RowDraws: Any = cast(Any, namedtuple)("RowDraws", [*(number.name for number in ROW_NUMBERS), *_PER_ROW])
+
+class NoiseArgument(NamedTuple):
+    """What the noise of a draw depends on; a number of all rows, or (N,)."""
+
+    temperature: float | Tensor
+    seed: Tensor
+    position: Tensor
+
+
+class PenaltiesArgument(NamedTuple):
+    """Penalties, likewise."""
+
+    repetition: float | Tensor
+    presence: float | Tensor
+    frequency: float | Tensor
 
 
 class Bounds(NamedTuple):
@@ -44,11 +56,53 @@ class Bounds(NamedTuple):
     parts: Tensor  # (N, parts, 2): largest logit and sum of exp((z - largest) / temperature), if wanted
 
 
-class _Seen(NamedTuple):
-    """Ids of each row's prompt and history, each once; the rest are -1."""
+class Listed(NamedTuple):
+    """Ids at which a row's written logits are changed; those outside of the vocabulary stand for nothing."""
 
-    ids: Tensor  # (N, S) int64
-    generated: Tensor  # (N, S) int64: how often it is in the history
+    added_ids: Tensor  # (N, A) int64, of sparse terms and biases
+    added: Tensor  # (N, A) float32
+    seen: Tensor  # (N, S) int64, of the prompt and the history, each once
+    generated: Tensor  # (N, S) int64: how often the history has it
+
+
+@dataclass(frozen=True)
+class RowDraws:
+    """What a draw is given, ready for kernels; all that has to be computed for it has been.
+
+    Attributes:
+        draws: with a tensor for top-p where that is not 1: float32, as kernels get numbers, is too coarse.
+        added: sparse terms and biases.
+        listed: these, and seen ids.
+    """
+
+    draws: Draws
+    added: list[Sparse]
+    listed: Listed
+
+    @classmethod
+    def of(cls, sum: Sum, draws: Draws) -> RowDraws:
+        """For a draw from this sum."""
+        top_p = draws.numbers["top_p"]
+        if not isinstance(top_p, Tensor) and top_p < 1:
+            draws = draws.filled("top_p")
+        added = [term for term in sum.sparse if term.ids.shape[1]]
+        if draws.bias_ids.shape[1]:
+            added.append(unchecked(Sparse, ids=draws.bias_ids, values=draws.bias))
+        ids, values = Sum(tuple(added), sum.V).entries() if added else (draws.bias_ids, draws.bias)
+        seen = generated = draws.history
+        if draws.prompt.shape[1] or draws.history.shape[1]:
+            seen, generated = _seen(draws.prompt, draws.history)
+        return cls(draws, added, Listed(ids, values, seen, generated))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor."""
+        return [*self.draws.tensors, *self.listed]
+
+    def number(self, name: str) -> float | Tensor:
+        """As kernels take it: (N,), or one number of all rows, an integer coded."""
+        number = self.draws.numbers[name]
+        return encode(number) if isinstance(number, int) and name == "top_k" else number
 
 
 @dataclass(frozen=True)
@@ -56,37 +110,40 @@ class Drawing:
     """A draw of N tokens from V ids, whatever their logits are made of.
 
     Attributes:
-        draws: as the backend is given them.
+        given: for each row.
         V: ids.
         want_logprob: whether log-probabilities are filled.
-        rows: ``draws`` as kernels take them.
         tokens: what the last kernel fills.
         processors: of the device; they decide over how many programs a row is split.
     """
 
-    draws: Draws
+    given: RowDraws
     V: int
     want_logprob: bool
-    rows: Any
     tokens: RowTokens
     processors: int
 
     @classmethod
-    def of(cls, sum: Sum, draws: Draws, want_logprob: bool, processors: int) -> Drawing:
-        """A draw from this sum, of which it takes the sparse terms."""
-        N = draws.seed.shape[0]
-        per_row = (draws.seed, draws.position, *sum.entries(), draws.bias_ids, draws.bias)
-        rows = RowDraws(*[draws[number.name] for number in ROW_NUMBERS], *per_row)
+    def of(cls, V: int, given: RowDraws, want_logprob: bool, processors: int) -> Drawing:
+        """A draw from V ids."""
+        seed = given.draws.seed
+        N = seed.shape[0]
         tokens = RowTokens(
-            draws.seed.new_empty(N),
-            draws.seed.new_empty(N, dtype=torch.int32),
-            draws.seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
+            seed.new_empty(N),
+            seed.new_empty(N, dtype=torch.int32),
+            seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
         )
-        return cls(draws, sum.V, want_logprob, rows, tokens, processors)
+        return cls(given, V, want_logprob, tokens, processors)
+
+    @property
+    def noise(self) -> NoiseArgument:
+        """As kernels take it."""
+        draws = self.given.draws
+        return NoiseArgument(self.given.number("temperature"), draws.seed, draws.position)
 
     @property
     def N(self) -> int:
-        return self.draws.seed.shape[0]
+        return self.given.draws.seed.shape[0]
 
     @property
     def padded(self) -> int:
@@ -96,7 +153,7 @@ class Drawing:
     @property
     def rewrites(self) -> bool:
         """Whether filters or penalties follow, which read written logits."""
-        return not self.draws.plain or bool(self.draws.prompt.shape[1] or self.draws.history.shape[1])
+        return not self.given.draws.plain or bool(self.given.listed.seen.shape[1])
 
     @property
     def writes(self) -> bool:
@@ -105,11 +162,11 @@ class Drawing:
 
     @property
     def _adds(self) -> bool:
-        return bool(self.rows.added_ids.shape[1] or self.rows.bias_ids.shape[1])
+        return bool(self.given.listed.added_ids.shape[1])
 
     def floats(self, columns: int) -> Tensor:
         """Uninitialised (N, columns) float32."""
-        return self.draws.seed.new_empty((self.N, columns), dtype=torch.float32)
+        return self.given.draws.seed.new_empty((self.N, columns), dtype=torch.float32)
 
     def parts(self, count: int) -> Tensor:
         """Uninitialised (N, count, 2): largest logit and sum of each part of a row, for log-probabilities."""
@@ -121,10 +178,9 @@ class Drawing:
 
     def from_written(self, z: Tensor) -> list[Launch]:
         """Penalties, filters and the draw from (N, padded) float32 logits, -inf from V on."""
-        seen = self.draws.prompt.shape[1] or self.draws.history.shape[1]
-        adjusted = [self._adjust(z)] if seen or self._adds else []
-        if not self.draws.plain:
-            written = filters.Written(z, self.V, self.rows, self.tokens, self.want_logprob)
+        adjusted = [self._adjust(z)] if self.given.listed.seen.shape[1] or self._adds else []
+        if not self.given.draws.plain:
+            written = filters.Written(z, self.V, self._filters, self.tokens, self.want_logprob)
             return [*adjusted, *filters.plan(written, self.processors)]
         term = unchecked(Logits, values=z[None], scale=1.0, softcap=None)
         return [*adjusted, *self.drawn(RowsOfTerms.of([term], self))]
@@ -148,7 +204,7 @@ class Drawing:
         groups = programs * config.block // configs.ADJACENT
         parts = self.padded // configs.PART
         partial = Bounds(self.floats(groups), self.parts(parts))
-        arguments = {**logits.arguments, "draws": self.rows, "partial": partial, "parts": parts}
+        arguments = {**logits.arguments, "draws": self.noise, "partial": partial, "parts": parts}
         bounded = Launch(
             draw_kernel,
             (N, programs),
@@ -176,18 +232,27 @@ class Drawing:
         )
         return [bounded, chosen]
 
+    @property
+    def _filters(self) -> filters.FiltersArgument:
+        names = ("top_k", "top_p", "log_min_p")
+        return filters.FiltersArgument(*self.noise, *[self.given.number(name) for name in names])
+
     def _adjust(self, z: Tensor) -> Launch:
-        seen = _seen(self.draws.prompt, self.draws.history)
-        widths = {
-            "added_width": self.rows.added_ids.shape[1],
-            "bias_width": self.rows.bias_ids.shape[1],
-            "seen_width": seen.ids.shape[1],
-        }
+        penalties = PenaltiesArgument(*map(self.given.number, PenaltiesArgument._fields))
+        listed = self.given.listed
+        widths = {"added_width": listed.added_ids.shape[1], "seen_width": listed.seen.shape[1]}
         entries = self.N * sum(widths.values())
         return Launch(
             adjust_kernel,
             (self.N,),
-            {"z_out": z, "draws": self.rows, "seen": seen, "V": self.V, "stride": z.shape[1], **widths},
+            {
+                "z_out": z,
+                "penalties": penalties,
+                "listed": listed,
+                "V": self.V,
+                "stride": z.shape[1],
+                **widths,
+            },
             {"BLOCK": configs.ADJUST.block},
             configs.ADJUST.warps,
             bytes_moved=20 * entries,
@@ -200,23 +265,11 @@ class LogitsDraw(TritonKernels):
 
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         processors = self.multiprocessors(draws.seed.device)
-        # What a plan fills on the device would not be filled when its launches are made again.
-        draws = draws.filled()
-        scales = [t.scale for t in sum.logits]
-        facts = (
-            tuple([None if isinstance(scale, Tensor) else scale for scale in scales]),
-            tuple([t.softcap for t in sum.logits]),
-            len(sum.sparse),
-            sum.V,
-            draws.plain,
-            want_logprob,
-            processors,
-        )
-        per_row = [scale for scale in scales if isinstance(scale, Tensor)]
+        given = RowDraws.of(sum, draws)
         return self.run_plan(
-            lambda: plan(sum, draws, want_logprob, processors),
-            [*sum.tensors, *per_row, *draws.tensors],
-            facts,
+            lambda: plan(sum, given, want_logprob, processors),
+            [*sum.every_tensor, *given.tensors],
+            (sum.facts, given.draws.facts, want_logprob, processors),
         )
 
 
@@ -245,7 +298,7 @@ class RowsOfTerms:
         values, scales, config = [t.values for t in terms], [t.scale for t in terms], configs.SAMPLE
         N, V = drawing.N, drawing.V
         programs = splits(N, -(-V // config.block), drawing.processors, config.programs)
-        unused = drawing.draws["temperature"]
+        unused = drawing.given.draws.seed
         return cls(
             arguments={
                 "terms": as_arguments(terms),
@@ -266,13 +319,14 @@ class RowsOfTerms:
         )
 
 
-def plan(logits: Sum, draws: Draws, want_logprob: bool, processors: int) -> tuple[RowTokens, list[Launch]]:
+def plan(logits: Sum, given: RowDraws, want_logprob: bool, processors: int) -> tuple[RowTokens, list[Launch]]:
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
+        given: for a draw from this sum.
         processors: of the device; they decide over how many programs a row is split.
     """
-    drawing = Drawing.of(logits, draws, want_logprob, processors)
+    drawing = Drawing.of(logits.V, given, want_logprob, processors)
     terms = RowsOfTerms.of(logits.logits, drawing)
     if not drawing.writes:
         return drawing.tokens, drawing.drawn(terms)
@@ -287,7 +341,7 @@ def _is_aligned(x: Tensor) -> bool:
     return x.stride(2) == 1 and all(start % VECTOR_BYTES == 0 for start in starts)
 
 
-def _seen(prompt: Tensor, history: Tensor) -> _Seen:
+def _seen(prompt: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
     """Each id once, and how often it was generated, by sorting; nothing here looks at the numbers."""
     ids = torch.cat([prompt, history], 1).sort(dim=1).values
     again = torch.zeros_like(ids, dtype=torch.bool)
@@ -295,4 +349,4 @@ def _seen(prompt: Tensor, history: Tensor) -> _Seen:
     generated = history.sort(dim=1).values
     last = torch.searchsorted(generated, ids, right=True)
     times = last - torch.searchsorted(generated, ids)
-    return _Seen(torch.where(again, -1, ids).contiguous(), times.contiguous())
+    return torch.where(again, -1, ids).contiguous(), times.contiguous()
