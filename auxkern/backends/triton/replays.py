@@ -62,7 +62,7 @@ class Replay:
 
     Args:
         inputs: that the call was given.
-        result: a named tuple of tensors that it returned.
+        result: tensors that it returned, a named tuple maybe.
         launches: of the call, in order.
         kernels: the binary of each; None where an interpreter ran it.
     """
@@ -76,7 +76,8 @@ class Replay:
     ) -> None:
         given = (*inputs, *result)
         self.possible = all(x.is_contiguous() for x in result) and None not in kernels
-        self._type, self._result = type(result), [(x.shape, x.dtype) for x in result]
+        self._made: Callable[[list[Tensor]], tuple[Tensor, ...]] = getattr(type(result), "_make", tuple)
+        self._result = [(x.shape, x.dtype) for x in result]
         self._last = len(given)
         self._addresses = {x.data_ptr(): _Address(place, 0) for place, x in enumerate(given) if x.numel()}
         self._storages = {x.untyped_storage().data_ptr() for x in given}
@@ -98,7 +99,7 @@ class Replay:
         addresses = [x.data_ptr() for x in (*inputs, *result, workspace)]
         for kernel, grid, arguments in self._launches:
             kernel[grid](*arguments(addresses))
-        return self._type(*result)
+        return self._made(result)
 
     def _replayed(self, launch: Launch, kernel: CompiledKernel | None) -> _Replayed:
         named = launch.arguments | launch.constants

@@ -77,23 +77,33 @@ class TritonKernels(RowKernels):
         """
         key, device = key_of(inputs, facts), inputs[0].device
         replay = self._replays.get(key)
-        if replay is not None:
+        if replay is not None and replay.possible:
             with _on(device):
                 return cast(_Result, replay(inputs))
+        if replay is not None or key not in self._replays:
+            # Of a call that never comes again nothing need be known.
+            if key not in self._replays:
+                self._remember(key, None)
+            result, launches = plan()
+            self.run(launches, device)
+            return result
         watch = _Watch()
         with watch:
             result, launches = plan()
-        kernels = self.run(launches, device)
-        again = Replay(inputs, result, launches, kernels)
+        replay = Replay(inputs, result, launches, self.run(launches, device))
         # What a plan computes would not be computed when its launches are made again.
-        if again.possible and not watch.computed:
-            if len(self._replays) >= _MOST_REPLAYS:
-                self._replays.clear()
-            self._replays[key] = again
+        replay.possible &= not watch.computed
+        self._remember(key, replay)
         return result
 
+    def _remember(self, key: Hashable, replay: Replay | None) -> None:
+        if len(self._replays) >= _MOST_REPLAYS:
+            self._replays.clear()
+        self._replays[key] = replay
+
     @cached_property
-    def _replays(self) -> dict[Hashable, Replay]:
+    def _replays(self) -> dict[Hashable, Replay | None]:
+        """By ``key_of`` a call; None where there has been one such call."""
         return {}
 
     def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:

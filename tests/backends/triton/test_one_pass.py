@@ -74,7 +74,7 @@ def in_one_pass(
     processors: int = 2,
 ) -> tuple[RowLosses, list[dict[str, Tensor]]]:
     wanted = memory(logits, places)
-    rows, launch = launches.fused(logits, target, loss, g, wanted, processors)
+    rows, [launch] = launches.fused(logits, target, loss, g, wanted, processors)
     machine.backend.run([launch], target.device)
     return rows, wanted
 

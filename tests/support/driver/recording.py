@@ -167,7 +167,7 @@ class Recorder(Triton):
             # What is launched again has no ``Launch``.
             self._replays.clear()
         replay = self._replays.get(key_of(inputs, facts)) if self.checks_replays else None
-        if replay is not None:
+        if replay is not None and replay.possible:
             result, launches = plan()
             fresh = Replay(inputs, result, launches, self.run(launches, inputs[0].device))
             assert _described(replay) == _described(fresh), "a fact is missing: calls that differ look alike"

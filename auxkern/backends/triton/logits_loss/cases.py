@@ -82,7 +82,7 @@ def _fused_launch(
 ) -> Launch:
     logits, wanted = _asking(V, dtypes, places, cut=cut)
     target, weight = cases.target_of(_ROWS), cases.float_row(_ROWS)
-    return launches.fused(logits, target, loss, weight, wanted, cases.MULTIPROCESSORS)[1]
+    return launches.fused(logits, target, loss, weight, wanted, cases.MULTIPROCESSORS)[1][0]
 
 
 def _backward_cases(V: int) -> Iterator[tuple[str, Launch]]:
@@ -105,7 +105,7 @@ def _fused_cases(V: int) -> Iterator[tuple[str, Launch]]:
 
 
 def _count_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    yield "targets", launches.count(cases.target_of(_ROWS), -100)[1]
+    yield "targets", launches.count(cases.target_of(_ROWS), -100)[1][0]
 
 
 KERNELS = (

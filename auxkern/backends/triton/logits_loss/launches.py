@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,24 +63,40 @@ class LogitsLoss(TritonKernels):
         return Route("logits", refusals={ONE_PASS: reason})
 
     def counted(self, target: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        number, launch = count(target, ignore_index)
-        self.run([launch], target.device)
+        (number,) = self.run_plan(lambda: count(target, ignore_index), [target], ("count", ignore_index))
         return number[0], number[1]
 
     def logits_losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
+        processors = self.multiprocessors(target.device)
+        inputs, facts = [target, *sum.every_tensor], (sum.facts, loss, processors)
         if weight is None or not any(wanted):
-            rows, launches = forward(sum, target, loss, self.multiprocessors(target.device))
-        else:
-            processors = self.multiprocessors(target.device)
-            rows, launch = fused(sum, target, loss, weight, wanted, processors)
-            launches = [launch]
-        self.run(launches, target.device)
-        return rows
+            return self.run_plan(lambda: forward(sum, target, loss, processors), inputs, ("forward", *facts))
+        memory, names = _memory_of(wanted)
+        return self.run_plan(
+            lambda: fused(sum, target, loss, weight, wanted, processors),
+            [*inputs, weight, *memory],
+            ("fused", *facts, names),
+        )
 
     def logits_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
-        self.run([backward(sum, target, slopes, wanted, self.multiprocessors(target.device))], target.device)
+        processors = self.multiprocessors(target.device)
+        written = [] if slopes.written is None else [slopes.written]
+        memory, names = _memory_of(wanted)
+        self.run_plan(
+            lambda: ((), [backward(sum, target, slopes, wanted, processors)]),
+            [target, *sum.every_tensor, slopes.g, *slopes.sums, *written, *memory],
+            ("backward", sum.facts, slopes.loss, slopes.V, processors, len(written), names),
+        )
+
+
+def _memory_of(wanted: Wanted) -> tuple[list[Tensor], Hashable]:
+    """The tensors in which gradients are written, and whose they are."""
+    return (
+        [x for gradients in wanted for x in gradients.values()],
+        tuple([tuple(gradients) for gradients in wanted]),
+    )
 
 
 def one_pass_refusal(logits: Sum, loss: Loss, processors: int, cache: int) -> str | None:
@@ -126,11 +142,11 @@ def sum_of_sizes(tensors: Sequence[Tensor]) -> int:
     return sum(x.element_size() for x in tensors)
 
 
-def count(target: Tensor, ignore_index: int) -> tuple[Tensor, Launch]:
+def count(target: Tensor, ignore_index: int) -> tuple[tuple[Tensor], list[Launch]]:
     """(2,) what ``counted`` returns, and the launch that writes it."""
     number = target.new_empty(2, dtype=torch.float32)
     N = target.shape[0]
-    return number, Launch(
+    launch = Launch(
         count_kernel,
         (1,),
         {"target": target, "out": number, "N": N, "ignore_index": ignore_index},
@@ -139,6 +155,7 @@ def count(target: Tensor, ignore_index: int) -> tuple[Tensor, Launch]:
         bytes_moved=N * target.element_size(),
         flops=N,
     )
+    return (number,), [launch]
 
 
 def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[RowLosses, list[Launch]]:
@@ -229,7 +246,7 @@ def backward(logits: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted, pro
 
 def fused(
     logits: Sum, target: Tensor, loss: Loss, weight: Tensor, wanted: Wanted, processors: int
-) -> tuple[RowLosses, Launch]:
+) -> tuple[RowLosses, list[Launch]]:
     """The launch of ``logits_losses`` that writes gradients, and the rows it fills.
 
     Args:
@@ -239,7 +256,7 @@ def fused(
     streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
     config, weight = _fused_config(logits, loss), weight.float()
     rows = RowLosses.empty(target, torch.float32, len(logits.logits), loss)
-    return rows, Launch(
+    launch = Launch(
         fused_kernel,
         (min(N, processors * config.programs),),
         {
@@ -260,6 +277,7 @@ def fused(
         flops=N * V * (streams.flops + len(logits.logits) * _SHARE_FLOPS + _LOGIT_FLOPS),
         registers=configs.FUSED_REGISTERS,
     )
+    return rows, [launch]
 
 
 def _fused_config(logits: Sum, loss: Loss) -> configs.Config:
