@@ -156,7 +156,61 @@ class Operation:
     after: tuple[tuple[str, str], ...]
 
 
-OPERATIONS: tuple[Operation, ...] = ()
+_DRAWN, _CHOSEN = ("draw_kernel", "bf16+bf16"), ("choose_kernel", "plain")
+_LOGPROB = (("draw_kernel", "bf16+bf16, logprob"), ("choose_kernel", "logprob"))
+_COUNTED = ("count_kernel", "targets")
+_SUMMED = ("sum_kernel", "bf16+bf16")
+_FILTERS = ("peak_kernel", "histogram_kernel", "gather_kernel", "finish_kernel")
+
+
+def _two_passes(case: str) -> tuple[tuple[str, str], ...]:
+    return ("forward_kernel", case), ("backward_kernel", case)
+
+
+def _loss_of_heads(case: str) -> tuple[tuple[str, str], ...]:
+    return ("heads_forward_kernel", case), ("heads_combine_kernel", "bf16")
+
+
+OPERATIONS = (
+    Operation(
+        "loss and gradient, two bf16 logits, N = 8,192",
+        _two_passes("bf16+bf16"),
+        (_COUNTED, *_two_passes("bf16+bf16")),
+    ),
+    Operation(
+        "the same where the L2 cache holds its rows",
+        _two_passes("bf16+bf16"),
+        (_COUNTED, ("fused_kernel", "bf16+bf16")),
+    ),
+    Operation(
+        "the same with soft caps",
+        _two_passes("bf16+bf16, softcap"),
+        (_COUNTED, *_two_passes("bf16+bf16, softcap")),
+    ),
+    Operation(
+        "loss, bf16 heads, D = 768 + 256, N = 4,096",
+        _loss_of_heads("bf16 768+256"),
+        _loss_of_heads("bf16 768+256"),
+    ),
+    Operation("the same, D = 4,096 + 512", _loss_of_heads("bf16 4096+512"), _loss_of_heads("bf16 4096+512")),
+    Operation(
+        "loss, the recipe's heads: fp32 states, bf16 and fp32 weights; after with its pointer",
+        _loss_of_heads("fp32xbf16+fp32 768+256"),
+        (("entries_order_kernel", "fp32"), *_loss_of_heads("fp32xbf16+sparse")),
+    ),
+    Operation("a token, two bf16 logits, N = 64", (_DRAWN, _CHOSEN), (_DRAWN, _CHOSEN)),
+    Operation("the same with log-probabilities", _LOGPROB, _LOGPROB),
+    Operation(
+        "the same with filters",
+        (_SUMMED, ("filter_kernel", "plain")),
+        (_SUMMED, *[(kernel, "plain") for kernel in _FILTERS]),
+    ),
+    Operation(
+        "a token, bf16 heads, D = 4,096 + 512, N = 64",
+        (("heads_draw_kernel", "bf16 4096+512"), _CHOSEN),
+        (("heads_draw_kernel", "bf16 4096+512"), ("heads_choose_kernel", "plain")),
+    ),
+)
 
 
 def page(before: Record, after: Record, operations: Sequence[Operation] = OPERATIONS) -> str:
