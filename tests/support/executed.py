@@ -51,6 +51,11 @@ BENIGN = (
                 "up_to += tl.sum(",
                 "below += tl.sum(",
             ),
+            "seen_kernel": (
+                "sooner += tl.sum((same & (place[None, :] <",
+                "sooner += tl.sum((same & ((P + place)[None, :] <",
+                "times += tl.sum(same",
+            ),
             "heads_draw_kernel": (
                 "accumulator *= _of_rows(heads[i].rows_rescale, rows) * heads[i].rescale",
                 "tl.store(partial.z + at, tl.where(bad",

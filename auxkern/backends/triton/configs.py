@@ -117,6 +117,10 @@ SCALE_ROWS, SCALE_WARPS = 32, 4
 ENTRY_LANES, ENTRY_STEP, ENTRY_WARPS = 128, 32, 4
 ENTRY_ROWS, ENTRY_NLL_ROWS, ENTRY_NLL_STEP = 32, 32, 4
 
+# Ids of a prompt and a history that a program looks at, those that it compares them with at a time, and as
+# many as are compared each with each; more are sorted.
+SEEN_LANES, SEEN_STEP, SEEN_WARPS, SEEN_MOST = 128, 32, 4, 4096
+
 # Ids by which the entries of a term that stands alone are sorted, where no kernel makes tiles.
 ENTRY_IDS = 128
 

@@ -163,7 +163,7 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     ),
     "draw with penalties (4, 3001)": (
         draw(logits(4, 3001, H), logits(4, 3001), rows=4, history=5, repetition_penalty=1.2),
-        ("sum_kernel", "adjust_kernel", "draw_kernel", "choose_kernel"),
+        ("sum_kernel", "seen_kernel", "adjust_kernel", "draw_kernel", "choose_kernel"),
     ),
     "draw of heads (4, 300)": (
         draw(head(4, 300, 64), head(4, 300, 32), rows=4),

@@ -162,7 +162,7 @@ def test_draws_write_logits_for_what_rewrites_them_alone():
     for terms, draws, kernels in (
         ([head()], plain, from_heads[1:]),
         ([head(H, scale=logits(4)), pointer], plain, from_heads),
-        ([head(), pointer], seen, ["heads_draw_kernel", "adjust_kernel", *drawn]),
+        ([head(), pointer], seen, ["heads_draw_kernel", "seen_kernel", "adjust_kernel", *drawn]),
         ([existing], plain, drawn),
         ([existing, pointer], plain, ["sum_kernel", "adjust_kernel", *drawn]),
         ([existing, pointer], filtered, ["sum_kernel", "adjust_kernel", "peak_kernel"]),

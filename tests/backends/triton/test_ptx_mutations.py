@@ -138,7 +138,7 @@ SCENARIOS = {
     "sum": Scenario(
         lambda: draw([random(4, 4200, dtype=H), random(4, 4200)], 4, SamplingParams(top_k=5)), ("sum_kernel",)
     ),
-    "adjust": Scenario(adjust, ("adjust_kernel",)),
+    "adjust": Scenario(adjust, ("seen_kernel", "adjust_kernel")),
     # Of few values, so that a nucleus ends between equal logits.
     "filter": Scenario(lambda: draw([random(1, 1100).round()], 1, _FILTERS), _FILTER_KERNELS),
     "draw from a head": Scenario(

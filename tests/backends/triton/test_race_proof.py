@@ -83,6 +83,7 @@ NO_VERDICT = {
     "heads_gradient_kernel",
     "heads_draw_kernel",
     "choose_kernel",
+    "seen_kernel",
     "histogram_kernel",
     "gather_kernel",
     "finish_kernel",

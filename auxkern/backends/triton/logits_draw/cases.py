@@ -14,6 +14,7 @@ from auxkern.backends.triton.logits_draw.kernels import (
     adjust_kernel,
     choose_kernel,
     draw_kernel,
+    seen_kernel,
     sum_kernel,
 )
 from auxkern.core.draws import ROW_NUMBERS, Draws
@@ -75,9 +76,13 @@ def _sum_cases(V: int) -> Iterator[tuple[str, Launch]]:
         yield named(*dtypes), _launches(V, dtypes, draws_of(plain=False))[0]
 
 
-def _adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _seen_cases(V: int) -> Iterator[tuple[str, Launch]]:
     yield "history", _launches(V, (B, B), draws_of(plain=True, history=512))[1]
-    yield "one penalty", _launches(V, (B, B), draws_of(plain=True, history=512, shared=True))[1]
+
+
+def _adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
+    yield "history", _launches(V, (B, B), draws_of(plain=True, history=512))[2]
+    yield "one penalty", _launches(V, (B, B), draws_of(plain=True, history=512, shared=True))[2]
 
 
 KERNELS = (
@@ -86,5 +91,6 @@ KERNELS = (
     # The bounds, twice; they also decide what two loops over groups read, which counts as reading them.
     Kernel(choose_kernel, _choose_cases, ROWS, passes=4),
     Kernel(sum_kernel, _sum_cases, ROWS, vectors=True, any_row=False),
+    Kernel(seen_kernel, _seen_cases, ROWS),
     Kernel(adjust_kernel, _adjust_cases, ROWS),
 )

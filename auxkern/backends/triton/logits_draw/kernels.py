@@ -307,6 +307,38 @@ def _add_all(z_row, ids, values, row, width, V):
         tl.debug_barrier()
 
 
+@triton.jit(do_not_specialize=["prompt", "history", "P", "H"])
+def seen_kernel(
+    prompt, history,  # (N, P) and (N, H) int64
+    listed,  # Listed: seen, generated, out
+    P, H,
+    LANES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """LANES ids of the prompt and the history of row program_id(0), -1 for one that has stood before."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    of_prompt = tl.load(prompt + row * P + lane, lane < P, -1)
+    of_history = tl.load(history + row * H + (lane - P), (lane >= P) & (lane < P + H), -1)
+    ids = tl.where(lane < P, of_prompt, of_history)
+    sooner = tl.zeros([LANES], tl.int32)
+    times = tl.zeros([LANES], tl.int32)
+    for start in range(0, P, STEP):
+        place = start + tl.arange(0, STEP)
+        other = tl.load(prompt + row * P + place, place < P, -1)
+        same = (other[None, :] == ids[:, None]) & (place < P)[None, :]
+        sooner += tl.sum((same & (place[None, :] < lane[:, None])).to(tl.int32), axis=1)
+    for start in range(0, H, STEP):
+        place = start + tl.arange(0, STEP)
+        other = tl.load(history + row * H + place, place < H, -1)
+        same = (other[None, :] == ids[:, None]) & (place < H)[None, :]
+        times += tl.sum(same.to(tl.int32), axis=1)
+        sooner += tl.sum((same & ((P + place)[None, :] < lane[:, None])).to(tl.int32), axis=1)
+    there = lane < P + H
+    to = row * (P + H) + lane
+    tl.store(listed.seen + to, tl.where(sooner > 0, -1, ids), there)
+    tl.store(listed.generated + to, times.to(tl.int64), there)
+
+
 @triton.jit(do_not_specialize=["V", "stride", "added_width", "seen_width"])
 def adjust_kernel(
     z_out,  # (N, stride) float32

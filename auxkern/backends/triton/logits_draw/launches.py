@@ -23,6 +23,7 @@ from auxkern.backends.triton.logits_draw.kernels import (
     adjust_kernel,
     choose_kernel,
     draw_kernel,
+    seen_kernel,
     sum_kernel,
 )
 from auxkern.backends.triton.running import TritonKernels
@@ -72,7 +73,7 @@ class RowDraws:
     Attributes:
         draws: with a tensor for top-p where that is not 1: float32, as kernels get numbers, is too coarse.
         added: sparse terms and biases.
-        listed: these, and seen ids.
+        listed: these; and ids that were seen, where these are so many that they are sorted.
     """
 
     draws: Draws
@@ -89,10 +90,15 @@ class RowDraws:
         if draws.bias_ids.shape[1]:
             added.append(unchecked(Sparse, ids=draws.bias_ids, values=draws.bias))
         ids, values = Sum(tuple(added), sum.V).entries() if added else (draws.bias_ids, draws.bias)
-        seen = generated = draws.history
-        if draws.prompt.shape[1] or draws.history.shape[1]:
+        seen = generated = draws.history[:, :0]
+        if draws.prompt.shape[1] + draws.history.shape[1] > configs.SEEN_MOST:
             seen, generated = _seen(draws.prompt, draws.history)
         return cls(draws, added, Listed(ids, values, seen, generated))
+
+    @property
+    def width(self) -> int:
+        """Ids of prompt and history."""
+        return self.draws.prompt.shape[1] + self.draws.history.shape[1]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -153,7 +159,7 @@ class Drawing:
     @property
     def rewrites(self) -> bool:
         """Whether filters or penalties follow, which read written logits."""
-        return not self.given.draws.plain or bool(self.given.listed.seen.shape[1])
+        return not self.given.draws.plain or bool(self.given.width)
 
     @property
     def writes(self) -> bool:
@@ -178,7 +184,7 @@ class Drawing:
 
     def from_written(self, z: Tensor) -> list[Launch]:
         """Penalties, filters and the draw from (N, padded) float32 logits, -inf from V on."""
-        adjusted = [self._adjust(z)] if self.given.listed.seen.shape[1] or self._adds else []
+        adjusted = self._adjusted(z) if self.given.width or self._adds else []
         if not self.given.draws.plain:
             written = filters.Written(z, self.V, self._filters, self.tokens, self.want_logprob)
             return [*adjusted, *filters.plan(written, self.processors)]
@@ -237,12 +243,15 @@ class Drawing:
         names = ("top_k", "top_p", "log_min_p")
         return filters.FiltersArgument(*self.noise, *[self.given.number(name) for name in names])
 
-    def _adjust(self, z: Tensor) -> Launch:
+    def _adjusted(self, z: Tensor) -> list[Launch]:
+        listed, launches = self.given.listed, []
+        if listed.seen.shape[1] < self.given.width:
+            listed, seen = self._seen()
+            launches = [seen]
         penalties = PenaltiesArgument(*map(self.given.number, PenaltiesArgument._fields))
-        listed = self.given.listed
-        widths = {"added_width": listed.added_ids.shape[1], "seen_width": listed.seen.shape[1]}
+        widths = {"added_width": listed.added_ids.shape[1], "seen_width": self.given.width}
         entries = self.N * sum(widths.values())
-        return Launch(
+        adjust = Launch(
             adjust_kernel,
             (self.N,),
             {
@@ -257,6 +266,28 @@ class Drawing:
             configs.ADJUST.warps,
             bytes_moved=20 * entries,
             flops=6 * entries,
+        )
+        return [*launches, adjust]
+
+    def _seen(self) -> tuple[Listed, Launch]:
+        """The same list with seen ids, and the launch that fills them in."""
+        draws, width = self.given.draws, self.given.width
+        seen, generated = (draws.seed.new_empty((self.N, width)) for _ in range(2))
+        listed = self.given.listed._replace(seen=seen, generated=generated)
+        return listed, Launch(
+            seen_kernel,
+            (self.N, -(-width // configs.SEEN_LANES)),
+            {
+                "prompt": draws.prompt,
+                "history": draws.history,
+                "listed": listed,
+                "P": draws.prompt.shape[1],
+                "H": draws.history.shape[1],
+            },
+            {"LANES": configs.SEEN_LANES, "STEP": configs.SEEN_STEP},
+            configs.SEEN_WARPS,
+            bytes_moved=24 * self.N * width,
+            flops=4 * self.N * width**2,
         )
 
 
