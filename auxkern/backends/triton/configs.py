@@ -82,13 +82,13 @@ HALF, PARTS, MIRRORED, FLOAT = "half", "parts", "mirrored", "float"
 # float32 operand takes twice the memory, so that it is read in shorter pieces.
 _TILES = {
     (HALF, 1): Tiles(TileConfig(128, 128, 64, 8, 3, 16, 4), TileConfig(64, 128, 64, 8, 3, 16, 4)),
-    (HALF, 2): Tiles(TileConfig(64, 128, 64, 8, 3, 16, 4), TileConfig(64, 64, 64, 8, 3, 16, 1)),
+    (HALF, 2): Tiles(TileConfig(64, 128, 64, 8, 3, 16, 4), TileConfig(64, 64, 64, 8, 3, 16, 2)),
     (PARTS, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 128, 32, 8, 3, 16, 4)),
-    (PARTS, 2): Tiles(TileConfig(64, 64, 32, 8, 3, 16, 1), TileConfig(64, 64, 32, 8, 3, 16, 1)),
+    (PARTS, 2): Tiles(TileConfig(64, 64, 32, 8, 3, 16, 2), TileConfig(32, 64, 32, 4, 2, 16, 2)),
     (MIRRORED, 1): Tiles(TileConfig(64, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 1)),
     (MIRRORED, 2): Tiles(TileConfig(32, 64, 32, 8, 2, 16, 1), TileConfig(32, 64, 32, 8, 2, 16, 1)),
     (FLOAT, 1): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 1), TileConfig(32, 64, 32, 4, 2, 16, 1)),
-    (FLOAT, 2): Tiles(TileConfig(32, 64, 32, 4, 2, 16, 1), TileConfig(32, 64, 32, 4, 2, 16, 1)),
+    (FLOAT, 2): Tiles(TileConfig(32, 64, 32, 4, 2, 16, 2), TileConfig(32, 64, 32, 4, 2, 16, 1)),
 }
 TILES_MANY = TileConfig(32, 64, 32, 8, 2, 16, 1)
 # By major compute capability, for GPUs that multiply out of shared memory: a tile twice as wide reads a third
@@ -100,6 +100,7 @@ TILES = {
     | {
         (HALF, 1): Tiles(TileConfig(128, 256, 64, 8, 3, 16, 8), TileConfig(128, 128, 64, 8, 3, 16, 4)),
         (PARTS, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(64, 128, 32, 8, 3, 16, 4)),
+        (PARTS, 2): Tiles(TileConfig(64, 64, 32, 8, 3, 16, 2), TileConfig(32, 64, 32, 8, 2, 16, 1)),
         (MIRRORED, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 1)),
     },
     B200: _TILES

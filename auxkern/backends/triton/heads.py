@@ -276,7 +276,9 @@ def _config(
         return configs.TILES_MANY
     tiles = table[kind, groups]
     aligned = all(map(_adjacent, heads)) and all(h.hidden.shape[1] % tiles.roomy.width == 0 for h in heads)
-    crowded |= len(heads) > 2 or (kind != configs.HALF and any(h.bias is not None for h in heads))
+    # Tiles of float32 are small: statistics and entries find room beside aligned operands.
+    crowded = (crowded and kind != configs.FLOAT) or len(heads) > 2
+    crowded |= kind != configs.HALF and any(h.bias is not None for h in heads)
     return tiles.roomy if aligned and not crowded else tiles.crowded
 
 

@@ -97,3 +97,33 @@ def test_new_batch_sizes_compile_nothing():
     seen = _hashes(4096)
     for N in (1, 2, 16, 33, 1009, 2048, 8191):
         assert _hashes(N) == seen
+
+
+PAIRS = {"bf16": (B, B), "fp32xbf16": (F, B), "fp32xfp16": (F, H), "bf16xfp32": (B, F), "fp16xfp32": (H, F)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adjacent", [True, False], ids=["", "D of 75, stored (D, V)"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("float32_beside", [False, True], ids=["", "+fp32"])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("target", TENSOR_CORES)
+def test_no_combination_spills(target, pair, float32_beside, bias, adjacent):
+    """Smooth forward passes, one that writes e and one with soft caps, and the gradient of the latter."""
+    D, capability = 256 if adjacent else 75, TARGETS[target].capability
+
+    def head(hidden: torch.dtype, weight: torch.dtype, cap: float | None) -> Head:
+        w = torch.empty((V, D) if adjacent else (D, V), dtype=weight, device="meta")
+        w = w if adjacent else w.T
+        b = torch.empty(V, dtype=weight, device="meta") if bias else None
+        return Head(torch.empty(heads_loss_cases.ROWS, D, dtype=hidden, device="meta"), w, b, 0.5, cap)
+
+    second = (F, F) if float32_beside else PAIRS[pair]
+    for cap in (None, 30.0):
+        given = [head(*PAIRS[pair], cap), head(*second, cap)]
+        heads = heads_sum(given, V, False, "ieee", crowded=True, capability=capability)
+        e = None if cap else heads.buffer(H if heads.in_tensor_cores else F)
+        loss, y = Loss(label_smoothing=0.1), target_of(heads.N)
+        made(target, heads_loss.forward(heads, y, loss, e)[2][0])
+        if cap is not None:
+            made(target, heads_loss_cases.gradient_launch(heads, F, (0, 1)))
