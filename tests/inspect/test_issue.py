@@ -284,11 +284,11 @@ def test_loop_of_the_draw_against_its_listing():
 
 @pytest.mark.parametrize(("label", "width"), [("bf16 768+256", 1024), ("bf16 4096+512", 4608)])
 def test_tensor_core_instructions_are_those_of_the_products(label, width):
-    """An HGMMA of a tile 128 wide is 64 x 128 x 16 products of 128 threads, in a loop or unrolled."""
+    """An HGMMA of a tile 256 wide is 64 x 256 x 16 products of 128 threads, in a loop or unrolled."""
     model = issue.model_of(_read(case := _case("heads_forward_kernel", label), "sm_90"), case.launch, H100)
     assert sum(case.launch.constants["D"]) == width
     assert model.unit == "1,000 products"
-    assert model.instructions["tensor"] == pytest.approx(1000 * 128 / (64 * 128 * 16))
+    assert model.instructions["tensor"] == pytest.approx(1000 * 128 / (64 * 256 * 16))
 
 
 def test_exact_products_take_an_instruction_each():
