@@ -24,7 +24,6 @@ from auxkern.core.sums import Sum  # noqa: E402
 from auxkern.core.terms import Logits  # noqa: E402
 from auxkern.inspect import assembly, rules  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
-from tests.support.versions import since_triton_3_9  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),
@@ -44,20 +43,12 @@ def _cases(kernel: cases.Kernel) -> Iterator[tuple[str, cases.Case]]:
                 yield target, case
 
 
-# Of Triton 3.9 and later, which `make test-triton` compiles with: (target, kernel, case).
-SPILLS_SINCE_3_9 = {("sm_100", "backward_kernel", "fp16")}
-
-
 def _parameters() -> list[Any]:
     parameters = []
     for kernel in kernels.KERNELS:
         for target, case in _cases(kernel):
-            name = target, kernel.name, case.label
-            spills = pytest.mark.xfail(
-                strict=True, reason="8 bytes per thread spill for a B200 since Triton 3.9"
-            )
-            marks = [spills] if since_triton_3_9() and name in SPILLS_SINCE_3_9 else []
-            parameters.append(pytest.param(target, kernel, case, id="-".join(name), marks=marks))
+            name = f"{target}-{kernel.name}-{case.label}"
+            parameters.append(pytest.param(target, kernel, case, id=name))
     return parameters
 
 

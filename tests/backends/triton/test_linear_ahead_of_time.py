@@ -20,7 +20,6 @@ from auxkern.core.loss import Loss  # noqa: E402
 from auxkern.core.terms import Head  # noqa: E402
 from auxkern.inspect import assembly  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
-from tests.support.versions import since_triton_3_9  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(forward_kernel, triton.JITFunction),
@@ -40,13 +39,7 @@ def made(target: str, launch: Launch) -> Any:
     return found
 
 
-def _spills_since_3_9(target: str) -> Any:
-    reason = "the widest head of one write spills 208 bytes per thread for a B200 since Triton 3.9"
-    known = target == "sm_100" and since_triton_3_9()
-    return pytest.param(target, marks=[pytest.mark.xfail(strict=True, reason=reason)] if known else [])
-
-
-@pytest.mark.parametrize("target", [_spills_since_3_9(target) for target in TENSOR_CORES])
+@pytest.mark.parametrize("target", TENSOR_CORES)
 def test_16_bit_products_take_the_tensor_cores_of_every_target(target):
     capability = TARGETS[target].capability
     wide = heads_loss_cases.sum_of(V, (4096, 512), (B, B), capability=capability)
