@@ -174,6 +174,48 @@ PRODUCTS = {
         "%q = arith.divsi %V, %c : i32\n%o32 = arith.muli %q, %d : i32",
         False,
     ),
+    "a share that a reduction chose": (
+        '%i = "tt.reduce"(%x) <{axis = 0 : i32}> ({\n%c = arith.constant 64 : i32\n'
+        "%n = arith.divsi %i, %c : i32\n%t = arith.divsi %V, %c : i32\n%q = arith.divsi %t, %splits : i32\n"
+        "%share = arith.muli %q, %c : i32\n%o32 = arith.muli %n, %share : i32",
+        True,
+    ),
+    "a share of a size's number": (
+        "%c = arith.constant 64 : i32\n%n = arith.divsi %N, %c : i32\n"
+        "%t = arith.divsi %V, %c : i32\n%q = arith.divsi %t, %splits : i32\n"
+        "%share = arith.muli %q, %c : i32\n%o32 = arith.muli %n, %share : i32",
+        False,
+    ),
+    "a reduced index and a size": (
+        '%i = "tt.reduce"(%x) <{axis = 0 : i32}> ({\n%c = arith.constant 64 : i32\n'
+        "%n = arith.divsi %i, %c : i32\n%o32 = arith.muli %n, %V : i32",
+        False,
+    ),
+    "a lane's list": (
+        "%l = tt.make_range {end = 8 : i32, start = 0 : i32} : tensor<8xi32>\n"
+        "%b = tt.splat %bits : i32 -> tensor<8xi32>\n%n = arith.shrsi %l, %b : tensor<8xi32>\n"
+        "%s = tt.splat %capacity : i32 -> tensor<8xi32>\n%o32 = arith.muli %n, %s : tensor<8xi32>",
+        True,
+    ),
+    "a list of a row": (
+        "%r = tt.get_program_id x : i32\n%o32 = arith.muli %r, %capacity : i32",
+        False,
+    ),
+    "a tile of a list": (
+        "%c = arith.constant 64 : i32\n%q = arith.divsi %x, %c : i32\n%o32 = arith.shli %q, %bits : i32", True
+    ),
+    "a size shifted by the bits of a list": ("%o32 = arith.shli %V, %bits : i32", False),
+    "lanes that are set before one": (
+        "%e = arith.extui %set : tensor<8xi1> to tensor<8xi32>\n"
+        '%p = "tt.scan"(%e) <{axis = 0 : i32, reverse = false}> ({\n'
+        "%s = tt.splat %count : i32 -> tensor<8xi32>\n%o32 = arith.addi %s, %p : tensor<8xi32>",
+        True,
+    ),
+    "a sum of sizes before a lane": (
+        '%p = "tt.scan"(%sizes) <{axis = 0 : i32, reverse = false}> ({\n'
+        "%s = tt.splat %count : i32 -> tensor<8xi32>\n%o32 = arith.addi %s, %p : tensor<8xi32>",
+        False,
+    ),
     "a size and a lane": ("%c = arith.constant 7 : i32\n%o32 = arith.addi %N, %c : i32", True),
 }  # fmt: skip
 

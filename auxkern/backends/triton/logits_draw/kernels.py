@@ -334,7 +334,7 @@ def seen_kernel(
         times += tl.sum(same.to(tl.int32), axis=1)
         sooner += tl.sum((same & ((P + place)[None, :] < lane[:, None])).to(tl.int32), axis=1)
     there = lane < P + H
-    to = row * (P + H) + lane
+    to = row * P + row * H + lane  # not of a sum of 32 bits
     tl.store(listed.seen + to, tl.where(sooner > 0, -1, ids), there)
     tl.store(listed.generated + to, times.to(tl.int64), there)
 
