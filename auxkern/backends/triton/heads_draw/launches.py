@@ -39,7 +39,7 @@ class HeadsDraw(TritonKernels):
         return self.run_plan(
             lambda: plan(sum, given, want_logprob, processors),
             [*sum.every_tensor, *given.tensors],
-            (sum.facts, given.draws.facts, want_logprob, processors, torch.get_float32_matmul_precision()),
+            (sum.facts, given.facts, want_logprob, processors, torch.get_float32_matmul_precision()),
         )
 
 

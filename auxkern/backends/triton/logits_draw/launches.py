@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ class RowDraws:
         if draws.bias_ids.shape[1]:
             added.append(unchecked(Sparse, ids=draws.bias_ids, values=draws.bias))
         ids, values = Sum(tuple(added), sum.V).entries() if added else (draws.bias_ids, draws.bias)
-        seen = generated = draws.history[:, :0]
+        seen = generated = draws.history[:, :0] if draws.history.shape[1] else draws.history
         if draws.prompt.shape[1] + draws.history.shape[1] > configs.SEEN_MOST:
             seen, generated = _seen(draws.prompt, draws.history)
         return cls(draws, added, Listed(ids, values, seen, generated))
@@ -102,8 +102,13 @@ class RowDraws:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor."""
-        return [*self.draws.tensors, *self.listed]
+        """Every tensor that holds anything."""
+        return [x for x in (*self.draws.tensors, *self.listed) if x.numel()]
+
+    @property
+    def facts(self) -> Hashable:
+        """All else."""
+        return self.draws.facts, self.draws.prompt.shape[1], self.draws.history.shape[1], len(self.added)
 
     def number(self, name: str) -> float | Tensor:
         """As kernels take it: (N,), or one number of all rows, an integer coded."""
@@ -300,7 +305,7 @@ class LogitsDraw(TritonKernels):
         return self.run_plan(
             lambda: plan(sum, given, want_logprob, processors),
             [*sum.every_tensor, *given.tensors],
-            (sum.facts, given.draws.facts, want_logprob, processors),
+            (sum.facts, given.facts, want_logprob, processors),
         )
 
 
