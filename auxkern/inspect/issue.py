@@ -197,11 +197,12 @@ def _opcodes_of_program(made: Assembly, launch: Launch, columns: float, threads:
 def _tiles(source: SourceLoop, launch: Launch, columns: float) -> float:
     """How often a program comes by one loop of the source; that over a row takes ``columns`` of it.
 
-    One whose length is read from memory counts once, as does code that a branch may skip.
+    One whose length is read from memory, but for tiles of a row, counts once, as does code that a branch may
+    skip.
     """
     if source.turns is not None:
         return source.turns
-    if source.read:
+    if source.read and source.step <= 1:
         return 1.0
     length = launch.arguments.get(source.length or "", columns)
     return length / source.step if isinstance(length, (int, float)) and source.step else 0.0

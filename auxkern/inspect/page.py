@@ -156,6 +156,15 @@ class Operation:
     after: tuple[tuple[str, str], ...]
 
 
+# They read what others have left of a row: counts, bests of tiles or programs, lists of ids.
+_OF_LISTS = (
+    "count_kernel",
+    "heads_combine_kernel",
+    "choose_kernel",
+    "heads_choose_kernel",
+    "finish_kernel",
+    "entries_order_kernel",
+)
 _DRAWN, _CHOSEN = ("draw_kernel", "bf16+bf16"), ("choose_kernel", "plain")
 _LOGPROB = (("draw_kernel", "bf16+bf16, logprob"), ("choose_kernel", "logprob"))
 _COUNTED = ("count_kernel", "targets")
@@ -243,7 +252,8 @@ def _calls(before: Record, after: Record, operations: Sequence[Operation]) -> It
         for target in _GPUS:
             sides = [_launched(*side, target) for side in zip((before, after), launches, strict=True)]
             if len(cells) == 2:
-                cells.append(_change([sum(cost.passes or 0 for cost in side) for side in sides], "{}"))
+                rows = [[cost for cost in side if cost.kernel not in _OF_LISTS] for side in sides]
+                cells.append(_change([sum(cost.passes or 0 for cost in side) for side in rows], "{}"))
             times = [sum(cost.bound_us for cost in side) for side in sides]
             floors = [sum(cost.floor_us for cost in side) for side in sides]
             cells.append(_change(times, "{:,.0f}"))
