@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 
-from auxkern.backends.triton.cases import VOCABULARIES, Case, Kernel
+from auxkern.backends.triton.cases import VOCABULARIES, Case, Kernel, gpu_of
 from auxkern.backends.triton.kernels import KERNELS
 from auxkern.inspect.assembly import Assembly, read
 from auxkern.inspect.issue import Bound, IssueModel, bound_of, fits, model_of, turns_in_loop
@@ -146,7 +146,7 @@ def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
 @cache
 def _cases(index: int, capability: int) -> list[tuple[Case, ...]]:
     """The cases of a kernel; each as a tuple with one entry per model."""
-    by_model = [KERNELS[index].cases(model, capability) for model in VOCABULARIES]
+    by_model = [KERNELS[index].cases(model, gpu_of(capability)) for model in VOCABULARIES]
     return list(zip(*by_model, strict=True))
 
 

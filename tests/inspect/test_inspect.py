@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from auxkern.backends.triton import cases, kernels  # noqa: E402
+from auxkern.backends.triton.gpu import Gpu  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from auxkern.inspect import __main__ as command  # noqa: E402
@@ -41,8 +42,8 @@ def _kernel(name: str) -> cases.Kernel:
     return next(kernel for kernel in kernels.KERNELS if kernel.name == name)
 
 
-def _with_a_huge_tile(V: int) -> Iterator[tuple[str, Launch]]:
-    label, launch = next(_kernel("forward_kernel").launches(V))
+def _with_a_huge_tile(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    label, launch = next(_kernel("forward_kernel").launches(V, gpu))
     constants = launch.constants | {"BLOCK": 8192}
     yield label, dataclasses.replace(launch, constants=constants, num_warps=1)
 

@@ -344,7 +344,7 @@ def test_the_command_fails_on_more_passes_than_are_stated(with_kernels, capsys):
 
 def test_the_command_does_not_fail_on_a_known_failure(with_kernels, monkeypatch, capsys):
     kernel, label = _kernel("combine_kernel"), "fp16+fp32"
-    launches = lambda V: (case for case in kernel.launches(V) if case[0] == label)  # noqa: E731
+    launches = lambda V, gpu: (case for case in kernel.launches(V, gpu) if case[0] == label)  # noqa: E731
     with_kernels(dataclasses.replace(kernel, launches=launches, passes=0))
     known_one = KnownFailure("passes", "combine_kernel", (label,), ("sm_90",), "no kernel reads nothing")
     monkeypatch.setattr(survey, "judge", functools.partial(rules.judge, failures=(known_one,)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from auxkern.backends import choice
 from auxkern.backends.triton import Triton
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import Launch
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
@@ -96,11 +99,12 @@ class Executed(Triton):
     def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
         return super().refusal(torch.device("cuda"), dtypes)
 
-    def multiprocessors(self, device: torch.device) -> int:
-        return self.processors
+    @cached_property
+    def _gpu(self) -> Gpu:
+        return Gpu("executor", self.executor.arch // 10, self.processors, cache_bytes=sys.maxsize)
 
-    def capability(self, device: torch.device) -> int:
-        return self.executor.arch // 10
+    def gpu(self, device: torch.device) -> Gpu:
+        return self._gpu
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> list[None]:
         """A list of None: there are no binaries, whose launches could be made again."""

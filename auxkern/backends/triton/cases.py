@@ -6,20 +6,21 @@ The launches come from the functions that the backend itself uses, so they canno
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import Launch
 from auxkern.core.loss import Coefficients, Loss, RowSlopes, RowSums
 from auxkern.core.sums import Sum
 from auxkern.core.terms import Head, Logits, unchecked
 
 VOCABULARIES = {"SmolLM2": 49152, "GPT-2": 50257, "Llama-3": 128256, "Gemma": 262144}
-MULTIPROCESSORS = 132  # H100 SXM; decides how rows are split, not what is compiled
+H100 = Gpu("H100 SXM", configs.H100, multiprocessors=132, cache_bytes=50 << 20)
 # D of a language model's and of an auxiliary model's hidden states.
 WIDTHS = {"768+256": (768, 256), "576+256": (576, 256), "4096+512": (4096, 512)}
 
@@ -58,7 +59,7 @@ class Kernel:
 
     Attributes:
         function: the ``triton.jit`` entry point.
-        launches: yields labels and representative launches for V ids.
+        launches: yields labels and representative launches for V ids on a GPU.
         rows: N of the launches.
         vectors: whether, on contiguous logits, its traffic must move 16 bytes at a time.
         dot: whether it multiplies matrices and must use tensor cores.
@@ -66,11 +67,10 @@ class Kernel:
         passes: how often it may read what it reads.
         sums: whether its inner loop also stores a few numbers of a tile, which need not be wide.
         columns: that a program comes by, of a kernel that takes lists; None for its share of the vocabulary.
-        by_capability: whether ``launches`` is also given a GPU's major compute capability.
     """
 
     function: Any
-    launches: Callable[..., Iterator[tuple[str, Launch]]]
+    launches: Callable[[int, Gpu], Iterator[tuple[str, Launch]]]
     rows: int
     vectors: bool = False
     dot: bool = False
@@ -78,7 +78,6 @@ class Kernel:
     passes: int = 1
     sums: bool = False
     columns: int | None = None
-    by_capability: bool = False
 
     @property
     def name(self) -> str:
@@ -86,11 +85,15 @@ class Kernel:
         name: str = self.function.fn.__name__
         return name
 
-    def cases(self, model: str, capability: int = configs.H100) -> Iterator[Case]:
-        """The launches for a model of ``VOCABULARIES`` on a GPU of this major compute capability."""
-        gpu = (capability,) if self.by_capability else ()
-        for label, launch in self.launches(VOCABULARIES[model], *gpu):
+    def cases(self, model: str, gpu: Gpu = H100) -> Iterator[Case]:
+        """The launches for a model of ``VOCABULARIES`` on a GPU."""
+        for label, launch in self.launches(VOCABULARIES[model], gpu):
             yield Case(label, model, self.rows, launch, self.columns)
+
+
+def gpu_of(capability: int) -> Gpu:
+    """An H100 of another major compute capability: what is compiled for it, whatever its size."""
+    return replace(H100, capability=capability)
 
 
 def named(*dtypes: torch.dtype) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -15,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 from auxkern.backends.chunked import RowKernels
-from auxkern.backends.triton import configs
 from auxkern.backends.triton.device.rows import decode
+from auxkern.backends.triton.gpu import Gpu, gpu_of
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.replays import Replay, key_of
 
@@ -41,23 +40,12 @@ class TritonKernels(RowKernels):
         """Whether Triton's interpreter runs the kernels; that was decided when they were imported."""
         return not isinstance(decode, triton.JITFunction)
 
-    def multiprocessors(self, device: torch.device) -> int:
-        """Of a device; they decide over how many programs a row is split."""
-        if device.type == "cuda":
-            return int(torch.cuda.get_device_properties(device).multi_processor_count)
-        return 1
-
-    def cache_bytes(self, device: torch.device) -> int:
-        """Size of a device's L2 cache; where kernels are interpreted, all memory is one."""
-        if device.type == "cuda":
-            return int(torch.cuda.get_device_properties(device).L2_cache_size)
-        return sys.maxsize
-
-    def capability(self, device: torch.device) -> int:
-        """Major compute capability of a device; that of an A100 where it is not NVIDIA's."""
-        if device.type == "cpu" or torch.version.hip:
-            return configs.A100
-        return torch.cuda.get_device_capability(device)[0]
+    def gpu(self, device: torch.device) -> Gpu:
+        """What plans know of a device."""
+        known = self._gpus.get(device)
+        if known is None:
+            known = self._gpus[device] = gpu_of(device)
+        return known
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> list[CompiledKernel | None]:
         """Launch in order; the binary of each, if there is one."""
@@ -100,6 +88,10 @@ class TritonKernels(RowKernels):
         if len(self._replays) >= _MOST_REPLAYS:
             self._replays.clear()
         self._replays[key] = replay
+
+    @cached_property
+    def _gpus(self) -> dict[torch.device, Gpu]:
+        return {}
 
     @cached_property
     def _replays(self) -> dict[Hashable, Replay | None]:

@@ -36,7 +36,7 @@ def _cases(kernel: cases.Kernel) -> Iterator[tuple[str, cases.Case]]:
     # GPT-2's 50,257 is odd: its rows begin anywhere.
     model = "GPT-2" if kernel.any_row else "Llama-3"
     for target in ("sm_90", "sm_80", "sm_100"):
-        for case in kernel.cases(model, TARGETS[target].capability):
+        for case in kernel.cases(model, cases.gpu_of(TARGETS[target].capability)):
             mixed = case.label.startswith(("fp32x", "fp16x", "bf16x"))
             wide = target == "sm_100" and case.label in ("bf16 768+256, writes e", "bf16 256+256")
             if target == "sm_90" or mixed or wide or case.label in ("fp16", "fp32+fp32", "bf16+fp32"):
@@ -149,9 +149,9 @@ def _launches(B: int, T: int, *, few: bool = False) -> list[Any]:
     N = B * T
     target = cases.target_of(N)
     logits = Sum((Logits(whole), Logits(sliced)), 50257)
-    forward = logits_loss.forward(logits, target, Loss(), 132)[1]
+    forward = logits_loss.forward(logits, target, Loss(), cases.H100)[1]
     wanted = [{}, {"values": torch.empty(sliced.shape, device="meta")}]
-    gradient = logits_loss.backward(logits, target, cases.slopes_of(N, 50257), wanted, 132)
+    gradient = logits_loss.backward(logits, target, cases.slopes_of(N, 50257), wanted, cases.H100)
     return [*forward, gradient]
 
 

@@ -19,6 +19,7 @@ from tests.support.machines import INTERPRETED
 pytest.importorskip("triton")
 
 from auxkern.backends.triton import configs
+from tests.support.gpus import seen_as
 
 pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
@@ -34,7 +35,7 @@ def split(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None
     monkeypatch.setattr(configs, "SAMPLE", small)
 
     def split(processors: int) -> None:
-        monkeypatch.setattr(type(machine.backend), "multiprocessors", lambda self, device: processors)
+        seen_as(monkeypatch, machine.backend, multiprocessors=processors)
 
     return split
 

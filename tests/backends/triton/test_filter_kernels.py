@@ -16,6 +16,7 @@ from tests.support.draws import assert_equal, logits, seeds
 pytest.importorskip("triton")
 
 from auxkern.backends.triton import configs
+from tests.support.gpus import seen_as
 
 pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
@@ -35,7 +36,7 @@ def split(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the device one of so many multiprocessors."""
 
     def split(processors: int) -> None:
-        monkeypatch.setattr(type(machine.backend), "multiprocessors", lambda self, device: processors)
+        seen_as(monkeypatch, machine.backend, multiprocessors=processors)
 
     return split
 

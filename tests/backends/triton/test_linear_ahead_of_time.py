@@ -10,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from auxkern.backends.triton.cases import coefficients_of, target_of  # noqa: E402
+from auxkern.backends.triton.cases import coefficients_of, gpu_of, target_of  # noqa: E402
 from auxkern.backends.triton.heads import heads_sum  # noqa: E402
 from auxkern.backends.triton.heads_loss import cases as heads_loss_cases  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
@@ -41,9 +41,9 @@ def made(target: str, launch: Launch) -> Any:
 
 @pytest.mark.parametrize("target", TENSOR_CORES)
 def test_16_bit_products_take_the_tensor_cores_of_every_target(target):
-    capability = TARGETS[target].capability
-    wide = heads_loss_cases.sum_of(V, (4096, 512), (B, B), capability=capability)
-    narrow = heads_loss_cases.sum_of(V, (256, 256), (H, H), capability=capability)
+    gpu = gpu_of(TARGETS[target].capability)
+    wide = heads_loss_cases.sum_of(V, (4096, 512), (B, B), gpu=gpu)
+    narrow = heads_loss_cases.sum_of(V, (256, 256), (H, H), gpu=gpu)
     for launch in (heads_loss_cases.one_write_launch(wide), heads_loss_cases.gradient_launch(narrow, H)):
         assert made(target, launch).tensor_core == (TENSOR_CORES[target],)
         assert launch.tensor_flops == 2 * heads_loss_cases.ROWS * V * sum(launch.constants["D"])

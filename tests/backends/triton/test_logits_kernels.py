@@ -39,6 +39,7 @@ from auxkern.backends.triton.device import numerics  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.core.loss import Loss, RowSlopes  # noqa: E402
 from auxkern.core.sums import Sum  # noqa: E402
+from tests.support.gpus import with_multiprocessors  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
@@ -252,7 +253,7 @@ def test_argmax_of_bad_rows_that_begin_anywhere(machine, dtype, multiprocessors)
     z[0, 3, [0, 1, 3000]] = math.inf
     z[0, 4, :3000] = -math.inf
     rows, launched = logits_loss.forward(
-        Sum((Logits(z),), 3001), torch.full((6,), 7), Loss(stats=True), multiprocessors
+        Sum((Logits(z),), 3001), torch.full((6,), 7), Loss(stats=True), with_multiprocessors(multiprocessors)
     )
     machine.backend.run(launched, z.device)
     assert rows.argmax.tolist() == z[0].argmax(-1).tolist()
@@ -347,7 +348,7 @@ def test_splits_agree_with_the_formula(machine, dtypes, multiprocessors):
     values = [x[None] for x in logits(dtypes, N, V)]
     target = torch.tensor([V - 1, IGNORE, 2049])
     summed, loss = Sum(tuple(map(Logits, values)), V), Loss(IGNORE, label_smoothing=0.1, stats=True)
-    rows, launches = logits_loss.forward(summed, target, loss, multiprocessors)
+    rows, launches = logits_loss.forward(summed, target, loss, with_multiprocessors(multiprocessors))
     assert len(launches) == 2
     machine.backend.run(launches, target.device)
     exact = formula([x[0] for x in values], target)
@@ -359,7 +360,7 @@ def test_splits_agree_with_the_formula(machine, dtypes, multiprocessors):
     slopes = RowSlopes(torch.ones(N), rows.sums, target != IGNORE, Loss(IGNORE), V)
     gradients = list(map(torch.empty_like, values))
     wanted = [{"values": gradient} for gradient in gradients]
-    gradient = logits_loss.backward(summed, target, slopes, wanted, multiprocessors)
+    gradient = logits_loss.backward(summed, target, slopes, wanted, with_multiprocessors(multiprocessors))
     machine.backend.run([gradient], target.device)
     for gradient, expected in zip(
         gradients,

@@ -17,7 +17,7 @@ from tests.support.offsets import too_narrow
 triton = pytest.importorskip("triton")
 
 from auxkern.backends.triton import kernels  # noqa: E402
-from auxkern.backends.triton.cases import coefficients_of, slopes_of, target_of  # noqa: E402
+from auxkern.backends.triton.cases import H100, coefficients_of, slopes_of, target_of  # noqa: E402
 from auxkern.backends.triton.heads import heads_sum  # noqa: E402
 from auxkern.backends.triton.heads_draw import launches as heads_draw  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
@@ -73,7 +73,7 @@ def _strided_heads() -> Iterator[tuple[str, Launch]]:
             heads = _heads(dtype, cap)
             yield (
                 f"{dtype} {cap} {plain}",
-                heads_draw.plan(heads, RowDraws.of(heads, draws), True, 132, "ieee")[1][0],
+                heads_draw.plan(heads, RowDraws.of(heads, draws), True, H100, "ieee")[1][0],
             )
 
 
@@ -83,19 +83,19 @@ def _strided_logits() -> Iterator[tuple[str, Launch]]:
         values = [_meta(V, rows, dtype=dtype).T[None] for dtype in (H, F32, H, F32)]
         logits = Sum((Logits(values[0]), Logits(values[1], softcap=3.0), *map(Logits, values[2:])), V)
         target = target_of(rows)
-        for launch in logits_loss.forward(logits, target, Loss(label_smoothing=0.1, stats=True), 132)[1]:
+        for launch in logits_loss.forward(logits, target, Loss(label_smoothing=0.1, stats=True), H100)[1]:
             yield f"{rows} rows", launch
         wanted = [
             {} if i == 2 else {"values": torch.empty(x.shape, dtype=x.dtype, device="meta")}
             for i, x in enumerate(values)
         ]
-        yield f"{rows} rows", logits_loss.backward(logits, target, slopes_of(rows, logits.V), wanted, 132)
+        yield f"{rows} rows", logits_loss.backward(logits, target, slopes_of(rows, logits.V), wanted, H100)
     for plain in (True, False):
         draws = logits_draw_cases.draws_of(plain=plain, history=5, rows=N)
         few = [term.rows(slice(0, N)) for term in logits.logits]
         few[1] = like(few[1], scale=_meta(N))
         summed = Sum(tuple(few), V)
-        for launch in logits_draw.plan(summed, RowDraws.of(summed, draws), True, 132)[1]:
+        for launch in logits_draw.plan(summed, RowDraws.of(summed, draws), True, H100)[1]:
             yield f"{plain}", launch
 
 

@@ -22,6 +22,7 @@ from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_loss import launches
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.sums import Sum
+from tests.support.gpus import seen_as, with_multiprocessors
 
 pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
@@ -36,7 +37,7 @@ FULL = Loss(IGNORE, label_smoothing=0.1, z_loss=1e-3, stats=True)
 @pytest.fixture
 def names(machine: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of the kernels that are launched, in order, on one multiprocessor, where one pass is best."""
-    monkeypatch.setattr(machine.backend, "multiprocessors", lambda device: 1)
+    seen_as(monkeypatch, machine.backend, multiprocessors=1)
     launched: list[str] = []
     run = Launch.run if not machine.compiled else type(machine.backend.executor).run
 
@@ -74,7 +75,7 @@ def in_one_pass(
     processors: int = 2,
 ) -> tuple[RowLosses, list[dict[str, Tensor]]]:
     wanted = memory(logits, places)
-    rows, [launch] = launches.fused(logits, target, loss, g, wanted, processors)
+    rows, [launch] = launches.fused(logits, target, loss, g, wanted, with_multiprocessors(processors))
     machine.backend.run([launch], target.device)
     return rows, wanted
 
@@ -99,7 +100,8 @@ def test_gradients_are_those_of_two_passes_to_the_last_bit(machine, dtypes, V, p
     rows, fused = in_one_pass(machine, logits, target, loss, g, places)
     apart = memory(logits, places)
     machine.backend.run(
-        [launches.backward(logits, target, slopes(rows, target, loss, g, V), apart, 2)], target.device
+        [launches.backward(logits, target, slopes(rows, target, loss, g, V), apart, with_multiprocessors(2))],
+        target.device,
     )
     for i in places:
         assert torch.equal(fused[i]["values"], apart[i]["values"])
@@ -112,7 +114,7 @@ def test_gradients_are_those_of_two_passes_to_the_last_bit(machine, dtypes, V, p
 def test_rows_are_those_of_the_forward_kernel(machine):
     logits, target = a_sum((H, F), 5, 1031), torch.tensor([5, 1030, IGNORE, 7, 0])
     rows, _ = in_one_pass(machine, logits, target, FULL, torch.ones(1).expand(5), (1,))
-    other, forward = launches.forward(logits, target, FULL, 1)
+    other, forward = launches.forward(logits, target, FULL, with_multiprocessors(1))
     machine.backend.run(forward, target.device)
     assert torch.equal(rows.argmax, other.argmax)
     for name in ("nll", "row_max", "log_sum", "smooth", "term_nll", "lse"):
@@ -126,12 +128,13 @@ def test_only_rows_whose_gradient_is_another_are_written_again(machine):
     rows, wanted = in_one_pass(machine, logits, target, Loss(IGNORE), expected, (0, 1))
     incoming = torch.tensor([0.25, 0.25 * 65536, 1.0, 0.25])
     apart = memory(logits, (0, 1))
-    anew = launches.backward(logits, target, slopes(rows, target, Loss(IGNORE), incoming, 1031), apart, 1)
+    gpu, its = with_multiprocessors(1), slopes(rows, target, Loss(IGNORE), incoming, 1031)
+    anew = launches.backward(logits, target, its, apart, gpu)
     for term in wanted:
         term["values"][0, [0, 2, 3], 3] = 7.0  # what nobody writes to stays
     again = slopes(rows, target, Loss(IGNORE), incoming, 1031, written=expected)
     machine.backend.run(
-        [anew, launches.backward(logits, target, again, wanted, 1)],
+        [anew, launches.backward(logits, target, again, wanted, gpu)],
         target.device,
     )
     for term, other in zip(wanted, apart, strict=True):

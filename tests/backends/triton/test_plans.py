@@ -13,7 +13,8 @@ import torch
 pytest.importorskip("triton")
 
 from auxkern.backends.triton import BACKEND
-from auxkern.backends.triton.cases import VOCABULARIES, logits_of, slopes_of, target_of
+from auxkern.backends.triton.cases import H100, VOCABULARIES, logits_of, slopes_of, target_of
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.heads_draw import launches as heads_draw
 from auxkern.backends.triton.kernels import KERNELS
 from auxkern.backends.triton.launch import alignment, splits
@@ -75,7 +76,7 @@ def test_nothing_is_allocated_for_a_frozen_term():
     values = [logits(1, 4, 129, dtype=H), logits(1, 4, 129)]
     terms = Sum(tuple(map(Logits, values)), 129)
     wanted = [{}, {"values": torch.empty_like(values[1])}]
-    launch = logits_loss.backward(terms, target_of(4), slopes_of(4, 129), wanted, 132)
+    launch = logits_loss.backward(terms, target_of(4), slopes_of(4, 129), wanted, H100)
     assert [g.logits.shape for g in launch.arguments["gradients"]] == [(1, 4, 129)]
     assert len(launch.arguments["gradients"]) == 1
 
@@ -106,8 +107,8 @@ def test_heads_go_by_tiles_and_what_does_not_says_why():
         assert (route.name, route.refusals) == ("chunks of logits", {"tiles": reason})
 
 
-MIB = 1 << 20
-H100, A100, B200 = (132, 50 * MIB), (108, 40 * MIB), (148, 126 * MIB)
+A100 = Gpu("A100", 8, multiprocessors=108, cache_bytes=40 << 20)
+B200 = Gpu("B200", 10, multiprocessors=148, cache_bytes=126 << 20)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ H100, A100, B200 = (132, 50 * MIB), (108, 40 * MIB), (148, 126 * MIB)
 )
 def test_logits_are_read_once_where_that_moves_less(N, V, dtypes, gpu, reason):
     summed = Sum(tuple(Logits(logits(1, N, V, dtype=dtype)) for dtype in dtypes), V)
-    refused = logits_loss.one_pass_refusal(summed, Loss(), *gpu)
+    refused = logits_loss.one_pass_refusal(summed, Loss(), gpu)
     assert refused is None if reason is None else refused.startswith(reason)
 
 
@@ -170,7 +171,7 @@ def test_draws_write_logits_for_what_rewrites_them_alone():
     ):
         plan = heads_draw.plan if isinstance(terms[0], Head) else logits_draw.plan
         summed = Sum(tuple(terms), 129)
-        launches = plan(summed, RowDraws.of(summed, draws), True, 132)[1]
+        launches = plan(summed, RowDraws.of(summed, draws), True, H100)[1]
         assert [launch.kernel.fn.__name__ for launch in launches][: len(kernels)] == kernels
         assert (len(launches) == len(kernels)) == draws.plain
 
@@ -195,10 +196,10 @@ def test_a_filtered_draw_passes_over_a_row_four_times_with_the_whole_device(sour
     V, draws = VOCABULARIES["Llama-3"], draws_of(plain=False, rows=rows)
     if source == "logits":
         summed = logits_of(rows, V, (H, F))
-        launches = logits_draw.plan(summed, RowDraws.of(summed, draws), True, 132)[1]
+        launches = logits_draw.plan(summed, RowDraws.of(summed, draws), True, H100)[1]
     else:
         heads = Sum.of([Head(logits(rows, 16, dtype=H), logits(V, 16, dtype=H))], V)
-        launches = heads_draw.plan(heads, RowDraws.of(heads, draws), True, 132, "ieee")[1]
+        launches = heads_draw.plan(heads, RowDraws.of(heads, draws), True, H100, "ieee")[1]
     passes = {kernel.name: kernel.passes for kernel in KERNELS}
     *over_rows, last = launches
     assert sum(passes[launch.kernel.fn.__name__] for launch in over_rows) <= 4

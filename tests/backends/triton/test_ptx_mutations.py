@@ -31,6 +31,7 @@ from auxkern.core.loss import Loss
 from auxkern.core.sums import Sum
 from tests.support import mutations
 from tests.support.executed import BENIGN, executed
+from tests.support.gpus import with_multiprocessors
 from tests.support.mutations import Mutation
 from tests.support.ptx.machine import ORDERS, Settings
 from tests.support.ptx.parser import PtxError, parse
@@ -285,7 +286,9 @@ def test_a_row_offset_of_32_bits(arch):
     z = flat.as_strided((1, 2, V), (0, stride, 1))
     z.copy_(random(1, 2, V))
     exact = z[0].double().logsumexp(-1)
-    rows, (launch,) = logits_loss.forward(Sum((Logits(z),), V), torch.tensor([1, V - 1]), Loss(stats=True), 1)
+    rows, (launch,) = logits_loss.forward(
+        Sum((Logits(z),), V), torch.tensor([1, V - 1]), Loss(stats=True), with_multiprocessors(1)
+    )
     ptx = compile_ptx(launch, arch).text
 
     def error(text: str) -> tuple[float, Report]:

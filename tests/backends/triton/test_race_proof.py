@@ -20,7 +20,7 @@ import pytest
 triton = pytest.importorskip("triton")
 sentryward = pytest.importorskip("sentryward")
 from auxkern.backends.triton import kernels  # noqa: E402
-from auxkern.backends.triton.configs import H100  # noqa: E402
+from auxkern.backends.triton.cases import H100  # noqa: E402
 from auxkern.backends.triton.launch import Launch  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from tests.support.ptx.runner import Ptx, compile_ptx, flattened  # noqa: E402
@@ -94,8 +94,7 @@ SECONDS = 240  # of which the slowest of the others take a fifth
 
 def _launch(name: str) -> Launch:
     kernel = next(kernel for kernel in kernels.KERNELS if kernel.name == name)
-    gpu = (H100,) if kernel.by_capability else ()
-    return next(launch for _, launch in kernel.launches(VERDICTS[name].V, *gpu))
+    return next(launch for _, launch in kernel.launches(VERDICTS[name].V, H100))
 
 
 def _arguments(launch: Launch, ptx: str) -> list[dict[str, object]]:

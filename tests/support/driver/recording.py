@@ -10,6 +10,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from triton.compiler import CompiledKernel
 
 from auxkern.backends import choice
 from auxkern.backends import triton as backend
-from auxkern.backends.triton import Triton
+from auxkern.backends.triton import Triton, configs
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.kernels import KERNELS
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.replays import Replay, key_of
@@ -138,6 +140,7 @@ class Recorder(Triton):
         self.driver = RecordingDriver(self._library)
         self.compiled: list[str] = []
         self._kept: list[Launched] | None = None
+        self._recorded: dict[int, Gpu] = {}
         self.checks_replays, self.replayed = False, 0
 
     def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
@@ -148,8 +151,12 @@ class Recorder(Triton):
         reason = super().heads_refusal(sum)
         return None if reason is not None and "interpreter" in reason else reason
 
-    def multiprocessors(self, device: torch.device) -> int:
-        return self.driver.attribute(_MULTIPROCESSORS, self.driver.device)
+    def gpu(self, device: torch.device) -> Gpu:
+        index = self.driver.device
+        if index not in self._recorded:
+            number = self.driver.attribute(_MULTIPROCESSORS, index)
+            self._recorded[index] = Gpu(f"recorded {index}", configs.A100, number, cache_bytes=sys.maxsize)
+        return self._recorded[index]
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> list[CompiledKernel | None]:
         kernels: list[CompiledKernel | None] = []

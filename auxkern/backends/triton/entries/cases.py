@@ -14,6 +14,7 @@ from auxkern.backends.triton.entries.kernels import (
     entries_nll_kernel,
     entries_order_kernel,
 )
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import Launch
 from auxkern.core.loss import Loss
 from auxkern.core.sums import Sum
@@ -37,17 +38,17 @@ def ordered(
     return launches.order(Sum((sparse_of(ROWS, dtype, ids),), V), -(-V // block), block)
 
 
-def _order_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _order_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     yield "fp32", ordered(V)[1]
     yield "fp16, int32 ids", ordered(V, H, torch.int32)[1]
 
 
-def _gradient_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _gradient_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     coefficients, factor = cases.coefficients_of(ROWS), cases.float_row(ROWS)
     yield "int64 ids", launches.gradient(ordered(V)[0], cases.target_of(ROWS), coefficients, factor)[1]
 
 
-def _nll_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _nll_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     yield "int64 ids", launches.term_nll(sparse_of(ROWS), V, cases.target_of(ROWS), Loss(stats=True))[1][1]
 
 

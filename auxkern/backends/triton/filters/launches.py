@@ -14,6 +14,7 @@ from auxkern.backends.triton.filters.kernels import (
     histogram_kernel,
     peak_kernel,
 )
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import MAX_SPLITS, Launch, splits
 from auxkern.core.draws import RowTokens
 from auxkern.core.mass import mass_shift
@@ -68,14 +69,10 @@ class Written(NamedTuple):
     want_logprob: bool
 
 
-def plan(written: Written, processors: int) -> list[Launch]:
-    """The launches that fill the tokens, in order.
-
-    Args:
-        processors: of the device; they decide over how many programs a row is split.
-    """
+def plan(written: Written, gpu: Gpu) -> list[Launch]:
+    """The launches that fill the tokens, in order."""
     z, V, N, config = written.z, written.V, written.z.shape[0], configs.FILTER
-    programs = splits(N, -(-V // config.block), processors, config.programs)
+    programs = splits(N, -(-V // config.block), gpu.multiprocessors, config.programs)
     capacity = max(config.listed // programs, config.least_listed)
     bins = Bins(
         z.new_empty((N, config.bins), dtype=torch.int32), z.new_empty((N, config.bins), dtype=torch.int64)

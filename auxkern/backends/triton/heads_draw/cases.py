@@ -9,6 +9,7 @@ import torch
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import WIDTHS, B, F, H, Kernel
 from auxkern.backends.triton.entries.cases import sparse_of
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.heads_draw import launches
 from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
 from auxkern.backends.triton.launch import Launch
@@ -19,6 +20,7 @@ from auxkern.core.sums import Sum
 
 def _launches(
     V: int,
+    gpu: Gpu,
     widths: Sequence[int],
     dtypes: Sequence[torch.dtype],
     *,
@@ -33,27 +35,27 @@ def _launches(
     terms = cases.heads_of(rows, V, widths, dtypes, cap=cap, hidden=hidden).terms
     summed = Sum((*terms, sparse_of(rows)) if pointer else terms, V)
     draws = draws_of(plain=not write, rows=rows)
-    return launches.plan(summed, RowDraws.of(summed, draws), logprob, cases.MULTIPROCESSORS, "ieee")[1]
+    return launches.plan(summed, RowDraws.of(summed, draws), logprob, gpu, "ieee")[1]
 
 
-def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _draw_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for name, widths in WIDTHS.items():
-        yield f"bf16 {name}", _launches(V, widths, (B, B))[0]
+        yield f"bf16 {name}", _launches(V, gpu, widths, (B, B))[0]
     widths = WIDTHS["768+256"]
-    yield "fp16 768+256", _launches(V, widths, (H, H))[0]
-    yield "bf16, 512 rows", _launches(V, widths, (B, B), rows=512)[0]
-    yield "bf16, logprob", _launches(V, widths, (B, B), logprob=True)[0]
-    yield "bf16, writes z", _launches(V, widths, (B, B), write=True)[0]
-    yield "bf16, softcap", _launches(V, widths, (B, B), cap=30.0)[0]
-    yield "fp16+fp32", _launches(V, widths, (H, F))[0]
-    yield "fp32xbf16+fp32", _launches(V, widths, (B, F), hidden=F)[0]
+    yield "fp16 768+256", _launches(V, gpu, widths, (H, H))[0]
+    yield "bf16, 512 rows", _launches(V, gpu, widths, (B, B), rows=512)[0]
+    yield "bf16, logprob", _launches(V, gpu, widths, (B, B), logprob=True)[0]
+    yield "bf16, writes z", _launches(V, gpu, widths, (B, B), write=True)[0]
+    yield "bf16, softcap", _launches(V, gpu, widths, (B, B), cap=30.0)[0]
+    yield "fp16+fp32", _launches(V, gpu, widths, (H, F))[0]
+    yield "fp32xbf16+fp32", _launches(V, gpu, widths, (B, F), hidden=F)[0]
     # The package's own case.
-    yield "fp32xbf16+fp32, pointer", _launches(V, widths, (B, F), hidden=F, pointer=True)[1]
+    yield "fp32xbf16+fp32, pointer", _launches(V, gpu, widths, (B, F), hidden=F, pointer=True)[1]
 
 
-def _choose_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _choose_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for label, logprob in (("plain", False), ("logprob", True)):
-        yield label, _launches(V, WIDTHS["768+256"], (B, B), logprob=logprob)[1]
+        yield label, _launches(V, gpu, WIDTHS["768+256"], (B, B), logprob=logprob)[1]
 
 
 KERNELS = (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.entries import launches as entry_launches
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_draw.kernels import heads_choose_kernel, heads_draw_kernel
 from auxkern.backends.triton.heads_loss.launches import AddedEntries
@@ -34,26 +35,25 @@ class HeadsDraw(TritonKernels):
     """Tokens from heads beside sparse terms, the logits not written where no filter reads them."""
 
     def heads_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
-        processors = self.multiprocessors(draws.seed.device)
+        gpu = self.gpu(draws.seed.device)
         given = RowDraws.of(sum, draws)
         return self.run_plan(
-            lambda: plan(sum, given, want_logprob, processors),
+            lambda: plan(sum, given, want_logprob, gpu),
             [*sum.every_tensor, *given.tensors],
-            (sum.facts, given.facts, want_logprob, processors, torch.get_float32_matmul_precision()),
+            (sum.facts, given.facts, want_logprob, gpu, torch.get_float32_matmul_precision()),
         )
 
 
 def plan(
-    sum: Sum, given: RowDraws, want_logprob: bool, processors: int, precision: str | None = None
+    sum: Sum, given: RowDraws, want_logprob: bool, gpu: Gpu, precision: str | None = None
 ) -> tuple[RowTokens, list[Launch]]:
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
         given: for a draw from this sum.
-        processors: of the device; they decide over how many programs a row of written logits is split.
         precision: as in ``heads_sum``.
     """
-    drawing, V = Drawing.of(sum.V, given, want_logprob, processors), sum.V
+    drawing, V = Drawing.of(sum.V, given, want_logprob, gpu), sum.V
     tiled = heads_sum(sum.heads, V, False, precision)
     # Of any batch 64 rows, though few be there: another kind of matrix instruction adds up in another order.
     # The noise takes registers beside the products: 128 rows would spill.

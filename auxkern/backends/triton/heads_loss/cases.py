@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import cases, configs
+from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import WIDTHS, B, F, H, Kernel, named
 from auxkern.backends.triton.entries import launches as entry_launches
 from auxkern.backends.triton.entries.cases import sparse_of
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches
 from auxkern.backends.triton.heads_loss.kernels import (
@@ -38,11 +39,11 @@ def sum_of(
     scales: Sequence[float | Tensor] = (1.0, 1.0, -1.0),
     hidden: torch.dtype | None = None,
     crowded: bool = False,
-    capability: int = configs.H100,
+    gpu: Gpu = cases.H100,
 ) -> HeadsSum:
     """``ROWS`` rows of a sum of heads; ``crowded`` for a smooth loss or beside entries."""
     heads = cases.heads_of(ROWS, V, widths, dtypes, cap=cap, scales=scales, hidden=hidden).heads
-    return heads_sum(heads, V, stats, "ieee", crowded=crowded, capability=capability)
+    return heads_sum(heads, V, stats, "ieee", crowded=crowded, capability=gpu.capability)
 
 
 def pointer_beside(heads: HeadsSum, *, store: bool) -> AddedEntries:
@@ -85,8 +86,8 @@ def gradient_launch(
     ]
 
 
-def _forward_cases(V: int, capability: int) -> Iterator[tuple[str, Launch]]:
-    of = partial(sum_of, V, capability=capability)
+def _forward_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    of = partial(sum_of, V, gpu=gpu)
     for dtype in (H, B):
         for name, widths in WIDTHS.items():
             heads = of(widths, (dtype, dtype))
@@ -129,22 +130,22 @@ def _forward_cases(V: int, capability: int) -> Iterator[tuple[str, Launch]]:
     yield "3 x bf16 768+256+256", forward_launches(three)[0]
 
 
-def _combine_cases(V: int, capability: int) -> Iterator[tuple[str, Launch]]:
-    of = partial(sum_of, V, capability=capability)
+def _combine_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    of = partial(sum_of, V, gpu=gpu)
     widths = WIDTHS["768+256"]
     yield "bf16", forward_launches(of(widths, (B, B)))[1]
     separate = of(widths, (B, B), stats=True)
     yield "bf16, smooth, stats", forward_launches(separate, smooth=True, stats=True)[1]
 
 
-def _scale_cases(V: int, capability: int) -> Iterator[tuple[str, Launch]]:
-    of = partial(sum_of, V, capability=capability)
+def _scale_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    of = partial(sum_of, V, gpu=gpu)
     for dtype in (H, B, F):
         yield named(dtype), scale_launch(of(WIDTHS["768+256"], (dtype, dtype)), dtype)
 
 
-def _gradient_cases(V: int, capability: int) -> Iterator[tuple[str, Launch]]:
-    of = partial(sum_of, V, capability=capability)
+def _gradient_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    of = partial(sum_of, V, gpu=gpu)
     for dtype in (H, B, F):
         narrow = of((256, 256), (dtype, dtype))
         yield f"{named(dtype)} 256+256", gradient_launch(narrow, dtype)
@@ -160,8 +161,8 @@ def _gradient_cases(V: int, capability: int) -> Iterator[tuple[str, Launch]]:
 
 
 KERNELS = (
-    Kernel(heads_forward_kernel, _forward_cases, ROWS, by_capability=True, dot=True),
-    Kernel(heads_combine_kernel, _combine_cases, ROWS, by_capability=True, passes=7),
-    Kernel(heads_scale_kernel, _scale_cases, ROWS, by_capability=True),
-    Kernel(heads_gradient_kernel, _gradient_cases, ROWS, by_capability=True, dot=True),
+    Kernel(heads_forward_kernel, _forward_cases, ROWS, dot=True),
+    Kernel(heads_combine_kernel, _combine_cases, ROWS, passes=7),
+    Kernel(heads_scale_kernel, _scale_cases, ROWS),
+    Kernel(heads_gradient_kernel, _gradient_cases, ROWS, dot=True),
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton.entries import launches as entry_launches
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
 from auxkern.backends.triton.heads_loss import launches, products
 from auxkern.backends.triton.launch import Launch
@@ -102,11 +103,13 @@ class _Chunk:
 
     @classmethod
     def of(
-        cls, sum: Sum, target: Tensor, loss: Loss, asked: _Asked | None, capability: int
+        cls, sum: Sum, target: Tensor, loss: Loss, asked: _Asked | None, gpu: Gpu
     ) -> tuple[_Chunk, list[Launch]]:
-        """The chunk, and the launches that come before its tiles, on a GPU of this capability."""
+        """The chunk, and the launches that come before its tiles."""
         adds = any(term.ids.shape[1] for term in sum.sparse)
-        tiles = heads_sum(sum.heads, sum.V, loss.stats, crowded=loss.smooth or adds, capability=capability)
+        tiles = heads_sum(
+            sum.heads, sum.V, loss.stats, crowded=loss.smooth or adds, capability=gpu.capability
+        )
         if not adds:
             return cls(sum, tiles, launches.NOTHING_ADDED, target), []
         entries, launch = entry_launches.order(sum, tiles.tiles, tiles.config.ids)
@@ -143,7 +146,7 @@ class HeadsLoss(TritonKernels):
         asked = None if weight is None else _Asked.of(sum, wanted, weight)
         for rows in chunks_of_rows(target != loss.ignore_index, _chunk_of(sum, asked)):
             some, y = sum.rows(rows), target[rows].contiguous()
-            chunk, kernels = _Chunk.of(some, y, loss, asked, self.capability(y.device))
+            chunk, kernels = _Chunk.of(some, y, loss, asked, self.gpu(y.device))
             e = None if asked is None else chunk.buffer(asked)
             losses, tops, forward = launches.forward(chunk.tiles, chunk.target, loss, e, chunk.added)
             self.run([*kernels, *forward], target.device)
@@ -170,7 +173,7 @@ class HeadsLoss(TritonKernels):
             return
         for rows in chunks_of_rows(slopes.counts, _chunk_of(sum, asked)):
             some, y = sum.rows(rows), target[rows].contiguous()
-            chunk, kernels = _Chunk.of(some, y, slopes.loss, asked, self.capability(y.device))
+            chunk, kernels = _Chunk.of(some, y, slopes.loss, asked, self.gpu(y.device))
             factor = weight[rows]
             counts = slopes.counts[rows] & (factor != 0)
             unit = _Unit.of(slopes.rows(rows, counts), asked.dtype)

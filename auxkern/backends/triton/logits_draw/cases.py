@@ -8,6 +8,7 @@ import torch
 
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import B, F, H, Kernel, named
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_draw import launches
 from auxkern.backends.triton.logits_draw.kernels import (
@@ -49,40 +50,46 @@ def draws_of(*, plain: bool, history: int = 0, rows: int = ROWS, shared: bool = 
 
 
 def _launches(
-    V: int, dtypes: tuple[torch.dtype, ...], draws: Draws, *, logprob: bool = False, scaled: bool = False
+    V: int,
+    gpu: Gpu,
+    dtypes: tuple[torch.dtype, ...],
+    draws: Draws,
+    *,
+    logprob: bool = False,
+    scaled: bool = False,
 ) -> list[Launch]:
     """The launches of one call on logits of these dtypes."""
     scale = cases.float_row(ROWS) if scaled else 1.0
     logits = cases.logits_of(ROWS, V, dtypes, scale=scale)
-    return launches.plan(logits, launches.RowDraws.of(logits, draws), logprob, cases.MULTIPROCESSORS)[1]
+    return launches.plan(logits, launches.RowDraws.of(logits, draws), logprob, gpu)[1]
 
 
-def _draw_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _draw_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     plain = draws_of(plain=True)
     for dtypes in _SUMS:
-        yield named(*dtypes), _launches(V, dtypes, plain)[0]
-    yield "bf16+bf16, logprob", _launches(V, (B, B), plain, logprob=True)[0]
-    yield "fp16+fp32, row scales", _launches(V, (H, F), plain, scaled=True)[0]
-    yield "bf16+bf16, one temperature", _launches(V, (B, B), draws_of(plain=True, shared=True))[0]
+        yield named(*dtypes), _launches(V, gpu, dtypes, plain)[0]
+    yield "bf16+bf16, logprob", _launches(V, gpu, (B, B), plain, logprob=True)[0]
+    yield "fp16+fp32, row scales", _launches(V, gpu, (H, F), plain, scaled=True)[0]
+    yield "bf16+bf16, one temperature", _launches(V, gpu, (B, B), draws_of(plain=True, shared=True))[0]
 
 
-def _choose_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _choose_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for label, logprob in (("plain", False), ("logprob", True)):
-        yield label, _launches(V, (B, B), draws_of(plain=True), logprob=logprob)[1]
+        yield label, _launches(V, gpu, (B, B), draws_of(plain=True), logprob=logprob)[1]
 
 
-def _sum_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _sum_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for dtypes in _SUMS:
-        yield named(*dtypes), _launches(V, dtypes, draws_of(plain=False))[0]
+        yield named(*dtypes), _launches(V, gpu, dtypes, draws_of(plain=False))[0]
 
 
-def _seen_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    yield "history", _launches(V, (B, B), draws_of(plain=True, history=512))[1]
+def _seen_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    yield "history", _launches(V, gpu, (B, B), draws_of(plain=True, history=512))[1]
 
 
-def _adjust_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    yield "history", _launches(V, (B, B), draws_of(plain=True, history=512))[2]
-    yield "one penalty", _launches(V, (B, B), draws_of(plain=True, history=512, shared=True))[2]
+def _adjust_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    yield "history", _launches(V, gpu, (B, B), draws_of(plain=True, history=512))[2]
+    yield "one penalty", _launches(V, gpu, (B, B), draws_of(plain=True, history=512, shared=True))[2]
 
 
 KERNELS = (

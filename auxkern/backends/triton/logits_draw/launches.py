@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.filters import launches as filters
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import (
     VECTOR_BYTES,
     Launch,
@@ -125,17 +126,17 @@ class Drawing:
         V: ids.
         want_logprob: whether log-probabilities are filled.
         tokens: what the last kernel fills.
-        processors: of the device; they decide over how many programs a row is split.
+        gpu: that draws.
     """
 
     given: RowDraws
     V: int
     want_logprob: bool
     tokens: RowTokens
-    processors: int
+    gpu: Gpu
 
     @classmethod
-    def of(cls, V: int, given: RowDraws, want_logprob: bool, processors: int) -> Drawing:
+    def of(cls, V: int, given: RowDraws, want_logprob: bool, gpu: Gpu) -> Drawing:
         """A draw from V ids."""
         seed = given.draws.seed
         N = seed.shape[0]
@@ -144,7 +145,7 @@ class Drawing:
             seed.new_empty(N, dtype=torch.int32),
             seed.new_empty(N if want_logprob else 0, dtype=torch.float32),
         )
-        return cls(given, V, want_logprob, tokens, processors)
+        return cls(given, V, want_logprob, tokens, gpu)
 
     @property
     def noise(self) -> NoiseArgument:
@@ -192,7 +193,7 @@ class Drawing:
         adjusted = self._adjusted(z) if self.given.width or self._adds else []
         if not self.given.draws.plain:
             written = filters.Written(z, self.V, self._filters, self.tokens, self.want_logprob)
-            return [*adjusted, *filters.plan(written, self.processors)]
+            return [*adjusted, *filters.plan(written, self.gpu)]
         term = unchecked(Logits, values=z[None], scale=1.0, softcap=None)
         return [*adjusted, *self.drawn(RowsOfTerms.of([term], self))]
 
@@ -300,12 +301,12 @@ class LogitsDraw(TritonKernels):
     """Tokens from logits that exist, beside sparse terms."""
 
     def logits_draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
-        processors = self.multiprocessors(draws.seed.device)
+        gpu = self.gpu(draws.seed.device)
         given = RowDraws.of(sum, draws)
         return self.run_plan(
-            lambda: plan(sum, given, want_logprob, processors),
+            lambda: plan(sum, given, want_logprob, gpu),
             [*sum.every_tensor, *given.tensors],
-            (sum.facts, given.facts, want_logprob, processors),
+            (sum.facts, given.facts, want_logprob, gpu),
         )
 
 
@@ -333,7 +334,7 @@ class RowsOfTerms:
         """Terms of a sum."""
         values, scales, config = [t.values for t in terms], [t.scale for t in terms], configs.SAMPLE
         N, V = drawing.N, drawing.V
-        programs = splits(N, -(-V // config.block), drawing.processors, config.programs)
+        programs = splits(N, -(-V // config.block), drawing.gpu.multiprocessors, config.programs)
         unused = drawing.given.draws.seed
         return cls(
             arguments={
@@ -355,14 +356,13 @@ class RowsOfTerms:
         )
 
 
-def plan(logits: Sum, given: RowDraws, want_logprob: bool, processors: int) -> tuple[RowTokens, list[Launch]]:
+def plan(logits: Sum, given: RowDraws, want_logprob: bool, gpu: Gpu) -> tuple[RowTokens, list[Launch]]:
     """Tokens, statuses and log-probabilities, and the launches that fill them, in order.
 
     Args:
         given: for a draw from this sum.
-        processors: of the device; they decide over how many programs a row is split.
     """
-    drawing = Drawing.of(logits.V, given, want_logprob, processors)
+    drawing = Drawing.of(logits.V, given, want_logprob, gpu)
     terms = RowsOfTerms.of(logits.logits, drawing)
     if not drawing.writes:
         return drawing.tokens, drawing.drawn(terms)

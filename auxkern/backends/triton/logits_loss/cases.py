@@ -9,6 +9,7 @@ import torch
 
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import B, F, H, Kernel, named
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import Launch
 from auxkern.backends.triton.logits_loss import launches
 from auxkern.backends.triton.logits_loss.kernels import (
@@ -27,15 +28,21 @@ _SUMS = ((H,), (B,), (F,), (H, H), (B, B), (F, F), (H, F), (B, F), (B,) * 3, (H,
 
 
 def _forward_launches(
-    V: int, rows: int, dtypes: tuple[torch.dtype, ...], *, cap: float | None = None, loss: Loss = _PLAIN
+    V: int,
+    gpu: Gpu,
+    rows: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    cap: float | None = None,
+    loss: Loss = _PLAIN,
 ) -> list[Launch]:
     logits, target = cases.logits_of(rows, V, dtypes, cap=cap), cases.target_of(rows)
-    return launches.forward(logits, target, loss, cases.MULTIPROCESSORS)[1]
+    return launches.forward(logits, target, loss, gpu)[1]
 
 
-def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _forward_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for dtypes in _SUMS:
-        yield named(*dtypes), _forward_launches(V, _ROWS, dtypes)[0]
+        yield named(*dtypes), _forward_launches(V, gpu, _ROWS, dtypes)[0]
     for label, options in (
         ("softcap", (30.0, _PLAIN)),
         ("smooth", (None, Loss(label_smoothing=0.1))),
@@ -43,13 +50,13 @@ def _forward_cases(V: int) -> Iterator[tuple[str, Launch]]:
         ("smooth, stats", (None, _FULL)),
     ):
         for dtypes in ((B, B), (H, F)):
-            launch = _forward_launches(V, _ROWS, dtypes, cap=options[0], loss=options[1])[0]
+            launch = _forward_launches(V, gpu, _ROWS, dtypes, cap=options[0], loss=options[1])[0]
             yield f"{named(*dtypes)}, {label}", launch
 
 
-def _combine_cases(V: int) -> Iterator[tuple[str, Launch]]:
-    yield "fp16+fp32", _forward_launches(V, _FEW_ROWS, (H, F))[1]
-    yield "fp16+fp32, smooth, stats", _forward_launches(V, _FEW_ROWS, (H, F), loss=_FULL)[1]
+def _combine_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    yield "fp16+fp32", _forward_launches(V, gpu, _FEW_ROWS, (H, F))[1]
+    yield "fp16+fp32, smooth, stats", _forward_launches(V, gpu, _FEW_ROWS, (H, F), loss=_FULL)[1]
 
 
 def _asking(
@@ -65,6 +72,7 @@ def _asking(
 
 def _backward_launch(
     V: int,
+    gpu: Gpu,
     dtypes: tuple[torch.dtype, ...],
     places: Sequence[int],
     *,
@@ -74,37 +82,43 @@ def _backward_launch(
 ) -> Launch:
     logits, wanted = _asking(V, dtypes, places, cap=cap, cut=cut)
     slopes = cases.slopes_of(_ROWS, V - cut, ready=ready)
-    return launches.backward(logits, cases.target_of(_ROWS), slopes, wanted, cases.MULTIPROCESSORS)
+    return launches.backward(logits, cases.target_of(_ROWS), slopes, wanted, gpu)
 
 
 def _fused_launch(
-    V: int, dtypes: tuple[torch.dtype, ...], places: Sequence[int], *, loss: Loss = _PLAIN, cut: int = 0
+    V: int,
+    gpu: Gpu,
+    dtypes: tuple[torch.dtype, ...],
+    places: Sequence[int],
+    *,
+    loss: Loss = _PLAIN,
+    cut: int = 0,
 ) -> Launch:
     logits, wanted = _asking(V, dtypes, places, cut=cut)
     target, weight = cases.target_of(_ROWS), cases.float_row(_ROWS)
-    return launches.fused(logits, target, loss, weight, wanted, cases.MULTIPROCESSORS)[1][0]
+    return launches.fused(logits, target, loss, weight, wanted, gpu)[1][0]
 
 
-def _backward_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _backward_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for dtypes in _SUMS:
-        yield named(*dtypes), _backward_launch(V, dtypes, [len(dtypes) - 1])
+        yield named(*dtypes), _backward_launch(V, gpu, dtypes, [len(dtypes) - 1])
     for dtypes in ((B, B), (H, F)):
-        yield f"{named(*dtypes)}, both wanted", _backward_launch(V, dtypes, [0, 1])
-        yield f"{named(*dtypes)}, softcap", _backward_launch(V, dtypes, [1], cap=30.0)
-    yield "fp16+fp32, vocab_size < V", _backward_launch(V, (H, F), [1], cut=47)
-    yield "bf16+bf16, ready", _backward_launch(V, (B, B), [1], ready=True)
+        yield f"{named(*dtypes)}, both wanted", _backward_launch(V, gpu, dtypes, [0, 1])
+        yield f"{named(*dtypes)}, softcap", _backward_launch(V, gpu, dtypes, [1], cap=30.0)
+    yield "fp16+fp32, vocab_size < V", _backward_launch(V, gpu, (H, F), [1], cut=47)
+    yield "bf16+bf16, ready", _backward_launch(V, gpu, (B, B), [1], ready=True)
 
 
-def _fused_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _fused_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for dtypes in _SUMS:
-        yield named(*dtypes), _fused_launch(V, dtypes, [len(dtypes) - 1])
+        yield named(*dtypes), _fused_launch(V, gpu, dtypes, [len(dtypes) - 1])
     for dtypes in ((B, B), (H, F)):
-        yield f"{named(*dtypes)}, both wanted", _fused_launch(V, dtypes, [0, 1])
-        yield f"{named(*dtypes)}, smooth, stats", _fused_launch(V, dtypes, [1], loss=_FULL)
-    yield "fp16+fp32, vocab_size < V", _fused_launch(V, (H, F), [1], cut=47)
+        yield f"{named(*dtypes)}, both wanted", _fused_launch(V, gpu, dtypes, [0, 1])
+        yield f"{named(*dtypes)}, smooth, stats", _fused_launch(V, gpu, dtypes, [1], loss=_FULL)
+    yield "fp16+fp32, vocab_size < V", _fused_launch(V, gpu, (H, F), [1], cut=47)
 
 
-def _count_cases(V: int) -> Iterator[tuple[str, Launch]]:
+def _count_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     yield "targets", launches.count(cases.target_of(_ROWS), -100)[1][0]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.triton import configs
+from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import (
     MAX_SPLITS,
     Alignment,
@@ -57,7 +58,7 @@ class LogitsLoss(TritonKernels):
     """Losses and gradients of logits that exist."""
 
     def logits_route(self, sum: Sum, loss: Loss) -> Route:
-        reason = one_pass_refusal(sum, loss, self.multiprocessors(sum.device), self.cache_bytes(sum.device))
+        reason = one_pass_refusal(sum, loss, self.gpu(sum.device))
         if reason is None:
             return Route(ONE_PASS, fused=True, mends=True)
         return Route("logits", refusals={ONE_PASS: reason})
@@ -69,25 +70,25 @@ class LogitsLoss(TritonKernels):
     def logits_losses(
         self, sum: Sum, target: Tensor, loss: Loss, weight: Tensor | None, wanted: Wanted
     ) -> RowLosses:
-        processors = self.multiprocessors(target.device)
-        inputs, facts = [target, *sum.every_tensor], (sum.facts, loss, processors)
+        gpu = self.gpu(target.device)
+        inputs, facts = [target, *sum.every_tensor], (sum.facts, loss, gpu)
         if weight is None or not any(wanted):
-            return self.run_plan(lambda: forward(sum, target, loss, processors), inputs, ("forward", *facts))
+            return self.run_plan(lambda: forward(sum, target, loss, gpu), inputs, ("forward", *facts))
         memory, names = _memory_of(wanted)
         return self.run_plan(
-            lambda: fused(sum, target, loss, weight, wanted, processors),
+            lambda: fused(sum, target, loss, weight, wanted, gpu),
             [*inputs, weight, *memory],
             ("fused", *facts, names),
         )
 
     def logits_gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
-        processors = self.multiprocessors(target.device)
+        gpu = self.gpu(target.device)
         written = [] if slopes.written is None else [slopes.written]
         memory, names = _memory_of(wanted)
         self.run_plan(
-            lambda: ((), [backward(sum, target, slopes, wanted, processors)]),
+            lambda: ((), [backward(sum, target, slopes, wanted, gpu)]),
             [target, *sum.every_tensor, slopes.g, *slopes.sums, *written, *memory],
-            ("backward", sum.facts, slopes.loss, slopes.V, processors, len(written), names),
+            ("backward", sum.facts, slopes.loss, slopes.V, gpu, len(written), names),
         )
 
 
@@ -99,17 +100,13 @@ def _memory_of(wanted: Wanted) -> tuple[list[Tensor], Hashable]:
     )
 
 
-def one_pass_refusal(logits: Sum, loss: Loss, processors: int, cache: int) -> str | None:
+def one_pass_refusal(logits: Sum, loss: Loss, gpu: Gpu) -> str | None:
     """Why losses and gradients are not made in one pass; None if they are.
 
     One pass moves R + W bytes a row, the logits and the gradients, two passes 2 R + W. But it holds up only
     while a row that is read again is still in the cache: between, the programs of the other rows in flight
     have each moved (R + W) / 2 bytes on average, R where all gradients are wanted. And its programs take
     whole rows, so that the last of them leave multiprocessors idle.
-
-    Args:
-        processors: of the device.
-        cache: bytes of its L2.
     """
     values, N = [term.values for term in logits.logits], logits.N
     if torch.version.hip is not None:
@@ -117,11 +114,11 @@ def one_pass_refusal(logits: Sum, loss: Loss, processors: int, cache: int) -> st
     if any(x.stride(2) != 1 for x in values):
         return "the columns of a term do not lie side by side"
     row = logits.V * sum_of_sizes(values)
-    in_flight = processors * _fused_config(logits, loss).programs
-    if in_flight * row > configs.CACHE_SHARE * cache:
+    in_flight = gpu.multiprocessors * _fused_config(logits, loss).programs
+    if in_flight * row > configs.CACHE_SHARE * gpu.cache_bytes:
         return (
             f"{in_flight} rows of {row:,} bytes are in flight; they take more than "
-            f"{configs.CACHE_SHARE:.0%} of a cache of {cache:,} bytes"
+            f"{configs.CACHE_SHARE:.0%} of a cache of {gpu.cache_bytes:,} bytes"
         )
     one, two = one_pass_bytes(N, row, in_flight), 3 * N * row
     if one >= two:
@@ -158,18 +155,14 @@ def count(target: Tensor, ignore_index: int) -> tuple[tuple[Tensor], list[Launch
     return (number,), [launch]
 
 
-def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[RowLosses, list[Launch]]:
-    """The launches of ``logits_losses``, in order, and the rows they fill.
-
-    Args:
-        processors: of the device; they decide over how many programs a row is split.
-    """
+def forward(logits: Sum, target: Tensor, loss: Loss, gpu: Gpu) -> tuple[RowLosses, list[Launch]]:
+    """The launches of ``logits_losses``, in order, and the rows they fill."""
     terms, N, V = logits.logits, target.shape[0], logits.V
     values, want_smooth, want_stats = [t.values for t in terms], loss.smooth, loss.stats
     cut = alignment(values)
     config = _first_that_fits(configs.FORWARD_STATS if want_stats else configs.FORWARD, len(terms))
     block = _block(config, cut.granule)
-    programs = splits(N, -(-V // block), processors, config.programs)
+    programs = splits(N, -(-V // block), gpu.multiprocessors, config.programs)
 
     rows = RowLosses.empty(target, torch.float32, len(terms), loss)
     fields = 5 + 2 * len(terms) if want_stats else 4 if want_smooth else 2
@@ -208,16 +201,12 @@ def forward(logits: Sum, target: Tensor, loss: Loss, processors: int) -> tuple[R
     return rows, launches
 
 
-def backward(logits: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted, processors: int) -> Launch:
-    """The launch of ``logits_gradients``.
-
-    Args:
-        processors: of the device; they decide over how many programs a row is split.
-    """
+def backward(logits: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted, gpu: Gpu) -> Launch:
+    """The launch of ``logits_gradients``."""
     streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
     config = _first_that_fits(configs.BACKWARD, len(logits.logits))
     block = _block(config, streams.cut.granule)
-    programs = splits(N, -(-V // block), processors, config.programs)
+    programs = splits(N, -(-V // block), gpu.multiprocessors, config.programs)
     g, ready = slopes.g.float(), slopes.written is not None
     written = g if slopes.written is None else slopes.written.float()
     sums = {name: x.float().contiguous() for name, x in slopes.sums._asdict().items()}
@@ -245,20 +234,19 @@ def backward(logits: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted, pro
 
 
 def fused(
-    logits: Sum, target: Tensor, loss: Loss, weight: Tensor, wanted: Wanted, processors: int
+    logits: Sum, target: Tensor, loss: Loss, weight: Tensor, wanted: Wanted, gpu: Gpu
 ) -> tuple[RowLosses, list[Launch]]:
     """The launch of ``logits_losses`` that writes gradients, and the rows it fills.
 
     Args:
         weight: (N,) the gradient of the rows' losses that is expected.
-        processors: of the device; they decide how many rows are in flight.
     """
     streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
     config, weight = _fused_config(logits, loss), weight.float()
     rows = RowLosses.empty(target, torch.float32, len(logits.logits), loss)
     launch = Launch(
         fused_kernel,
-        (min(N, processors * config.programs),),
+        (min(N, gpu.multiprocessors * config.programs),),
         {
             **streams.arguments,
             "target": target,

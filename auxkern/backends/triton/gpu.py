@@ -1,0 +1,36 @@
+"""What a plan of launches knows of the device that it is for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from auxkern.backends.triton import configs
+
+
+@dataclass(frozen=True, eq=False)
+class Gpu:
+    """A device; equal to itself alone, so that it is quick to look up.
+
+    Attributes:
+        name: of the product.
+        capability: its major compute capability; that of an A100 where it is not NVIDIA's.
+        multiprocessors: that it has; they decide over how many programs a row is split.
+        cache_bytes: of its L2 cache.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+    cache_bytes: int
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """Of a CUDA or ROCm device, or of a CPU, where kernels are interpreted: there all memory is one cache."""
+    if device.type != "cuda":
+        return Gpu("Triton's interpreter", configs.A100, 1, sys.maxsize)
+    properties = torch.cuda.get_device_properties(device)
+    capability = configs.A100 if torch.version.hip else properties.major
+    return Gpu(properties.name, capability, properties.multi_processor_count, properties.L2_cache_size)
