@@ -122,11 +122,11 @@ def _tiles(launch: Launch, target: Target, rows: int) -> Tiles:
 
 def _row(widths: Sequence[int], target: Target) -> Iterator[str]:
     """Cells of the table."""
-    from auxkern.backends.triton.cases import VOCABULARIES, B
+    from auxkern.backends.triton.cases import VOCABULARIES, B, gpu_of
     from auxkern.backends.triton.heads_loss import cases
 
     V = VOCABULARIES[_MODEL]
-    heads = cases.sum_of(V, widths, [B] * len(widths), capability=target.capability)
+    heads = cases.sum_of(V, widths, [B] * len(widths), gpu=gpu_of(target.capability))
     forward = _tiles(cases.forward_launches(heads)[0], target, cases.ROWS)
     trained = sum(
         (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from auxkern.backends import choice
 from auxkern.backends.triton import Triton
+from auxkern.backends.triton.configs import Configs
 from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import Launch
 from auxkern.core.draws import Draws, RowTokens
@@ -101,7 +102,8 @@ class Executed(Triton):
 
     @cached_property
     def _gpu(self) -> Gpu:
-        return Gpu("executor", self.executor.arch // 10, self.processors, cache_bytes=sys.maxsize)
+        capability = self.executor.arch // 10
+        return Gpu("executor", capability, self.processors, sys.maxsize, Configs.of(capability))
 
     def gpu(self, device: torch.device) -> Gpu:
         return self._gpu

@@ -22,3 +22,9 @@ def seen_as(monkeypatch: pytest.MonkeyPatch, backend: Triton, **changes: Any) ->
     """Changes what the plans of a backend know of the device."""
     gpu = replace(backend.gpu(torch.device("cpu")), **changes)
     monkeypatch.setattr(backend, "gpu", lambda device: gpu)
+
+
+def choosing(monkeypatch: pytest.MonkeyPatch, backend: Triton, **choices: Any) -> None:
+    """Changes how its kernels are launched."""
+    configs = replace(backend.gpu(torch.device("cpu")).configs, **choices)
+    seen_as(monkeypatch, backend, configs=configs)

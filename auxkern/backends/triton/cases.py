@@ -20,7 +20,13 @@ from auxkern.core.sums import Sum
 from auxkern.core.terms import Head, Logits, unchecked
 
 VOCABULARIES = {"SmolLM2": 49152, "GPT-2": 50257, "Llama-3": 128256, "Gemma": 262144}
-H100 = Gpu("H100 SXM", configs.H100, multiprocessors=132, cache_bytes=50 << 20)
+H100 = Gpu(
+    "H100 SXM",
+    configs.H100,
+    multiprocessors=132,
+    cache_bytes=50 << 20,
+    configs=configs.Configs.of(configs.H100),
+)
 # D of a language model's and of an auxiliary model's hidden states.
 WIDTHS = {"768+256": (768, 256), "576+256": (576, 256), "4096+512": (4096, 512)}
 
@@ -93,7 +99,7 @@ class Kernel:
 
 def gpu_of(capability: int) -> Gpu:
     """An H100 of another major compute capability: what is compiled for it, whatever its size."""
-    return replace(H100, capability=capability)
+    return replace(H100, capability=capability, configs=configs.Configs.of(capability))
 
 
 def named(*dtypes: torch.dtype) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from auxkern.backends.triton import configs
+from auxkern.backends.triton.configs import Configs
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,12 +20,14 @@ class Gpu:
         capability: its major compute capability; that of an A100 where it is not NVIDIA's.
         multiprocessors: that it has; they decide over how many programs a row is split.
         cache_bytes: of its L2 cache.
+        configs: how its kernels are launched.
     """
 
     name: str
     capability: int
     multiprocessors: int
     cache_bytes: int
+    configs: Configs = field(default_factory=Configs)
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -33,4 +36,10 @@ def gpu_of(device: torch.device) -> Gpu:
         return Gpu("Triton's interpreter", configs.A100, 1, sys.maxsize)
     properties = torch.cuda.get_device_properties(device)
     capability = configs.A100 if torch.version.hip else properties.major
-    return Gpu(properties.name, capability, properties.multi_processor_count, properties.L2_cache_size)
+    return Gpu(
+        properties.name,
+        capability,
+        properties.multi_processor_count,
+        properties.L2_cache_size,
+        Configs.of(capability),
+    )

@@ -59,6 +59,7 @@ class HeadsSum:
         group_of: the accumulator of each head, in the order given.
         V: ids.
         parts: of each head, products of 16-bit operands that make its product; 0 if it is float32's own.
+        choices: of the GPU.
     """
 
     heads: tuple[_HeadArgument, ...]
@@ -68,6 +69,7 @@ class HeadsSum:
     group_of: list[int]
     V: int
     parts: tuple[int, ...]
+    choices: configs.Configs
 
     @property
     def N(self) -> int:
@@ -218,7 +220,8 @@ def heads_sum(
     precision: str | None = None,
     *,
     crowded: bool = False,
-    capability: int = configs.A100,
+    choices: configs.Configs = configs.DEFAULT,
+    draws: bool = False,
 ) -> HeadsSum:
     """The sum of 1 to 4 heads as the kernels take it.
 
@@ -226,7 +229,8 @@ def heads_sum(
         separate: whether each head needs an accumulator of its own.
         precision: of products of float32: "ieee" or "tf32"; None for what torch is told.
         crowded: whether statistics or entries take registers beside the products.
-        capability: major compute capability of the GPU.
+        choices: of the GPU.
+        draws: whether tokens are drawn from it, not losses made.
     """
     order = _order(heads, separate)
     begins, rescales, group_of = [], [], [0] * len(heads)
@@ -242,7 +246,7 @@ def heads_sum(
         groups[-1:] = [group] if joins else [*groups[-1:], group]
         group_of[i] = len(groups) - 1
         previous = head
-    ordered = [heads[i] for i in order]
+    ordered, table = [heads[i] for i in order], choices.for_draws if draws else choices.for_losses
     parts = tuple(map(_parts, ordered))
     return HeadsSum(
         heads=tuple(map(_as_head, ordered, rescales)),
@@ -259,22 +263,22 @@ def heads_sum(
             "CAPPED": tuple(g.softcap > 0 for g in groups),
             "PRECISION": precision or _float32_products(),
         },
-        config=_config(ordered, parts, len(groups), crowded or separate, capability),
+        config=_config(ordered, parts, len(groups), crowded or separate, table),
         group_of=group_of,
         V=V,
         parts=parts,
+        choices=choices,
     )
 
 
 def _config(
-    heads: Sequence[Head], parts: Sequence[int], groups: int, crowded: bool, capability: int
+    heads: Sequence[Head], parts: Sequence[int], groups: int, crowded: bool, table: configs.TileTable
 ) -> configs.TileConfig:
     """How a sum is cut into tiles; ``crowded`` if more than its operands takes registers."""
-    table = configs.TILES.get(capability, configs.TILES[configs.A100])
     kind = _kind(heads, parts)
-    if (kind, groups) not in table:
-        return configs.TILES_MANY
-    tiles = table[kind, groups]
+    if (kind, groups) not in table.kinds:
+        return table.many
+    tiles = table.kinds[kind, groups]
     aligned = all(map(_adjacent, heads)) and all(h.hidden.shape[1] % tiles.roomy.width == 0 for h in heads)
     # Tiles of float32 are small: statistics and entries find room beside aligned operands.
     crowded = (crowded and kind != configs.FLOAT) or len(heads) > 2

@@ -18,8 +18,8 @@ from tests.support.machines import INTERPRETED
 
 pytest.importorskip("triton")
 
-from auxkern.backends.triton import configs
-from tests.support.gpus import seen_as
+from auxkern.backends.triton.configs import DEFAULT
+from tests.support.gpus import choosing, seen_as
 
 pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
@@ -31,8 +31,8 @@ TILE = 1024
 @pytest.fixture
 def split(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Makes the device one of so many multiprocessors, of one program each, and tiles short."""
-    small = dataclasses.replace(configs.SAMPLE, block=TILE, programs=1)
-    monkeypatch.setattr(configs, "SAMPLE", small)
+    small = dataclasses.replace(DEFAULT.sample, block=TILE, programs=1)
+    choosing(monkeypatch, machine.backend, sample=small)
 
     def split(processors: int) -> None:
         seen_as(monkeypatch, machine.backend, multiprocessors=processors)

@@ -15,8 +15,8 @@ from tests.support.draws import assert_equal, logits, seeds
 
 pytest.importorskip("triton")
 
-from auxkern.backends.triton import configs
-from tests.support.gpus import seen_as
+from auxkern.backends.triton.configs import DEFAULT
+from tests.support.gpus import choosing, seen_as
 
 pytestmark = [
     pytest.mark.usefixtures("machine", "poisoned_memory"),
@@ -42,9 +42,11 @@ def split(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def short_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_lists(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists of 4 ids, so that most rows are read again."""
-    monkeypatch.setattr(configs, "FILTER", dataclasses.replace(configs.FILTER, listed=4, least_listed=4))
+    choosing(
+        monkeypatch, machine.backend, filter=dataclasses.replace(DEFAULT.filter, listed=4, least_listed=4)
+    )
 
 
 def draw(z: Tensor, params: SamplingParams) -> Sample:
@@ -72,10 +74,10 @@ def test_any_split_gives_the_same_bits(split, name):
     assert_equal(z, params, seed=seeds(4))
 
 
-def test_smaller_tiles_and_many_programs(split, monkeypatch):
+def test_smaller_tiles_and_many_programs(machine, split, monkeypatch):
     z, params = logits(2, 16300), SamplingParams(top_k=200, top_p=0.8)
     whole = draw(z, params)
-    monkeypatch.setattr(configs, "FILTER", dataclasses.replace(configs.FILTER, block=256, warps=2))
+    choosing(monkeypatch, machine.backend, filter=dataclasses.replace(DEFAULT.filter, block=256, warps=2))
     split(132)  # 64 tiles, and as many programs
     parted = draw(z, params)
     assert torch.equal(parted.tokens, whole.tokens)
@@ -90,11 +92,13 @@ def test_lists_that_are_too_short(split, short_lists, name, processors):
     assert_equal(z, SamplingParams(**FILTERS[name]), seed=seeds(4))
 
 
-def test_long_and_short_lists_keep_the_same(split, monkeypatch):
+def test_long_and_short_lists_keep_the_same(machine, split, monkeypatch):
     split(1)  # for 4 rows 4 programs: a list of ids from two tiles
     z, params = crowded(4, 1100), SamplingParams(top_k=700, top_p=0.3)
     before = draw(z, params)
-    monkeypatch.setattr(configs, "FILTER", dataclasses.replace(configs.FILTER, listed=4, least_listed=4))
+    choosing(
+        monkeypatch, machine.backend, filter=dataclasses.replace(DEFAULT.filter, listed=4, least_listed=4)
+    )
     after = draw(z, params)
     assert torch.equal(before.tokens, after.tokens)
     assert torch.equal(before.processed_logprob, after.processed_logprob)

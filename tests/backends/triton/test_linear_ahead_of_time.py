@@ -103,7 +103,7 @@ PAIRS = {"bf16": (B, B), "fp32xbf16": (F, B), "fp32xfp16": (F, H), "bf16xfp32": 
 @pytest.mark.parametrize("target", TENSOR_CORES)
 def test_no_combination_spills(target, pair, float32_beside, bias, adjacent):
     """Smooth forward passes, one that writes e and one with soft caps, and the gradient of the latter."""
-    D, capability = 256 if adjacent else 75, TARGETS[target].capability
+    D, gpu = 256 if adjacent else 75, gpu_of(TARGETS[target].capability)
 
     def head(hidden: torch.dtype, weight: torch.dtype, cap: float | None) -> Head:
         w = torch.empty((V, D) if adjacent else (D, V), dtype=weight, device="meta")
@@ -114,7 +114,7 @@ def test_no_combination_spills(target, pair, float32_beside, bias, adjacent):
     second = (F, F) if float32_beside else PAIRS[pair]
     for cap in (None, 30.0):
         given = [head(*PAIRS[pair], cap), head(*second, cap)]
-        heads = heads_sum(given, V, False, "ieee", crowded=True, capability=capability)
+        heads = heads_sum(given, V, False, "ieee", crowded=True, choices=gpu.configs)
         e = None if cap else heads.buffer(H if heads.in_tensor_cores else F)
         loss, y = Loss(label_smoothing=0.1), target_of(heads.N)
         made(target, heads_loss.forward(heads, y, loss, e)[2][0])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from auxkern.backends.triton import cases, configs
+from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import H, Kernel
 from auxkern.backends.triton.entries import launches
 from auxkern.backends.triton.entries.kernels import (
@@ -31,25 +31,28 @@ def sparse_of(rows: int, dtype: torch.dtype = torch.float32, ids: torch.dtype = 
 
 
 def ordered(
-    V: int, dtype: torch.dtype = torch.float32, ids: torch.dtype = torch.int64
+    V: int, gpu: Gpu, dtype: torch.dtype = torch.float32, ids: torch.dtype = torch.int64
 ) -> tuple[launches.Entries, Launch]:
     """The entries of ``ROWS`` rows and the launch that sorts them."""
-    block = configs.ENTRY_IDS
-    return launches.order(Sum((sparse_of(ROWS, dtype, ids),), V), -(-V // block), block)
+    block = gpu.configs.entry_ids
+    return launches.order(Sum((sparse_of(ROWS, dtype, ids),), V), -(-V // block), block, gpu.configs)
 
 
 def _order_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
-    yield "fp32", ordered(V)[1]
-    yield "fp16, int32 ids", ordered(V, H, torch.int32)[1]
+    yield "fp32", ordered(V, gpu)[1]
+    yield "fp16, int32 ids", ordered(V, gpu, H, torch.int32)[1]
 
 
 def _gradient_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     coefficients, factor = cases.coefficients_of(ROWS), cases.float_row(ROWS)
-    yield "int64 ids", launches.gradient(ordered(V)[0], cases.target_of(ROWS), coefficients, factor)[1]
+    yield "int64 ids", launches.gradient(ordered(V, gpu)[0], cases.target_of(ROWS), coefficients, factor)[1]
 
 
 def _nll_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
-    yield "int64 ids", launches.term_nll(sparse_of(ROWS), V, cases.target_of(ROWS), Loss(stats=True))[1][1]
+    yield (
+        "int64 ids",
+        launches.term_nll(sparse_of(ROWS), V, cases.target_of(ROWS), Loss(stats=True), gpu.configs)[1][1],
+    )
 
 
 KERNELS = (

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs
+from auxkern.backends.triton.configs import Configs
 from auxkern.backends.triton.entries.kernels import (
     entries_gradient_kernel,
     entries_nll_kernel,
@@ -40,6 +40,7 @@ class Entries:
         ids, values: (N, K) as given, columns adjacent.
         last: (N, K) int32, where in the sorted ones the last of the ids equal to each stands.
         V: ids.
+        choices: of the GPU.
     """
 
     argument: EntriesArgument
@@ -47,6 +48,7 @@ class Entries:
     values: Tensor
     last: Tensor
     V: int
+    choices: Configs
 
 
 def none(placeholder: Tensor) -> EntriesArgument:
@@ -55,13 +57,14 @@ def none(placeholder: Tensor) -> EntriesArgument:
     return EntriesArgument(x, x, x, x, encode(0), encode(1))
 
 
-def order(sum: Sum, tiles: int, block: int) -> tuple[Entries, Launch]:
+def order(sum: Sum, tiles: int, block: int, choices: Configs) -> tuple[Entries, Launch]:
     """The entries, and the launch that sorts them.
 
     Args:
         tiles, block: of the vocabulary, and the ids in one.
+        choices: of the GPU.
     """
-    ids, values = _given(sum)
+    (ids, values), config = _given(sum), choices.entry_order
     N, K = ids.shape
     argument = EntriesArgument(
         ids=ids.new_empty((N, K), dtype=torch.int32),
@@ -71,10 +74,10 @@ def order(sum: Sum, tiles: int, block: int) -> tuple[Entries, Launch]:
         K=encode(K),
         tiles=encode(tiles + 1),
     )
-    entries = Entries(argument, ids, values, torch.empty_like(argument.ids), sum.V)
+    entries = Entries(argument, ids, values, torch.empty_like(argument.ids), sum.V, choices)
     launch = Launch(
         entries_order_kernel,
-        (N, -(-max(K, tiles + 1) // configs.ENTRY_LANES)),
+        (N, -(-max(K, tiles + 1) // config.taken)),
         {
             "ids": ids,
             "values": values,
@@ -86,8 +89,8 @@ def order(sum: Sum, tiles: int, block: int) -> tuple[Entries, Launch]:
             "V": sum.V,
             "tiles": tiles,
         },
-        {"BLOCK_V": block, "LANES": configs.ENTRY_LANES, "STEP": configs.ENTRY_STEP},
-        configs.ENTRY_WARPS,
+        {"BLOCK_V": block, "LANES": config.taken, "STEP": config.step},
+        config.warps,
         bytes_moved=N * K * (ids.element_size() + values.element_size() + 12) + 4 * N * (tiles + 1),
         flops=0,
     )
@@ -118,10 +121,10 @@ def gradient(
         factor: (N,) float32 that multiplies it.
     """
     N, K = entries.ids.shape
-    d = torch.empty_like(entries.argument.logits)
+    d, config = torch.empty_like(entries.argument.logits), entries.choices.entry_gradient
     launch = Launch(
         entries_gradient_kernel,
-        (-(-N // configs.ENTRY_ROWS), -(-K // configs.ENTRY_STEP)),
+        (-(-N // config.taken), -(-K // config.step)),
         {
             "ids": entries.ids,
             "entries": entries.argument,
@@ -135,23 +138,25 @@ def gradient(
             "K": K,
             "V": entries.V,
         },
-        {"R": configs.ENTRY_ROWS, "STEP": configs.ENTRY_STEP},
-        configs.ENTRY_WARPS,
+        {"R": config.taken, "STEP": config.step},
+        config.warps,
         bytes_moved=N * K * (entries.ids.element_size() + 12),
         flops=4 * N * K,
     )
     return d, launch
 
 
-def term_nll(term: Sparse, V: int, target: Tensor, loss: Loss) -> tuple[Tensor, list[Launch]]:
+def term_nll(
+    term: Sparse, V: int, target: Tensor, loss: Loss, choices: Configs
+) -> tuple[Tensor, list[Launch]]:
     """(N,) float32 nll under the softmax of one term alone, and the launches that make it, in order."""
     result = target.new_empty(target.shape, dtype=torch.float32)
-    block = configs.ENTRY_IDS
-    entries, sorting = order(Sum((term,), V), -(-V // block), block)
+    block, config = choices.entry_ids, choices.entry_nll
+    entries, sorting = order(Sum((term,), V), -(-V // block), block, choices)
     N, K = entries.ids.shape
     launch = Launch(
         entries_nll_kernel,
-        (-(-N // configs.ENTRY_NLL_ROWS),),
+        (-(-N // config.taken),),
         {
             "entries": entries.argument,
             "target": target,
@@ -162,8 +167,8 @@ def term_nll(term: Sparse, V: int, target: Tensor, loss: Loss) -> tuple[Tensor, 
             "ignore_index": loss.ignore_index,
             "end": K + 1,
         },
-        {"R": configs.ENTRY_NLL_ROWS, "STEP": configs.ENTRY_NLL_STEP},
-        1,
+        {"R": config.taken, "STEP": config.step},
+        config.warps,
         bytes_moved=8 * N * K,
         flops=4 * N * K,
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from auxkern.backends.triton import cases
 from auxkern.backends.triton.cases import B, Kernel
-from auxkern.backends.triton.configs import FILTER
+from auxkern.backends.triton.configs import DEFAULT
 from auxkern.backends.triton.filters.kernels import (
     finish_kernel,
     gather_kernel,
@@ -41,5 +41,5 @@ KERNELS = (
     # Of lists, or of a row where one is too long: their span; top-k, top-p, and which of equal logits, a
     # search of 8 digits each; the mass that top-k keeps; the draw: 27, of which AMD's compiler unrolls
     # 24. A tile holds the lists of a peaked row.
-    Kernel(finish_kernel, _cases(-1, False, True), ROWS, passes=51, columns=FILTER.finish_block),
+    Kernel(finish_kernel, _cases(-1, False, True), ROWS, passes=51, columns=DEFAULT.filter.finish_block),
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs
+from auxkern.backends.triton.configs import FilterConfig
 from auxkern.backends.triton.filters.kernels import (
     finish_kernel,
     gather_kernel,
@@ -71,7 +71,7 @@ class Written(NamedTuple):
 
 def plan(written: Written, gpu: Gpu) -> list[Launch]:
     """The launches that fill the tokens, in order."""
-    z, V, N, config = written.z, written.V, written.z.shape[0], configs.FILTER
+    z, V, N, config = written.z, written.V, written.z.shape[0], gpu.configs.filter
     programs = splits(N, -(-V // config.block), gpu.multiprocessors, config.programs)
     capacity = max(config.listed // programs, config.least_listed)
     bins = Bins(
@@ -127,7 +127,7 @@ def plan(written: Written, gpu: Gpu) -> list[Launch]:
     ]
 
 
-def _bits(programs: int, config: configs.FilterConfig) -> int:
+def _bits(programs: int, config: FilterConfig) -> int:
     """log2 of the ids that a tile of the last kernel takes of each list: all lists side by side."""
     return (config.finish_block >> (programs - 1).bit_length()).bit_length() - 1
 

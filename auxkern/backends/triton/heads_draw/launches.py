@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs
 from auxkern.backends.triton.entries import launches as entry_launches
 from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.heads import HeadsSum, heads_sum
@@ -54,10 +52,7 @@ def plan(
         precision: as in ``heads_sum``.
     """
     drawing, V = Drawing.of(sum.V, given, want_logprob, gpu), sum.V
-    tiled = heads_sum(sum.heads, V, False, precision)
-    # Of any batch 64 rows, though few be there: another kind of matrix instruction adds up in another order.
-    # The noise takes registers beside the products: 128 rows would spill.
-    tiled = replace(tiled, config=replace(tiled.config, rows=min(tiled.config.rows, 64)))
+    tiled = heads_sum(sum.heads, V, False, precision, choices=gpu.configs, draws=True)
     write = drawing.rewrites
     added, ordered = (AddedEntries(), []) if write else _entries(drawing, sum, tiled)
     tiles = drawing.padded // tiled.config.ids if write else tiled.tiles
@@ -87,20 +82,20 @@ def _entries(drawing: Drawing, sum: Sum, tiled: HeadsSum) -> tuple[AddedEntries,
     if not drawing.given.added:
         return AddedEntries(), []
     entries, launch = entry_launches.order(
-        Sum(tuple(drawing.given.added), sum.V), tiled.tiles, tiled.config.ids
+        Sum(tuple(drawing.given.added), sum.V), tiled.tiles, tiled.config.ids, tiled.choices
     )
     return AddedEntries(entries), [launch]
 
 
 def _chosen(drawing: Drawing, partial: TileDraws) -> Launch:
     """The best of what tiles have drawn."""
-    N, tiles = partial.ids.shape
+    (N, tiles), config = partial.ids.shape, drawing.gpu.configs.choose_tile
     return Launch(
         heads_choose_kernel,
         (N,),
         {"draws": drawing.noise, "partial": partial, "out": drawing.tokens, "tiles": tiles},
-        {"LOGPROB": drawing.want_logprob, "LANES": configs.CHOOSE_TILE.block},
-        configs.CHOOSE_TILE.warps,
+        {"LOGPROB": drawing.want_logprob, "LANES": config.block},
+        config.warps,
         bytes_moved=8 * N * tiles * (1 + drawing.want_logprob),
         flops=NOISE_FLOPS * N * tiles,
     )

@@ -43,12 +43,14 @@ def sum_of(
 ) -> HeadsSum:
     """``ROWS`` rows of a sum of heads; ``crowded`` for a smooth loss or beside entries."""
     heads = cases.heads_of(ROWS, V, widths, dtypes, cap=cap, scales=scales, hidden=hidden).heads
-    return heads_sum(heads, V, stats, "ieee", crowded=crowded, capability=gpu.capability)
+    return heads_sum(heads, V, stats, "ieee", crowded=crowded, choices=gpu.configs)
 
 
 def pointer_beside(heads: HeadsSum, *, store: bool) -> AddedEntries:
     """A sparse term, whose gradient may be wanted."""
-    entries, _ = entry_launches.order(Sum((sparse_of(ROWS),), heads.V), heads.tiles, heads.config.ids)
+    entries, _ = entry_launches.order(
+        Sum((sparse_of(ROWS),), heads.V), heads.tiles, heads.config.ids, heads.choices
+    )
     return AddedEntries(entries, store)
 
 

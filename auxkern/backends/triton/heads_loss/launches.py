@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs
 from auxkern.backends.triton.entries.launches import Entries, EntriesArgument
 from auxkern.backends.triton.entries.launches import none as no_entries
 from auxkern.backends.triton.heads import HALF, HeadsSum
@@ -27,9 +26,6 @@ from auxkern.core.sums import Sum, Wanted
 _LOGIT_FLOPS = 6
 # dz lies in [-1, 1]; float16 keeps its small entries from underflow in the upper half of its range.
 MAGNIFIED = {torch.float16: 2.0**12, torch.bfloat16: 1.0, torch.float32: 1.0}
-# Multiplying D more numbers per logit takes as long as moving the bytes of e and dz once more: 4 bytes
-# at 3.35 TB/s against 2 D operations at 989 TFLOP/s, the data-sheet rates of an H100.
-_RECOMPUTED_WIDTH = 512
 
 
 class _Partial(NamedTuple):
@@ -97,7 +93,7 @@ def one_write(heads: HeadsSum, wanted: Sequence[int]) -> bool:
     """
     if any(heads.slope_of(i) >= 0 for i in wanted):
         return False
-    return not heads.in_tensor_cores or heads.width > _RECOMPUTED_WIDTH
+    return not heads.in_tensor_cores or heads.width > heads.choices.recomputed_width
 
 
 def forward(
@@ -132,10 +128,10 @@ def forward(
         bytes_moved=heads.input_bytes + (0 if e is None else N * heads.V * e.element_size()),
         logit_flops=_LOGIT_FLOPS,
     )
-    sizes = fields * heads.tiles * N
+    sizes, config = fields * heads.tiles * N, heads.choices.combine
     combine = Launch(
         heads_combine_kernel,
-        (-(-N // configs.COMBINE_ROWS),),
+        (-(-N // config.taken),),
         {
             "target": target,
             "partial": partial,
@@ -149,10 +145,10 @@ def forward(
         | {
             "GROUPS": groups,
             "BLOCK_V": heads.config.ids,
-            "R": configs.COMBINE_ROWS,
-            "LANES": configs.COMBINE_LANES,
+            "R": config.taken,
+            "LANES": config.step,
         },
-        configs.COMBINE_WARPS,
+        config.warps,
         bytes_moved=4 * sizes,
         flops=2 * sizes,
     )
@@ -164,10 +160,10 @@ def scale(
 ) -> tuple[Tensor, Launch]:
     """The launch that turns ``e`` into dz of ``dtype``, and dz (N, V), in the memory of ``e``."""
     d = e.view(dtype)
-    N = heads.N
+    N, config = heads.N, heads.choices.scale
     launch = Launch(
         heads_scale_kernel,
-        (-(-N // configs.SCALE_ROWS), heads.tiles),
+        (-(-N // config.block), heads.tiles),
         {
             "e_in": e,
             "d_out": d,
@@ -177,8 +173,8 @@ def scale(
             "N": N,
             "tiles": heads.tiles,
         },
-        {"R": configs.SCALE_ROWS, "BLOCK_V": heads.config.ids},
-        configs.SCALE_WARPS,
+        {"R": config.block, "BLOCK_V": heads.config.ids},
+        config.warps,
         bytes_moved=2 * N * heads.V * e.element_size(),
         flops=2 * N * heads.V,
     )

@@ -107,12 +107,10 @@ class _Chunk:
     ) -> tuple[_Chunk, list[Launch]]:
         """The chunk, and the launches that come before its tiles."""
         adds = any(term.ids.shape[1] for term in sum.sparse)
-        tiles = heads_sum(
-            sum.heads, sum.V, loss.stats, crowded=loss.smooth or adds, capability=gpu.capability
-        )
+        tiles = heads_sum(sum.heads, sum.V, loss.stats, crowded=loss.smooth or adds, choices=gpu.configs)
         if not adds:
             return cls(sum, tiles, launches.NOTHING_ADDED, target), []
-        entries, launch = entry_launches.order(sum, tiles.tiles, tiles.config.ids)
+        entries, launch = entry_launches.order(sum, tiles.tiles, tiles.config.ids, gpu.configs)
         store = asked is not None and any(asked.sparse)
         return cls(sum, tiles, launches.AddedEntries(entries, store), target), [launch]
 
@@ -228,7 +226,9 @@ class HeadsLoss(TritonKernels):
         result = []
         for term in chunk.sum.terms:
             if isinstance(term, Sparse):
-                nll, kernels = entry_launches.term_nll(term, chunk.sum.V, chunk.target, loss)
+                nll, kernels = entry_launches.term_nll(
+                    term, chunk.sum.V, chunk.target, loss, chunk.tiles.choices
+                )
                 self.run(kernels, nll.device)
                 result.append(nll)
             else:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs
+from auxkern.backends.triton.configs import ADJACENT, PART, SEEN_MOST
 from auxkern.backends.triton.filters import launches as filters
 from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import (
@@ -92,7 +92,7 @@ class RowDraws:
             added.append(unchecked(Sparse, ids=draws.bias_ids, values=draws.bias))
         ids, values = Sum(tuple(added), sum.V).entries() if added else (draws.bias_ids, draws.bias)
         seen = generated = draws.history[:, :0] if draws.history.shape[1] else draws.history
-        if draws.prompt.shape[1] + draws.history.shape[1] > configs.SEEN_MOST:
+        if draws.prompt.shape[1] + draws.history.shape[1] > SEEN_MOST:
             seen, generated = _seen(draws.prompt, draws.history)
         return cls(draws, added, Listed(ids, values, seen, generated))
 
@@ -160,7 +160,8 @@ class Drawing:
     @property
     def padded(self) -> int:
         """Columns of written logits: whole tiles, filled with -inf, so that no reader needs a mask."""
-        return -(-self.V // configs.SAMPLE.block) * configs.SAMPLE.block
+        block = self.gpu.configs.sample.block
+        return -(-self.V // block) * block
 
     @property
     def rewrites(self) -> bool:
@@ -199,7 +200,7 @@ class Drawing:
 
     def summed(self, logits: RowsOfTerms, z: Tensor) -> Launch:
         """The sum of terms, written."""
-        config = configs.SAMPLE
+        config = self.gpu.configs.sample
         return Launch(
             sum_kernel,
             (self.N, logits.programs),
@@ -212,9 +213,9 @@ class Drawing:
 
     def drawn(self, logits: RowsOfTerms) -> list[Launch]:
         """The draw from a sum of terms."""
-        N, V, config, programs = self.N, self.V, configs.SAMPLE, logits.programs
-        groups = programs * config.block // configs.ADJACENT
-        parts = self.padded // configs.PART
+        N, V, config, programs = self.N, self.V, self.gpu.configs.sample, logits.programs
+        groups = programs * config.block // ADJACENT
+        parts = self.padded // PART
         partial = Bounds(self.floats(groups), self.parts(parts))
         arguments = {**logits.arguments, "draws": self.noise, "partial": partial, "parts": parts}
         bounded = Launch(
@@ -235,10 +236,10 @@ class Drawing:
                 # It reads few columns: no binary of its own for rows whose vectors are aligned.
                 "ALIGNED": (False,) * logits.count,
                 "LOGPROB": self.want_logprob,
-                "LANES": configs.CHOOSE.block,
-                "TILES": configs.CHOOSE_TILES,
+                "LANES": self.gpu.configs.choose.block,
+                "TILES": self.gpu.configs.choose_tiles,
             },
-            configs.CHOOSE.warps,
+            self.gpu.configs.choose.warps,
             bytes_moved=4 * N * (groups + 2 * parts * self.want_logprob),
             flops=8 * N * groups,
         )
@@ -268,8 +269,8 @@ class Drawing:
                 "stride": z.shape[1],
                 **widths,
             },
-            {"BLOCK": configs.ADJUST.block},
-            configs.ADJUST.warps,
+            {"BLOCK": self.gpu.configs.adjust.block},
+            self.gpu.configs.adjust.warps,
             bytes_moved=20 * entries,
             flops=6 * entries,
         )
@@ -277,12 +278,12 @@ class Drawing:
 
     def _seen(self) -> tuple[Listed, Launch]:
         """The same list with seen ids, and the launch that fills them in."""
-        draws, width = self.given.draws, self.given.width
+        draws, width, config = self.given.draws, self.given.width, self.gpu.configs.seen
         seen, generated = (draws.seed.new_empty((self.N, width)) for _ in range(2))
         listed = self.given.listed._replace(seen=seen, generated=generated)
         return listed, Launch(
             seen_kernel,
-            (self.N, -(-width // configs.SEEN_LANES)),
+            (self.N, -(-width // config.taken)),
             {
                 "prompt": draws.prompt,
                 "history": draws.history,
@@ -290,8 +291,8 @@ class Drawing:
                 "P": draws.prompt.shape[1],
                 "H": draws.history.shape[1],
             },
-            {"LANES": configs.SEEN_LANES, "STEP": configs.SEEN_STEP},
-            configs.SEEN_WARPS,
+            {"LANES": config.taken, "STEP": config.step},
+            config.warps,
             bytes_moved=24 * self.N * width,
             flops=4 * self.N * width**2,
         )
@@ -332,7 +333,8 @@ class RowsOfTerms:
     @classmethod
     def of(cls, terms: Sequence[Logits], drawing: Drawing) -> RowsOfTerms:
         """Terms of a sum."""
-        values, scales, config = [t.values for t in terms], [t.scale for t in terms], configs.SAMPLE
+        values, scales = [t.values for t in terms], [t.scale for t in terms]
+        config = drawing.gpu.configs.sample
         N, V = drawing.N, drawing.V
         programs = splits(N, -(-V // config.block), drawing.gpu.multiprocessors, config.programs)
         unused = drawing.given.draws.seed

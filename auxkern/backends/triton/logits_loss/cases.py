@@ -119,7 +119,7 @@ def _fused_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
 
 
 def _count_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
-    yield "targets", launches.count(cases.target_of(_ROWS), -100)[1][0]
+    yield "targets", launches.count(cases.target_of(_ROWS), -100, gpu)[1][0]
 
 
 KERNELS = (

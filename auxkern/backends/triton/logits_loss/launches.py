@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from auxkern.backends.triton import configs
+from auxkern.backends.triton.configs import WARP, Config
 from auxkern.backends.triton.gpu import Gpu
 from auxkern.backends.triton.launch import (
     MAX_SPLITS,
@@ -64,7 +64,10 @@ class LogitsLoss(TritonKernels):
         return Route("logits", refusals={ONE_PASS: reason})
 
     def counted(self, target: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        (number,) = self.run_plan(lambda: count(target, ignore_index), [target], ("count", ignore_index))
+        gpu = self.gpu(target.device)
+        (number,) = self.run_plan(
+            lambda: count(target, ignore_index, gpu), [target], ("count", ignore_index, gpu)
+        )
         return number[0], number[1]
 
     def logits_losses(
@@ -114,11 +117,12 @@ def one_pass_refusal(logits: Sum, loss: Loss, gpu: Gpu) -> str | None:
     if any(x.stride(2) != 1 for x in values):
         return "the columns of a term do not lie side by side"
     row = logits.V * sum_of_sizes(values)
-    in_flight = gpu.multiprocessors * _fused_config(logits, loss).programs
-    if in_flight * row > configs.CACHE_SHARE * gpu.cache_bytes:
+    share = gpu.configs.cache_share
+    in_flight = gpu.multiprocessors * _fused_config(logits, loss, gpu).programs
+    if in_flight * row > share * gpu.cache_bytes:
         return (
             f"{in_flight} rows of {row:,} bytes are in flight; they take more than "
-            f"{configs.CACHE_SHARE:.0%} of a cache of {gpu.cache_bytes:,} bytes"
+            f"{share:.0%} of a cache of {gpu.cache_bytes:,} bytes"
         )
     one, two = one_pass_bytes(N, row, in_flight), 3 * N * row
     if one >= two:
@@ -139,7 +143,7 @@ def sum_of_sizes(tensors: Sequence[Tensor]) -> int:
     return sum(x.element_size() for x in tensors)
 
 
-def count(target: Tensor, ignore_index: int) -> tuple[tuple[Tensor], list[Launch]]:
+def count(target: Tensor, ignore_index: int, gpu: Gpu) -> tuple[tuple[Tensor], list[Launch]]:
     """(2,) what ``counted`` returns, and the launch that writes it."""
     number = target.new_empty(2, dtype=torch.float32)
     N = target.shape[0]
@@ -147,8 +151,8 @@ def count(target: Tensor, ignore_index: int) -> tuple[tuple[Tensor], list[Launch
         count_kernel,
         (1,),
         {"target": target, "out": number, "N": N, "ignore_index": ignore_index},
-        {"BLOCK": configs.COUNT.block},
-        configs.COUNT.warps,
+        {"BLOCK": gpu.configs.count.block},
+        gpu.configs.count.warps,
         bytes_moved=N * target.element_size(),
         flops=N,
     )
@@ -160,7 +164,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, gpu: Gpu) -> tuple[RowLosse
     terms, N, V = logits.logits, target.shape[0], logits.V
     values, want_smooth, want_stats = [t.values for t in terms], loss.smooth, loss.stats
     cut = alignment(values)
-    config = _first_that_fits(configs.FORWARD_STATS if want_stats else configs.FORWARD, len(terms))
+    config = _first_that_fits(gpu.configs.forward_stats if want_stats else gpu.configs.forward, len(terms))
     block = _block(config, cut.granule)
     programs = splits(N, -(-V // block), gpu.multiprocessors, config.programs)
 
@@ -204,7 +208,7 @@ def forward(logits: Sum, target: Tensor, loss: Loss, gpu: Gpu) -> tuple[RowLosse
 def backward(logits: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted, gpu: Gpu) -> Launch:
     """The launch of ``logits_gradients``."""
     streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
-    config = _first_that_fits(configs.BACKWARD, len(logits.logits))
+    config = _first_that_fits(gpu.configs.backward, len(logits.logits))
     block = _block(config, streams.cut.granule)
     programs = splits(N, -(-V // block), gpu.multiprocessors, config.programs)
     g, ready = slopes.g.float(), slopes.written is not None
@@ -242,7 +246,7 @@ def fused(
         weight: (N,) the gradient of the rows' losses that is expected.
     """
     streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
-    config, weight = _fused_config(logits, loss), weight.float()
+    config, weight = _fused_config(logits, loss, gpu), weight.float()
     rows = RowLosses.empty(target, torch.float32, len(logits.logits), loss)
     launch = Launch(
         fused_kernel,
@@ -263,13 +267,14 @@ def fused(
         config.warps,
         bytes_moved=N * streams.row_bytes,
         flops=N * V * (streams.flops + len(logits.logits) * _SHARE_FLOPS + _LOGIT_FLOPS),
-        registers=configs.FUSED_REGISTERS,
+        registers=config.registers,
     )
     return rows, [launch]
 
 
-def _fused_config(logits: Sum, loss: Loss) -> configs.Config:
-    return _first_that_fits(configs.FUSED_STATS if loss.stats else configs.FUSED, len(logits.logits))
+def _fused_config(logits: Sum, loss: Loss, gpu: Gpu) -> Config:
+    table = gpu.configs.fused_stats if loss.stats else gpu.configs.fused
+    return _first_that_fits(table, len(logits.logits))
 
 
 class _Streams(NamedTuple):
@@ -317,10 +322,10 @@ def _slope(loss: Loss, V: int) -> _Slope:
     return _Slope(1.0 - s, float(s), s / V, 2.0 * loss.z_loss)
 
 
-def _first_that_fits(table: dict[int, configs.Config], terms: int) -> configs.Config:
+def _first_that_fits(table: Mapping[int, Config], terms: int) -> Config:
     return next(config for limit, config in table.items() if terms <= limit)
 
 
-def _block(config: configs.Config, granule: int) -> int:
+def _block(config: Config, granule: int) -> int:
     """Columns in a tile, where a vector holds ``granule`` of them."""
-    return config.vectors * config.warps * configs.WARP * granule
+    return config.vectors * config.warps * WARP * granule
