@@ -25,7 +25,7 @@ def describe() -> str:
     lines += [f"{package} {version(package)}" for package in _PACKAGES]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.device("cuda", index) for index in range(count)]
-    lines += [f"{gpu} {torch.cuda.get_device_name(gpu)}" for gpu in gpus]
+    lines += [f"{gpu} {torch.cuda.get_device_name(gpu)}, kernels: {_configs(gpu)}" for gpu in gpus]
     reason = choice.refusal("cpu", torch.device("cpu"), (torch.float32,))
     if reason is None:
         # Importing it loads the library, which may be missing.
@@ -39,6 +39,18 @@ def describe() -> str:
     devices = (torch.device("cpu"), *gpus)
     explained = [str(choice.explain(device, *dtypes)) for device in devices for dtypes in kinds]
     return "\n".join([*lines, "", *explained])
+
+
+def _configs(gpu: torch.device) -> str:
+    """How kernels are launched there, or why they are not."""
+    try:
+        from auxkern.backends.triton.gpu import gpu_of
+    except ImportError as error:
+        return f"none, {error}"
+    try:
+        return gpu_of(gpu).origin
+    except ValueError as error:
+        return f"none, {error}"
 
 
 def main(argv: list[str] | None = None) -> int:

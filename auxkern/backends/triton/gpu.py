@@ -9,6 +9,7 @@ import torch
 
 from auxkern.backends.triton import configs
 from auxkern.backends.triton.configs import Configs
+from auxkern.backends.triton.tuned import BY_THE_MODEL, configs_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class Gpu:
         multiprocessors: that it has; they decide over how many programs a row is split.
         cache_bytes: of its L2 cache.
         configs: how its kernels are launched.
+        origin: where these come from, in words.
     """
 
     name: str
@@ -28,10 +30,15 @@ class Gpu:
     multiprocessors: int
     cache_bytes: int
     configs: Configs = field(default_factory=Configs)
+    origin: str = BY_THE_MODEL
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """Of a CUDA or ROCm device, or of a CPU, where kernels are interpreted: there all memory is one cache."""
+    """Of a CUDA or ROCm device, or of a CPU, where kernels are interpreted: there all memory is one cache.
+
+    Raises:
+        ValueError: as ``tuned.configs_for``.
+    """
     if device.type != "cuda":
         return Gpu("Triton's interpreter", configs.A100, 1, sys.maxsize)
     properties = torch.cuda.get_device_properties(device)
@@ -41,5 +48,5 @@ def gpu_of(device: torch.device) -> Gpu:
         capability,
         properties.multi_processor_count,
         properties.L2_cache_size,
-        Configs.of(capability),
+        *configs_for(properties.name, capability),
     )

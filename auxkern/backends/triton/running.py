@@ -41,7 +41,11 @@ class TritonKernels(RowKernels):
         return not isinstance(decode, triton.JITFunction)
 
     def gpu(self, device: torch.device) -> Gpu:
-        """What plans know of a device."""
+        """What plans know of a device.
+
+        Raises:
+            ValueError: the file with its measured choices is bad; see ``tuned.configs_for``.
+        """
         known = self._gpus.get(device)
         if known is None:
             known = self._gpus[device] = gpu_of(device)
