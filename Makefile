@@ -79,7 +79,8 @@ build/triton-oldest.json build/triton-newest.json: build/triton-%.json: $(INSTAL
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu $(ARGS)
 
-# Tests, checks and measures there; gpu.json and gpu.md in OUT. ARGS=--dry-run lists the commands.
+# Tests, checks and measures there; gpu.json and gpu.md in OUT. ARGS=--dry-run lists the commands; ARGS=--tune
+# measures how kernels are launched best, and writes the file that dispatch reads.
 gpu:
 	$(PYTHON) -m benchmarks.gpu "$(OUT)" $(ARGS)
 

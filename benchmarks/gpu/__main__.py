@@ -19,12 +19,15 @@ from benchmarks.gpu.stages import ROOT, Reading, Stage, stages
 if TYPE_CHECKING:
     from benchmarks.gpu.record import Record, StageResult
 
+_TUNING_SECONDS = 500.0  # the last choice that is begun may take half a minute
+
 _EPILOG = """\
 Needs an NVIDIA GPU and a python3 with PyTorch and Triton; no network, and nothing is installed.
 FOLDER gets gpu.json, gpu.md (drawn from it) and a log for each stage; they are written after every
 stage. A stage whose program or Python package is missing is skipped and says so.
-Exit status: 0; 1 if a stage failed or ran out of time, or there is no GPU; 2 for bad options;
-130 after Ctrl-C.
+With --tune it gets tuning.json and the file that dispatch reads, after every choice.
+Exit status: 0; 1 if a stage failed or ran out of time, choices are left to tune, or there is no GPU; 2 for
+bad options; 130 after Ctrl-C.
 """
 
 
@@ -47,8 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         if name not in names:
             parser.error(f"--stage {name}: choose from {', '.join(names)}")
     chosen = [stage for stage in every if not options.stage or stage.name in options.stage]
+    if options.tune and options.stage:
+        parser.error(f"--tune runs no stage; leave out --stage {options.stage[0]}")
+    if options.seconds is not None and not options.tune:
+        parser.error(f"--seconds {options.seconds:g} is for --tune")
     if options.dry_run:
-        _list(chosen)
+        _list_candidates() if options.tune else _list(chosen)
         return 0
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 keeps the kernels off the GPU; unset it")
@@ -56,10 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         print(f"{parser.prog}: {missing}", file=sys.stderr)
         return 1
-    arguments = sys.argv[1:] if argv is None else argv
+    command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return run_stages(chosen, folder, shlex.join([*parser.prog.split(), *arguments]))
+        if options.tune:
+            return _tune(folder, command, options.seconds or _TUNING_SECONDS)
+        return run_stages(chosen, folder, command)
     except OSError as error:
         parser.error(f"{folder} cannot be written: {error}")
     except KeyboardInterrupt:  # between two stages
@@ -79,6 +88,18 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", action="append", metavar="NAME", help="run only this one (repeatable); see --dry-run"
     )
     parser.add_argument("--dry-run", action="store_true", help="list every command and its time; run none")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure how kernels are launched best, and write the file that dispatch reads; "
+        "goes on where an earlier run stopped",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"of --tune: begin no choice after so many (default: {_TUNING_SECONDS:.0f})",
+    )
     return parser
 
 
@@ -96,6 +117,23 @@ def _list(chosen: Sequence[Stage]) -> None:
     for stage in chosen:
         print(f"{stage.name:9} {stage.seconds:4.0f} s  {stage.line}")
     print(f"{'total':9} {sum(stage.seconds for stage in chosen):4.0f} s")
+
+
+def _list_candidates() -> None:
+    from auxkern.backends.triton.configs import Configs
+    from benchmarks.gpu.tuning import listed
+
+    print("\n".join(listed(Configs())))
+
+
+def _tune(folder: Path, command: str, seconds: float) -> int:
+    missing = [module for module in ("triton",) if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"{sys.executable} has no {missing[0]}, whose kernels are tuned", file=sys.stderr)
+        return 1
+    from benchmarks.gpu import tuning
+
+    return tuning.main(folder, command, seconds)
 
 
 def _no_gpu() -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -34,11 +34,20 @@ class Gpu:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """Of a CUDA or ROCm device, or of a CPU, where kernels are interpreted: there all memory is one cache.
+    """A CUDA or ROCm device, or a CPU where kernels are interpreted, with the choices that hold for it.
 
     Raises:
         ValueError: as ``tuned.configs_for``.
     """
+    gpu = described(device)
+    if device.type != "cuda":
+        return gpu
+    configs, origin = configs_for(gpu.name, gpu.capability)
+    return replace(gpu, configs=configs, origin=origin)
+
+
+def described(device: torch.device) -> Gpu:
+    """The same with its defaults. To an interpreter all memory is one cache."""
     if device.type != "cuda":
         return Gpu("Triton's interpreter", configs.A100, 1, sys.maxsize)
     properties = torch.cuda.get_device_properties(device)
@@ -48,5 +57,5 @@ def gpu_of(device: torch.device) -> Gpu:
         capability,
         properties.multi_processor_count,
         properties.L2_cache_size,
-        *configs_for(properties.name, capability),
+        Configs.of(capability),
     )
