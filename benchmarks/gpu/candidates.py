@@ -81,7 +81,12 @@ def _passes(default: Config, vectors: tuple[int, ...]) -> tuple[Config, ...]:
     """Of the kernel whose programs each hold on to a row: all warps of a multiprocessor together."""
     tried = (Config(*three) for three in product(vectors, (8, 16, 32), (1, 2)))
     return tuple(
-        config for config in tried if config != default and config.warps * config.programs in (16, 32)
+        config
+        for config in tried
+        if config != default
+        and config.warps * config.programs in (16, 32)
+        # Twice as many warps have half of the registers.
+        and config.vectors * config.warps * config.programs <= 64
     )
 
 

@@ -162,15 +162,15 @@ class Bench:
         gpu: with its defaults.
         device: on which works are prepared.
         timer: that measures.
-        wrong: what is wrong with a trial, whose call returned these results, where the default returned
-            those; empty if nothing is.
+        wrong: what is wrong with a trial, whose call returned these results, where the default's trial and
+            its results are those; empty if nothing is.
         say: prints one line.
     """
 
     gpu: Gpu
     device: torch.device
     timer: Timer
-    wrong: Callable[[Trial, list[Tensor], list[Tensor]], str]
+    wrong: Callable[[Trial, Trial, list[Tensor], list[Tensor]], str]
     say: Callable[[str], None]
 
     def trial(self, choices: dict[str, Any]) -> Trial:
@@ -200,7 +200,7 @@ class Bench:
                 if tried.dropped:
                     continue
                 _spoil(results)
-                trial = self._right(call, before | {key: tried.value}, tried, right)
+                trial = self._right(call, before | {key: tried.value}, tried, (usual, right))
                 if trial is None:
                     self.say(f"  {key} {tried.value}: dropped, {tried.dropped}")
                 else:
@@ -217,7 +217,9 @@ class Bench:
             result.chosen = best.value
         return result
 
-    def _right(self, call: Call, choices: dict[str, Any], tried: Tried, right: list[Tensor]) -> Trial | None:
+    def _right(
+        self, call: Call, choices: dict[str, Any], tried: Tried, usual: tuple[Trial, list[Tensor]]
+    ) -> Trial | None:
         """A trial that compiles and whose results are right; else None, and ``tried`` says why."""
         try:
             trial = self.trial(choices)
@@ -227,7 +229,7 @@ class Bench:
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             )
             return None
-        tried.dropped = self.wrong(trial, results, right)
+        tried.dropped = self.wrong(trial, usual[0], results, usual[1])
         return None if tried.dropped else trial
 
 
@@ -241,12 +243,20 @@ def _run(call: Call, trial: Trial) -> Callable[[], object]:
     return lambda: call(trial)
 
 
-def wrong(trial: Trial, results: list[Tensor], right: list[Tensor]) -> str:
-    """As ``Bench.wrong``: spills, or results that are not the default's but for the order of sums."""
-    spilling = sorted({binary.name for binary in trial.binaries if binary is not None and binary.n_spills})
-    if spilling:
-        return f"{', '.join(spilling)} spills registers"
-    return different(results, right)
+def wrong(trial: Trial, usual: Trial, results: list[Tensor], right: list[Tensor]) -> str:
+    """As ``Bench.wrong``: more spills, or results that are not the default's but for the order of sums."""
+    before = _spills(usual)
+    spilling = [name for name, spills in _spills(trial).items() if spills > before.get(name, 0)]
+    return f"{', '.join(spilling)} spills registers" if spilling else different(results, right)
+
+
+def _spills(trial: Trial) -> dict[str, int]:
+    """Of a thread, by the kernel's name."""
+    spills: dict[str, int] = {}
+    for binary in trial.binaries:
+        if binary is not None:
+            spills[binary.name] = max(spills.get(binary.name, 0), binary.n_spills)
+    return spills
 
 
 def different(results: Sequence[Tensor], right: Sequence[Tensor]) -> str:

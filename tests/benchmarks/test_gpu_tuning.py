@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,7 +126,7 @@ def test_what_is_much_slower_somewhere_is_not_chosen(tmp_path):
 def test_what_is_wrong_or_fails_is_dropped_and_named(tmp_path):
     said: list[str] = []
 
-    def wrong(trial: Trial, results: Any, right: Any) -> str:
+    def wrong(trial: Trial, *rest: Any) -> str:
         return "spills" if trial.gpu(CPU).configs.forward[2] == FORWARD[0] else ""
 
     bench = replace(bench_of(by_vectors({(1, 8): 0.1, (4, 8): 0.2, (1, 4): 0.9}), wrong), say=said.append)
@@ -198,6 +199,19 @@ def test_a_folder_of_another_device_or_version_is_refused(tmp_path):
             other.resumed(tmp_path)
 
 
+def test_spills_beyond_the_defaults_are_wrong():
+    def trial(**spills: int) -> Trial:
+        made = Trial(H100)
+        made.binaries = [SimpleNamespace(name=name, n_spills=n) for name, n in spills.items()]
+        return made
+
+    ones = [torch.ones(1)]
+    usual = trial(one=2, other=0)
+    assert tuning.wrong(trial(one=2, other=0), usual, ones, ones) == ""
+    assert tuning.wrong(trial(one=1, other=4), usual, ones, ones) == "other spills registers"
+    assert tuning.wrong(trial(one=2, other=0), usual, [2 * ones[0]], ones).startswith("result 0 is off")
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -225,7 +239,9 @@ def test_memory_that_a_candidate_does_not_write_shows():
         return [memory]
 
     work = Work("idle", 8, 64, lambda device, N, V: call)
-    bench = replace(bench_of(lambda configs, call: 1.0), wrong=lambda trial, *both: tuning.different(*both))
+    bench = replace(
+        bench_of(lambda configs, call: 1.0), wrong=lambda trial, usual, *both: tuning.different(*both)
+    )
     bench = replace(bench, timer=type("Same", (), {"seconds": lambda self, calls: [1.0] * len(calls)})())
     measured = bench.measure(replace(CHOICES[0], works=(work,)), {})
     assert all("off by nan" in one.dropped for one in measured.tried)
@@ -240,8 +256,8 @@ ROUTES = ("cache_share", "recomputed_width")
 SOME = ("forward.8", "fused.1", "tiles.parts.2.crowded", "draw_tiles.half.1.roomy", "filter")
 
 
-def _binary(launch: Launch) -> str:
-    return f"{launch.source().hash()} {launch.options} {launch.grid}"
+def _name(launch: Launch) -> str:
+    return f"{launch.source().hash()} {launch.options}"
 
 
 def _alternatives(its: Candidates) -> Iterator[tuple[Any, list[list[Launch]]]]:
@@ -261,7 +277,7 @@ def test_every_candidate_is_another_launch(key):
     """Of at least one of its works, which would measure nothing otherwise."""
     seen = {}
     for value, works in _alternatives(TABLE[key]):
-        launched = tuple(_binary(launch) for launches in works for launch in launches)
+        launched = tuple((_name(launch), launch.grid) for launches in works for launch in launches)
         assert launched not in seen, f"{value} launches what {seen[launched]} does"
         seen[launched] = value
 
@@ -270,10 +286,12 @@ def test_every_candidate_is_another_launch(key):
 @pytest.mark.parametrize("key", KEYS)
 def test_every_candidate_compiles_without_spills(key):
     target = TARGETS["sm_90"]
-    compiled = set()
-    for value, works in _alternatives(TABLE[key]):
+    (_, defaults), *alternatives = _alternatives(TABLE[key])
+    # Those of the default have rules of their own.
+    compiled = {_name(launch) for launches in defaults for launch in launches}
+    for value, works in alternatives:
         for launch in (launch for launches in works for launch in launches):
-            name = f"{launch.source().hash()} {launch.options}"
+            name = _name(launch)
             if name not in compiled:
                 compiled.add(name)
                 made = assembly.read(launch.compile(GPUTarget(target.backend, target.arch, target.warp)))
