@@ -71,6 +71,21 @@ def examples() -> Iterator[Example]:
         yield Example(f"heads alone, {dtype}", alone, target(70, 1031), {"chunk_rows": 64}, dtype)
     capped = [auxkern.Head(normal(70, D) / 8, normal(1031, D), softcap=20.0) for D in (40, 24)]
     yield Example("heads with soft caps, all outputs", capped, target(70, 1031), _ALL)
+    for dtype in (_H, _B):
+        # A frozen model of 16 bits whose states are float32, an auxiliary in float32 and a pointer.
+        recipe = [
+            auxkern.Head(normal(70, 40) / 8, normal(1031, 40, dtype=dtype)),
+            auxkern.Sparse(torch.randint(1031, (70, 6), generator=source), normal(70, 6)),
+            auxkern.Head(normal(70, 24) / 8, normal(1031, 24)),
+        ]
+        yield Example(f"the recipe's sum, {dtype}", recipe, target(70, 1031), {"chunk_rows": 64}, dtype)
+        yield Example(f"the recipe's sum, all outputs, {dtype}", recipe, target(70, 1031), _ALL, dtype)
+    # More rows than an H100 has multiprocessors, twice and no more: all are read once. Others are read twice:
+    # few rows leave multiprocessors idle, and transposed columns have no vectors.
+    once = [normal(264, 520, dtype=_B), normal(264, 520)]
+    yield Example("rows for one pass", once, target(264, 520), {}, _B)
+    yield Example("rows for one pass, all outputs", once, target(264, 520), _ALL, _B)
+    yield Example("few rows, in two passes", [normal(5, 9001, dtype=_B)] * 2, target(5, 9001), {}, _B)
 
 
 def tensors(term: Any) -> list[Tensor]:
@@ -94,11 +109,17 @@ def moved(term: Any, device: torch.device, *, double: bool = False, wanted: bool
     if isinstance(term, Tensor):
         return one(term)
     if isinstance(term, auxkern.Logits):
-        return auxkern.Logits(one(term.values), term.scale, term.softcap)
+        return auxkern.Logits(one(term.values), _scale(term, device, double), term.softcap)
     if isinstance(term, auxkern.Sparse):
         return auxkern.Sparse(one(term.ids), one(term.values))
     bias = None if term.bias is None else one(term.bias)
-    return auxkern.Head(one(term.hidden), one(term.weight), bias, term.scale, term.softcap)
+    return auxkern.Head(one(term.hidden), one(term.weight), bias, _scale(term, device, double), term.softcap)
+
+
+def _scale(term: Any, device: torch.device, double: bool) -> Any:
+    if not isinstance(term.scale, Tensor):
+        return term.scale
+    return term.scale.to(device, torch.float64 if double else term.scale.dtype)
 
 
 def run(example: Example, device: torch.device, backend: str, *, double: bool = False) -> list[Tensor]:
@@ -150,6 +171,23 @@ def draw_examples() -> Iterator[DrawExample]:
     for name, terms in (("logits", logits), ("heads", heads), ("heads, sparse", [*heads, sparse])):
         yield DrawExample(f"draw from {name}", terms, auxkern.SamplingParams(), history[:, :0])
         yield DrawExample(f"draw from {name}, all filters", terms, everything, history)
+    weights = torch.rand(20, generator=source)
+    scaled = [auxkern.Logits(normal(20, 1031), scale=weights), normal(20, 1031)]
+    yield DrawExample("draw from rows of own scales", scaled, auxkern.SamplingParams(), history[:, :0])
+    scaled = [auxkern.Head(normal(20, D) / 8, normal(1031, D), scale=weights) for D in (40, 24)]
+    yield DrawExample(
+        "draw from heads with rows of own scales", scaled, auxkern.SamplingParams(), history[:, :0]
+    )
+    filters = {"top-k": {"top_k": 40}, "top-p": {"top_p": 0.8}, "min-p": {"min_p": 0.05}}
+    filters["all of them"] = {"top_k": 400, "top_p": 0.95, "min_p": 1e-3}
+    # Wide rows are read by many programs, one row by as many as there are tiles. Flat rows have more ids at
+    # their threshold than lists hold.
+    wide = {"20 rows": normal(20, 9001), "a row": normal(1, 20003), "flat rows": torch.zeros(2, 20003)}
+    wide["flat rows"][1] = 1e-5 * torch.rand(20003, generator=source)
+    for name, row in wide.items():
+        for filter, options in filters.items():
+            params = auxkern.SamplingParams(0.9, **options)
+            yield DrawExample(f"{filter} from {name}", [row], params, history[: len(row), :0])
 
 
 def differing_tokens(example: DrawExample, device: torch.device, backend: str) -> int:
@@ -159,7 +197,7 @@ def differing_tokens(example: DrawExample, device: torch.device, backend: str) -
         drawn = auxkern.sample(
             [moved(term, where) for term in example.terms],
             example.params,
-            seed=torch.arange(20, device=where),
+            seed=torch.arange(len(example.history), device=where),
             position=3,
             history=example.history.to(where),
             backend=name,
@@ -193,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         count += 1
     for draw in draw_examples():
         different = differing_tokens(draw, torch.device(options.device), options.backend)
-        print(f"{'WRONG' if different else 'right'}: {draw.name}: {different} of 20 tokens differ")
+        print(
+            f"{'WRONG' if different else 'right'}: {draw.name}: {different} of {len(draw.history)} tokens differ"
+        )
         wrong += different > 0
         count += 1
     print(f"{wrong} of {count} cases are wrong" if wrong else f"{count} cases are right", flush=True)

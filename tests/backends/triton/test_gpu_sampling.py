@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import auxkern
-from auxkern import Head, Logits, SamplingParams
+from auxkern import Head, Logits, SamplingParams, Sparse
 
 pytest.importorskip("triton")
 
@@ -26,6 +26,7 @@ PARAMS = {
     "greedy": {"temperature": 0},
     "top-k": {"top_k": 50},
     "top-p": {"top_p": 0.9},
+    "min-p": {"min_p": 0.02},
     "all": {"temperature": 0.8, "top_k": 400, "top_p": 0.95, "min_p": 1e-3},
 }
 
@@ -40,7 +41,7 @@ def seeds(N: int) -> Tensor:
 
 
 @pytest.mark.parametrize("V", [50257, 128256, 262144])
-@pytest.mark.parametrize("N", [1, 7, 300])
+@pytest.mark.parametrize("N", [1, 20, 300])
 @pytest.mark.parametrize("settings", PARAMS.values(), ids=PARAMS)
 def test_equals_the_reference(settings, N, V):
     terms = [logits(N, V), logits(N, V, torch.float32, 1)]
@@ -87,6 +88,33 @@ def test_graph_replays_equal_eager_calls_and_are_not_constant(settings):
         assert torch.equal(found[-1], draw())
     different = len({tuple(t.tolist()) for t in found})
     assert different == 1 if settings.get("temperature") == 0 else different > 50
+
+
+@pytest.mark.parametrize("settings", PARAMS.values(), ids=PARAMS)
+def test_flat_rows_have_more_ids_at_their_threshold_than_lists_hold(settings):
+    z = torch.zeros(3, 128256, device="cuda")
+    z[1:] = 1e-5 * logits(2, 128256, torch.float32)
+    tokens = [
+        auxkern.sample(z, SamplingParams(**settings), seed=seeds(3), position=2, backend=name).tokens
+        for name in ("triton", "reference")
+    ]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("settings", PARAMS.values(), ids=PARAMS)
+def test_heads_beside_a_pointer_equal_the_reference(settings):
+    N, V = 20, 50257
+    terms = [
+        Head(logits(N, 64, torch.float32), logits(V, 64, seed=1) / 8),
+        Head(logits(N, 32, torch.float32, 2), logits(V, 32, torch.float32, 3) / 8),
+        Sparse(torch.randint(V, (N, 9), device="cuda"), logits(N, 9, torch.float32, 4)),
+    ]
+    tokens = [
+        auxkern.sample(terms, SamplingParams(**settings), seed=seeds(N), position=2, backend=name).tokens
+        for name in ("triton", "reference")
+    ]
+    # Products of three parts are float32's but for the last bits.
+    assert (tokens[0] != tokens[1]).sum() <= 1
 
 
 @pytest.mark.parametrize("settings", PARAMS.values(), ids=PARAMS)
