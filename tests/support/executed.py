@@ -27,13 +27,14 @@ from tests.support.ptx.lanes import SAME_VALUE
 from tests.support.ptx.report import Benign
 from tests.support.ptx.runner import Executor
 
-_COPIES = "a row's number in several lanes: each stores its copy where a layout changes"
+_COPIES = "a row's or a tile's number in several lanes: each stores its copy where a layout changes"
 _PARTS = "parts of an operand, which several threads make of the same numbers and store for a product"
 BENIGN = (
     *(
         Benign(kernel, f"shared: {SAME_VALUE}", text, _COPIES)
         for kernel, texts in {
             "heads_forward_kernel": (
+                "tl.store(at, e.to(at.dtype.element_ty), mask=present",
                 "tl.store(at, top, mask=present)",
                 "tl.store(at + plane, total, mask=present)",
                 "tl.store(at + 2 * plane, gaps, mask=present)",
