@@ -231,9 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         count += 1
     for draw in draw_examples():
         different = differing_tokens(draw, torch.device(options.device), options.backend)
-        print(
-            f"{'WRONG' if different else 'right'}: {draw.name}: {different} of {len(draw.history)} tokens differ"
-        )
+        rows = len(draw.history)
+        print(f"{'WRONG' if different else 'right'}: {draw.name}: {different} of {rows} tokens differ")
         wrong += different > 0
         count += 1
     print(f"{wrong} of {count} cases are wrong" if wrong else f"{count} cases are right", flush=True)
