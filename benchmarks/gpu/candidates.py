@@ -120,6 +120,7 @@ def _filters(default: FilterConfig) -> tuple[FilterConfig, ...]:
 
 # A frozen language model beside an auxiliary one.
 _SMALL, _LARGE = (576, 256), (4096, 512)
+_ODD = (584, 264)  # no multiples of a tile's width
 _ALL = SamplingParams(0.8, top_k=50, top_p=0.9, min_p=0.01)
 _KINDS = {
     "half": Heads(_SMALL, (_B, _B)),
@@ -134,6 +135,8 @@ def _loss_of(kind: str, crowded: bool, accumulators: int) -> tuple[Work, ...]:
     # Two accumulators: of soft caps, or, crowded, of statistics.
     pointer, capped = crowded and accumulators == 1, not crowded and accumulators == 2
     heads = replace(_KINDS[kind], pointer=pointer, softcap=20.0 if capped else None)
+    if kind == "float":  # which is crowded by odd widths alone; its pointer finds room
+        heads = replace(heads, widths=_ODD if crowded else _SMALL, pointer=accumulators == 1)
     works = [(heads, SMOLLM2, ROWS)]
     if kind == "half" and not crowded:
         works.append((replace(heads, widths=_LARGE), LLAMA3, ROWS // 4))
@@ -150,8 +153,7 @@ def _loss_of(kind: str, crowded: bool, accumulators: int) -> tuple[Work, ...]:
 
 
 def _draw_of(kind: str, crowded: bool) -> tuple[Work, ...]:
-    # An odd width is no multiple of a tile's.
-    heads = replace(_KINDS[kind], widths=(584, 264)) if crowded else _KINDS[kind]
+    heads = replace(_KINDS[kind], widths=_ODD) if crowded else _KINDS[kind]
     name = f"draw from {kind} heads{', odd widths' if crowded else ''}"
     return _both(name, BATCH, heads_draw(SamplingParams(), heads))
 
@@ -205,9 +207,9 @@ def _scaled(key: str, default: Any) -> tuple[tuple[Any, ...], tuple[Work, ...]] 
 
 
 _FIRST = (
-    "forward.2", "backward.2", "fused.2", "cache_share", "tiles.half.1.roomy", "tiles.float.1.crowded",
+    "forward.2", "backward.2", "fused.2", "cache_share", "tiles.half.1.roomy", "tiles.float.1.roomy",
     "tiles.parts.1.roomy", "draw_tiles.float.1.roomy", "draw_tiles.half.1.roomy", "filter", "sample",
-    "recomputed_width", "forward.1", "backward.1", "fused.1", "tiles.float.1.roomy", "tiles.half.1.crowded",
+    "recomputed_width", "forward.1", "backward.1", "fused.1", "tiles.half.1.crowded",
 )  # fmt: skip
 
 
