@@ -77,7 +77,7 @@ def _rows(default: Config, vectors: tuple[int, ...]) -> tuple[Config, ...]:
     )
 
 
-def _passes(default: Config, vectors: tuple[int, ...]) -> tuple[Config, ...]:
+def _passes(default: Config, vectors: tuple[int, ...], most: int) -> tuple[Config, ...]:
     """Of the kernel whose programs each hold on to a row: all warps of a multiprocessor together."""
     tried = (Config(*three) for three in product(vectors, (8, 16, 32), (1, 2)))
     return tuple(
@@ -86,7 +86,7 @@ def _passes(default: Config, vectors: tuple[int, ...]) -> tuple[Config, ...]:
         if config != default
         and config.warps * config.programs in (16, 32)
         # Twice as many warps have half of the registers.
-        and config.vectors * config.warps * config.programs <= 64
+        and config.vectors * config.warps * config.programs <= most
     )
 
 
@@ -173,7 +173,8 @@ def _scaled(key: str, default: Any) -> tuple[tuple[Any, ...], tuple[Work, ...]] 
         return _rows(default, vectors), _many_and_few(f"backward {len(terms)}", N, backward(*terms))
     if name in ("fused", "fused_stats"):
         stats = name == "fused_stats"
-        return _passes(default, vectors), _both(f"one pass {len(terms)}", N, fused(*terms, stats=stats))
+        most = 64 if len(terms) < 4 else 16 if stats else 32
+        return _passes(default, vectors, most), _both(f"one pass {len(terms)}", N, fused(*terms, stats=stats))
     if name == "cache_share":
         works = (*_both("step 1", ROWS, step(_B)), *_both("step 2", ROWS, step(_B, _B)))
         return (0.0, 0.3, 0.75), works
