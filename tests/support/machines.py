@@ -19,6 +19,11 @@ def compiled(*marks: pytest.MarkDecorator) -> list[Any]:
     return [pytest.param(arch, marks=[pytest.mark.ptx, skip, *marks], id=f"sm_{arch}") for arch in PROCESSORS]
 
 
+def one_compiled() -> list[Any]:
+    """Those GPUs, of which the one that splits no rows is left to the slow tests."""
+    return [*compiled(pytest.mark.slow)[:1], *compiled()[1:]]
+
+
 def machines() -> list[Any]:
     """The interpreter and those GPUs, which are left to the slow tests."""
     skip = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; test_interpreted.py sets it")

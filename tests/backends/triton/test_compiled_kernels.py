@@ -6,7 +6,7 @@ A selection that is quick; the slow tests execute all that the interpreter runs 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.support.draws import PARAMS, assert_equal, logits, seeds
 from tests.support.heads import D32 as F
 from tests.support.heads import B, H, heads, targets
 from tests.support.heads import run as run_heads
-from tests.support.machines import PROCESSORS, compiled
+from tests.support.machines import PROCESSORS, compiled, one_compiled
 
 pytest.importorskip("triton")
 from tests.support.executed import BENIGN, Machine, executed
@@ -48,6 +48,11 @@ def on(monkeypatch: pytest.MonkeyPatch, codes: dict[str, Any]) -> On:
     return on
 
 
+def _quick(names: Iterable[str], quick: set[str]) -> list[Any]:
+    """Parameters, of which all but ``quick`` are left to the slow tests."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
 # 1,031 is prime; a tile of one 16-bit term has 4,096 columns, of two terms 2,048.
 LOSSES = {
     "fp32": ((F,), 1031),
@@ -60,7 +65,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("arch", compiled())
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", _quick(LOSSES, {"fp16", "fp16+fp32", "3 terms"}))
 def test_losses_and_gradients(on, arch, name):
     dtypes, V = LOSSES[name]
     terms = [random_logits(3, V, dtype=dtype, seed=i) for i, dtype in enumerate(dtypes)]
@@ -106,8 +111,12 @@ HEADS = {
 }
 
 
+# Of what is left out each part is in one of these: float32 beside 16 bits, a bias, a cap.
+QUICK_HEADS = {"bf16", "fp16+fp32", "fp32 x bf16, beside fp32", "bf16 x fp32, capped, beside bf16 x fp16"}
+
+
 @pytest.mark.parametrize("arch", compiled())
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", _quick(HEADS, QUICK_HEADS))
 def test_losses_of_heads(on, arch, name):
     # 80 is a step of a product and a part of one.
     options = EVERYTHING if "capped" in name else {}
@@ -128,7 +137,7 @@ def test_losses_of_heads_in_tf32(on, arch):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", one_compiled())
 def test_draws(on, arch):
     terms = [logits(3, 2049), Logits(logits(3, 2049, 1, H), scale=0.5, softcap=4.0)]
     with on(arch, PROCESSORS[arch]):
@@ -149,7 +158,7 @@ def test_draws_with_penalties_and_bad_rows(on, arch):
         assert_equal(terms, params, seed=seeds(N), history=history, prompt=history[:, :7])
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", one_compiled())
 @pytest.mark.parametrize(
     "dtypes",
     [

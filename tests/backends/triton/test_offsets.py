@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import auxkern
-from tests.support.machines import compiled
+from tests.support.machines import one_compiled
 from tests.support.offsets import too_narrow
 
 triton = pytest.importorskip("triton")
@@ -115,7 +115,7 @@ def test_addresses_of_large_tensors(launch):
     assert too_narrow(lowered(launch, 90, "ttir")[0]) == []
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", one_compiled())
 def test_a_weight_stored_the_other_way_round_beyond_32_bits(arch, monkeypatch):
     """(D, V) of more than 2**31 elements, in memory that the system maps only where it is written."""
     width, rows, ids, step = 18, 3, 131, 2**27 + 8

@@ -331,6 +331,7 @@ FAMILIES = {
     "logits": ("forward_kernel", "backward_kernel"),
     "logits in one pass": ("fused_kernel", "count_kernel"),
     "two heads": ("heads_forward_kernel",),
+    "head and pointer": ("entries_order_kernel", "entries_gradient_kernel", "entries_nll_kernel"),
     "draw": ("draw_kernel",),
     "draw from a head": ("heads_draw_kernel",),
 }
