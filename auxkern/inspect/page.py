@@ -239,6 +239,7 @@ def page(before: Record, after: Record, operations: Sequence[Operation] = OPERAT
 
 def _calls(before: Record, after: Record, operations: Sequence[Operation]) -> Iterator[str]:
     yield "Kernels alone, without PyTorch's operations around them. Passes: over V columns."
+    yield "The recipe's heads on a B200 were faster and wrong before: Triton rounded their products to TF32."
     yield ""
     yield (
         "| Call | Launches | Passes | "
