@@ -137,6 +137,7 @@ def _combine_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     widths = WIDTHS["768+256"]
     yield "bf16", forward_launches(of(widths, (B, B)))[1]
     separate = of(widths, (B, B), stats=True)
+    yield "bf16, stats", forward_launches(separate, stats=True)[1]
     yield "bf16, smooth, stats", forward_launches(separate, smooth=True, stats=True)[1]
 
 
