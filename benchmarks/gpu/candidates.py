@@ -189,6 +189,9 @@ def _scaled(key: str, default: Any) -> tuple[tuple[Any, ...], tuple[Work, ...]] 
             )
             for D in widths
         )
+    if rest and rest[0] == "tf32":
+        # PyTorch would have to be told that TF32 will do, for these works alone.
+        return None
     if name == "tiles":
         return _tiles(default), _loss_of(rest[0], rest[2] == "crowded", int(rest[1]))
     if name == "draw_tiles" and rest[1] == "1":

@@ -121,8 +121,9 @@ class Tiles(NamedTuple):
 
 
 # Kinds of operands: those of 16 bits; float32 hidden states cut into 16-bit parts beside weights of 16 bits;
-# float32 weights cut beside hidden states of 16 bits, which takes more registers; float32 alone.
-HALF, PARTS, MIRRORED, FLOAT = "half", "parts", "mirrored", "float"
+# float32 weights cut beside hidden states of 16 bits, which takes more registers; a sum with products of
+# float32; nothing but those, in TF32, which tensor cores take.
+HALF, PARTS, MIRRORED, FLOAT, TF32 = "half", "parts", "mirrored", "float", "tf32"
 TilesByKind = Mapping[tuple[str, int], Tiles]
 
 
@@ -149,6 +150,8 @@ _TILES = {
     (MIRRORED, 2): Tiles(TileConfig(32, 64, 32, 8, 2, 16, 1), TileConfig(32, 64, 32, 8, 2, 16, 1)),
     (FLOAT, 1): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 1), TileConfig(32, 64, 32, 4, 2, 16, 1)),
     (FLOAT, 2): Tiles(TileConfig(32, 64, 32, 4, 2, 16, 2), TileConfig(32, 64, 32, 4, 2, 16, 1)),
+    (TF32, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 128, 32, 8, 3, 16, 4)),
+    (TF32, 2): Tiles(TileConfig(64, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 2)),
 }
 # By major compute capability, for GPUs that multiply out of shared memory: a tile twice as wide reads a third
 # less for each product and ends half as often. Of the others, AMD's among them, an A100 stands for all.
@@ -160,10 +163,12 @@ _TILES_OF: Mapping[int, TilesByKind] = {
         (PARTS, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(64, 128, 32, 8, 3, 16, 4)),
         (PARTS, 2): Tiles(TileConfig(64, 64, 32, 8, 3, 16, 2), TileConfig(32, 64, 32, 8, 2, 16, 1)),
         (MIRRORED, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 1)),
+        (TF32, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(128, 128, 32, 8, 3, 16, 4)),
     },
     B200: _TILES
     | {
         (HALF, 1): Tiles(TileConfig(128, 256, 64, 8, 3, 16, 8), TileConfig(128, 128, 64, 8, 3, 16, 4)),
+        (TF32, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(64, 128, 32, 8, 3, 16, 4)),
     },
 }
 
@@ -175,7 +180,10 @@ def _with_rows_of_draws(tiles: TileConfig) -> TileConfig:
     return TileConfig(min(t.rows, 64), t.ids, t.width, t.warps, t.stages, t.group, 1)
 
 
-_DRAW_TILES = {key: Tiles(*map(_with_rows_of_draws, tiles)) for key, tiles in _TILES.items()}
+_DRAW_TILES = {
+    (kind, groups): Tiles(*map(_with_rows_of_draws, _TILES[FLOAT if kind == TF32 else kind, groups]))
+    for kind, groups in _TILES
+}
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,7 @@ def heads_sum(
         choices: of the GPU.
         draws: whether tokens are drawn from it, not losses made.
     """
+    precision = precision or _float32_products()
     order = _order(heads, separate)
     begins, rescales, group_of = [], [], [0] * len(heads)
     groups: list[_Group] = []
@@ -261,9 +262,9 @@ def heads_sum(
             "RESCALED": tuple(isinstance(own, Tensor) or r != 1.0 for r, own in rescales),
             "PARTS": tuple(max(1, n) for n in parts),
             "CAPPED": tuple(g.softcap > 0 for g in groups),
-            "PRECISION": precision or _float32_products(),
+            "PRECISION": precision,
         },
-        config=_config(ordered, parts, len(groups), crowded or separate, table),
+        config=_config(ordered, parts, len(groups), precision, crowded or separate, table),
         group_of=group_of,
         V=V,
         parts=parts,
@@ -272,10 +273,15 @@ def heads_sum(
 
 
 def _config(
-    heads: Sequence[Head], parts: Sequence[int], groups: int, crowded: bool, table: configs.TileTable
+    heads: Sequence[Head],
+    parts: Sequence[int],
+    groups: int,
+    precision: str,
+    crowded: bool,
+    table: configs.TileTable,
 ) -> configs.TileConfig:
     """How a sum is cut into tiles; ``crowded`` if more than its operands takes registers."""
-    kind = _kind(heads, parts)
+    kind = _kind(heads, parts, precision)
     if (kind, groups) not in table.kinds:
         return table.many
     tiles = table.kinds[kind, groups]
@@ -286,7 +292,9 @@ def _config(
     return tiles.roomy if aligned and not crowded else tiles.crowded
 
 
-def _kind(heads: Sequence[Head], parts: Sequence[int]) -> str:
+def _kind(heads: Sequence[Head], parts: Sequence[int], precision: str) -> str:
+    if precision == "tf32" and not any(parts):
+        return configs.TF32
     if not all(parts):
         return configs.FLOAT
     if max(parts) == 1:

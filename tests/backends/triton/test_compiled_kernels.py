@@ -132,7 +132,8 @@ def test_losses_of_heads_in_tf32(on, arch):
     try:
         with on(arch, 132):
             # Operands are cut to 10 bits behind the point.
-            run_heads(heads(37, 131, (80, 16), (F, F)), targets(37, 131), tolerance=2.0**-9)
+            for widths in ((80, 16), (64, 32)):
+                run_heads(heads(37, 131, widths, (F, F)), targets(37, 131), tolerance=2.0**-9)
     finally:
         torch.set_float32_matmul_precision(before)
 

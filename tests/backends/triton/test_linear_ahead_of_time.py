@@ -10,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from auxkern.backends.triton.cases import coefficients_of, gpu_of, target_of  # noqa: E402
+from auxkern.backends.triton.cases import Case, coefficients_of, gpu_of, heads_of, target_of  # noqa: E402
 from auxkern.backends.triton.heads import heads_sum  # noqa: E402
 from auxkern.backends.triton.heads_loss import cases as heads_loss_cases  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
@@ -19,6 +19,7 @@ from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: 
 from auxkern.core.loss import Loss  # noqa: E402
 from auxkern.core.terms import Head  # noqa: E402
 from auxkern.inspect import assembly  # noqa: E402
+from auxkern.inspect.issue import bound_of  # noqa: E402
 from auxkern.inspect.targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -62,6 +63,22 @@ def test_float32_products_are_exact_unless_asked_otherwise(target):
         assert made(target, launch).tensor_core == ()
 
 
+@pytest.mark.parametrize("target", TENSOR_CORES)
+def test_tf32_products_take_tiles_that_keep_the_tensor_cores_busy(target):
+    gpu, ROWS = TARGETS[target], heads_loss_cases.ROWS
+    choices = gpu_of(gpu.capability).configs
+    summed = heads_sum(heads_of(ROWS, V, (768, 256), (F, F)).heads, V, False, "tf32", choices=choices)
+    capped = heads_of(ROWS, V, (768, 256), (F, F), cap=30.0).heads
+    slopes = heads_sum(capped, V, False, "tf32", choices=choices)
+    forward = heads_loss_cases.one_write_launch(summed)
+    for launch in (forward, heads_loss_cases.gradient_launch(slopes, F, (0, 1))):
+        assert made(target, launch).tensor_core == (TENSOR_CORES[target],)
+    bound = bound_of(made(target, forward), Case("", "Llama-3", ROWS, forward), gpu)
+    products = 2 * ROWS * V * (768 + 256) / (gpu.tensor_flops / 2) * 1e6  # µs; TF32 has half of the rate
+    # To issue takes no longer than tensor cores need, which are idle for less than half of the time.
+    assert bound.issue_us < products
+
+
 def test_e_is_stored_16_bytes_at_a_time():
     launch = heads_loss_cases.one_write_launch(heads_loss_cases.sum_of(50257, (768, 256), (B, B)))
     # 128 x 256 numbers of 2 bytes over 256 threads are 16 stores; the rest are a row's statistics.
@@ -92,7 +109,14 @@ def test_new_batch_sizes_compile_nothing():
         assert _hashes(N) == seen
 
 
-PAIRS = {"bf16": (B, B), "fp32xbf16": (F, B), "fp32xfp16": (F, H), "bf16xfp32": (B, F), "fp16xfp32": (H, F)}
+PAIRS = {
+    "bf16": (B, B),
+    "fp32xbf16": (F, B),
+    "fp32xfp16": (F, H),
+    "bf16xfp32": (B, F),
+    "fp16xfp32": (H, F),
+    "tf32": (F, F),
+}
 
 
 @pytest.mark.slow
@@ -111,10 +135,10 @@ def test_no_combination_spills(target, pair, float32_beside, bias, adjacent):
         b = torch.empty(V, dtype=weight, device="meta") if bias else None
         return Head(torch.empty(heads_loss_cases.ROWS, D, dtype=hidden, device="meta"), w, b, 0.5, cap)
 
-    second = (F, F) if float32_beside else PAIRS[pair]
+    second, precision = (F, F) if float32_beside else PAIRS[pair], "tf32" if pair == "tf32" else "ieee"
     for cap in (None, 30.0):
         given = [head(*PAIRS[pair], cap), head(*second, cap)]
-        heads = heads_sum(given, V, False, "ieee", crowded=True, choices=gpu.configs)
+        heads = heads_sum(given, V, False, precision, crowded=True, choices=gpu.configs)
         e = None if cap else heads.buffer(H if heads.in_tensor_cores else F)
         loss, y = Loss(label_smoothing=0.1), target_of(heads.N)
         made(target, heads_loss.forward(heads, y, loss, e)[2][0])
