@@ -127,6 +127,11 @@ class HeadsLoss(TritonKernels):
     heads_way, heads_way_adds = "tiles", True
 
     def heads_refusal(self, sum: Sum) -> str | None:
+        """Why kernels cannot take the heads; None if they can.
+
+        No width is left to a library's products: in the model they are ahead by less than it knows
+        (``python -m auxkern.inspect.ways``).
+        """
         heads = sum.heads
         if len(heads) > _MAX_HEADS:
             return f"there are {len(heads)} heads; kernels take {_MAX_HEADS} at most"
