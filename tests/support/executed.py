@@ -63,6 +63,7 @@ BENIGN = (
             ),
             "heads_draw_kernel": (
                 "accumulator *= _of_rows(heads[i].rows_rescale, rows) * heads[i].rescale",
+                "tl.store(at, z, mask=present[:, None])",
                 "tl.store(partial.z + at, tl.where(bad",
                 "tl.store(partial.ids + at, token, mask=present)",
                 "tl.store(partial.parts + 2 * at, largest, mask=present)",
