@@ -12,10 +12,10 @@ from auxkern.backends.triton.device.rows import decode
 NO_ID: tl.constexpr = tl.constexpr(2**31 - 1)
 _UNIT: tl.constexpr = tl.constexpr(2.0**-32)
 # ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE of core/draws.py
-_OK: tl.constexpr = tl.constexpr(0)
-_NAN: tl.constexpr = tl.constexpr(1)
-_EMPTY: tl.constexpr = tl.constexpr(2)
-_INFINITE: tl.constexpr = tl.constexpr(3)
+OK: tl.constexpr = tl.constexpr(0)
+NAN: tl.constexpr = tl.constexpr(1)
+EMPTY: tl.constexpr = tl.constexpr(2)
+INFINITE: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
@@ -221,12 +221,12 @@ def write_draw(out, row, best, parts, count, temperature, LOGPROB: tl.constexpr,
     Args:
         parts: (N, count, 2) float32, largest logit and sum of each part of a row, if LOGPROB.
     """
-    status = tl.where(best[2] == NO_ID, _EMPTY, _OK)
-    status = tl.where(best[0] == float("inf"), _INFINITE, status)
-    status = tl.where(best[4] != 0, _NAN, status)
-    tl.store(out.token + row, tl.where(status == _OK, best[2], -1).to(tl.int64))
+    status = tl.where(best[2] == NO_ID, EMPTY, OK)
+    status = tl.where(best[0] == float("inf"), INFINITE, status)
+    status = tl.where(best[4] != 0, NAN, status)
+    tl.store(out.token + row, tl.where(status == OK, best[2], -1).to(tl.int64))
     tl.store(out.status + row, status)
     if LOGPROB:
         greedy = temperature == 0
         share = _log_share(parts, row, count, best[3], tl.where(greedy, 1.0, temperature), LANES)
-        tl.store(out.logprob + row, tl.where(status == _OK, tl.where(greedy, 0.0, share), float("nan")))
+        tl.store(out.logprob + row, tl.where(status == OK, tl.where(greedy, 0.0, share), float("nan")))

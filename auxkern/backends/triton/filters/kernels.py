@@ -22,15 +22,21 @@ program.
 import triton
 import triton.language as tl
 
-from auxkern.backends.triton.device.draws import NO_ID, count_of, gumbel, number_of
+from auxkern.backends.triton.device.draws import (
+    EMPTY,
+    INFINITE,
+    NAN,
+    NO_ID,
+    OK,
+    bits_of_ids,
+    count_of,
+    gumbel,
+    number_of,
+    random_words,
+)
 from auxkern.backends.triton.device.mass import masses
 from auxkern.backends.triton.device.numerics import log1p
 
-# ROW_OK, ROW_NAN, ROW_EMPTY, ROW_INFINITE of core/draws.py
-_OK: tl.constexpr = tl.constexpr(0)
-_NAN: tl.constexpr = tl.constexpr(1)
-_EMPTY: tl.constexpr = tl.constexpr(2)
-_INFINITE: tl.constexpr = tl.constexpr(3)
 # Float bits of a reach of 1, and those that a bin leaves out: 128 bins from any power of two to the next.
 _ONE_BITS: tl.constexpr = tl.constexpr(0x3F800000)
 _WITHIN_BIN: tl.constexpr = tl.constexpr(16)
@@ -71,9 +77,9 @@ def _status(parts, row, plane, splits, SPLITS: tl.constexpr):
     at = parts.floats + row * splits + lane
     largest = tl.max(tl.load(at, lane < splits, -float("inf")), axis=0)
     nans = tl.max(tl.load(at + plane, lane < splits, 0.0), axis=0)
-    status = tl.where(largest == -float("inf"), _EMPTY, _OK)
-    status = tl.where(largest == float("inf"), _INFINITE, status)
-    return tl.where(nans != 0, _NAN, status), largest
+    status = tl.where(largest == -float("inf"), EMPTY, OK)
+    status = tl.where(largest == float("inf"), INFINITE, status)
+    return tl.where(nans != 0, NAN, status), largest
 
 
 @triton.jit
@@ -124,24 +130,9 @@ def _float_of(key):
 
 
 @triton.jit
-def _noise_at(seed, position, ids):
-    """Gumbel noise of any ids: word id % 4 of counter id // 4."""
-    zero = tl.zeros_like(ids).to(tl.uint32)
-    low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
-    high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, ids // 4, zero, low, high)
-    word = ids % 4
-    return gumbel(tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d)))
-
-
-@triton.jit
 def _noise(seed, position, start, BLOCK: tl.constexpr):
-    """(BLOCK,) the noise of ids from ``start``, a multiple of 4."""
-    counter = start // 4 + tl.arange(0, BLOCK // 4)
-    zero = tl.zeros([BLOCK // 4], tl.uint32)
-    low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
-    high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, counter, zero, low, high)
+    """(BLOCK,) Gumbel noise of ids from ``start``, a multiple of 4."""
+    a, b, c, d = random_words(seed, position, start // 4 + tl.arange(0, BLOCK // 4))
     # join puts its arguments side by side in a new last dimension.
     return gumbel(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK]))
 
@@ -235,7 +226,7 @@ def histogram_kernel(
     status, largest = _status(parts, row, N.to(tl.int64) * splits, splits, SPLITS)
     counts = top_k < V
     weighs = top_p < 1
-    if (counts | weighs) & (status == _OK):
+    if (counts | weighs) & (status == OK):
         z_row = tl.multiple_of(z_in + row * stride, 16)
         # V ids from here on have together less than the mass that top-p drops: they count in the last bin.
         dropped = tl.maximum(1.0 - top_p, 1e-30).to(tl.float32)
@@ -330,7 +321,7 @@ def gather_kernel(
     own = row * splits + split
     best = (-float("inf"), NO_ID, tl.zeros([], tl.int64))
     count = 0
-    if status == _OK:
+    if status == OK:
         bounds = _thresholds(bins, row, top_k, top_p, V, BINS)
         first = bounds[0]
         last = bounds[1]
@@ -534,13 +525,13 @@ def finish_kernel(
             key = _key(z)
             d = _distance(z, largest, temperature)
             kept = entries[3] & ((key > least) | ((key == least) & (ids <= last_id))) & (d >= log_min_p)
-            best = _drawn(best, d, kept, ids, _noise_at(seed, position, ids), shift, LOGPROB)
-    token = tl.where(status == _OK, best[1], -1)
+            best = _drawn(best, d, kept, ids, gumbel(bits_of_ids(seed, position, ids)), shift, LOGPROB)
+    token = tl.where(status == OK, best[1], -1)
     tl.store(out.token + row, token.to(tl.int64))
     tl.store(out.status + row, status)
     if LOGPROB:
-        d = _distance(tl.load(z_row + token, status == _OK, 0.0), largest, temperature)
+        d = _distance(tl.load(z_row + token, status == OK, 0.0), largest, temperature)
         # The largest logit is kept, with a mass of 1: what the others have is added exactly.
         others = (best[2] - (tl.full([], 1, tl.int64) << (31 + shift))).to(tl.float32) * unit
         logprob = tl.where(greedy, 0.0, d - log1p(others))
-        tl.store(out.logprob + row, tl.where(status == _OK, logprob, float("nan")))
+        tl.store(out.logprob + row, tl.where(status == OK, logprob, float("nan")))
