@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,9 +40,13 @@ class Backend(ABC):
 
     ``wanted`` holds, for each term of a sum, contiguous memory for gradients by the name of the tensor. It is
     written, not added to; rows that do not count get 0.
+
+    Attributes:
+        remembers: whether it knows calls like earlier ones by their facts; see ``draw_given``.
     """
 
     name: str
+    remembers = False
 
     @abstractmethod
     def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
@@ -85,6 +89,22 @@ class Backend(ABC):
     @abstractmethod
     def draw(self, sum: Sum, draws: Draws, want_logprob: bool) -> RowTokens:
         """A token for each of N >= 1 rows, as ``auxkern_sample`` in kernels/include/auxkern.h says."""
+
+    def draw_given(
+        self,
+        given: Callable[[], tuple[Sum, Draws]],
+        inputs: Sequence[Tensor],
+        facts: Hashable,
+        want_logprob: bool,
+    ) -> RowTokens:
+        """``draw`` of what is given; a backend need not ask for it where it knows the call from its facts.
+
+        Args:
+            given: checks the inputs and makes of them what ``draw`` takes.
+            inputs: every tensor that it reads, on one device; at least one.
+            facts: everything else that it depends on.
+        """
+        return self.draw(*given(), want_logprob)
 
     def linear_refusal(self, x: Tensor, weight: Tensor) -> str | None:
         """Why it leaves the product of x (M, K) and weight (N, K) to torch; None if it takes it."""

@@ -223,12 +223,11 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 
 def has_dtensors(terms: Terms) -> bool:
     """Whether a tensor of these terms, which are not checked yet, is a ``DTensor``."""
-    listed = terms if isinstance(terms, (list, tuple)) else [terms]
-    return any(
-        is_dtensor(tensor)
-        for term in listed
-        for tensor in ([term] if isinstance(term, Tensor) else getattr(term, "tensors", {}).values())
-    )
+    for term in terms if isinstance(terms, (list, tuple)) else [terms]:
+        for tensor in [term] if isinstance(term, Tensor) else getattr(term, "tensors", {}).values():
+            if is_dtensor(tensor):
+                return True
+    return False
 
 
 def softcapped(z: Tensor, softcap: float | None) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from auxkern.backends.choice import backend_of
+from auxkern.core.backend import Backend
 from auxkern.core.draws import ROW_NUMBERS, Draws, RowTokens
+from auxkern.core.repeats import are_plain, facts_of, is_eager
 from auxkern.core.sums import (
     Sum,
     check_rows,
@@ -125,25 +127,31 @@ def sample(
     seed, position = as_number(seed), as_number(position)
     vocab_size, top_logprobs = as_number(vocab_size), as_number(top_logprobs)
     params = _PLAIN if params is None else params
-    asked = _Asked(params, seed, position, history, prompt, return_logprobs, top_logprobs, backend)
+    asked = _Asked(
+        params, seed, position, history, prompt, vocab_size, return_logprobs, top_logprobs, backend
+    )
     if process_group is not None or has_dtensors(terms):
         group = group_of(process_group, terms)
         if group is not None:
             return _over_ranks(terms, asked, CutVocabulary(group, process_group, vocab_size))
-    terms = as_terms(terms)
-    leading = _checked_rows(terms, asked)
-    V = vocabulary_of(terms, checked_vocabulary(terms, vocab_size))
-    drawn = _drawn(backend, terms, _draws(terms, asked, V), V, return_logprobs)
-    result = Sample(drawn.token.view(leading), drawn.status.view(leading))
+    known = _known(terms, asked)
+    if known is None:
+        listed, draws, V = _given(terms, asked)
+        leading, drawn = listed[0].leading, _drawn(backend, listed, draws, V, return_logprobs)
+    else:
+        leading, drawn = known.leading, known.drawn()
+    result = Sample(_shaped(drawn.token, leading), _shaped(drawn.status, leading))
+    if return_logprobs or top_logprobs:
+        listed = as_terms(terms)
+        V = vocabulary_of(listed, vocab_size)
     if return_logprobs:
-        result = _with_logprobs(result, terms, V, drawn.logprob.view(leading))
+        result = _with_logprobs(result, listed, V, drawn.logprob.view(leading))
     if top_logprobs:
-        result = _with_top(result, terms, V, top_logprobs)
+        result = _with_top(result, listed, V, top_logprobs)
     return result
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """The arguments of ``sample`` beside the terms."""
 
     params: SamplingParams
@@ -151,13 +159,90 @@ class _Asked:
     position: int | Tensor
     history: Tensor | None
     prompt: Tensor | None
+    vocab_size: int | None
     return_logprobs: bool
     top_logprobs: int
     backend: str | None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all but tensors are of the types they should be, and no bias is among the parameters."""
+        params = self.params
+        return (
+            type(params) is SamplingParams
+            and params.logit_bias is None
+            and type(self.return_logprobs) is bool
+            and type(self.top_logprobs) is int
+            and (self.vocab_size is None or type(self.vocab_size) is int)
+        )
 
-def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
-    """(...): the rows of all terms."""
+
+class _Known(NamedTuple):
+    """A call of which a backend may have seen one like it: nothing of it has been checked."""
+
+    kernel: Backend
+    terms: Terms
+    asked: _Asked  # with tensors of seeds and positions
+    inputs: Sequence[Tensor]
+    facts: Hashable
+    leading: torch.Size
+
+    def drawn(self) -> RowTokens:
+        """A token for each row."""
+        return self.kernel.draw_given(self._given, self.inputs, self.facts, self.asked.return_logprobs)
+
+    def _given(self) -> tuple[Sum, Draws]:
+        terms, draws, V = _given(self.terms, self.asked)
+        return Sum.of(terms, V), draws
+
+
+def _known(terms: Terms, asked: _Asked) -> _Known | None:
+    """None where more has to be known of a call than kinds, shapes and numbers, or no backend keeps these."""
+    params, seed, position = asked[:3]
+    stated = facts_of(terms)
+    if stated is None or not asked.is_plain:
+        return None
+    kernel = backend_of(asked.backend, stated.tensors)
+    first = stated.tensors[0]
+    if not kernel.remembers or not first.numel() or not is_eager():
+        return None
+    leading, device = first.shape[:-1], first.device
+    N = leading.numel()
+    if type(seed) is int and N == 1:
+        asked = asked._replace(seed=_integers("seed", seed, N, device))
+    if type(position) is int:
+        asked = asked._replace(position=_integers("position", position, N, device))
+    given = [x for x in asked[1:5] if x is not None]
+    inputs = [*stated.tensors, *stated.scales, *params.tensors, *given]
+    if not are_plain(inputs):
+        return None
+    absent = (asked.history is None, asked.prompt is None)
+    facts = (stated.facts, params.facts, asked.vocab_size, asked.top_logprobs, absent)
+    return _Known(kernel, terms, asked, inputs, facts, leading)
+
+
+def _shaped(rows: Tensor, leading: torch.Size) -> Tensor:
+    """(...) of (N,)."""
+    return rows if len(leading) == 1 else rows.view(leading)
+
+
+class _Given(NamedTuple):
+    """A call that has been checked."""
+
+    terms: list[Term]
+    draws: Draws
+    V: int
+
+
+def _given(terms: Terms, asked: _Asked) -> _Given:
+    """The call, checked; raises as ``sample``."""
+    listed = as_terms(terms)
+    _check_rows(listed, asked)
+    V = vocabulary_of(listed, checked_vocabulary(listed, asked.vocab_size))
+    return _Given(listed, _draws(listed, asked, V), V)
+
+
+def _check_rows(terms: Sequence[Term], asked: _Asked) -> None:
     one_device(terms)
     if is_transformed(tensors_of(terms)):
         raise RuntimeError(
@@ -166,14 +251,14 @@ def _checked_rows(terms: Sequence[Term], asked: _Asked) -> torch.Size:
         )
     if not isinstance(asked.params, SamplingParams):
         raise TypeError(f"params must be auxkern.SamplingParams or None, got {type(asked.params).__name__}")
-    return check_rows(terms)
+    check_rows(terms)
 
 
 def _over_ranks(terms: Terms, asked: _Asked, cut: CutVocabulary) -> Sample:
     """``sample`` of terms whose vocabulary is cut over ranks."""
 
     def checked(terms: list[Term]) -> tuple[list[Term], dict[str, object]]:
-        _checked_rows(terms, asked)
+        _check_rows(terms, asked)
         return terms, {
             "return_logprobs": asked.return_logprobs,
             "top_logprobs": asked.top_logprobs,

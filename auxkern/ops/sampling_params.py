@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -89,6 +89,18 @@ class SamplingParams:
         """Whether no filter acts on a row; numbers in tensors are not looked at, and may be filters."""
         greedy = not isinstance(self.temperature, Tensor) and self.temperature == 0
         return greedy or not any(self._acts(number) for number in ROW_NUMBERS if number.filters)
+
+    @cached_property
+    def facts(self) -> Hashable:
+        """The numbers, None for those that are tensors."""
+        values = [getattr(self, number.param) for number in ROW_NUMBERS]
+        return tuple([None if isinstance(value, Tensor) else value for value in values])
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Those that are."""
+        values = [getattr(self, number.param) for number in ROW_NUMBERS]
+        return [value for value in values if isinstance(value, Tensor)]
 
     @property
     def penalises(self) -> bool:

@@ -5,13 +5,12 @@ Importing this package imports Triton; ``backends.choice`` does so when it is fi
 
 from __future__ import annotations
 
-from auxkern.backends.triton.heads_draw.launches import HeadsDraw
+from auxkern.backends.triton.draws import GivenDraw
 from auxkern.backends.triton.heads_loss.losses import HeadsLoss
-from auxkern.backends.triton.logits_draw.launches import LogitsDraw
 from auxkern.backends.triton.logits_loss.launches import LogitsLoss
 
 
-class Triton(HeadsLoss, HeadsDraw, LogitsLoss, LogitsDraw):
+class Triton(HeadsLoss, LogitsLoss, GivenDraw):
     """Its kernels, one folder for each family."""
 
     name = "triton"

@@ -33,6 +33,7 @@ class _Replayed(NamedTuple):
     kernel: CompiledKernel
     grid: tuple[int, ...]
     arguments: Callable[[list[int]], tuple[Any, ...]]  # as the kernel takes them, of places' addresses
+    launch: Callable[..., None]  # the kernel on the grid
 
 
 def key_of(inputs: Sequence[Tensor], facts: Hashable) -> Hashable:
@@ -53,18 +54,28 @@ def key_of(inputs: Sequence[Tensor], facts: Hashable) -> Hashable:
     )
 
 
+class Constant(NamedTuple):
+    """Memory that a plan has filled with one number."""
+
+    filled: Tensor
+    shape: tuple[int, ...]
+    number: float
+    options: dict[str, Any]  # of ``torch.full``
+
+
 class Replay:
     """The launches of one call, to be made again with other tensors.
 
     Attributes:
         possible: whether they can be: binaries ran, and every tensor among their arguments is an input, a
-            result, or memory of the plan's own.
+            result, a constant, or memory of the plan's own.
 
     Args:
         inputs: that the call was given.
         result: tensors that it returned, a named tuple maybe.
         launches: of the call, in order.
         kernels: the binary of each; None where an interpreter ran it.
+        constants: of the plan.
     """
 
     def __init__(
@@ -73,19 +84,23 @@ class Replay:
         result: tuple[Tensor, ...],
         launches: Sequence[Launch],
         kernels: Sequence[CompiledKernel | None],
+        constants: Sequence[Constant] = (),
     ) -> None:
-        given = (*inputs, *result)
+        given = (*inputs, *result, *[constant.filled for constant in constants])
         self.possible = all(x.is_contiguous() for x in result) and None not in kernels
         self._made: Callable[[list[Tensor]], tuple[Tensor, ...]] = getattr(type(result), "_make", tuple)
         self._result = [(x.shape, x.dtype) for x in result]
+        self._constants = [constant[1:] for constant in constants]
         self._last = len(given)
         self._addresses = {x.data_ptr(): _Address(place, 0) for place, x in enumerate(given) if x.numel()}
         self._storages = {x.untyped_storage().data_ptr() for x in given}
         self._begun: dict[int, int] = {}  # of each storage in the workspace, where it begins
         self._workspace = 0
-        self._launches = (
-            [self._replayed(*pair) for pair in zip(launches, kernels, strict=True)] if self.possible else []
-        )
+        self._launches = [
+            self._replayed(launch, kernel)
+            for launch, kernel in zip(launches, kernels, strict=True)
+            if self.possible and kernel is not None
+        ]
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Launches on the current device; a result of new tensors.
@@ -95,16 +110,21 @@ class Replay:
         """
         device = inputs[0].device
         result = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._result]
-        workspace = torch.empty(self._workspace, dtype=torch.uint8, device=device)
-        addresses = [x.data_ptr() for x in (*inputs, *result, workspace)]
-        for kernel, grid, arguments in self._launches:
-            kernel[grid](*arguments(addresses))
+        given = [*inputs, *result]
+        for shape, number, options in self._constants:
+            given.append(torch.full(shape, number, **options))
+        if self._workspace:
+            given.append(torch.empty(self._workspace, dtype=torch.uint8, device=device))
+        addresses = [x.data_ptr() for x in given]
+        for _, _, arguments, launch in self._launches:
+            launch(*arguments(addresses))
         return self._made(result)
 
-    def _replayed(self, launch: Launch, kernel: CompiledKernel | None) -> _Replayed:
+    def _replayed(self, launch: Launch, kernel: CompiledKernel) -> _Replayed:
         named = launch.arguments | launch.constants
         arguments = tuple([self._without_tensors(named[name]) for name in launch.kernel.arg_names])
-        return _Replayed(kernel, (*launch.grid, 1, 1)[:3], _filling(arguments))
+        grid = (*launch.grid, 1, 1)[:3]
+        return _Replayed(kernel, grid, _filling(arguments), kernel[grid])
 
     def _without_tensors(self, value: Any) -> Any:
         if isinstance(value, Tensor):

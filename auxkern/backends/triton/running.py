@@ -17,13 +17,15 @@ from auxkern.backends.chunked import RowKernels
 from auxkern.backends.triton.device.rows import decode
 from auxkern.backends.triton.gpu import Gpu, gpu_of
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.replays import Replay, key_of
+from auxkern.backends.triton.replays import Constant, Replay, key_of
 
-_MOST_REPLAYS = 256
+_MOST_REPLAYS = 512
 _OLDEST = (3, 6)
 
 _ATEN = torch.ops.aten
 _UNINITIALISED = (_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.detach)
+
+_UNKNOWN = object()  # of a call that has not been
 
 _Result = TypeVar("_Result", bound=tuple[Tensor, ...])
 
@@ -34,6 +36,8 @@ def _version() -> tuple[int, ...]:
 
 class TritonKernels(RowKernels):
     """What the families of kernels have in common."""
+
+    remembers = True
 
     @property
     def interpreted(self) -> bool:
@@ -57,36 +61,53 @@ class TritonKernels(RowKernels):
             return [launch.run() for launch in launches]
 
     def run_plan(
-        self, plan: Callable[[], tuple[_Result, list[Launch]]], inputs: Sequence[Tensor], facts: Hashable
+        self,
+        plan: Callable[[], tuple[_Result, list[Launch]]],
+        inputs: Sequence[Tensor],
+        facts: Hashable,
+        unplanned: Callable[[], _Result] | None = None,
     ) -> _Result:
         """What a plan returns, filled by its launches; one that only addresses tell from another is not made.
 
         Args:
             plan: makes its result, a named tuple of tensors, and what the launches share uninitialised; one
-                that computes anything is made for each call.
+                that computes anything but constants is made for each call.
             inputs: every tensor that it is given.
             facts: everything else that it depends on.
+            unplanned: does the same otherwise, where launches are not made again; None to run the plan.
         """
         key, device = key_of(inputs, facts), inputs[0].device
-        replay = self._replays.get(key)
-        if replay is not None and replay.possible:
-            with _on(device):
+        replay = self._replays.get(key, _UNKNOWN)
+        if isinstance(replay, Replay) and replay.possible:
+            if _is_current(device):
                 return cast(_Result, replay(inputs))
-        if replay is not None or key not in self._replays:
+            with torch.cuda.device(device):
+                return cast(_Result, replay(inputs))
+        if replay is not None:
             # Of a call that never comes again nothing need be known.
-            if key not in self._replays:
+            if replay is _UNKNOWN:
                 self._remember(key, None)
+            if unplanned is not None:
+                return unplanned()
             result, launches = plan()
             self.run(launches, device)
             return result
+        result, replay = self.recorded(plan, inputs)
+        self._remember(key, replay)
+        return result
+
+    def recorded(
+        self, plan: Callable[[], tuple[_Result, list[Launch]]], inputs: Sequence[Tensor]
+    ) -> tuple[_Result, Replay]:
+        """What a plan returns, filled by its launches, and these, to be made again; as ``run_plan``."""
         watch = _Watch()
         with watch:
             result, launches = plan()
-        replay = Replay(inputs, result, launches, self.run(launches, device))
+        kernels = self.run(launches, inputs[0].device)
+        replay = Replay(inputs, result, launches, kernels, watch.constants)
         # What a plan computes would not be computed when its launches are made again.
-        replay.possible &= not watch.computed
-        self._remember(key, replay)
-        return result
+        replay.possible &= not watch.computed and bool(launches)
+        return result, replay
 
     def _remember(self, key: Hashable, replay: Replay | None) -> None:
         if len(self._replays) >= _MOST_REPLAYS:
@@ -119,19 +140,28 @@ class TritonKernels(RowKernels):
 
 
 class _Watch(TorchDispatchMode):
-    """Sees whether torch computes anything, beside memory and views of it."""
+    """Sees whether torch computes anything, beside memory, constants and views of these."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.computed = False
+        self.constants: list[Constant] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.computed |= not (func.is_view or func.overloadpacket in _UNINITIALISED)
-        return func(*args, **(kwargs or {}))
+        options = kwargs or {}
+        result = func(*args, **options)
+        if func is _ATEN.full.default:
+            shape, number = args
+            self.constants.append(Constant(result, tuple(shape), number, options))
+        else:
+            self.computed |= not (func.is_view or func.overloadpacket in _UNINITIALISED)
+        return result
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, whatever device its tensors are on."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    return contextlib.nullcontext() if _is_current(device) else torch.cuda.device(device)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type == "cpu" or device.index == torch.cuda.current_device()

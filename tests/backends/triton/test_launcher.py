@@ -471,6 +471,57 @@ def test_what_is_launched_again_is_what_would_be_planned(gpu):
     assert gpu.replayed >= len(calls) / 2
 
 
+def _launched_again(gpu: Recorder, call: Callable[[], object]) -> None:
+    """Calls until what is launched is kept, and fails if it is not."""
+    for _ in range(2):
+        call()
+    planned = gpu.plans
+    call()
+    assert gpu.plans == planned
+
+
+def _sampled(z: Tensor, *more: Any, **options: Any) -> Callable[[], object]:
+    return lambda: auxkern.sample([z, *more], **{"seed": torch.arange(4), "position": 3} | options)
+
+
+OTHERS: dict[str, tuple[Any, dict[str, Any], type[Exception]]] = {
+    "a seed too few": ((), {"seed": torch.arange(3)}, ValueError),
+    "a seed of floats": ((), {"seed": torch.zeros(4)}, TypeError),
+    "a number for a flag": ((), {"vocab_size": True}, TypeError),
+    "a position that is none": ((), {"position": True}, TypeError),
+    "a position of 65 bits": ((), {"position": 2**64}, ValueError),
+    "a history of other rows": ((), {"history": torch.zeros(3, 1, dtype=torch.int64)}, ValueError),
+    "more log-probabilities than ids": ((), {"top_logprobs": 3002}, ValueError),
+    "a term of other rows": ((torch.zeros(3, 3001),), {}, ValueError),
+}
+
+
+@pytest.mark.parametrize(("more", "options", "error"), OTHERS.values(), ids=OTHERS)
+def test_a_call_unlike_a_known_one_is_checked(gpu, more, options, error):
+    z = logits(4, 3001)
+    _launched_again(gpu, _sampled(z))
+    with pytest.raises(error):
+        _sampled(z, *more, **options)()
+
+
+def test_ids_are_looked_at_in_every_call(gpu):
+    ids = torch.zeros(4, 1, dtype=torch.int64)
+    call = _sampled(logits(4, 3001), Sparse(ids, logits(4, 1)))
+    for _ in range(3):
+        call()
+    ids[2] = 3001
+    with pytest.raises(ValueError, match="3001"):
+        call()
+
+
+def test_a_negation_that_is_to_be_done_is_done_in_every_call(gpu):
+    z = logits(4, 3001)
+    _launched_again(gpu, _sampled(z))
+    assert gpu.was_given(z)
+    _sampled(torch._neg_view(z))()
+    assert not gpu.was_given(z)
+
+
 # --- time on the host -------------------------------------------------------------------------
 
 # Microseconds of CPU time, measured on a server's core that other work shared. Three times as long is a

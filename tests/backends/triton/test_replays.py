@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from auxkern.backends.triton.launch import Launch
-from auxkern.backends.triton.replays import Replay, key_of
+from auxkern.backends.triton.replays import Constant, Replay, key_of
 
 
 class Strided(NamedTuple):
@@ -38,6 +39,17 @@ class Binary:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *given: self.launched.append((grid, given))
+
+
+class Reading(list[Any]):
+    """Reads the doubles at the address that a launch is given, while they are there."""
+
+    def __init__(self, read: list[list[float]]) -> None:
+        super().__init__()
+        self.read = read
+
+    def append(self, launch: tuple[tuple[int, ...], tuple[Any, ...]]) -> None:
+        self.read.append(list((ctypes.c_double * 3).from_address(launch[1][3])))
 
 
 def planned(*inputs: Tensor) -> tuple[Result, Launch]:
@@ -124,3 +136,19 @@ def test_the_interpreter_plans_each_call():
     x = torch.zeros(3, 5)
     result, launch = planned(x)
     assert not Replay([x], result, [launch], [None]).possible
+
+
+def test_a_constant_is_filled_again():
+    x = torch.zeros(6, 5)
+    result, launch = planned(x)
+    constant = torch.full((3,), 0.9, dtype=torch.float64)
+    launch.arguments["best"] = constant
+    binary = Binary()
+    options = {"dtype": torch.float64}
+    replay = Replay([x], result, [launch], [binary], [Constant(constant, (3,), 0.9, options)])
+    assert replay.possible
+    constant.zero_()
+    given = []
+    binary.launched = Reading(given)
+    replay([x])
+    assert given == [[0.9] * 3]

@@ -131,6 +131,7 @@ class Recorder(Triton):
         compiled: names of the kernels that the JIT has compiled, in order.
         checks_replays: whether launches that are made again are compared with what a plan would make.
         replayed: how many calls that was done for.
+        plans: how many have been made for calls.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +142,7 @@ class Recorder(Triton):
         self.compiled: list[str] = []
         self._kept: list[Launched] | None = None
         self._recorded: dict[int, Gpu] = {}
-        self.checks_replays, self.replayed = False, 0
+        self.checks_replays, self.replayed, self.plans = False, 0, 0
 
     def refusal(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
         return None
@@ -169,17 +170,21 @@ class Recorder(Triton):
                     out.token.zero_()
         return kernels
 
-    def run_plan(self, plan: Any, inputs: Any, facts: Any) -> Any:
+    def run_plan(self, plan: Any, inputs: Any, facts: Any, *unplanned: Any) -> Any:
         if self._kept is not None:
             # What is launched again has no ``Launch``.
             self._replays.clear()
         replay = self._replays.get(key_of(inputs, facts)) if self.checks_replays else None
         if replay is not None and replay.possible:
-            result, launches = plan()
-            fresh = Replay(inputs, result, launches, self.run(launches, inputs[0].device))
+            _, fresh = self.recorded(plan, inputs)
             assert _described(replay) == _described(fresh), "a fact is missing: calls that differ look alike"
             self.replayed += 1
-        done = super().run_plan(plan, inputs, facts)
+
+        def counted() -> Any:
+            self.plans += 1
+            return plan()
+
+        done = super().run_plan(counted, inputs, facts, *unplanned)
         if isinstance(done, RowTokens):
             # No kernel has run, and what follows a draw looks at its tokens.
             done.token.zero_()
@@ -196,6 +201,11 @@ class Recorder(Triton):
     def launches(self) -> int:
         """That the driver has seen."""
         return self._last.number
+
+    def was_given(self, x: Tensor) -> bool:
+        """Whether the last kernel was given this address."""
+        given = bytes(self._last.arguments[: self._last.bytes])
+        return x.data_ptr().to_bytes(8, "little") in given
 
     def _launched(self, launch: Launch) -> Launched:
         record = Record.from_buffer_copy(self._last)
@@ -229,7 +239,8 @@ class Recorder(Triton):
 def _described(replay: Replay) -> list[object]:
     """All that it launches; the place of a tensor stands for its address."""
     places = [1000 * place for place in range(1, 100)]
-    return [(id(kernel), grid, filled(places)) for kernel, grid, filled in replay._launches]
+    launches = [(id(kernel), grid, filled(places)) for kernel, grid, filled, _ in replay._launches]
+    return [*launches, *replay._constants]
 
 
 @contextmanager
