@@ -118,7 +118,7 @@ def explain(
     if dtypes:
         raise TypeError("dtypes go with a device; terms have their own")
     terms = as_terms(device)
-    (_, where), present = one_device(terms), _float_dtypes(tensors_of(terms))
+    where, present = one_device(terms), _float_dtypes(tensors_of(terms))
     check_rows(terms)
     V = vocabulary_of(terms, checked_vocabulary(terms, vocab_size))
     chosen = choose(backend, where, present)

@@ -35,6 +35,11 @@ class Loss:
         """Whether the rows' mean distance is needed."""
         return self.label_smoothing > 0
 
+    @property
+    def without_stats(self) -> Loss:
+        """The same, of which no statistics are wanted."""
+        return replace(self, stats=False) if self.stats else self
+
     def of_rows(self, nll: Tensor, lse: Tensor, smooth: Tensor) -> Tensor:
         """(N,) loss of each row.
 

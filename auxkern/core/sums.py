@@ -26,7 +26,10 @@ _NAMES = (("values",), ("hidden", "weight"), ("hidden", "weight", "bias"), ("ids
 
 def row_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float64 if any input is, float32 otherwise: the dtype that logits, rows and sums have."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +59,12 @@ class Sum:
         for index, term in enumerate(terms):
             row = term.as_rows(index)
             # The memory of a lazy negation holds what is to be negated.
-            if any(tensor.is_neg() for tensor in row.tensors.values()):
-                row = like(row, **{name: tensor.resolve_neg() for name, tensor in row.tensors.items()})
+            for tensor in row.tensors.values():
+                if tensor.is_neg():
+                    row = like(row, **{name: its.resolve_neg() for name, its in row.tensors.items()})
+                    break
             if not isinstance(row, Sparse) and isinstance(row.scale, Tensor):
-                scale = row.scale.resolve_neg().reshape(-1).to(row_dtype(tensors_of(terms))).contiguous()
-                row = like(row, scale=scale)
+                row = like(row, scale=flat_rows(row.scale.resolve_neg(), row_dtype(tensors_of(terms))))
             rows.append(row)
         return cls(tuple(rows), V, chunk_rows)
 
@@ -84,10 +88,10 @@ class Sum:
         """Rows."""
         return self.terms[0].leading.numel()
 
-    @cached_property
+    @property
     def is_logits(self) -> bool:
         """Whether every term's logits exist already."""
-        return all(isinstance(term, Logits) for term in self.terms)
+        return all([isinstance(term, Logits) for term in self.terms])
 
     @property
     def logits(self) -> list[Logits]:
@@ -185,13 +189,15 @@ class Layout(NamedTuple):
         terms: list[Term] = []
         first = 0
         for kind, scale, softcap in zip(*self, strict=True):
+            cap = softcap or None
+            if kind == _LOGITS:
+                terms.append(unchecked(Logits, values=tensors[first], scale=scale, softcap=cap))
+                first += 1
+                continue
             names = _NAMES[kind]
             own = dict(zip(names, tensors[first : first + len(names)], strict=True))
             first += len(names)
-            cap = softcap or None
-            if kind == _LOGITS:
-                terms.append(unchecked(Logits, **own, scale=scale, softcap=cap))
-            elif kind == _SPARSE:
+            if kind == _SPARSE:
                 terms.append(unchecked(Sparse, **own))
             else:
                 terms.append(unchecked(Head, **{"bias": None, **own}, scale=scale, softcap=cap))
@@ -216,27 +222,44 @@ def layout_of(terms: Sequence[Term]) -> Layout:
     return Layout(tuple(kinds), tuple(scales), tuple(softcaps))
 
 
+def flat_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,) contiguous, of (...) in this dtype; x itself if that is what it is, since each look costs time."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
+
+
 def tensors_of(terms: Sequence[Term]) -> list[Tensor]:
     """Every tensor of every term, but for scales."""
-    return [tensor for term in terms for tensor in term.tensors.values()]
+    tensors: list[Tensor] = []
+    for term in terms:
+        if isinstance(term, Logits):
+            tensors.append(term.values)
+        else:
+            tensors += term.tensors.values()
+    return tensors
 
 
-def one_device(terms: Sequence[Term]) -> tuple[str, torch.device]:
-    """Name of the first tensor, and the device that all of them are on.
+def first_name(terms: Sequence[Term]) -> str:
+    """Of the first tensor, for messages."""
+    return f"terms[0].{next(iter(terms[0].tensors))}"
+
+
+def one_device(terms: Sequence[Term]) -> torch.device:
+    """The device that all tensors are on.
 
     Raises:
         ValueError: they are on several.
     """
-    device = next(iter(terms[0].tensors.values())).device
-    for i, term in enumerate(terms):
-        for name, tensor in term.tensors.items():
-            if tensor.device != device:
-                first = next(iter(terms[0].tensors))
-                raise ValueError(
-                    f"terms[{i}].{name} is on {tensor.device} but terms[0].{first} is on {device}; move them "
-                    "to one device"
-                )
-    return f"terms[0].{next(iter(terms[0].tensors))}", device
+    tensors = tensors_of(terms)
+    device = tensors[0].device
+    for place, tensor in enumerate(tensors):
+        if tensor.device != device:
+            names = [f"terms[{i}].{name}" for i, term in enumerate(terms) for name in term.tensors]
+            raise ValueError(
+                f"{names[place]} is on {tensor.device} but {names[0]} is on {device}; move them to one device"
+            )
+    return device
 
 
 def check_rows(terms: Sequence[Term]) -> torch.Size:
@@ -257,7 +280,12 @@ def check_rows(terms: Sequence[Term]) -> torch.Size:
 
 def vocabulary_of(terms: Sequence[Term], vocab_size: int | None) -> int:
     """V: as ``checked_vocabulary`` gives it, or of the first term that has a logit for every id."""
-    return vocab_size or next(term.vocabulary for term in terms if not isinstance(term, Sparse))
+    if vocab_size:
+        return vocab_size
+    for term in terms:
+        if not isinstance(term, Sparse):
+            return term.vocabulary
+    raise ValueError("terms are all Sparse")
 
 
 def check_sparse_ids(name: str, ids: Tensor, V: int) -> None:
@@ -277,6 +305,28 @@ def check_sparse_terms(terms: Sequence[Term], V: int) -> None:
             check_sparse_ids(f"terms[{index}].ids", term.ids, V)
 
 
+def check_target_range(target: Tensor, V: int, ignore_index: int) -> None:
+    """Raises ValueError if an id of (N,) lies outside [0, V) and is not ``ignore_index``."""
+    if target.numel():
+        low, high = torch.aminmax(target)
+        if int(low) >= 0 and int(high) < V:
+            return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= V))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target[{row}] (flattened) is {int(target[row])}, outside [0, {V}); "
+            f"use ignore_index={ignore_index} for rows that do not count"
+        )
+
+
+def look_at_ids(sum: Sum, target: Tensor, ignore_index: int) -> None:
+    """Both checks, of targets (N,) and of sparse terms, where looking at ids stops no device."""
+    if target.device.type == "cpu":
+        check_target_range(target, sum.V, ignore_index)
+        check_sparse_terms(sum.terms, sum.V)
+
+
 def checked_vocabulary(terms: Sequence[Term], vocab_size: int | None) -> int | None:
     """``vocab_size`` as given, once it fits every term.
 
@@ -284,20 +334,15 @@ def checked_vocabulary(terms: Sequence[Term], vocab_size: int | None) -> int | N
         TypeError: it is no int.
         ValueError: it is larger than a term's vocabulary, or None where these differ.
     """
-    sizes = [
-        (f"terms[{index}].{'weight' if isinstance(term, Head) else 'values'}", term.vocabulary)
-        for index, term in enumerate(terms)
-        if not isinstance(term, Sparse)
-    ]
+    sizes = [(index, term.vocabulary) for index, term in enumerate(terms) if not isinstance(term, Sparse)]
     first, V = sizes[0]
-    smallest = min(size for _, size in sizes)
     vocab_size = as_number(vocab_size)
     if vocab_size is None:
-        for name, size in sizes:
+        for index, size in sizes:
             if size != V:
                 raise ValueError(
-                    f"{name} has {size} ids but {first} has {V}; pass vocab_size={smallest} to use the "
-                    "shared ids only"
+                    f"{_of_ids(terms, index)} has {size} ids but {_of_ids(terms, first)} has {V}; pass "
+                    f"vocab_size={min([size for _, size in sizes])} to use the shared ids only"
                 )
     elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
@@ -305,12 +350,18 @@ def checked_vocabulary(terms: Sequence[Term], vocab_size: int | None) -> int | N
         V = vocab_size
     if V < 1:
         raise ValueError(f"the vocabulary has {V} ids; there must be at least 1")
-    for name, size in sizes:
+    for index, size in sizes:
         if size < V:
             raise ValueError(
-                f"vocab_size is {V} but {name} has {size} ids; pass vocab_size={smallest} or less"
+                f"vocab_size is {V} but {_of_ids(terms, index)} has {size} ids; pass "
+                f"vocab_size={min([size for _, size in sizes])} or less"
             )
     return vocab_size
+
+
+def _of_ids(terms: Sequence[Term], index: int) -> str:
+    """The tensor that has an entry for each id, by name."""
+    return f"terms[{index}].{'weight' if isinstance(terms[index], Head) else 'values'}"
 
 
 def chunks_of_rows(counts: Tensor, C: int) -> list[Rows]:

@@ -82,7 +82,7 @@ class Logits:
             ValueError: no strides of three dimensions describe them.
         """
         if self.values.dim() == 2:
-            return like(self, values=self.values[None])
+            return unchecked(Logits, values=self.values[None], scale=self.scale, softcap=self.softcap)
         return like(self, values=_strided_rows(f"terms[{index}].values", self.values))
 
     def rows(self, rows: slice | Tensor) -> Logits:
@@ -384,13 +384,14 @@ def as_terms(terms: Terms) -> list[Term]:
     listed: list[Term] = []
     for index, term in enumerate(terms):
         if isinstance(term, Tensor):
-            term = Logits(term)
+            _float_tensor("Logits.values", term, "(..., V)", 1)
+            term = unchecked(Logits, values=term, scale=1.0, softcap=None)
         elif not isinstance(term, (Logits, Head, Sparse)):
             raise TypeError(
                 f"terms[{index}] is a {type(term).__name__}; use auxkern.Logits, Head, Sparse or a "
                 "(..., V) tensor"
             )
         listed.append(term)
-    if all(isinstance(term, Sparse) for term in listed):
+    if all([isinstance(term, Sparse) for term in listed]):
         raise ValueError("terms are all Sparse; a sum needs a Logits or a Head to give every id a logit")
     return listed

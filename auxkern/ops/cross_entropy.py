@@ -14,13 +14,16 @@ from auxkern.core.loss import Loss
 from auxkern.core.memory import GradientMemory
 from auxkern.core.sums import (
     check_sparse_terms,
+    check_target_range,
     checked_vocabulary,
+    first_name,
+    flat_rows,
     layout_of,
     one_device,
     row_dtype,
     tensors_of,
 )
-from auxkern.core.terms import INTEGER_DTYPES, Term, Terms, as_number, as_terms, has_dtensors
+from auxkern.core.terms import INTEGER_DTYPES, Sparse, Term, Terms, as_number, as_terms, has_dtensors
 from auxkern.ops.dense import dense_rows
 from auxkern.ops.parallel.agreement import fingerprint
 from auxkern.ops.parallel.cross_entropy import rows_over_ranks
@@ -28,7 +31,6 @@ from auxkern.ops.parallel.share import Share
 from auxkern.ops.parallel.vocabulary import CutVocabulary, VocabularyShard, group_of
 from auxkern.ops.torch_ops import (
     Expected,
-    check_target_range,
     is_transformed,
     loss_rows,
     refuse_transforms,
@@ -173,7 +175,7 @@ def cross_entropy(
         _check_options(reduction, normalizer, label_smoothing, z_loss, ignore_index, chunk_rows)
         _check_memory(gradient_memory)
         problem = _check(terms, target, token_weight, normalizer, ignore_index, shift, vocab_size, backend)
-        return problem._replace(transformed=transformed)
+        return problem._replace(transformed=True) if transformed else problem
 
     loss = Loss(ignore_index, label_smoothing, z_loss, return_stats)
     if group is None:
@@ -307,9 +309,9 @@ def _check(
         raise TypeError(f"target must be a torch.Tensor of ids, got {type(target).__name__}")
     if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target has dtype {target.dtype}; ids must be integers (torch.int64)")
-    first, device = one_device(terms)
+    device = one_device(terms)
     for index, term in enumerate(terms):
-        if isinstance(getattr(term, "scale", None), Tensor):
+        if not isinstance(term, Sparse) and isinstance(term.scale, Tensor):
             raise TypeError(
                 f"terms[{index}].scale is a tensor; pass a Python float. A scale for each row is for "
                 "auxkern.sample; to learn one, multiply the values by it before they become a term"
@@ -322,22 +324,26 @@ def _check(
                 f"{tuple(term.leading)}, but it has {tuple(target.shape)}; reshape one of them"
             )
     if target.device != device:
-        raise ValueError(f"target is on {target.device} but {first} is on {device}; move it there")
+        raise ValueError(
+            f"target is on {target.device} but {first_name(terms)} is on {device}; move it there"
+        )
     if isinstance(normalizer, Tensor) and normalizer.device not in (device, torch.device("cpu")):
-        raise ValueError(f"normalizer is on {normalizer.device} but {first} is on {device}; move it there")
+        raise ValueError(
+            f"normalizer is on {normalizer.device} but {first_name(terms)} is on {device}; move it there"
+        )
     if not isinstance(shift, bool):
         raise TypeError(f"shift must be a bool, got {type(shift).__name__}")
     if shift and target.dim() == 0:
         raise ValueError("shift=True needs a position dimension; target is 0-d")
     shape = target.shape
     weight = _checked_weight(token_weight, target, terms)
-    rows = target.to(torch.int64)
+    rows = target
     if shift:
-        rows = _shifted(rows, ignore_index)
+        rows = _shifted(rows.to(torch.int64), ignore_index)
         weight = None if weight is None else _shifted(weight, 0.0)
     return _Problem(
         terms=terms,
-        target=rows.reshape(-1).contiguous(),
+        target=flat_rows(rows, torch.int64),
         token_weight=None if weight is None else weight.reshape(-1),
         shape=shape,
         vocab_size=checked_vocabulary(terms, vocab_size),

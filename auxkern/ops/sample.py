@@ -20,6 +20,7 @@ from auxkern.core.sums import (
     check_rows,
     check_sparse_ids,
     checked_vocabulary,
+    flat_rows,
     one_device,
     row_dtype,
     tensors_of,
@@ -213,7 +214,7 @@ def _known(terms: Terms, asked: _Asked) -> _Known | None:
     if type(position) is int:
         asked = asked._replace(position=_integers("position", position, N, device))
     given = [x for x in asked[1:5] if x is not None]
-    inputs = [*stated.tensors, *stated.scales, *params.tensors, *given]
+    inputs = [*stated.tensors, *stated.scales, *params.row_tensors, *given]
     if not are_plain(inputs):
         return None
     absent = (asked.history is None, asked.prompt is None)
@@ -308,7 +309,7 @@ def _per_row(name: str, value: Tensor, N: int, dtype: torch.dtype, device: torch
         raise ValueError(f"{name} is on {value.device} but the terms are on {device}; move it there")
     if value.dtype == torch.float64 and device.type == "cpu":  # a look would stop another device
         _check_range(name, value.tolist(), dtype)
-    return value.resolve_neg().reshape(-1).to(dtype).contiguous()
+    return flat_rows(value.resolve_neg(), dtype)
 
 
 def _check_range(name: str, values: Iterable[float], dtype: torch.dtype) -> None:
@@ -388,7 +389,7 @@ def _row_ids(name: str, ids: object, leading: torch.Size, device: torch.device) 
 def _draws(terms: Sequence[Term], asked: _Asked, V: int) -> Draws:
     """Checks what the rows are drawn with, and V's part of it, and makes it entries of rows."""
     _check_count(asked.top_logprobs, V)
-    params, leading, (_, device) = asked.params, terms[0].leading, one_device(terms)
+    params, leading, device = asked.params, terms[0].leading, one_device(terms)
     N, dtype = leading.numel(), row_dtype(tensors_of(terms))
     for term in terms:
         if isinstance(term, Sparse):

@@ -97,7 +97,7 @@ class SamplingParams:
         return tuple([None if isinstance(value, Tensor) else value for value in values])
 
     @cached_property
-    def tensors(self) -> list[Tensor]:
+    def row_tensors(self) -> list[Tensor]:
         """Those that are."""
         values = [getattr(self, number.param) for number in ROW_NUMBERS]
         return [value for value in values if isinstance(value, Tensor)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from auxkern.backends.choice import backend_of, load
+from auxkern.core.backend import Backend
 from auxkern.core.loss import Loss, RowLosses, RowSlopes, RowSums
 from auxkern.core.memory import GradientMemory
 from auxkern.core.sums import (
     Layout,
     Sum,
-    check_sparse_terms,
     empty,
     layout_of,
+    look_at_ids,
     row_dtype,
     tensors_of,
     vocabulary_of,
@@ -94,15 +95,22 @@ def _is_seen(arguments: Iterable[object]) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return True
-    return any(
-        _is_seen(x) if isinstance(x, list) else isinstance(x, Tensor) and _dispatches(x) for x in arguments
-    )
+    return _dispatches(arguments)
 
 
-def _dispatches(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return tensor.is_meta or tensor.is_neg()
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+def _dispatches(arguments: Iterable[object]) -> bool:
+    for x in arguments:
+        kind = type(x)
+        if kind is list:
+            if _dispatches(cast("list[object]", x)):
+                return True
+        elif kind is Tensor or kind is torch.nn.Parameter:
+            tensor = cast(Tensor, x)
+            if tensor.is_meta or tensor.is_neg():
+                return True
+        elif isinstance(x, Tensor) and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return True
+    return False
 
 
 def _refuse(name: str, *_: object) -> NoReturn:
@@ -115,9 +123,11 @@ def _refuse(name: str, *_: object) -> NoReturn:
 def _first_tensor(value: object) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, (tuple, list)):
-        return next((x for x in map(_first_tensor, value) if x is not None), None)
-    return _first_tensor(list(getattr(value, "tensors", {}).values()))
+    for x in value if isinstance(value, (tuple, list)) else getattr(value, "tensors", {}).values():
+        first = _first_tensor(x)
+        if first is not None:
+            return first
+    return None
 
 
 def is_transformed(values: Iterable[object]) -> bool:
@@ -217,30 +227,6 @@ def _decoded(integers: tuple[int, ...], numbers: tuple[float, ...]) -> _Call:
     return _Call(Layout(tuple(kinds), tuple(scales), tuple(softcaps)), loss, chunk_rows or None)
 
 
-def _checked_sum(call: _Call, tensors: Sequence[Tensor], target: Tensor, V: int) -> Sum:
-    """The sum; ids are checked where looking at them stops no device."""
-    result = call.layout.sum(tensors, V, call.chunk_rows)
-    if target.device.type == "cpu":
-        check_target_range(target, V, call.loss.ignore_index)
-        check_sparse_terms(result.terms, V)
-    return result
-
-
-def check_target_range(target: Tensor, V: int, ignore_index: int) -> None:
-    """Raises ValueError if an id of (N,) lies outside [0, V) and is not ``ignore_index``."""
-    if target.numel():
-        low, high = (int(x) for x in torch.aminmax(target))
-        if low >= 0 and high < V:
-            return
-    wrong = (target != ignore_index) & ((target < 0) | (target >= V))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target[{row}] (flattened) is {int(target[row])}, outside [0, {V}); "
-            f"use ignore_index={ignore_index} for rows that do not count"
-        )
-
-
 def _fake_counted(
     target: Tensor, ignore_index: int, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -274,10 +260,10 @@ def rows_that_count(
 _Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _as_outputs(rows: RowLosses, loss: Loss) -> _Rows:
-    """Row, nll, lse, argmax, term_nll, row_max, log_sum; none of them is another."""
+def _as_outputs(rows: RowLosses, loss: Loss, *, apart: bool = True) -> _Rows:
+    """Row, nll, lse, argmax, term_nll, row_max, log_sum; ``apart`` none of them is another."""
     row = loss.of_rows(rows.nll, rows.lse, rows.smooth)
-    row = row.clone() if row is rows.nll else row
+    row = row.clone() if apart and row is rows.nll else row
     return row, rows.nll, rows.lse, rows.argmax, rows.term_nll, rows.row_max, rows.log_sum
 
 
@@ -299,10 +285,15 @@ def _losses(
 ) -> _Rows:
     if target.numel() == 0:
         return _fake_losses(tensors, target, integers, numbers, V, backend)
-    call = _decoded(tuple(integers), tuple(numbers))
-    sum = _checked_sum(call, tensors, target, V)
-    rows = backend_of(backend or None, tensors).losses(sum, target, call.loss, None, [{}] * len(sum.terms))
-    return _as_outputs(rows, call.loss)
+    call, kernel = _decoded(tuple(integers), tuple(numbers)), backend_of(backend or None, tensors)
+    return _rows_of(target, call.layout.sum(tensors, V, call.chunk_rows), call.loss, kernel)
+
+
+@apart_from_autocast
+def _rows_of(target: Tensor, sum: Sum, loss: Loss, kernel: Backend, *, apart: bool = True) -> _Rows:
+    look_at_ids(sum, target, loss.ignore_index)
+    rows = kernel.losses(sum, target, loss, None, [{}] * len(sum.terms))
+    return _as_outputs(rows, loss, apart=apart)
 
 
 def _fake_gradients(tensors: list[Tensor], *rest: object) -> list[Tensor]:
@@ -331,7 +322,7 @@ def _gradients(
         return [torch.zeros_like(tensors[i]) for i in wanted]
     call = _decoded(tuple(integers), tuple(numbers))
     sum = call.layout.sum(tensors, V, call.chunk_rows)
-    kernel, loss = backend_of(backend or None, tensors), replace(call.loss, stats=False)
+    kernel, loss = backend_of(backend or None, tensors), call.loss.without_stats
     result = Gradients(sum, tensors, wanted)
     if sum.is_logits:
         slopes = RowSlopes(g, RowSums(*sums), target != loss.ignore_index, loss, V)
@@ -422,11 +413,11 @@ def _with_gradients(
     expected: Expected,
 ) -> tuple[_Rows, _Ready | None]:
     """``_losses``, and gradients where the backend makes them with the losses; in eager mode."""
-    sum, kernel = _checked_sum(call, tensors, target, V), backend_of(backend or None, tensors)
+    sum, kernel = call.layout.sum(tensors, V, call.chunk_rows), load(backend)
     route = kernel.route(sum, call.loss)
     if not route.fused:
-        rows = kernel.losses(sum, target, call.loss, None, [{}] * len(sum.terms))
-        return _as_outputs(rows, call.loss), None
+        return _rows_of(target, sum, call.loss, kernel), None
+    look_at_ids(sum, target, call.loss.ignore_index)
     result = Gradients(sum, tensors, places, float32=route.rescales, memory=expected.memory)
     rows = kernel.losses(sum, target, call.loss, expected.gradient, result.wanted)
     gradients = list(result.flat.values()) if route.rescales else result.rounded(tensors)
@@ -546,7 +537,7 @@ def _mended(
     g, written = incoming
     sum = call.layout.sum(tensors, V, call.chunk_rows)
     counts = target != call.loss.ignore_index
-    slopes = RowSlopes(g, RowSums(*sums), counts, replace(call.loss, stats=False), V, written)
+    slopes = RowSlopes(g, RowSums(*sums), counts, call.loss.without_stats, V, written)
     backend_of(backend or None, tensors).gradients(sum, target, slopes, ready.wanted)
     return ready.gradients
 
@@ -585,15 +576,20 @@ def loss_rows(
     """Per row: the loss, differentiable, then nll, lse, argmax and term_nll, which are not.
 
     All of them are (N,), and term_nll (I, N), as in ``CrossEntropyStats``; the last two have no elements
-    without stats.
+    without stats, and nll may be the loss itself.
 
     Args:
         target: (N,) int64, contiguous.
         expected: None where a backward brings nothing or what cannot be foreseen.
         backend: its name; "" for the first that can run.
     """
-    tensors, (integers, numbers) = tensors_of(terms), _encoded(terms, loss, chunk_rows)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    tensors = tensors_of(terms)
+    needed = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    if not needed and target.numel() and not _is_seen([target, tensors]):
+        sum = Sum.of(terms, vocabulary_of(terms, vocab_size), chunk_rows)
+        return _rows_of(target, sum, loss, load(backend), apart=loss.stats)[:5]
+    integers, numbers = _encoded(terms, loss, chunk_rows)
+    if needed:
         rows: Callable[..., tuple[Tensor, ...]] = _LossRows.apply
         return rows(target, expected, integers, numbers, vocab_size, backend, *tensors)
     V = vocabulary_of(terms, vocab_size)

@@ -136,7 +136,7 @@ class Segments(Native, RowKernels):
         return result
 
     def gradients(self, sum: Sum, target: Tensor, slopes: RowSlopes, wanted: Wanted) -> None:
-        if sum.is_logits or self._segments_refusal(sum, replace(slopes.loss, stats=False)):
+        if sum.is_logits or self._segments_refusal(sum, slopes.loss.without_stats):
             super().gradients(sum, target, slopes, wanted)
             return
         chunks = chunks_of_rows(slopes.counts, sum.chunk_rows or _chunk_rows(sum.V))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,6 +30,7 @@ _UNKNOWN = object()  # of a call that has not been
 _Result = TypeVar("_Result", bound=tuple[Tensor, ...])
 
 
+@cache
 def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 

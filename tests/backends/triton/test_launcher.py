@@ -487,7 +487,7 @@ def _sampled(z: Tensor, *more: Any, **options: Any) -> Callable[[], object]:
 OTHERS: dict[str, tuple[Any, dict[str, Any], type[Exception]]] = {
     "a seed too few": ((), {"seed": torch.arange(3)}, ValueError),
     "a seed of floats": ((), {"seed": torch.zeros(4)}, TypeError),
-    "a number for a flag": ((), {"vocab_size": True}, TypeError),
+    "a flag for a number": ((), {"vocab_size": True}, TypeError),
     "a position that is none": ((), {"position": True}, TypeError),
     "a position of 65 bits": ((), {"position": 2**64}, ValueError),
     "a history of other rows": ((), {"history": torch.zeros(3, 1, dtype=torch.int64)}, ValueError),
@@ -500,6 +500,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any], type[Exception]]] = {
 def test_a_call_unlike_a_known_one_is_checked(gpu, more, options, error):
     z = logits(4, 3001)
     _launched_again(gpu, _sampled(z))
+    _launched_again(gpu, _sampled(z, vocab_size=1))
     with pytest.raises(error):
         _sampled(z, *more, **options)()
 
