@@ -529,14 +529,14 @@ def test_a_negation_that_is_to_be_done_is_done_in_every_call(gpu):
 # failure: machines differ by less, and compiling or inspecting anything in a call costs more.
 LAUNCH = 20.0
 EXPECTED = {
-    "loss (5, 1031)": 240.0,
-    "loss and gradient (5, 1031)": 850.0,
+    "loss (5, 1031)": 120.0,
+    "loss and gradient (5, 1031)": 420.0,
     "loss and gradients of narrow heads (5, 300)": 1200.0,
     "loss and gradients of frozen head, head and pointer (5, 300)": 1400.0,
-    "draw (4, 3001)": 220.0,
-    "draw with filters (4, 3001)": 400.0,
-    "draw with penalties (4, 3001)": 550.0,
-    "draw of heads (4, 300)": 250.0,
+    "draw (4, 3001)": 60.0,
+    "draw with filters (4, 3001)": 75.0,
+    "draw with penalties (4, 3001)": 75.0,
+    "draw of heads (4, 300)": 65.0,
 }
 
 

@@ -114,11 +114,11 @@ def one_pass_refusal(logits: Sum, loss: Loss, gpu: Gpu) -> str | None:
     values, N = [term.values for term in logits.logits], logits.N
     if torch.version.hip is not None:
         return "the L2 cache of an AMD GPU is cut over its dies"
-    if any(x.stride(2) != 1 for x in values):
+    if any([x.stride(2) != 1 for x in values]):
         return "the columns of a term do not lie side by side"
     row = logits.V * sum_of_sizes(values)
     share = gpu.configs.cache_share
-    in_flight = gpu.multiprocessors * _fused_config(logits, loss, gpu).programs
+    in_flight = gpu.multiprocessors * _fused_config(len(values), loss, gpu).programs
     if in_flight * row > share * gpu.cache_bytes:
         return (
             f"{in_flight} rows of {row:,} bytes are in flight; they take more than "
@@ -140,7 +140,7 @@ def one_pass_bytes(N: int, row: int, in_flight: int) -> int:
 
 def sum_of_sizes(tensors: Sequence[Tensor]) -> int:
     """Bytes of an element of each, together."""
-    return sum(x.element_size() for x in tensors)
+    return sum([x.element_size() for x in tensors])
 
 
 def count(target: Tensor, ignore_index: int, gpu: Gpu) -> tuple[tuple[Tensor], list[Launch]]:
@@ -246,7 +246,7 @@ def fused(
         weight: (N,) the gradient of the rows' losses that is expected.
     """
     streams, N, V = _Streams.of(logits, wanted), target.shape[0], logits.V
-    config, weight = _fused_config(logits, loss, gpu), weight.float()
+    config, weight = _fused_config(len(logits.logits), loss, gpu), weight.float()
     rows = RowLosses.empty(target, torch.float32, len(logits.logits), loss)
     launch = Launch(
         fused_kernel,
@@ -272,9 +272,8 @@ def fused(
     return rows, [launch]
 
 
-def _fused_config(logits: Sum, loss: Loss, gpu: Gpu) -> Config:
-    table = gpu.configs.fused_stats if loss.stats else gpu.configs.fused
-    return _first_that_fits(table, len(logits.logits))
+def _fused_config(terms: int, loss: Loss, gpu: Gpu) -> Config:
+    return _first_that_fits(gpu.configs.fused_stats if loss.stats else gpu.configs.fused, terms)
 
 
 class _Streams(NamedTuple):
