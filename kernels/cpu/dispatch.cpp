@@ -1,14 +1,9 @@
 // The C interface: checks, choice of instruction set, threads.
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <system_error>
-#include <thread>
-#include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,13 +11,28 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "dispatch.h"
 #include "heads.h"
 #include "linear.h"
 #include "sample.h"
 
+#if defined(__x86_64__)
 namespace {
 
-using namespace auxkern;
+// Bits of CPUID leaf 7, subleaf 1, which not every compiler's __builtin_cpu_supports knows by name. The
+// operating system's part, the registers, is that of AVX2 and AVX-512.
+bool has_feature(int bit) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> bit & 1);
+}
+
+bool has_avx_vnni() { return has_feature(4); }
+bool has_avx512_bf16() { return has_feature(5); }
+
+}  // namespace
+#endif
+
+namespace auxkern {
 
 bool has_isa(int32_t isa) {
     switch (isa) {
@@ -34,57 +44,30 @@ bool has_isa(int32_t isa) {
             return has_isa(AUXKERN_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vl");
+        case AUXKERN_ISA_AVX2_VNNI: return has_isa(AUXKERN_ISA_AVX2) && has_avx_vnni();
+        case AUXKERN_ISA_AVX512_VNNI: return has_isa(AUXKERN_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
+        case AUXKERN_ISA_AVX512_BF16: return has_isa(AUXKERN_ISA_AVX512_VNNI) && has_avx512_bf16();
 #endif
         default: return false;
     }
 }
 
 int32_t best_isa() {
-    for (int32_t isa : {AUXKERN_ISA_AVX512, AUXKERN_ISA_AVX2})
+    for (int32_t isa : {AUXKERN_ISA_AVX512_BF16, AUXKERN_ISA_AVX512_VNNI, AUXKERN_ISA_AVX512, AUXKERN_ISA_AVX2_VNNI,
+                        AUXKERN_ISA_AVX2})
         if (has_isa(isa)) return isa;
     return AUXKERN_ISA_GENERIC;
 }
 
-template <class Task>
-using Kernel = void (*)(const Task &, int64_t, int64_t, float *);
+int32_t resolve(int32_t isa) { return isa == AUXKERN_ISA_BEST ? best_isa() : isa; }
+
+}  // namespace auxkern
+
+namespace {
+
+using namespace auxkern;
 
 using PackHidden = void (*)(const HeadsForwardTask &, float *);
-
-template <class Function>
-Function pick(int32_t isa, Function generic, Function avx2, Function avx512) {
-    if (isa == AUXKERN_ISA_AVX512) return avx512;
-    return isa == AUXKERN_ISA_AVX2 ? avx2 : generic;
-}
-
-#if defined(__x86_64__)
-#define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, avx2::name, avx512::name)
-#else
-#define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, nullptr, nullptr)
-#endif
-
-// Pieces of work (rows, or segments of the vocabulary) are taken from a shared counter, so that a slow
-// thread does not hold up the rest. Which thread takes a piece changes nothing in it.
-template <class Task>
-struct Work {
-    Kernel<Task> kernel;
-    const Task *task;
-    int64_t pieces, grab;
-    std::atomic<int64_t> next{0};
-    float *scratch = nullptr;  // scratch_floats for each thread, or null
-    int64_t scratch_floats = 0;
-    std::atomic<int64_t> threads_begun{0};
-
-    static void body(void *context) {
-        auto &work = *static_cast<Work *>(context);
-        float *scratch = work.scratch;
-        if (scratch) scratch += work.threads_begun.fetch_add(1, std::memory_order_relaxed) * work.scratch_floats;
-        for (;;) {
-            const int64_t begin = work.next.fetch_add(work.grab, std::memory_order_relaxed);
-            if (begin >= work.pieces) return;
-            work.kernel(*work.task, begin, std::min(begin + work.grab, work.pieces), scratch);
-        }
-    }
-};
 
 int64_t logits(const ForwardTask &task) { return task.N * task.V * task.n_terms; }
 int64_t logits(const SampleTask &task) { return task.N * task.V * task.n_terms; }
@@ -94,38 +77,6 @@ int64_t logits(const BackwardTask &task) { return task.N * task.write.V * task.w
 int64_t scratch_floats(const ForwardTask &task) { return task.gradient ? scratch_size(task.V) : 0; }
 int64_t scratch_floats(const BackwardTask &) { return 0; }
 int64_t scratch_floats(const SampleTask &task) { return scratch_size(task); }
-
-template <class Task>
-int32_t run(Kernel<Task> kernel, const Task &task, int64_t pieces, int64_t grab, int64_t scratch_floats, unsigned threads,
-            const auxkern_execution &execution) {
-    Work<Task> work;
-    work.kernel = kernel;
-    work.task = &task;
-    work.pieces = pieces;
-    work.grab = grab;
-    work.scratch_floats = scratch_floats;
-    std::unique_ptr<float, decltype(&std::free)> scratch(nullptr, &std::free);
-    if (work.scratch_floats > 0) {
-        scratch.reset(static_cast<float *>(std::malloc(sizeof(float) * size_t(work.scratch_floats) * threads)));
-        if (!scratch) return AUXKERN_OUT_OF_MEMORY;
-        work.scratch = scratch.get();
-    }
-    if (threads <= 1) {
-        Work<Task>::body(&work);
-    } else if (execution.parallel) {
-        execution.parallel(Work<Task>::body, &work, threads, 0);
-    } else {
-        std::vector<std::thread> others;
-        try {
-            for (unsigned i = 1; i < threads; ++i) others.emplace_back(Work<Task>::body, &work);
-        } catch (const std::system_error &) {
-            // The system gives no more threads; those there are, and this one, do the work.
-        }
-        Work<Task>::body(&work);
-        for (auto &thread : others) thread.join();
-    }
-    return AUXKERN_OK;
-}
 
 template <class Task>
 int32_t run_rows(Kernel<Task> kernel, const Task &task, const auxkern_execution &execution) {
@@ -193,8 +144,6 @@ bool is_bad(const auxkern_sampling &s) {
            !s.seed || !s.position || is_bad(s.prompt) || is_bad(s.history) || is_bad(s.added) || is_bad(s.bias) ||
            (s.added.width > 0 && !s.added_values) || (s.bias.width > 0 && !s.bias_values);
 }
-
-int32_t resolve(int32_t isa) { return isa == AUXKERN_ISA_BEST ? best_isa() : isa; }
 
 // A gradient of the size of the logits is fresh memory. In 4 KiB pages its page faults cost more
 // than the kernel; asking for large ones is a hint that systems may ignore. The hint begins at the

@@ -167,6 +167,67 @@ void products(int32_t isa, int32_t threads, int64_t M, int64_t K, int64_t N) {
         }
 }
 
+// The bytes of one row, or of a weight's row, as auxkern.h says.
+std::vector<double> in_bytes(const float *x, int64_t K, int64_t group) {
+    std::vector<double> result(K);
+    for (int64_t begin = 0; begin < K; begin += group) {
+        const int64_t end = std::min(K, begin + group);
+        float max = 0;
+        for (int64_t k = begin; k < end; ++k) max = std::max(max, std::fabs(x[k]));
+        for (int64_t k = begin; k < end; ++k) result[k] = std::nearbyint(x[k] * (127 / max)) * double(max / 127);
+    }
+    return result;
+}
+
+// Memory that begins at a whole cache line and ends where it says.
+struct Aligned {
+    explicit Aligned(int64_t bytes) : all(new char[bytes + 64]), at(all + (-reinterpret_cast<uintptr_t>(all) & 63)) {}
+    Aligned(const Aligned &) = delete;
+    ~Aligned() { delete[] all; }
+    char *all, *at;
+};
+
+void packed_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int64_t K, int64_t N) {
+    std::mt19937 random(11);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(M * K), weight(N * K), bias(N), y(M * N, NAN), scales;
+    for (auto *values : {&x, &weight, &bias})
+        for (float &v : *values) v = from_bf16(to_bf16(normal(random)));
+    std::vector<uint16_t> half;
+    for (float v : weight) half.push_back(to_bf16(v));
+    const int64_t group = kind != AUXKERN_PACKED_I8 ? 0 : K > 64 ? 64 : K;
+    auxkern_product product = {N, K, group, nullptr, nullptr, bias.data(), kind, 1};
+    const auxkern_execution execution = {threads, isa, nullptr};
+    auxkern_packed_sizes sizes = {};
+    check(auxkern_packed_size(&product, &sizes) == AUXKERN_OK, "packed size", isa, 0, 0);
+    const Aligned values(sizes.bytes);
+    scales.assign(sizes.scales, NAN);
+    const bool narrow = kind == AUXKERN_PACKED_BF16;
+    const int64_t first = N / 2;
+    const void *second = narrow ? static_cast<const void *>(half.data() + first * K) : weight.data() + first * K;
+    const int32_t dtype = narrow ? AUXKERN_BF16 : AUXKERN_F32;
+    const auxkern_weight_rows rows[2] = {{narrow ? static_cast<const void *>(half.data()) : weight.data(), first, K, 1, dtype},
+                                         {second, N - first, K, 1, dtype}};
+    check(auxkern_pack(&product, rows, 2, values.at, scales.data(), &execution) == AUXKERN_OK, "packed", isa, kind, 0);
+    product.values = values.at;
+    product.scales = scales.data();
+    const auxkern_product_call call = {M, x.data(), y.data(), K, N, N, group, AUXKERN_STORE, AUXKERN_IDENTITY};
+    check(auxkern_product_forward(&product, &call, &execution) == AUXKERN_OK, "packed product status", isa, kind, 0);
+    for (int64_t m = 0; m < M; ++m) {
+        const std::vector<double> row = group ? in_bytes(&x[m * K], K, group) : std::vector<double>(&x[m * K], &x[m * K] + K);
+        for (int64_t n = 0; n < N; ++n) {
+            const float *of = &weight[n * K];
+            const std::vector<double> column = group ? in_bytes(of, K, group) : std::vector<double>(of, of + K);
+            double want = bias[n], size = std::fabs(want);
+            for (int64_t k = 0; k < K; ++k) {
+                want += row[k] * column[k];
+                size += std::fabs(row[k] * column[k]);
+            }
+            check(std::fabs(y[m * N + n] - want) <= 5e-7 * size, "packed product", isa, y[m * N + n], want);
+        }
+    }
+}
+
 void attends(int32_t isa, int32_t threads, int64_t T, int64_t P, int64_t D) {
     constexpr int64_t B = 2, heads = 4, key_heads = 2;
     std::mt19937 random(5);
@@ -254,13 +315,19 @@ void refusals() {
 int main() {
     check(auxkern_abi_version() == AUXKERN_ABI_VERSION, "ABI version", 0, auxkern_abi_version(), AUXKERN_ABI_VERSION);
     int tested = 0;
-    for (int32_t isa : {AUXKERN_ISA_GENERIC, AUXKERN_ISA_AVX2, AUXKERN_ISA_AVX512}) {
+    for (int32_t isa : {AUXKERN_ISA_GENERIC, AUXKERN_ISA_AVX2, AUXKERN_ISA_AVX512, AUXKERN_ISA_AVX2_VNNI,
+                        AUXKERN_ISA_AVX512_VNNI, AUXKERN_ISA_AVX512_BF16}) {
         if (!auxkern_has_isa(isa)) continue;
         ++tested;
         for (int64_t V : {1, 2, 15, 17, 1023, 1024, 1025, 5003}) random_rows(isa, V > 1000 ? 3 : 1, V);
         hard_row(isa);
         products(isa, 1, 1, 5, 3);
         products(isa, 2, 197, 653, 41);
+        for (int32_t kind : {AUXKERN_PACKED_F32, AUXKERN_PACKED_BF16, AUXKERN_PACKED_BF16_PAIRS, AUXKERN_PACKED_I8}) {
+            packed_products(isa, 1, kind, 1, 5, 3);
+            packed_products(isa, 2, kind, 29, 653, 83);
+            packed_products(isa, 1, kind, 5, 64, 160);
+        }
         attends(isa, 1, 1, 1, 16);
         attends(isa, 3, 3, 37, 80);
     }

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define AUXKERN_ABI_VERSION 5
+#define AUXKERN_ABI_VERSION 6
 #define AUXKERN_MAX_TERMS 8
 /* A target that is not among these ids but among others, of another shard of the vocabulary. */
 #define AUXKERN_NO_TARGET INT64_MIN
@@ -28,6 +28,7 @@ enum auxkern_status {
     AUXKERN_BAD_ARGUMENT = 1,    /* a size, count or dtype out of range, or a null pointer */
     AUXKERN_UNSUPPORTED_ISA = 2, /* the instruction set asked for is not in this CPU or build */
     AUXKERN_OUT_OF_MEMORY = 3,   /* no scratch memory, V floats per thread */
+    AUXKERN_NOT_FINITE = 4,      /* a weight is NaN or infinite, and its kind cannot keep that */
 };
 
 enum auxkern_dtype { AUXKERN_F32 = 0, AUXKERN_F16 = 1, AUXKERN_BF16 = 2 };
@@ -37,6 +38,10 @@ enum auxkern_isa {
     AUXKERN_ISA_GENERIC = 1,
     AUXKERN_ISA_AVX2 = 2,   /* with FMA and F16C */
     AUXKERN_ISA_AVX512 = 3, /* F, BW, DQ, VL */
+    /* The same, with dot products of narrow numbers for those kernels that have them. */
+    AUXKERN_ISA_AVX2_VNNI = 4,
+    AUXKERN_ISA_AVX512_VNNI = 5,
+    AUXKERN_ISA_AVX512_BF16 = 6, /* and VNNI */
 };
 
 /* One term: scale * softcap(values). Row n starts at
@@ -192,6 +197,83 @@ typedef struct {
 } auxkern_linear;
 
 AUXKERN_EXPORT int32_t auxkern_linear_forward(const auxkern_linear *layer, const auxkern_execution *execution);
+
+/* ---- products with a weight that is packed once ------------------------------------------------
+ *
+ *     z[m, n] = sum over k of x[m, k] * weight[n, k]
+ *
+ * A row of the result is the same to the last bit whatever other rows there are. A weight stands in
+ * panels of 16 outputs, the same bytes for every instruction set; k is padded to a multiple of the
+ * step with zeros, outputs to whole panels.
+ */
+enum auxkern_packed_kind {
+    AUXKERN_PACKED_F32 = 0,  /* [panel][k][16]; products and sums in float32 */
+    AUXKERN_PACKED_F16 = 1,  /* the same, kept in half precision and widened */
+    AUXKERN_PACKED_BF16 = 2, /* the same of bfloat16 */
+    AUXKERN_PACKED_BF16_PAIRS = 3, /* [panel][k / 2][16][2]; rows are rounded to bfloat16, sums are float32 */
+    AUXKERN_PACKED_I8 = 4, /* [panel][k / 4][16][4], each byte 128 more than round(weight / scale); rows are
+                            * rounded likewise; scales are [panel][group][16] */
+};
+
+#define AUXKERN_MAX_GROUP 65536 /* most k that share an integer sum: it stays in 32 bits */
+
+typedef struct {
+    int64_t N, K;        /* at least 1 */
+    int64_t group;       /* AUXKERN_PACKED_I8: k that share a weight's scale, a multiple of 4, or K; else 0 */
+    const void *values;  /* auxkern_packed_size() says how many bytes; aligned to 64 */
+    const float *scales;
+    const float *bias;   /* (N,) in the order of the weight's rows, or NULL */
+    int32_t kind;
+    int32_t turns;       /* 1; 2: panels of the first N / 2 rows and of the others take turns */
+} auxkern_product;
+
+enum auxkern_epilogue {
+    AUXKERN_STORE = 0, /* y = activation(z + bias) */
+    AUXKERN_ADD = 1,   /* y += z + bias */
+    AUXKERN_GATE = 2,  /* y[m, n] = activation(z[m, n] + bias) * (z[m, N / 2 + n] + bias); turns must be 2 */
+};
+
+enum auxkern_activation {
+    AUXKERN_IDENTITY = 0,
+    AUXKERN_SILU = 1,
+    AUXKERN_GELU_TANH = 2,
+    AUXKERN_GELU_ERF = 3,
+    AUXKERN_RELU = 4,
+};
+
+typedef struct {
+    int64_t M;
+    const float *x;    /* M rows of K */
+    float *y;          /* M rows of `columns` */
+    int64_t x_stride, y_stride;
+    int64_t columns;   /* the first outputs that are wanted: N at most, N / 2 with AUXKERN_GATE */
+    int64_t row_group; /* AUXKERN_PACKED_I8: k of a row that share its scale: a multiple of 4 that is a multiple
+                        * or a divisor of the weight's group; 0, or K and more: all */
+    int32_t epilogue;
+    int32_t activation; /* of AUXKERN_STORE and AUXKERN_GATE */
+} auxkern_product_call;
+
+AUXKERN_EXPORT int32_t auxkern_product_forward(const auxkern_product *product, const auxkern_product_call *call,
+                                               const auxkern_execution *execution);
+
+/* Some rows of a weight; element (n, k) is at n * row_stride + k * column_stride. */
+typedef struct {
+    const void *weight;
+    int64_t rows, row_stride, column_stride;
+    int32_t dtype;
+} auxkern_weight_rows;
+
+/* Bytes of the values and number of the scales of a product, of which only the sizes are read. */
+typedef struct {
+    int64_t bytes, scales;
+} auxkern_packed_sizes;
+
+AUXKERN_EXPORT int32_t auxkern_packed_size(const auxkern_product *product, auxkern_packed_sizes *sizes);
+
+/* Fills values and scales, which the product points to as well, from weights whose rows follow each
+ * other and are N together. A half-precision kind takes its own dtype only. */
+AUXKERN_EXPORT int32_t auxkern_pack(const auxkern_product *product, const auxkern_weight_rows *weights, int32_t count,
+                                    void *values, float *scales, const auxkern_execution *execution);
 
 /* ---- attention over a cache -------------------------------------------------------------------
  *

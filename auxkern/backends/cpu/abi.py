@@ -14,8 +14,13 @@ from auxkern.core.backend import Backend
 from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.terms import Logits
 
-ABI_VERSION = 5
-ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3}
+ABI_VERSION = 6
+ISAS = {
+    name: number
+    for number, name in enumerate(
+        ("best", "generic", "avx2", "avx512", "avx2_vnni", "avx512_vnni", "avx512_bf16")
+    )
+}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # What the operators' own checks leave, and the way out.
 STATUS = {

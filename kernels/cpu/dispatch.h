@@ -1,0 +1,95 @@
+// How the C interface runs a kernel: which instruction set, on which threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "auxkern.h"
+
+namespace auxkern {
+
+bool has_isa(int32_t isa);
+int32_t resolve(int32_t isa);
+
+// Runs tasks [begin, end) with scratch memory of its thread.
+template <class Task>
+using Kernel = void (*)(const Task &, int64_t begin, int64_t end, float *scratch);
+
+template <class Function>
+Function pick(int32_t isa, Function generic, Function avx2, Function avx512) {
+    switch (isa) {
+        case AUXKERN_ISA_AVX512: case AUXKERN_ISA_AVX512_VNNI: case AUXKERN_ISA_AVX512_BF16: return avx512;
+        case AUXKERN_ISA_AVX2: case AUXKERN_ISA_AVX2_VNNI: return avx2;
+        default: return generic;
+    }
+}
+
+#if defined(__x86_64__)
+#define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, avx2::name, avx512::name)
+#else
+#define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, nullptr, nullptr)
+#endif
+
+// Pieces of work (rows, or segments of the vocabulary) are taken from a shared counter, so that a slow
+// thread does not hold up the rest. Which thread takes a piece changes nothing in it.
+template <class Task>
+struct Work {
+    Kernel<Task> kernel;
+    const Task *task;
+    int64_t pieces, grab;
+    std::atomic<int64_t> next{0};
+    float *scratch = nullptr;  // scratch_floats for each thread, or null
+    int64_t scratch_floats = 0;
+    std::atomic<int64_t> threads_begun{0};
+
+    static void body(void *context) {
+        auto &work = *static_cast<Work *>(context);
+        float *scratch = work.scratch;
+        if (scratch) scratch += work.threads_begun.fetch_add(1, std::memory_order_relaxed) * work.scratch_floats;
+        for (;;) {
+            const int64_t begin = work.next.fetch_add(work.grab, std::memory_order_relaxed);
+            if (begin >= work.pieces) return;
+            work.kernel(*work.task, begin, std::min(begin + work.grab, work.pieces), scratch);
+        }
+    }
+};
+
+template <class Task>
+int32_t run(Kernel<Task> kernel, const Task &task, int64_t pieces, int64_t grab, int64_t scratch_floats, unsigned threads,
+            const auxkern_execution &execution) {
+    Work<Task> work;
+    work.kernel = kernel;
+    work.task = &task;
+    work.pieces = pieces;
+    work.grab = grab;
+    work.scratch_floats = scratch_floats;
+    std::unique_ptr<float, decltype(&std::free)> scratch(nullptr, &std::free);
+    if (work.scratch_floats > 0) {
+        scratch.reset(static_cast<float *>(std::malloc(sizeof(float) * size_t(work.scratch_floats) * threads)));
+        if (!scratch) return AUXKERN_OUT_OF_MEMORY;
+        work.scratch = scratch.get();
+    }
+    if (threads <= 1) {
+        Work<Task>::body(&work);
+    } else if (execution.parallel) {
+        execution.parallel(Work<Task>::body, &work, threads, 0);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            for (unsigned i = 1; i < threads; ++i) others.emplace_back(Work<Task>::body, &work);
+        } catch (const std::system_error &) {
+            // The system gives no more threads; those there are, and this one, do the work.
+        }
+        Work<Task>::body(&work);
+        for (auto &thread : others) thread.join();
+    }
+    return AUXKERN_OK;
+}
+
+}  // namespace auxkern

@@ -1,0 +1,133 @@
+// What the dispatcher, or a kernel with stages of its own, hands to the products with packed weights.
+//
+// A product has two stages, both in pieces that may run in any order and on any thread: rows are
+// prepared (rounded to what the weight's kind multiplies), then panels are multiplied. Kinds of float32
+// arithmetic read the rows as they are and have no first stage.
+#pragma once
+
+#include "auxkern.h"
+
+namespace auxkern {
+
+constexpr int64_t PANEL = 16;              // outputs that stand together
+constexpr int64_t PIECE_PANELS = 4;        // panels of a piece of work: whole cache lines of a row
+constexpr int64_t ROW_BYTES = 512 << 10;   // of a piece: its rows stay in the second-level cache
+
+static inline int64_t rounded_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// k that one element of a panel's row holds.
+static inline int64_t step_of(int32_t kind) {
+    return kind == AUXKERN_PACKED_I8 ? 4 : kind == AUXKERN_PACKED_BF16_PAIRS ? 2 : 1;
+}
+
+// Bytes of such an element.
+static inline int64_t element_bytes(int32_t kind) {
+    return kind == AUXKERN_PACKED_F16 || kind == AUXKERN_PACKED_BF16 ? 2 : 4;
+}
+
+static inline int64_t panels_of(const auxkern_product &product) {
+    return product.turns * ((product.N / product.turns + PANEL - 1) / PANEL);
+}
+
+static inline int64_t panel_bytes(const auxkern_product &product) {
+    return rounded_up(product.K, step_of(product.kind)) / step_of(product.kind) * PANEL * element_bytes(product.kind);
+}
+
+static inline int64_t groups_of(const auxkern_product &product) {
+    return product.kind == AUXKERN_PACKED_I8 ? (product.K + product.group - 1) / product.group : 0;
+}
+
+// How a row stands when it is prepared: values, and for each run of k the scale of the row's bytes and
+// -128 times their sum, which is where an integer sum starts.
+struct RowLayout {
+    int64_t run, runs;  // k of an integer sum; how many
+    int64_t scales, starts, bytes;
+};
+
+static inline RowLayout row_layout(const auxkern_product &product, int64_t row_group) {
+    RowLayout layout = {0, 0, 0, 0, 0};
+    if (product.kind == AUXKERN_PACKED_BF16_PAIRS) layout.bytes = rounded_up(2 * product.K, 64);
+    if (product.kind == AUXKERN_PACKED_I8) {
+        layout.run = row_group > 0 && row_group < product.group ? row_group : product.group;
+        layout.runs = (product.K + layout.run - 1) / layout.run;
+        layout.scales = rounded_up(product.K, 64);
+        layout.starts = layout.scales + 4 * layout.runs;
+        layout.bytes = rounded_up(layout.starts + 4 * layout.runs, 64);
+    }
+    // Rows that lie a power of two apart would meet in the same few sets of the cache.
+    return layout.bytes % 512 == 0 && layout.bytes ? RowLayout{layout.run, layout.runs, layout.scales, layout.starts,
+                                                               layout.bytes + 64} : layout;
+}
+
+struct ProductTask {
+    const auxkern_product *product;
+    const auxkern_product_call *call;
+    char *prepared;    // M rows of layout.bytes, aligned to 64; NULL where a row has none
+    RowLayout layout;
+
+    int64_t prepared_bytes() const { return call->M * layout.bytes; }
+
+    int64_t row_block() const {  // rows of a piece
+        const int64_t bytes = layout.bytes ? layout.bytes : 4 * product->K;
+        const int64_t rows = ROW_BYTES / bytes / 12 * 12;
+        return rows < 12 ? 12 : rows;
+    }
+    int64_t panels() const {
+        const int64_t turns = call->epilogue == AUXKERN_GATE ? 2 : 1;
+        return turns * ((call->columns + PANEL - 1) / PANEL);
+    }
+    int64_t groups() const { return (panels() + PIECE_PANELS - 1) / PIECE_PANELS; }
+    int64_t pieces() const { return groups() * ((call->M + row_block() - 1) / row_block()); }
+};
+
+static inline ProductTask product_task(const auxkern_product &product, const auxkern_product_call &call, char *prepared) {
+    return {&product, &call, prepared, row_layout(product, call.row_group)};
+}
+
+// The two stages: rows [begin, end) of M, pieces [begin, end). Scratch memory is not needed.
+struct ProductKernels {
+    void (*prepare)(const ProductTask &, int64_t begin, int64_t end, float *);  // NULL: no such stage
+    void (*multiply)(const ProductTask &, int64_t begin, int64_t end, float *);
+};
+
+// The kernels of a kind of weight at an instruction set that this CPU has.
+ProductKernels product_kernels(int32_t kind, int32_t isa);
+
+// Whether a call can be made with a product; sizes and pointers.
+bool is_bad(const auxkern_product &product);
+bool is_bad(const auxkern_product &product, const auxkern_product_call &call);
+
+#define AUXKERN_DECLARE_PRODUCTS(isa)                                                    \
+    namespace isa {                                                                      \
+    void multiply_f32(const ProductTask &, int64_t begin, int64_t end, float *);         \
+    void multiply_f16(const ProductTask &, int64_t begin, int64_t end, float *);         \
+    void multiply_bf16(const ProductTask &, int64_t begin, int64_t end, float *);        \
+    void prepare_pairs(const ProductTask &, int64_t begin, int64_t end, float *);        \
+    void multiply_pairs(const ProductTask &, int64_t begin, int64_t end, float *);       \
+    void prepare_i8(const ProductTask &, int64_t begin, int64_t end, float *);           \
+    void multiply_i8(const ProductTask &, int64_t begin, int64_t end, float *);          \
+    }
+
+AUXKERN_DECLARE_PRODUCTS(generic)
+#if defined(__x86_64__)
+AUXKERN_DECLARE_PRODUCTS(avx2)
+AUXKERN_DECLARE_PRODUCTS(avx2_vnni)    // of bytes only
+AUXKERN_DECLARE_PRODUCTS(avx512)
+AUXKERN_DECLARE_PRODUCTS(avx512_vnni)  // of bytes only
+AUXKERN_DECLARE_PRODUCTS(avx512_bf16)  // of pairs only
+#endif
+
+struct PackingTask {
+    const auxkern_product *product;
+    const auxkern_weight_rows *weights;
+    int32_t count;
+    char *values;
+    float *scales;
+    bool *not_finite;  // one for each panel
+};
+
+// Panels [begin, end); the same bytes on every CPU.
+void pack_panels(const PackingTask &, int64_t begin, int64_t end, float *scratch);
+static inline int64_t scratch_size(const PackingTask &task) { return task.product->K; }
+
+}  // namespace auxkern

@@ -1,0 +1,184 @@
+// Products of bytes with integer sums, exact, then scaled in float32.
+//
+// Built without contraction of products and sums, so that an output is the same to the last bit on every
+// instruction set: sum over the runs of k of (float(integer sum) * row's scale) * weight's scale.
+#include "product_tiles.h"
+
+namespace auxkern {
+namespace AUXKERN_ISA {
+namespace {
+
+constexpr float TINY = 0x1p-120f;  // 127 / max would overflow below; such numbers count as zeros
+
+// sum + the four products of an unsigned byte of `weight` and a signed one of `x` in each lane. Never
+// by the instruction that adds neighbours in 16 bits, which saturates.
+inline vi add_four(vi sum, vi weight, vi x) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weight, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weight, (__m256i)x);
+#elif AUXKERN_LANES == 16
+    const __m512i w = (__m512i)weight, a = (__m512i)x;
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(a, 8));
+    return sum + (vi)even + (vi)odd;
+#elif AUXKERN_LANES == 8
+    const __m256i w = (__m256i)weight, a = (__m256i)x;
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8));
+    return sum + (vi)even + (vi)odd;
+#else
+    for (int shift = 0; shift < 32; shift += 8) sum += ((weight >> shift) & 255) * ((x << (24 - shift)) >> 24);
+    return sum;
+#endif
+}
+
+inline vi load_bytes(const int32_t *p) { return (vi)load(reinterpret_cast<const float *>(p)); }
+
+struct Bytes {
+    static constexpr int ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;  // an integer and a float32 sum for each output
+
+    static constexpr int panels(int rows) {
+        if (LANES == 16) return rows <= 3 ? 4 : 2;
+        return LANES == 8 && rows == 1 ? 2 : 1;
+    }
+
+    template <int R, int P>
+    static void tile(const ProductTask &task, const Place &place) {
+        constexpr int WIDTH = P * VECTORS;
+        const auxkern_product &product = *task.product;
+        const RowLayout &layout = task.layout;
+        const int64_t fours = (product.K + 3) / 4, groups = groups_of(product), stride = layout.bytes / 4;
+        const int32_t *w = static_cast<const int32_t *>(product.values) + place.panel * fours * PANEL;
+        const float *w_scales = product.scales + place.panel * groups * PANEL;
+        const char *row = task.prepared + place.row * layout.bytes;
+        const int32_t *x = reinterpret_cast<const int32_t *>(row);
+        const float *x_scales = reinterpret_cast<const float *>(row + layout.scales);
+        const int32_t *starts = reinterpret_cast<const int32_t *>(row + layout.starts);
+        vf total[R][WIDTH];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int j = 0; j < WIDTH; ++j) total[r][j] = splat(0);
+        for (int64_t run = 0, k = 0; run < layout.runs; ++run) {
+            vi sum[R][WIDTH];
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                const vi start = vi{} + starts[r * stride + run];
+#pragma GCC unroll 8
+                for (int j = 0; j < WIDTH; ++j) sum[r][j] = start;
+            }
+            const int64_t end = smaller((run + 1) * layout.run + 3, product.K + 3) / 4;
+            for (; k < end; ++k) {
+                vi weight[WIDTH];
+#pragma GCC unroll 8
+                for (int j = 0; j < WIDTH; ++j)
+                    weight[j] = (vi)in_register((vf)load_bytes(w + (j / VECTORS * fours + k) * PANEL + j % VECTORS * LANES));
+#pragma GCC unroll 12
+                for (int r = 0; r < R; ++r) {
+                    const vi a = vi{} + x[r * stride + k];
+#pragma GCC unroll 8
+                    for (int j = 0; j < WIDTH; ++j) sum[r][j] = add_four(sum[r][j], weight[j], a);
+                }
+            }
+            const float *scales = w_scales + run * layout.run / product.group * PANEL;
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                for (int j = 0; j < WIDTH; ++j) {
+                    const vf exact = __builtin_convertvector(sum[r][j], vf) * x_scales[r * stride + run];
+                    total[r][j] += exact * load(scales + j / VECTORS * groups * PANEL + j % VECTORS * LANES);
+                }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int j = 0; j < WIDTH; ++j) store(place.sums + r * SUMS + j * LANES, total[r][j]);
+    }
+};
+
+// The largest |x| of `count` numbers; NaN if one is not finite. As integers, the bits of NaN are the largest.
+float largest(const float *x, int64_t count) {
+    vi best = {};
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) {
+        const vi bits = (vi)load(x + k) & 0x7fffffff;
+        best = bits > best ? bits : best;
+    }
+    int32_t lanes[LANES], most = 0;
+    memcpy(lanes, &best, sizeof best);
+    for (int i = 0; i < LANES; ++i) most = lanes[i] > most ? lanes[i] : most;
+    for (; k < count; ++k) {
+        int32_t bits;
+        memcpy(&bits, x + k, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    if (most >= 0x7f800000) most = 0x7fc00000;
+    float result;
+    memcpy(&result, &most, 4);
+    return result;
+}
+
+// Rounds to nearest, ties to even, a number of at most 127 and a little.
+inline vi rounded(vf x) { return (vi)(x + 12582912.0f) - (vi)splat(12582912.0f); }
+
+// Bytes of x * inverse; returns their sum.
+int32_t quantise(const float *x, int64_t count, float inverse, int8_t *to) {
+    vi sum = {};
+    int64_t k = 0;
+    int32_t total = 0;
+    for (; k + LANES <= count; k += LANES) {
+        const vi q = rounded(load(x + k) * inverse);
+        typedef int8_t bytes __attribute__((vector_size(AUXKERN_LANES)));
+        const bytes narrow = __builtin_convertvector(q, bytes);
+        memcpy(to + k, &narrow, sizeof narrow);
+        sum += q;
+    }
+    for (; k < count; ++k) {
+        const int32_t q = rounded(splat(x[k] * inverse))[0];
+        to[k] = int8_t(q);
+        total += q;
+    }
+    for (int i = 0; i < LANES; ++i) total += sum[i];
+    return total;
+}
+
+}  // namespace
+
+void prepare_i8(const ProductTask &task, int64_t begin, int64_t end, float *) {
+    const int64_t K = task.product->K;
+    const RowLayout &layout = task.layout;
+    const int64_t shared = task.call->row_group > 0 ? task.call->row_group : K;  // k that have one scale
+    for (int64_t row = begin; row < end; ++row) {
+        const float *x = task.call->x + row * task.call->x_stride;
+        char *to = task.prepared + row * layout.bytes;
+        int8_t *values = reinterpret_cast<int8_t *>(to);
+        float *scales = reinterpret_cast<float *>(to + layout.scales);
+        int32_t *starts = reinterpret_cast<int32_t *>(to + layout.starts);
+        float scale = 0, inverse = 0;
+        for (int64_t run = 0, k = 0; run < layout.runs; ++run, k += layout.run) {
+            if (k % shared == 0) {
+                const float max = largest(x + k, smaller(shared, K - k));
+                scale = max < TINY ? 0 : max / 127;
+                inverse = max < TINY || max != max ? 0 : 127 / max;
+            }
+            const int64_t count = smaller(layout.run, K - k);
+            scales[run] = scale;
+            if (scale == scale) {
+                starts[run] = -128 * quantise(x + k, count, inverse, values + k);
+            } else {
+                memset(values + k, 0, size_t(count));
+                starts[run] = 0;
+            }
+        }
+        for (int64_t k = K; k % 4; ++k) values[k] = 0;
+    }
+}
+
+void multiply_i8(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Bytes>(task, begin, end); }
+
+}  // namespace AUXKERN_ISA
+}  // namespace auxkern

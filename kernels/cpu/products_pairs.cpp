@@ -1,0 +1,87 @@
+// Products of bfloat16 numbers with float32 sums: pairs of neighbouring k at once, where the CPU can.
+#include "product_tiles.h"
+
+namespace auxkern {
+namespace AUXKERN_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 128;  // pairs; sums of more terms lose places, so those of blocks are added up
+
+// sum + both products of a pair in each lane.
+inline vf add_pair(vf sum, vi weight, vi x) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)x);
+#else
+    const vi upper = vi{} + int32_t(0xffff0000);
+    sum += (vf)(x << 16) * (vf)(weight << 16);
+    return sum + (vf)(x & upper) * (vf)(weight & upper);
+#endif
+}
+
+inline vi load_pairs(const int32_t *p) { return (vi)load(reinterpret_cast<const float *>(p)); }
+
+struct Pairs {
+    static constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 2;
+
+    static constexpr int panels(int rows) {
+        if (LANES == 16) return rows <= 6 ? 4 : 2;
+        if (LANES == 8) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+        return 1;
+    }
+
+    template <int R, int P>
+    static void tile(const ProductTask &task, const Place &place) {
+        constexpr int WIDTH = P * VECTORS;
+        const int64_t pairs = (task.product->K + 1) / 2, stride = task.layout.bytes / 4;
+        const int32_t *w = static_cast<const int32_t *>(task.product->values) + place.panel * pairs * PANEL;
+        const int32_t *x = reinterpret_cast<const int32_t *>(task.prepared) + place.row * stride;
+        vf total[R][WIDTH] = {};
+        for (int64_t begin = 0; begin < pairs; begin += BLOCK) {
+            vf sum[R][WIDTH];
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                for (int j = 0; j < WIDTH; ++j) sum[r][j] = splat(0);
+            const int64_t end = smaller(begin + BLOCK, pairs);
+            for (int64_t k = begin; k < end; ++k) {
+                vi weight[WIDTH];
+#pragma GCC unroll 8
+                for (int j = 0; j < WIDTH; ++j)
+                    weight[j] = (vi)in_register((vf)load_pairs(w + (j / VECTORS * pairs + k) * PANEL + j % VECTORS * LANES));
+#pragma GCC unroll 12
+                for (int r = 0; r < R; ++r) {
+                    const vi a = vi{} + x[r * stride + k];
+#pragma GCC unroll 8
+                    for (int j = 0; j < WIDTH; ++j) sum[r][j] = add_pair(sum[r][j], weight[j], a);
+                }
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                for (int j = 0; j < WIDTH; ++j) total[r][j] += sum[r][j];
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int j = 0; j < WIDTH; ++j) store(place.sums + r * SUMS + j * LANES, total[r][j]);
+    }
+};
+
+}  // namespace
+
+void prepare_pairs(const ProductTask &task, int64_t begin, int64_t end, float *) {
+    const int64_t K = task.product->K;
+    for (int64_t row = begin; row < end; ++row) {
+        const float *x = task.call->x + row * task.call->x_stride;
+        uint16_t *to = reinterpret_cast<uint16_t *>(task.prepared + row * task.layout.bytes);
+        int64_t k = 0;
+        for (; k + LANES <= K; k += LANES) BF16::store(to + k, load(x + k));
+        for (; k < K; ++k) BF16::store_scalar(to + k, x[k]);
+        if (K % 2) to[K] = 0;
+    }
+}
+
+void multiply_pairs(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Pairs>(task, begin, end); }
+
+}  // namespace AUXKERN_ISA
+}  // namespace auxkern
