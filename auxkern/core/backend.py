@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
+from auxkern.core.packed import PackedWeight
 from auxkern.core.sums import Sum, Wanted
 
 
@@ -122,6 +123,46 @@ class Backend(ABC):
             y: (M, N) float32, rows contiguous, written.
         """
         raise NotImplementedError(self.linear_refusal(x, weight))
+
+    def pack_refusal(self) -> str | None:
+        """Why it packs no weights; None if it does."""
+        return "it has no kernels for packed weights"
+
+    def pack(self, weights: Sequence[Tensor], like: PackedWeight) -> PackedWeight:
+        """Weights whose rows follow each other, packed.
+
+        Args:
+            weights: (rows, K) each, N rows together; float32, float16 or bfloat16, of any strides.
+            like: the result without its memory.
+
+        Raises:
+            ValueError: a weight is NaN or infinite and ``like`` is of int8.
+        """
+        raise NotImplementedError(self.pack_refusal())
+
+    def packed_linear(
+        self,
+        x: Tensor,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        y: Tensor,
+        accumulate: bool,
+        activation: str = "identity",
+    ) -> None:
+        """``y = activation(x @ weight.T + bias)``, plus what y held if ``accumulate``.
+
+        Of a gated weight ``y = activation(gate) * up``, the halves of the product. A row of y does not
+        depend on the other rows.
+
+        Args:
+            x: (M, K) float32.
+            packed: what ``pack`` of this backend made.
+            bias: (N,) or None.
+            y: (M, the first columns) float32, rows contiguous, written.
+            accumulate: with "identity" and a weight that is not gated only.
+            activation: of ``core.packed.ACTIVATIONS``.
+        """
+        raise NotImplementedError(self.pack_refusal())
 
     def attention_refusal(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
         """Why it leaves these to torch; None if it takes them."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from auxkern.backends.cpu.attention import CachedAttention
 from auxkern.backends.cpu.linear import Products
+from auxkern.backends.cpu.packing import PackedProducts
 from auxkern.backends.cpu.rows import LogitRows
 from auxkern.backends.cpu.sampling import LogitDraws
 from auxkern.backends.cpu.segments import Segments
 
 
-class Cpu(Segments, LogitRows, LogitDraws, Products, CachedAttention):
+class Cpu(Segments, LogitRows, LogitDraws, Products, PackedProducts, CachedAttention):
     """The native kernels; see ``abi.Native`` for its arguments."""
 
     name = "cpu"

@@ -28,6 +28,7 @@ STATUS = {
     2: "this CPU lacks the instruction set asked for; make the backend with isa='best'",
     3: "out of memory, of which each thread takes V floats; torch.set_num_threads takes fewer",
 }
+NOT_FINITE = 4  # what packing reports of a weight
 
 
 def _each(kind: type, names: str) -> list[tuple[str, type]]:
@@ -85,6 +86,35 @@ class CLinear(Structure):
         *_each(c_int64, "x_stride weight_stride y_stride"),
         *_each(c_int32, "dtype accumulate"),
     ]
+
+
+class CProduct(Structure):
+    _fields_ = [
+        *_each(c_int64, "N K group"),
+        *_each(c_void_p, "values scales bias"),
+        *_each(c_int32, "kind turns"),
+    ]
+
+
+class CProductCall(Structure):
+    _fields_ = [
+        ("M", c_int64),
+        *_each(c_void_p, "x y"),
+        *_each(c_int64, "x_stride y_stride columns row_group"),
+        *_each(c_int32, "epilogue activation"),
+    ]
+
+
+class CWeightRows(Structure):
+    _fields_ = [
+        ("weight", c_void_p),
+        *_each(c_int64, "rows row_stride column_stride"),
+        ("dtype", c_int32),
+    ]
+
+
+class CPackedSizes(Structure):
+    _fields_ = _each(c_int64, "bytes scales")
 
 
 class CAttention(Structure):
@@ -188,6 +218,12 @@ def _loaded(path: Path) -> ctypes.CDLL:
     for name, arguments in _kernels().items():
         kernel = getattr(library, name)
         kernel.restype, kernel.argtypes, kernel.errcheck = c_int32, [*arguments, POINTER(CExecution)], _check
+    sizes = library.auxkern_packed_size
+    sizes.restype, sizes.argtypes, sizes.errcheck = (
+        c_int32,
+        [POINTER(CProduct), POINTER(CPackedSizes)],
+        _check,
+    )
     return library
 
 
@@ -202,13 +238,15 @@ def _kernels() -> dict[str, list[type]]:
         "auxkern_heads_forward": heads,
         "auxkern_heads_backward": [*heads, POINTER(CHeadsGradient)],
         "auxkern_linear_forward": [POINTER(CLinear)],
+        "auxkern_pack": [POINTER(CProduct), POINTER(CWeightRows), c_int32, c_void_p, c_void_p],
+        "auxkern_product_forward": [POINTER(CProduct), POINTER(CProductCall)],
         "auxkern_attention_forward": [POINTER(CAttention)],
         "auxkern_sample": [*terms, c_int64, c_int64, POINTER(CSampling), *[c_void_p] * 3],
     }
 
 
 def _check(status: int, *_: object) -> int:
-    if status:
+    if status not in (0, NOT_FINITE):
         raise RuntimeError(f"the native kernel refused: {STATUS.get(status, f'status {status}')}")
     return status
 
