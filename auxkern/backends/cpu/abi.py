@@ -215,15 +215,11 @@ def _loaded(path: Path) -> ctypes.CDLL:
     version = library.auxkern_abi_version()
     if version != ABI_VERSION:
         raise OSError(f"{path} has ABI version {version}, this auxkern needs {ABI_VERSION}; build it again")
-    for name, arguments in _kernels().items():
-        kernel = getattr(library, name)
-        kernel.restype, kernel.argtypes, kernel.errcheck = c_int32, [*arguments, POINTER(CExecution)], _check
-    sizes = library.auxkern_packed_size
-    sizes.restype, sizes.argtypes, sizes.errcheck = (
-        c_int32,
-        [POINTER(CProduct), POINTER(CPackedSizes)],
-        _check,
-    )
+    functions = {name: [*arguments, POINTER(CExecution)] for name, arguments in _kernels().items()}
+    functions["auxkern_packed_size"] = [POINTER(CProduct), POINTER(CPackedSizes)]
+    for name, arguments in functions.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes, function.errcheck = c_int32, arguments, _check
     return library
 
 
