@@ -36,8 +36,7 @@ int64_t row_of(const auxkern_product &product, int64_t panel, int64_t lane) {
 void pack_floats(int32_t kind, const float *row, int64_t K, char *to) {
     for (int64_t k = 0; k < K; ++k) {
         if (kind == AUXKERN_PACKED_F32) reinterpret_cast<float *>(to)[k * PANEL] = row[k];
-        else if (kind == AUXKERN_PACKED_F16) reinterpret_cast<uint16_t *>(to)[k * PANEL] = float_to_half(row[k]);
-        else BF16::store_scalar(reinterpret_cast<uint16_t *>(to) + k * PANEL, row[k]);
+        else reinterpret_cast<uint16_t *>(to)[k * PANEL] = float_to_half(row[k]);
     }
 }
 
@@ -82,7 +81,7 @@ void pack_panels(const PackingTask &task, int64_t begin, int64_t end, float *scr
             char *to = values + lane * size;
             if (product.kind == AUXKERN_PACKED_I8)
                 task.not_finite[panel] |= !pack_bytes(product, scratch, to, scales + lane);
-            else if (product.kind == AUXKERN_PACKED_BF16_PAIRS)
+            else if (step_of(product.kind) == 2)
                 pack_pairs(scratch, product.K, to);
             else
                 pack_floats(product.kind, scratch, product.K, to);

@@ -24,6 +24,86 @@ struct Place {
     float *sums;
 };
 
+// Runs of k of nearly equal length. A sum of many terms loses places, so those of blocks are added up.
+struct Block {
+    int64_t begin, end, depth;
+};
+
+struct Blocks {
+    static constexpr int64_t MOST = 256;
+
+    Blocks(int64_t K, int64_t step) : K(K) {
+        const int64_t count = (K + MOST - 1) / MOST;
+        depth = rounded_up((K + count - 1) / count, step);
+    }
+
+    struct Iterator {
+        int64_t k, K, depth;
+        Block operator*() const { return {k, smaller(k + depth, K), depth}; }
+        Iterator &operator++() {
+            k += depth;
+            return *this;
+        }
+        bool operator!=(const Iterator &) const { return k < K; }
+    };
+    Iterator begin() const { return {0, K, depth}; }
+    Iterator end() const { return {K, K, depth}; }
+
+    int64_t K, depth;
+};
+
+// Asks for memory that will be read soon. The hardware would follow a panel, but not guess the next one.
+template <int64_t BYTES>
+inline void fetch(const void *at) {
+    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(static_cast<const char *>(at) + i, 0, 3);
+}
+
+// Where R rows stand, step by step. A base for every three rows and one stride are what addresses can be
+// made of in one instruction each; a base of its own for every row would not leave a register for anything else.
+template <int R>
+struct Rows {
+    Rows(const void *first, int64_t bytes_apart) : stride(bytes_apart) {
+#pragma GCC unroll 4
+        for (int i = 0; i < (R + 2) / 3; ++i) {
+            base[i] = static_cast<const char *>(first) + 3 * i * stride;
+            __asm__("" : "+r"(base[i]));  // the compiler would see through it
+        }
+    }
+    template <class T>
+    T at(int r, int step = 0) const {
+        T x;
+        memcpy(&x, base[r / 3] + r % 3 * stride + step * int(sizeof x), sizeof x);
+        return x;
+    }
+    void advance(int bytes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < (R + 2) / 3; ++i) base[i] += bytes;
+    }
+
+    const char *base[(R + 2) / 3];
+    int64_t stride;
+};
+
+template <int R, int WIDTH>
+inline void clear(vf (&sum)[R][WIDTH]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < WIDTH; ++j) sum[r][j] = splat(0);
+}
+
+// Adds the sums of a block to those of the blocks before it, which stand in memory: registers are short.
+template <int R, int WIDTH>
+inline void keep(const vf (&sum)[R][WIDTH], float *to, bool first) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < WIDTH; ++j) {
+            float *at = to + r * SUMS + j * LANES;
+            store(at, first ? sum[r][j] : load(at) + sum[r][j]);
+        }
+}
+
 inline vf load_part(const float *from, int64_t count) {
     float lanes[LANES] = {};
     for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];

@@ -17,12 +17,13 @@ static inline int64_t rounded_up(int64_t size, int64_t step) { return (size + st
 
 // k that one element of a panel's row holds.
 static inline int64_t step_of(int32_t kind) {
-    return kind == AUXKERN_PACKED_I8 ? 4 : kind == AUXKERN_PACKED_BF16_PAIRS ? 2 : 1;
+    if (kind == AUXKERN_PACKED_I8) return 4;
+    return kind == AUXKERN_PACKED_BF16 || kind == AUXKERN_PACKED_BF16_PAIRS ? 2 : 1;
 }
 
 // Bytes of such an element.
 static inline int64_t element_bytes(int32_t kind) {
-    return kind == AUXKERN_PACKED_F16 || kind == AUXKERN_PACKED_BF16 ? 2 : 4;
+    return kind == AUXKERN_PACKED_F16 ? 2 : 4;
 }
 
 static inline int64_t panels_of(const auxkern_product &product) {

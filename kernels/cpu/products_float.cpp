@@ -5,11 +5,38 @@ namespace auxkern {
 namespace AUXKERN_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 256;  // of k: sums of more terms lose places, so those of blocks are added up
+// What two steps of k hold of one vector of outputs, and the one step that is left of an odd K. Values are
+// loaded again for the second step where keeping them would take registers that sums need.
+struct Kept32 {
+    typedef float scalar;
+    static constexpr int STEPS = 1;  // of k in a lane
+    static vf even(const float *w) { return load(w); }
+    static vf odd(const float *w) { return load(w + PANEL); }
+};
+
+struct Kept16 {
+    typedef uint16_t scalar;
+    static constexpr int STEPS = 1;
+    static vf even(const uint16_t *w) { return F16::load(w); }
+    static vf odd(const uint16_t *w) { return F16::load(w + PANEL); }
+};
+
+struct KeptPairs {  // both steps in each lane
+    typedef uint16_t scalar;
+    static constexpr int STEPS = 2;
+    static vi bits(const uint16_t *w) {
+        vi both;
+        memcpy(&both, w, sizeof both);
+        return both;
+    }
+    static vf even(const uint16_t *w) { return (vf)(bits(w) << 16); }
+    static vf odd(const uint16_t *w) { return (vf)(bits(w) & int32_t(0xffff0000)); }
+};
 
 template <class T>
 struct Floats {
     static constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 3;
+    static constexpr int64_t VECTOR = T::STEPS * LANES;  // values of a vector
 
     // So many that their sums do not wait for each other, and stay in registers.
     static constexpr int panels(int rows) {
@@ -18,49 +45,57 @@ struct Floats {
         return 1;
     }
 
+    template <int R, int WIDTH>
+    static inline void add(vf (&sum)[R][WIDTH], const vf (&weight)[WIDTH], const Rows<R> &x, int step) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const vf a = splat(x.template at<float>(r, step));
+#pragma GCC unroll 8
+            for (int j = 0; j < WIDTH; ++j) sum[r][j] += a * weight[j];
+        }
+    }
+
     template <int R, int P>
     static void tile(const ProductTask &task, const Place &place) {
         constexpr int WIDTH = P * VECTORS;
-        const int64_t K = task.product->K, stride = task.call->x_stride;
-        const auto *w = static_cast<const typename T::scalar *>(task.product->values) + place.panel * K * PANEL;
-        const float *x = task.call->x + place.row * stride;
-        vf total[R][WIDTH] = {};
-        for (int64_t begin = 0; begin < K; begin += BLOCK) {
-            vf sum[R][WIDTH];
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-                for (int j = 0; j < WIDTH; ++j) sum[r][j] = splat(0);
-            const int64_t end = smaller(begin + BLOCK, K);
-            for (int64_t k = begin; k < end; ++k) {
-                vf weight[WIDTH];
+        const int64_t K = task.product->K;
+        const int64_t size = panel_bytes(*task.product) / int64_t(sizeof(typename T::scalar));
+        const auto *w = static_cast<const typename T::scalar *>(task.product->values) + place.panel * size;
+        Rows<R> x(task.call->x + place.row * task.call->x_stride, 4 * task.call->x_stride);
+        for (const Block block : Blocks{K, 2}) {
+            const int64_t ahead = block.end < K ? block.depth * PANEL : P * size - block.begin * PANEL;
+            vf sum[R][WIDTH], weight[WIDTH];
+            clear(sum);
+            int64_t k = block.begin;
+            for (; k + 2 <= block.end; k += 2) {
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) fetch<2 * PANEL * sizeof *w>(w + p * size + k * PANEL + ahead);
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
-                    weight[j] = in_register(T::load(w + (j / VECTORS * K + k) * PANEL + j % VECTORS * LANES));
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) {
-                    const vf a = splat(x[r * stride + k]);
+                    weight[j] = in_register(T::even(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
+                add(sum, weight, x, 0);
 #pragma GCC unroll 8
-                    for (int j = 0; j < WIDTH; ++j) sum[r][j] += a * weight[j];
-                }
+                for (int j = 0; j < WIDTH; ++j)
+                    weight[j] = in_register(T::odd(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
+                add(sum, weight, x, 1);
+                x.advance(8);
             }
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r)
+            if (k < block.end) {
 #pragma GCC unroll 8
-                for (int j = 0; j < WIDTH; ++j) total[r][j] += sum[r][j];
+                for (int j = 0; j < WIDTH; ++j)
+                    weight[j] = in_register(T::even(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
+                add(sum, weight, x, 0);
+            }
+            keep(sum, place.sums, block.begin == 0);
         }
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int j = 0; j < WIDTH; ++j) store(place.sums + r * SUMS + j * LANES, total[r][j]);
     }
 };
 
 }  // namespace
 
-void multiply_f32(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Floats<F32>>(task, begin, end); }
-void multiply_f16(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Floats<F16>>(task, begin, end); }
-void multiply_bf16(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Floats<BF16>>(task, begin, end); }
+void multiply_f32(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Floats<Kept32>>(task, begin, end); }
+void multiply_f16(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Floats<Kept16>>(task, begin, end); }
+void multiply_bf16(const ProductTask &task, int64_t begin, int64_t end, float *) { multiply<Floats<KeptPairs>>(task, begin, end); }
 
 }  // namespace AUXKERN_ISA
 }  // namespace auxkern

@@ -9,6 +9,7 @@ namespace AUXKERN_ISA {
 namespace {
 
 constexpr float TINY = 0x1p-120f;  // 127 / max would overflow below; such numbers count as zeros
+constexpr int64_t AHEAD = 4;       // runs of k that memory is asked for before they are read
 
 // sum + the four products of an unsigned byte of `weight` and a signed one of `x` in each lane. Never
 // by the instruction that adds neighbours in 16 bits, which saturates.
@@ -41,7 +42,7 @@ struct Bytes {
     static constexpr int ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;  // an integer and a float32 sum for each output
 
     static constexpr int panels(int rows) {
-        if (LANES == 16) return rows <= 3 ? 4 : 2;
+        if (LANES == 16) return rows <= 2 ? 4 : 2;
         return LANES == 8 && rows == 1 ? 2 : 1;
     }
 
@@ -54,7 +55,7 @@ struct Bytes {
         const int32_t *w = static_cast<const int32_t *>(product.values) + place.panel * fours * PANEL;
         const float *w_scales = product.scales + place.panel * groups * PANEL;
         const char *row = task.prepared + place.row * layout.bytes;
-        const int32_t *x = reinterpret_cast<const int32_t *>(row);
+        Rows<R> x(row, layout.bytes);
         const float *x_scales = reinterpret_cast<const float *>(row + layout.scales);
         const int32_t *starts = reinterpret_cast<const int32_t *>(row + layout.starts);
         vf total[R][WIDTH];
@@ -70,18 +71,25 @@ struct Bytes {
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j) sum[r][j] = start;
             }
+            // Some runs ahead; behind the last of them the next tile begins.
+            const int64_t near = smaller(layout.runs, AHEAD);
+            const int64_t ahead = run + near < layout.runs ? near * layout.run / 4 * PANEL
+                                                           : (P * fours - (layout.runs - near) * layout.run / 4) * PANEL;
             const int64_t end = smaller((run + 1) * layout.run + 3, product.K + 3) / 4;
             for (; k < end; ++k) {
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) fetch<4 * PANEL>(w + (p * fours + k) * PANEL + ahead);
                 vi weight[WIDTH];
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
                     weight[j] = (vi)in_register((vf)load_bytes(w + (j / VECTORS * fours + k) * PANEL + j % VECTORS * LANES));
 #pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) {
-                    const vi a = vi{} + x[r * stride + k];
+                    const vi a = vi{} + x.template at<int32_t>(r);
 #pragma GCC unroll 8
                     for (int j = 0; j < WIDTH; ++j) sum[r][j] = add_four(sum[r][j], weight[j], a);
                 }
+                x.advance(4);
             }
             const float *scales = w_scales + run * layout.run / product.group * PANEL;
 #pragma GCC unroll 12
@@ -99,23 +107,39 @@ struct Bytes {
     }
 };
 
+inline int32_t largest_lane(vi x) {
+#if AUXKERN_LANES == 16
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    int32_t most = x[0];
+    for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
+}
+
+inline int32_t sum_of_lanes(vi x) {
+#if AUXKERN_LANES == 16
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += x[i];
+    return sum;
+#endif
+}
+
 // The largest |x| of `count` numbers; NaN if one is not finite. As integers, the bits of NaN are the largest.
-float largest(const float *x, int64_t count) {
+inline float largest(const float *x, int64_t count) {
     vi best = {};
     int64_t k = 0;
     for (; k + LANES <= count; k += LANES) {
         const vi bits = (vi)load(x + k) & 0x7fffffff;
         best = bits > best ? bits : best;
     }
-    int32_t lanes[LANES], most = 0;
-    memcpy(lanes, &best, sizeof best);
-    for (int i = 0; i < LANES; ++i) most = lanes[i] > most ? lanes[i] : most;
-    for (; k < count; ++k) {
-        int32_t bits;
-        memcpy(&bits, x + k, 4);
-        bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
+    if (k < count) {
+        const vi bits = (vi)load_part(x + k, count - k) & 0x7fffffff;
+        best = bits > best ? bits : best;
     }
+    int32_t most = largest_lane(best);
     if (most >= 0x7f800000) most = 0x7fc00000;
     float result;
     memcpy(&result, &most, 4);
@@ -125,25 +149,33 @@ float largest(const float *x, int64_t count) {
 // Rounds to nearest, ties to even, a number of at most 127 and a little.
 inline vi rounded(vf x) { return (vi)(x + 12582912.0f) - (vi)splat(12582912.0f); }
 
+typedef int8_t vb __attribute__((vector_size(AUXKERN_LANES)));
+
+inline vb narrow(vi x) {
+#if AUXKERN_LANES == 16
+    return (vb)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+    return __builtin_convertvector(x, vb);
+#endif
+}
+
 // Bytes of x * inverse; returns their sum.
-int32_t quantise(const float *x, int64_t count, float inverse, int8_t *to) {
+inline int32_t quantise(const float *x, int64_t count, float inverse, int8_t *to) {
     vi sum = {};
     int64_t k = 0;
-    int32_t total = 0;
     for (; k + LANES <= count; k += LANES) {
         const vi q = rounded(load(x + k) * inverse);
-        typedef int8_t bytes __attribute__((vector_size(AUXKERN_LANES)));
-        const bytes narrow = __builtin_convertvector(q, bytes);
-        memcpy(to + k, &narrow, sizeof narrow);
+        const vb bytes = narrow(q);
+        memcpy(to + k, &bytes, sizeof bytes);
         sum += q;
     }
-    for (; k < count; ++k) {
-        const int32_t q = rounded(splat(x[k] * inverse))[0];
-        to[k] = int8_t(q);
-        total += q;
+    if (k < count) {
+        const vi q = rounded(load_part(x + k, count - k) * inverse);
+        const vb bytes = narrow(q);
+        memcpy(to + k, &bytes, size_t(count - k));
+        sum += q;
     }
-    for (int i = 0; i < LANES; ++i) total += sum[i];
-    return total;
+    return sum_of_lanes(sum);
 }
 
 }  // namespace

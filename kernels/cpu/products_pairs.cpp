@@ -5,8 +5,6 @@ namespace auxkern {
 namespace AUXKERN_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 128;  // pairs; sums of more terms lose places, so those of blocks are added up
-
 // sum + both products of a pair in each lane.
 inline vf add_pair(vf sum, vi weight, vi x) {
 #if defined(__AVX512BF16__)
@@ -32,38 +30,31 @@ struct Pairs {
     template <int R, int P>
     static void tile(const ProductTask &task, const Place &place) {
         constexpr int WIDTH = P * VECTORS;
-        const int64_t pairs = (task.product->K + 1) / 2, stride = task.layout.bytes / 4;
+        const int64_t pairs = (task.product->K + 1) / 2;
         const int32_t *w = static_cast<const int32_t *>(task.product->values) + place.panel * pairs * PANEL;
-        const int32_t *x = reinterpret_cast<const int32_t *>(task.prepared) + place.row * stride;
-        vf total[R][WIDTH] = {};
-        for (int64_t begin = 0; begin < pairs; begin += BLOCK) {
+        Rows<R> x(task.prepared + place.row * task.layout.bytes, task.layout.bytes);
+        for (const Block block : Blocks{2 * pairs, 2}) {
+            const int64_t begin = block.begin / 2, end = block.end / 2;
+            const int64_t ahead = end < pairs ? block.depth / 2 * PANEL : (P * pairs - begin) * PANEL;
             vf sum[R][WIDTH];
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-                for (int j = 0; j < WIDTH; ++j) sum[r][j] = splat(0);
-            const int64_t end = smaller(begin + BLOCK, pairs);
+            clear(sum);
             for (int64_t k = begin; k < end; ++k) {
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) fetch<4 * PANEL>(w + (p * pairs + k) * PANEL + ahead);
                 vi weight[WIDTH];
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
                     weight[j] = (vi)in_register((vf)load_pairs(w + (j / VECTORS * pairs + k) * PANEL + j % VECTORS * LANES));
 #pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) {
-                    const vi a = vi{} + x[r * stride + k];
+                    const vi a = vi{} + x.template at<int32_t>(r);
 #pragma GCC unroll 8
                     for (int j = 0; j < WIDTH; ++j) sum[r][j] = add_pair(sum[r][j], weight[j], a);
                 }
+                x.advance(4);
             }
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-                for (int j = 0; j < WIDTH; ++j) total[r][j] += sum[r][j];
+            keep(sum, place.sums, begin == 0);
         }
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int j = 0; j < WIDTH; ++j) store(place.sums + r * SUMS + j * LANES, total[r][j]);
     }
 };
 

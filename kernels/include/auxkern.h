@@ -209,8 +209,8 @@ AUXKERN_EXPORT int32_t auxkern_linear_forward(const auxkern_linear *layer, const
 enum auxkern_packed_kind {
     AUXKERN_PACKED_F32 = 0,  /* [panel][k][16]; products and sums in float32 */
     AUXKERN_PACKED_F16 = 1,  /* the same, kept in half precision and widened */
-    AUXKERN_PACKED_BF16 = 2, /* the same of bfloat16 */
-    AUXKERN_PACKED_BF16_PAIRS = 3, /* [panel][k / 2][16][2]; rows are rounded to bfloat16, sums are float32 */
+    AUXKERN_PACKED_BF16 = 2, /* [panel][k / 2][16][2] of bfloat16, widened */
+    AUXKERN_PACKED_BF16_PAIRS = 3, /* the same bytes; rows are rounded to bfloat16 too, sums are float32 */
     AUXKERN_PACKED_I8 = 4, /* [panel][k / 4][16][4], each byte 128 more than round(weight / scale); rows are
                             * rounded likewise; scales are [panel][group][16] */
 };
