@@ -30,7 +30,7 @@ struct Block {
 };
 
 struct Blocks {
-    static constexpr int64_t MOST = 256;
+    static constexpr int64_t MOST = 128;
 
     Blocks(int64_t K, int64_t step) : K(K) {
         const int64_t count = (K + MOST - 1) / MOST;
