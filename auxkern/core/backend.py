@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from auxkern.core.decoder import DecoderLayer, DecoderParts
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.packed import PackedWeight
@@ -183,3 +184,7 @@ class Backend(ABC):
             out: (B, T, H, D) float32, contiguous, written.
         """
         raise NotImplementedError(self.attention_refusal(query, key, value, mask))
+
+    def decoder_layer(self, parts: DecoderParts) -> DecoderLayer:
+        """A decoder layer that is not trained, as one step; its parts must not change."""
+        raise NotImplementedError(self.pack_refusal())

@@ -36,6 +36,20 @@ Function pick(int32_t isa, Function generic, Function avx2, Function avx512) {
 #define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, nullptr, nullptr)
 #endif
 
+// Runs body(context) on at most `threads` threads, this one among them, and returns when all are done.
+inline void in_parallel(void (*body)(void *), void *context, unsigned threads, const auxkern_execution &execution) {
+    if (threads <= 1) return body(context);
+    if (execution.parallel) return execution.parallel(body, context, threads, 0);
+    std::vector<std::thread> others;
+    try {
+        for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, context);
+    } catch (const std::system_error &) {
+        // The system gives no more threads; those there are, and this one, do the work.
+    }
+    body(context);
+    for (auto &thread : others) thread.join();
+}
+
 // Pieces of work (rows, or segments of the vocabulary) are taken from a shared counter, so that a slow
 // thread does not hold up the rest. Which thread takes a piece changes nothing in it.
 template <class Task>
@@ -75,20 +89,7 @@ int32_t run(Kernel<Task> kernel, const Task &task, int64_t pieces, int64_t grab,
         if (!scratch) return AUXKERN_OUT_OF_MEMORY;
         work.scratch = scratch.get();
     }
-    if (threads <= 1) {
-        Work<Task>::body(&work);
-    } else if (execution.parallel) {
-        execution.parallel(Work<Task>::body, &work, threads, 0);
-    } else {
-        std::vector<std::thread> others;
-        try {
-            for (unsigned i = 1; i < threads; ++i) others.emplace_back(Work<Task>::body, &work);
-        } catch (const std::system_error &) {
-            // The system gives no more threads; those there are, and this one, do the work.
-        }
-        Work<Task>::body(&work);
-        for (auto &thread : others) thread.join();
-    }
+    in_parallel(Work<Task>::body, &work, threads, execution);
     return AUXKERN_OK;
 }
 

@@ -300,6 +300,78 @@ typedef struct {
 AUXKERN_EXPORT int32_t auxkern_attention_forward(const auxkern_attention *attention,
                                                  const auxkern_execution *execution);
 
+/* ---- a decoder layer as one step --------------------------------------------------------------
+ *
+ *     q, k, v = split(clip(norm(x) @ qkv)); q, k = rotated(norm(q)), rotated(norm(k))
+ *     y = x + after(attention(q, keys, values) @ output)
+ *     y = y + after(activation(norm(y) @ gate) * (norm(y) @ up) @ down)
+ *
+ * Norms that a layer lacks are left out. Rows are the same to the last bit in any batch.
+ */
+enum auxkern_norm_kind {
+    AUXKERN_NORM_NONE = 0,
+    AUXKERN_NORM_RMS = 1,   /* x / sqrt(mean x^2 + eps) */
+    AUXKERN_NORM_LAYER = 2, /* (x - mean) / sqrt(variance + eps) */
+};
+
+typedef struct {
+    const float *weight; /* factors, or NULL */
+    const float *bias;   /* or NULL */
+    float eps;
+    int32_t kind;
+} auxkern_norm;
+
+typedef struct {
+    auxkern_product weight;
+    int64_t row_group; /* as in auxkern_product_call */
+} auxkern_layer_product;
+
+typedef struct {
+    int64_t D, heads, key_heads, head_width, inner; /* head_width is a multiple of 16 */
+    auxkern_norm attention_norm, attention_after;   /* of D; before the projections, and of what attention adds */
+    auxkern_norm mlp_norm, mlp_after;
+    auxkern_norm query_norm, key_norm;
+    auxkern_layer_product qkv;    /* of heads + 2 key_heads times head_width outputs */
+    auxkern_layer_product output; /* D outputs */
+    auxkern_layer_product up;     /* inner outputs; twice as many, in turns with the gate's, where it is gated */
+    auxkern_layer_product down;   /* D outputs */
+    float scale;            /* of attention's products */
+    float clip;             /* of queries, keys and values; 0: none */
+    int32_t activation;
+    int32_t gated;
+    int32_t parallel;    /* the MLP reads what attention reads, norm(x) */
+    int32_t whole_norms; /* norms of queries and keys are over all heads, else over each */
+} auxkern_layer;
+
+/* Queries, keys and values of new positions are made, written to `query`, `new_key` and `new_value`. */
+#define AUXKERN_LAYER_PROJECT 1
+/* What attention makes of `query` goes on through the layer; `query` is overwritten. */
+#define AUXKERN_LAYER_ATTEND 2
+
+typedef struct {
+    int64_t B, T, P;     /* sequences, new positions, columns that are attended to */
+    int64_t rotary;      /* numbers of a head that positions turn, even; 0: none */
+    const float *x;      /* (B, T, D) contiguous */
+    float *y;            /* (B, T, D) contiguous, no part of x */
+    const float *cos;    /* rows of `rotary` */
+    const float *sin;
+    int64_t angle_stride_batch, angle_stride_position;
+    float *query;        /* (B, T, heads, head_width) contiguous; NULL where both stages run */
+    float *new_key;      /* columns of new positions */
+    float *new_value;
+    int64_t new_stride_batch, new_stride_head, new_stride_position;
+    const float *key; /* all columns; may be where new ones are written */
+    const float *value;
+    int64_t key_stride_batch, key_stride_head, key_stride_column;
+    int64_t value_stride_batch, value_stride_head, value_stride_column;
+    const uint8_t *mask; /* as in auxkern_attention */
+    int64_t mask_stride_batch, mask_stride_query, mask_stride_column;
+    int64_t stages; /* AUXKERN_LAYER_PROJECT, AUXKERN_LAYER_ATTEND or both */
+} auxkern_layer_call;
+
+AUXKERN_EXPORT int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxkern_layer_call *call,
+                                             const auxkern_execution *execution);
+
 /* ---- sampling ------------------------------------------------------------------------------- */
 
 enum auxkern_row_status {

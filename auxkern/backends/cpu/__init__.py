@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from auxkern.backends.cpu.attention import CachedAttention
+from auxkern.backends.cpu.layers import DecoderLayers
 from auxkern.backends.cpu.linear import Products
 from auxkern.backends.cpu.packing import PackedProducts
 from auxkern.backends.cpu.rows import LogitRows
@@ -10,7 +11,7 @@ from auxkern.backends.cpu.sampling import LogitDraws
 from auxkern.backends.cpu.segments import Segments
 
 
-class Cpu(Segments, LogitRows, LogitDraws, Products, PackedProducts, CachedAttention):
+class Cpu(Segments, LogitRows, LogitDraws, Products, PackedProducts, CachedAttention, DecoderLayers):
     """The native kernels; see ``abi.Native`` for its arguments."""
 
     name = "cpu"

@@ -133,6 +133,40 @@ class CAttention(Structure):
     ]
 
 
+class CNorm(Structure):
+    _fields_ = [*_each(c_void_p, "weight bias"), ("eps", c_float), ("kind", c_int32)]
+
+
+class CLayerProduct(Structure):
+    _fields_ = [("weight", CProduct), ("row_group", c_int64)]
+
+
+class CLayer(Structure):
+    _fields_ = [
+        *_each(c_int64, "D heads key_heads head_width inner"),
+        *_each(CNorm, "attention_norm attention_after mlp_norm mlp_after query_norm key_norm"),
+        *_each(CLayerProduct, "qkv output up down"),
+        *_each(c_float, "scale clip"),
+        *_each(c_int32, "activation gated parallel whole_norms"),
+    ]
+
+
+class CLayerCall(Structure):
+    _fields_ = [
+        *_each(c_int64, "B T P rotary"),
+        *_each(c_void_p, "x y cos sin"),
+        ("angle_strides", c_int64 * 2),
+        *_each(c_void_p, "query new_key new_value"),
+        ("new_strides", c_int64 * 3),
+        *_each(c_void_p, "key value"),
+        ("key_strides", c_int64 * 3),
+        ("value_strides", c_int64 * 3),
+        ("mask", c_void_p),
+        ("mask_strides", c_int64 * 3),
+        ("stages", c_int64),
+    ]
+
+
 class CRowIds(Structure):
     _fields_ = [("ids", c_void_p), ("width", c_int64)]
 
@@ -237,6 +271,7 @@ def _kernels() -> dict[str, list[type]]:
         "auxkern_pack": [POINTER(CProduct), POINTER(CWeightRows), c_int32, c_void_p, c_void_p],
         "auxkern_product_forward": [POINTER(CProduct), POINTER(CProductCall)],
         "auxkern_attention_forward": [POINTER(CAttention)],
+        "auxkern_layer_forward": [POINTER(CLayer), POINTER(CLayerCall)],
         "auxkern_sample": [*terms, c_int64, c_int64, POINTER(CSampling), *[c_void_p] * 3],
     }
 
