@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from auxkern.core.decoder import Window
+from auxkern.model.native import WindowedLayer
+
 # One of a sliding window forgets what lies before it; it is taken while the window is wider than a slot.
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin, WindowedLayer):
     """Keys and values of one layer, (slots, heads, columns, head width).
 
     All columns are kept where the layer has a sliding window too: transformers' mask leaves out what lies
@@ -64,6 +67,15 @@ class SlotLayer(CacheLayerMixin):
         self.values[: table.count, :, written] = value_states
         return self.keys[: table.count, :, window], self.values[: table.count, :, window]
 
+    def window(self, B: int, T: int) -> Window | None:
+        """Where a step on the CPU writes the new tokens' columns itself."""
+        table, keys, values = self.table, self.keys, self.values
+        if keys is None or values is None or table.fixed or keys.dtype != torch.float32:
+            return None
+        if table.count != B or table.end + T > table.columns:
+            return None
+        return Window(keys, values, table.begin, table.end)
+
     def _update_fixed(self, room: Tensor, new: Tensor) -> Tensor:
         rows = room[: new.shape[0]]
         rows.index_copy_(2, self.table.column, new)
@@ -102,6 +114,7 @@ class SlotTable:
         self.count = 0
         self.end = length
         self._starts: list[int] = []
+        self._first: int | None = None  # of these: every layer asks for it at every step
         self.layers: list[SlotLayer] = []
         self.cache: Cache | None = None
         self.column = torch.full((1,), length, dtype=torch.int64, device=device)
@@ -109,7 +122,10 @@ class SlotTable:
     @property
     def begin(self) -> int:
         """First column that a running sequence uses."""
-        return min(self._starts, default=self.end)
+        return self.end if self._first is None else self._first
+
+    def _start_at(self, starts: list[int]) -> None:
+        self._starts, self._first = starts, min(starts, default=None)
 
     @property
     def window(self) -> Tensor:
@@ -168,7 +184,7 @@ class SlotTable:
         if most is None:
             first = mask.argmax(1) if W else mask.new_zeros(R)
             most = [W - start for start in first.tolist()]
-        self._starts += [self.end - min(W, tokens) for tokens in most]
+        self._start_at([*self._starts, *(self.end - min(W, tokens) for tokens in most)])
         self.count += R
 
     def open_column(self, live: Tensor) -> None:
@@ -197,7 +213,8 @@ class SlotTable:
 
     def clear(self) -> None:
         """All sequences leave."""
-        self.count, self.end, self._starts = 0, self.length, []
+        self.count, self.end = 0, self.length
+        self._start_at([])
         self.mask.zero_()
         self.column.fill_(self.end)
 
@@ -215,7 +232,7 @@ class SlotTable:
                     room[destination, :, window] = room[source, :, window]  # type: ignore[index]
             self.mask[destination] = self.mask[source]
             self._starts[destination] = self._starts[source]
-        del self._starts[left:]
+        self._start_at(self._starts[:left])
         self.count = left
 
     def _shift_back(self) -> None:
@@ -230,7 +247,7 @@ class SlotTable:
         kept = self.mask[: self.count, old].clone()
         self.mask[: self.count] = 0
         self.mask[: self.count, new] = kept
-        self._starts = [start - by for start in self._starts]
+        self._start_at([start - by for start in self._starts])
         self.end = end - by
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, Qwen2Config
 
 from auxkern.backends import choice
-from auxkern.model import fingerprint, load_base, native, use_native_kernels
+from auxkern.model import fingerprint, load_base, use_native_kernels
+from auxkern.model.native import kernels
 from auxkern.nn import FrozenEmbedding, FrozenLinear
 from auxkern.ops.attention import attention
 from tests.support.batches import ragged_batch
@@ -67,10 +68,13 @@ def test_it_is_the_same_model(kind):
     )
 
 
-def test_the_kernels_are_used(monkeypatch):
+def test_the_kernels_are_used_where_a_layer_is_no_native_step(monkeypatch):
     lm, called = LMS["llama"](), []
-    monkeypatch.setattr(native, "attention", lambda *a, **k: called.append(1) or attention(*a, **k))
+    monkeypatch.setattr(kernels, "attention", lambda *a, **k: called.append(1) or attention(*a, **k))
     use_native_kernels(lm)
+    for layer in lm.base_model.layers:
+        layer.mlp.register_forward_hook(lambda *_: None)
+    called.clear()  # of the comparison with native steps
     logits(lm, *padded_on_the_left())
     assert len(called) == lm.config.num_hidden_layers
     kinds = [type(m) for m in lm.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))]

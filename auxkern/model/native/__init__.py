@@ -1,0 +1,10 @@
+"""transformers models on a CPU in auxkern's kernels."""
+
+from __future__ import annotations
+
+from auxkern.model.native.exchange import explain
+from auxkern.model.native.kernels import native_refusal, use_native_kernels
+from auxkern.model.native.layer import NativeLayer
+from auxkern.model.native.windows import WindowedLayer
+
+__all__ = ["NativeLayer", "WindowedLayer", "explain", "native_refusal", "use_native_kernels"]

@@ -1,0 +1,80 @@
+"""Which decoder layers of a model run as one native step, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from auxkern.model.native.inputs import RecentInputs
+from auxkern.model.native.layer import LayerStep, NativeLayer, exchanged
+from auxkern.model.native.packed_layers import ATTENTION
+from auxkern.model.native.structures import UnknownLayerError, structure_of
+from auxkern.model.native.trial import returns_tuple
+
+_REASON = "native_refusal"  # attribute of a layer that stays torch's
+
+
+def exchange_layers(model: nn.Module, compute: str) -> None:
+    """Puts native steps in the place of a model's decoder layers, each compared with the original first.
+
+    A layer that stays keeps the reason, for ``explain``.
+
+    Args:
+        model: on the CPU, its attention "auxkern".
+        compute: as in ``use_native_kernels``.
+    """
+    recent = RecentInputs()
+    for parent, name, layer in list(_decoder_layers(model)):
+        if isinstance(layer, NativeLayer):
+            continue
+        training = layer.training
+        try:
+            step = _step(layer.eval(), compute, recent)
+        except (UnknownLayerError, ValueError) as reason:
+            setattr(layer, _REASON, str(reason))
+            layer.train(training)
+        else:
+            setattr(parent, name, exchanged(layer, step).train(training))
+
+
+def _step(layer: nn.Module, compute: str, recent: RecentInputs) -> LayerStep:
+    """Raises UnknownLayerError: the layer stays, and why."""
+    structure = structure_of(layer)
+    attention = getattr(layer, structure.attention)
+    if attention.config._attn_implementation != ATTENTION:
+        raise UnknownLayerError(f"its attention is {attention.config._attn_implementation!r}")
+    step = LayerStep(compute, recent, as_tuple=returns_tuple(layer, structure))
+    step.pack(layer)
+    return step
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        if isinstance(parent, nn.ModuleList):
+            for name, child in parent.named_children():
+                if isinstance(child, GradientCheckpointingLayer):
+                    yield parent, name, child
+
+
+def explain(model: nn.Module) -> str:
+    """Which decoder layers of a model run as one native step, which stay torch's and why, and the memory."""
+    steps: dict[str, list[int]] = {}
+    reasons: dict[str, list[str]] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, NativeLayer):
+            step, reason = layer.native_step, layer.native_step.refusal
+            if reason is None:
+                steps.setdefault(step.compute, []).append(step.nbytes)
+        else:
+            reason = getattr(layer, _REASON, None)
+        if reason is not None:
+            reasons.setdefault(f"{type(layer).__name__}: {reason}", []).append(path)
+    lines = [
+        f"{len(sizes)} decoder layers run as one native step each, in {compute}; "
+        f"packed weights take {sum(sizes) / 1e6:.1f} MB"
+        for compute, sizes in steps.items()
+    ]
+    lines += [f"{len(paths)} as they were, {', '.join(paths)}: {reason}" for reason, paths in reasons.items()]
+    return "\n".join(lines or ["no decoder layers run as one native step; see use_native_kernels"])

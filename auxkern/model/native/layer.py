@@ -1,0 +1,150 @@
+"""A decoder layer of transformers that runs as one native step, and as it was wherever it cannot."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auxkern.core.decoder import LayerInputs
+from auxkern.model.native.inputs import RecentInputs
+from auxkern.model.native.packed_layers import PackedLayer
+from auxkern.model.native.structures import UnknownLayerError
+from auxkern.model.native.windows import WindowedLayer
+
+_CACHES = ("cache", "past_key_values")  # transformers 5.24 has renamed it
+# Arguments that change nothing in a layer, or that are looked at apart from the others.
+_WITHOUT_EFFECT = frozenset(
+    (
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "output_hidden_states",
+        "return_dict",
+        "attention_mask",
+        "position_embeddings",
+    )
+)
+
+
+class NativeLayer(nn.Module):
+    """Mixed into a decoder layer's own class by ``native_class``.
+
+    It has the children, parameters and hooks of the layer that it replaces, and is an instance of that
+    layer's class. What it does not do itself, the layer's own forward does: where gradients are wanted,
+    in training, under autocast, where attention is another than "auxkern", where a child has hooks or
+    was replaced, with options that are not known.
+    """
+
+    native_step: LayerStep
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        """(B, T, D) to (B, T, D); arguments as the layer's own forward takes them."""
+        y = self.native_step.run(self, hidden_states, args, options)
+        return super().forward(hidden_states, *args, **options) if y is None else y
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class was made here, and has no name that another process could import.
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def native_class(kind: Any) -> type[NativeLayer]:
+    """The class of a layer with the native step before its forward."""
+    return type(f"Native{kind.__name__}", (NativeLayer, kind), {"__module__": __name__})
+
+
+def _blank(kind: Any) -> NativeLayer:
+    native = native_class(kind)
+    return native.__new__(native)
+
+
+def exchanged(layer: nn.Module, step: LayerStep) -> NativeLayer:
+    """A layer with the children, parameters and hooks of another, that takes a native step."""
+    native = _blank(type(layer))
+    native.__dict__.update(layer.__dict__, native_step=step)
+    return native
+
+
+class LayerStep:
+    """The native step of one layer.
+
+    Args:
+        compute: as in ``use_native_kernels``.
+        recent: shared by the layers of a model.
+        as_tuple: whether the layer returns a tuple.
+    """
+
+    def __init__(self, compute: str, recent: RecentInputs, *, as_tuple: bool) -> None:
+        self.compute, self.as_tuple, self._recent = compute, as_tuple, recent
+        self._packed: PackedLayer | None = None
+        self.refusal: str | None = None  # why the layer is run as it was since its parts were changed
+
+    def pack(self, layer: nn.Module) -> PackedLayer:
+        """Packs the layer's weights as they are now."""
+        self._packed = packed = PackedLayer(layer, self.compute)
+        return packed
+
+    def _packed_anew(self, layer: nn.Module) -> PackedLayer | None:
+        if self.refusal is not None:
+            return None
+        try:
+            return self.pack(layer)
+        except (UnknownLayerError, ValueError) as reason:
+            self._packed, self.refusal = None, str(reason)
+            return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the layer packs its own weights.
+        return {**self.__dict__, "_packed": None, "_recent": RecentInputs()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return 0 if self._packed is None else self._packed.nbytes
+
+    def run(self, layer: nn.Module, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """What the layer makes of x (B, T, D); None where its own forward must."""
+        if layer.training or type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3:
+            return None
+        packed = self._packed
+        if packed is None or not packed.is_current():
+            if x.device.type != "cpu" or torch.is_grad_enabled():
+                return None  # the next step without gradients packs what training leaves
+            packed = self._packed_anew(layer)
+        if packed is None or not packed.may_run(x):
+            return None
+        if args:
+            options = {**options, **dict(zip(packed.names, args, strict=False))}
+        cache = None
+        for name, value in options.items():
+            if value is None or value is False or name in _WITHOUT_EFFECT:
+                continue
+            if name not in _CACHES:
+                return None
+            cache = value
+        angles = options.get("position_embeddings") if packed.turns_heads else None
+        inputs = self._recent.of(packed.kernel, x, options.get("attention_mask"), angles)
+        if inputs is None or (packed.turns_heads and angles is None):
+            return None
+        y = _stepped(packed, x if x.is_contiguous() else x.contiguous(), inputs, cache)
+        return (y,) if self.as_tuple and y is not None else y
+
+
+def _stepped(packed: PackedLayer, x: Tensor, inputs: LayerInputs, cache: Any) -> Tensor | None:
+    """What a layer makes of x; None where its cache is of a kind that it does not know."""
+    kernel, index = packed.kernel, packed.index
+    if cache is None:
+        return kernel.whole(x, inputs, None)
+    layers = getattr(cache, "layers", None)
+    if layers is None or (inputs.causal and cache.get_seq_length(index)):
+        return None  # without a mask transformers means as many columns as positions
+    of_layer = layers[index] if index < len(layers) else None
+    if isinstance(of_layer, WindowedLayer):
+        window = of_layer.window(x.shape[0], x.shape[1])
+        if window is not None:
+            return kernel.whole(x, inputs, window)
+    query, keys, values = kernel.projected(x, inputs)
+    return kernel.attended(x, inputs, query, *cache.update(keys, values, index))
