@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from auxkern.core.memory import GradientMemory
+from auxkern.core.packed import PackedWeight
 from auxkern.core.terms import Term
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.linear import linear
+from auxkern.ops.packed import pack, pack_refusal, packed_linear
+from auxkern.ops.torch_ops import is_differentiated
 
 
 class CrossEntropyLoss(torch.nn.Module):
@@ -76,21 +79,55 @@ class CrossEntropyLoss(torch.nn.Module):
 
 
 class FrozenLinear(torch.nn.Linear):
-    """``torch.nn.Linear`` by ``auxkern.ops.linear``: its weight may be narrower than what goes through it.
+    """``torch.nn.Linear`` whose weight may be narrower than what goes through it.
 
-    What comes out has the dtype of what goes in; a float16 weight takes half the memory and, on a CPU,
-    half the reading.
+    What comes out has the dtype of what goes in. On a CPU a float32 input is multiplied with the weight
+    packed, in the arithmetic that ``compute`` says; elsewhere, and where a gradient is wanted, by
+    ``auxkern.ops.linear`` with the weight as it is.
+
+    Attributes:
+        compute: "float32", "bfloat16" or "int8".
     """
 
+    compute = "float32"
+    _kept: tuple[object, PackedWeight] | None = None  # what it was packed from, and the packed weight
+
     @classmethod
-    def of(cls, layer: torch.nn.Linear) -> FrozenLinear:
+    def of(cls, layer: torch.nn.Linear, compute: str = "float32") -> FrozenLinear:
         """A layer that shares the weight and bias of another."""
         frozen = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        frozen.weight, frozen.bias = layer.weight, layer.bias
+        frozen.weight, frozen.bias, frozen.compute = layer.weight, layer.bias, compute
         return frozen.train(layer.training)
+
+    def packed(self) -> PackedWeight | None:
+        """The weight, packed when it is first asked for and after each change; None where no kernel reads it.
+
+        Raises:
+            ValueError: it has values that ``compute`` cannot keep.
+        """
+        weight = self.weight
+        if weight.device.type != "cpu" or type(weight) is not torch.nn.Parameter or not weight.numel():
+            return None
+        # An in-place change counts the version up.
+        state = (
+            weight.data_ptr(),
+            weight.dtype,
+            0 if weight.is_inference() else weight._version,
+            self.compute,
+        )
+        if self._kept is None or self._kept[0] != state:
+            if pack_refusal() is not None:
+                return None
+            self._kept = state, pack(weight, self.compute)
+        return self._kept[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
+        wanted = x.dtype is torch.float32 and x.device.type == "cpu"
+        if wanted and not is_differentiated((x, self.weight, self.bias)):
+            packed = self.packed()
+            if packed is not None:
+                return packed_linear(x, packed, self.bias)
         return linear(x, self.weight, self.bias)
 
 

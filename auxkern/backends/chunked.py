@@ -99,6 +99,11 @@ class RowKernels(Backend):
         taken = (Head, Sparse) if self.heads_way_adds else Head
         if not sum.heads or not all(isinstance(term, taken) for term in sum.terms):
             return "there are other terms beside the heads"
+        narrow = [
+            head.packed.compute for head in sum.heads if head.packed and head.packed.compute != "float32"
+        ]
+        if narrow:
+            return f"a head's weight is packed for products in {narrow[0]}"
         return self.heads_refusal(sum)
 
     def losses(
@@ -295,7 +300,10 @@ def add_head(backend: Backend, z: Tensor, head: Head, factor: float, *, keep: bo
     if factor == 0:
         # A library skips what is multiplied by 0; elsewhere 0 * inf is NaN.
         a, scaled = a * 0.0, 1.0
-    if backend.linear_refusal(z, b) is None:
+    if head.packed is not None and z.dtype == torch.float32 and backend.pack_refusal() is None:
+        a = a.to(z.dtype)
+        backend.packed_linear(a if scaled == 1.0 else a * scaled, head.packed, None, z, keep)
+    elif backend.linear_refusal(z, b) is None:
         a = a.to(z.dtype)
         backend.linear(a if scaled == 1.0 else a * scaled, b, None, z, keep)
     elif a.dtype == b.dtype == z.dtype:

@@ -380,6 +380,7 @@ def _model_record(model: Any, options: argparse.Namespace) -> dict[str, Any]:
         "base": options.base or config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
         "base_dtype": str(model.lm.dtype).removeprefix("torch."),
+        "compute": options.compute,
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "aux_scale": config.aux_scale if options.aux_scale is None else options.aux_scale,
     }

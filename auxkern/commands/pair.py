@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from auxkern.core.files import is_descriptor
+from auxkern.core.packed import COMPUTES
 from auxkern.core.seeds import mixed_seed
 from auxkern.machine import machine_facts, version
 from auxkern.model.text import Example, check_unicode
@@ -75,6 +76,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the base (default: the checkpoint's on a GPU, float32 on a CPU)"
+    )
+    parser.add_argument(
+        "--compute",
+        choices=COMPUTES,
+        default="float32",
+        help="how a CPU multiplies: float32, or bfloat16 or int8, which are faster (default float32)",
     )
 
 
@@ -182,6 +189,7 @@ def load_pair(
         base=base,
         device=device,
         dtype=options.dtype,
+        compute=options.compute,
         allow_other_base=options.allow_other_base,
         max_length=max_length,
     )

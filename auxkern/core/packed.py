@@ -13,6 +13,12 @@ ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")  # likewise
 GROUP = 64  # k that share a scale in int8: a base's nll then stays within 0.01 of float32's
 
 
+def check_compute(compute: str) -> None:
+    """Raises ValueError if there is no such arithmetic."""
+    if compute not in COMPUTES:
+        raise ValueError(f"compute is {compute!r}; choose one of {', '.join(map(repr, COMPUTES))}")
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A weight (N, K) that is not trained, packed once for products on a CPU; ``pack`` makes it.

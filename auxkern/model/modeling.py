@@ -26,6 +26,7 @@ from auxkern.model.mixing import merged, scattered
 from auxkern.model.native import use_native_kernels
 from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
+from auxkern.nn import FrozenLinear
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 
@@ -230,13 +231,17 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             )
         self._others[name] = other.to(self.device).eval()
 
-    def use_native_kernels(self) -> AuxTunedForCausalLM:
+    def use_native_kernels(self, compute: str = "float32") -> AuxTunedForCausalLM:
         """Runs the base and all auxiliaries in auxkern's CPU kernels.
 
         See ``auxkern.model.use_native_kernels``. It is for texts and scores; layers that are trained run
         as before. ``load_base`` has done it to the base already, where it can.
 
+        Args:
+            compute: "float32", "bfloat16" or "int8".
+
         Raises:
+            ValueError: there is no such compute.
             RuntimeError: there are no kernels for this machine.
         """
         for module in (self.lm, self, *self._others.values()):
@@ -463,10 +468,13 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
     ) -> list[Term]:
         """What this model's own auxiliary adds to the logits of its rows (B, T)."""
         hidden = output.hidden
-        shared = self.config.head == "shared"
-        weight = base.output_head(self.lm).weight if shared else self.head.weight
         scales = scale[:, None].expand(hidden.shape[:2]) if isinstance(scale, Tensor) else scale
-        terms: list[Term] = [Head(self.head(hidden) if shared else hidden, weight, scale=scales)]
+        if self.config.head == "shared":
+            head = base.output_head(self.lm)
+            terms: list[Term] = [Head(self.head(hidden), head.weight, scale=scales, packed=head.packed)]
+        else:
+            packed = self.head.packed() if isinstance(self.head, FrozenLinear) else None
+            terms = [Head(hidden, self.head.weight, scale=scales, packed=packed)]
         if output.pointer is not None and batch.condition_ids.shape[1]:
             factor = scale[:, None, None] if isinstance(scale, Tensor) else scale
             mask = batch.condition_mask[:, None, :] != 0

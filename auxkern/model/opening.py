@@ -21,6 +21,7 @@ def open_pair(
     base: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    compute: str = "float32",
     allow_other_base: bool = False,
     max_length: int | None = None,
 ) -> tuple[AuxTunedForCausalLM, TextFormat]:
@@ -32,6 +33,7 @@ def open_pair(
         base: name or path of the base, if it has moved.
         device: where it runs; a GPU if None and there is one.
         dtype: of the base, as ``load_base`` takes it.
+        compute: of the base and the auxiliary, as ``load_base`` takes it.
         allow_other_base: whether a base with another fingerprint is taken.
         max_length: of the text format.
 
@@ -49,12 +51,12 @@ def open_pair(
             name_or_path,
             config=known,
             lm=name,
-            base_options={"device": place, "dtype": dtype},
+            base_options={"device": place, "dtype": dtype, "compute": compute},
             allow_other_base=allow_other_base,
         )
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights of {name_or_path} or of its base are damaged: {error}") from error
     if place.type == "cpu" and native_refusal() is None:
-        model.use_native_kernels()
+        model.use_native_kernels(compute)
     text_format = TextFormat(tokenizer, known.condition_template, max_length, known.text_prefix)
     return model.eval(), text_format

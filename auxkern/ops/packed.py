@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.choice import choose, refusal
-from auxkern.core.packed import ACTIVATIONS, COMPUTES, GROUP, PackedWeight
+from auxkern.core.packed import ACTIVATIONS, GROUP, PackedWeight, check_compute
 from auxkern.ops.torch_ops import is_differentiated, operator
 
 _BACKEND = "cpu"
@@ -52,8 +52,7 @@ def pack(
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     _check_weights(weights, gated)
-    if compute not in COMPUTES:
-        raise ValueError(f"compute is {compute!r}; choose one of {', '.join(map(repr, COMPUTES))}")
+    check_compute(compute)
     N, K = sum(w.shape[0] for w in weights), weights[0].shape[1]
     kind, groups = _kind(weights, compute), (0, 0)
     if compute == "int8":
