@@ -81,44 +81,48 @@ class CrossEntropyLoss(torch.nn.Module):
 class FrozenLinear(torch.nn.Linear):
     """``torch.nn.Linear`` whose weight may be narrower than what goes through it.
 
-    What comes out has the dtype of what goes in. On a CPU a float32 input is multiplied with the weight
-    packed, in the arithmetic that ``compute`` says; elsewhere, and where a gradient is wanted, by
-    ``auxkern.ops.linear`` with the weight as it is.
+    What comes out has the dtype of what goes in. With a ``compute`` a float32 input on a CPU is multiplied
+    with the weight packed; else, and where a gradient is wanted, by ``auxkern.ops.linear`` with the weight as
+    it is.
 
     Attributes:
-        compute: "float32", "bfloat16" or "int8".
+        compute: "float32", "bfloat16" or "int8", the arithmetic of such a product; None for none.
     """
 
-    compute = "float32"
+    compute: str | None = None
     _kept: tuple[object, PackedWeight] | None = None  # what it was packed from, and the packed weight
 
     @classmethod
-    def of(cls, layer: torch.nn.Linear, compute: str = "float32") -> FrozenLinear:
+    def of(cls, layer: torch.nn.Linear) -> FrozenLinear:
         """A layer that shares the weight and bias of another."""
         frozen = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        frozen.weight, frozen.bias, frozen.compute = layer.weight, layer.bias, compute
+        frozen.weight, frozen.bias = layer.weight, layer.bias
         return frozen.train(layer.training)
 
     def packed(self) -> PackedWeight | None:
-        """The weight, packed when it is first asked for and after each change; None where no kernel reads it.
+        """The weight, packed when it is first asked for and after each change.
+
+        Returns:
+            None without a ``compute``, and where no kernel reads it.
 
         Raises:
             ValueError: it has values that ``compute`` cannot keep.
         """
-        weight = self.weight
-        if weight.device.type != "cpu" or type(weight) is not torch.nn.Parameter or not weight.numel():
+        weight, compute = self.weight, self.compute
+        plain = type(weight) is torch.nn.Parameter and weight.device.type == "cpu"
+        if compute is None or not plain or not weight.numel():
             return None
         # An in-place change counts the version up.
         state = (
             weight.data_ptr(),
             weight.dtype,
             0 if weight.is_inference() else weight._version,
-            self.compute,
+            compute,
         )
         if self._kept is None or self._kept[0] != state:
             if pack_refusal() is not None:
                 return None
-            self._kept = state, pack(weight, self.compute)
+            self._kept = state, pack(weight, compute)
         return self._kept[1]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def load_base(
             "multiplied by transformers; leave compute out"
         )
     if native and not quantised:
-        use_native_kernels(lm)
+        use_native_kernels(lm, compute)
     return freeze(lm if device is None else lm.to(device))
 
 

@@ -23,7 +23,7 @@ from auxkern.model.inputs import PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.mixing import merged, scattered
-from auxkern.model.native import use_native_kernels
+from auxkern.model.native import compute_of, use_native_kernels
 from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
 from auxkern.nn import FrozenLinear
@@ -231,21 +231,22 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             )
         self._others[name] = other.to(self.device).eval()
 
-    def use_native_kernels(self, compute: str = "float32") -> AuxTunedForCausalLM:
+    def use_native_kernels(self, compute: str | None = None) -> AuxTunedForCausalLM:
         """Runs the base and all auxiliaries in auxkern's CPU kernels.
 
         See ``auxkern.model.use_native_kernels``. It is for texts and scores; layers that are trained run
         as before. ``load_base`` has done it to the base already, where it can.
 
         Args:
-            compute: "float32", "bfloat16" or "int8".
+            compute: "float32", "bfloat16" or "int8"; None: that of the base, float32 if it has none.
 
         Raises:
             ValueError: there is no such compute.
             RuntimeError: there are no kernels for this machine.
         """
+        compute = compute or compute_of(self.lm) or "float32"
         for module in (self.lm, self, *self._others.values()):
-            use_native_kernels(module)
+            use_native_kernels(module, compute)
         return self
 
     def auxiliary_scale(self, name: str) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from auxkern.model.native.exchange import explain
-from auxkern.model.native.kernels import native_refusal, use_native_kernels
+from auxkern.model.native.kernels import compute_of, native_refusal, use_native_kernels
 from auxkern.model.native.layer import NativeLayer
 from auxkern.model.native.windows import WindowedLayer
 
-__all__ = ["NativeLayer", "WindowedLayer", "explain", "native_refusal", "use_native_kernels"]
+__all__ = ["NativeLayer", "WindowedLayer", "compute_of", "explain", "native_refusal", "use_native_kernels"]

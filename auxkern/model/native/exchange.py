@@ -28,6 +28,7 @@ def exchange_layers(model: nn.Module, compute: str) -> None:
     recent = RecentInputs()
     for parent, name, layer in list(_decoder_layers(model)):
         if isinstance(layer, NativeLayer):
+            layer.native_step.change(layer, compute)
             continue
         training = layer.training
         try:

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from auxkern.core.packed import COMPUTES
+from auxkern.core.packed import check_compute
 from auxkern.model.native.exchange import exchange_layers
 from auxkern.model.native.packed_layers import ATTENTION
 from auxkern.nn import FrozenEmbedding, FrozenLinear
@@ -36,13 +36,13 @@ def use_native_kernels(module: nn.Module, compute: str = "float32") -> nn.Module
     do. A row then does not depend, to the last bit, on the rows or the padding beside it. Where gradients
     are wanted, or on a GPU, torch's own functions are called.
 
-    A native step reads a packed copy of its layer's weights, so these take memory twice: as many bytes
-    again in float32, half of float32's in bfloat16, a bit more than a quarter in int8. Weights that
-    change are packed again when they are next used.
+    A native step, and a linear layer outside of them, reads a packed copy of its weights, so these take
+    memory twice: as many bytes again in float32, half of float32's in bfloat16, a bit more than a quarter
+    in int8. Weights that change are packed again when they are next used.
 
     Args:
         module: such as a base or an auxiliary; changed in place.
-        compute: the arithmetic of native steps: "float32"; "bfloat16", whose products are of bfloat16
+        compute: the arithmetic of products: "float32"; "bfloat16", whose products are of bfloat16
             and summed in float32; or "int8", whose products are of bytes with a scale for each 64.
 
     Returns:
@@ -52,8 +52,7 @@ def use_native_kernels(module: nn.Module, compute: str = "float32") -> nn.Module
         ValueError: there is no such arithmetic.
         RuntimeError: there are no kernels for this machine.
     """
-    if compute not in COMPUTES:
-        raise ValueError(f"compute is {compute!r}; choose one of {', '.join(map(repr, COMPUTES))}")
+    check_compute(compute)
     reason = native_refusal()
     if reason is not None:
         raise RuntimeError(f"native kernels cannot run: {reason}; leave the model as it is")
@@ -74,8 +73,18 @@ def use_native_kernels(module: nn.Module, compute: str = "float32") -> nn.Module
             AttentionInterface.register(ATTENTION, _attention_function)
             AttentionMaskInterface.register(ATTENTION, sdpa_mask)
             model.set_attn_implementation(ATTENTION)
+    # Layers are compared as they are: what is packed beside them is so afterwards.
     exchange_layers(module, compute)
+    for layer in module.modules():
+        if isinstance(layer, FrozenLinear):
+            layer.compute = compute
     return module
+
+
+def compute_of(module: nn.Module) -> str | None:
+    """The arithmetic that ``use_native_kernels`` gave a model; None if it has not been called."""
+    layers = (layer for layer in module.modules() if isinstance(layer, FrozenLinear))
+    return next((layer.compute for layer in layers), None)
 
 
 def _attention_function(

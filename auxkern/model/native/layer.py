@@ -87,6 +87,12 @@ class LayerStep:
         self._packed = packed = PackedLayer(layer, self.compute)
         return packed
 
+    def change(self, layer: nn.Module, compute: str) -> None:
+        """Another arithmetic, for which the layer's weights are packed again."""
+        if compute != self.compute:
+            self.compute = compute
+            self.pack(layer)
+
     def _packed_anew(self, layer: nn.Module) -> PackedLayer | None:
         if self.refusal is not None:
             return None
