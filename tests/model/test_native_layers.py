@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -201,3 +205,186 @@ def test_a_cache_that_is_written_in_place_says_the_same_to_the_last_bit(family):
     for of_slots, dynamic in zip(table.layers, cache.layers, strict=True):
         assert torch.equal(of_slots.keys[:4, :, table.begin : table.end], dynamic.keys)
         assert torch.equal(of_slots.values[:4, :, table.begin : table.end], dynamic.values)
+
+
+# Of the largest logit, after a dozen products in a row: operands keep 8 bits, or 7 beside the largest of 64.
+NARROW = {"bfloat16": 0.03, "int8": 0.06}
+
+
+@pytest.mark.parametrize("compute", NARROW)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "phi", "gpt2"])
+def test_narrow_arithmetic_says_about_the_same(family, compute):
+    plain, model = model_of(FAMILIES[family]), use_native_kernels(model_of(FAMILIES[family]), compute)
+    assert f"3 decoder layers run as one native step each, in {compute}" in explain(model)
+    ids, mask = padded_on_the_left()
+    real = mask != 0
+    expected, found = called(plain, ids, mask).logits[real], called(model, ids, mask).logits[real]
+    assert 0 < (found - expected).abs().max() <= NARROW[compute] * expected.abs().max()
+    row = mask[1] != 0
+    alone = called(model, ids[1:2, row], mask[1:2, row]).logits
+    assert torch.equal(alone[0], called(model, ids, mask).logits[1, row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_weights_are_multiplied_as_they_are(dtype):
+    wide, narrow = pair_of(FAMILIES["qwen2"])[0].to(dtype).float(), model_of(FAMILIES["qwen2"]).to(dtype)
+    ids, mask = padded_on_the_left()
+    found = called(use_native_kernels(narrow), ids, mask).logits[mask != 0]
+    assert_close(found, called(wide, ids, mask).logits[mask != 0])
+    steps = [layer.native_step for layer in native_layers(narrow)]
+    weights = sum(p.numel() for layer in wide.model.layers for p in layer.parameters() if p.dim() == 2)
+    # Outputs stand in whole panels of 16.
+    assert 2 * weights <= sum(step.nbytes for step in steps) < 2.2 * weights
+
+
+def test_gradients_go_through_the_layers_own_forward(monkeypatch):
+    plain, model = pair_of(FAMILIES["llama"])
+    steps = Steps(model, monkeypatch)
+    vectors = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for one in (plain, model):
+        leaf = vectors.clone().requires_grad_()
+        one(inputs_embeds=leaf).logits.square().mean().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
+    # The first layer is given a leaf that asks for one, the others what it made of it.
+    assert steps.taken == [False] * 3
+
+
+def own_forward_goes_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    steps = Steps(model, monkeypatch)
+    called(model, *padded_on_the_left())
+    return not any(steps.taken)
+
+
+def test_what_the_step_does_not_do_the_layers_own_forward_does(monkeypatch):
+    _, model = pair_of(FAMILIES["llama"])
+    assert not own_forward_goes_on(model, monkeypatch)
+    assert own_forward_goes_on(model.train(), monkeypatch)
+    model.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert own_forward_goes_on(model, monkeypatch)
+    hooks = [layer.mlp.down_proj.register_forward_hook(lambda *_: None) for layer in model.model.layers]
+    assert own_forward_goes_on(model, monkeypatch)
+    for hook in hooks:
+        hook.remove()
+    model.set_attn_implementation("eager")
+    assert own_forward_goes_on(model, monkeypatch)
+
+
+def test_options_and_tensors_of_another_kind_go_to_the_layers_own_forward():
+    _, model = pair_of(FAMILIES["llama"])
+    layer, x = model.model.layers[0], torch.randn(2, 3, D)
+    angles = tuple(torch.randn(2, 3, 32) for _ in range(2))
+    step = layer.native_step
+    with torch.no_grad():
+        assert step.run(layer, x, (), {"position_embeddings": angles}) is not None
+        assert step.run(layer, x, (), {}) is None
+        assert step.run(layer, x.double(), (), {"position_embeddings": angles}) is None
+        assert step.run(layer, x, (), {"position_embeddings": angles, "cu_seq_lens_q": x}) is None
+        assert step.run(layer, x, (), {"position_embeddings": angles, "output_attentions": True}) is None
+        additive = torch.zeros(2, 1, 3, 3)
+        assert step.run(layer, x, (), {"position_embeddings": angles, "attention_mask": additive}) is None
+        of_heads = torch.ones(2, 4, 3, 3, dtype=torch.bool)
+        assert step.run(layer, x, (), {"position_embeddings": angles, "attention_mask": of_heads}) is None
+
+
+def test_weights_that_were_trained_are_packed_again():
+    plain, model = pair_of(FAMILIES["llama"])
+    ids, mask = padded_on_the_left()
+    for one in (plain, model):
+        called(one, ids, mask)
+        one.requires_grad_(True).train()
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.05)
+        one(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        optimizer.step()
+        one.requires_grad_(False).eval()
+    found, expected = called(model, ids, mask).logits, called(plain, ids, mask).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    state = model_of(FAMILIES["llama"]).state_dict()
+    for one in (plain, model):
+        one.load_state_dict(state)
+    assert_close(called(model, ids, mask).logits[mask != 0], called(plain, ids, mask).logits[mask != 0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_weights_of_its_own(copied, monkeypatch):
+    _, model = pair_of(FAMILIES["qwen3"])
+    ids, mask = padded_on_the_left()
+    expected = called(model, ids, mask).logits
+    other = copied(model)
+    steps = Steps(other, monkeypatch)
+    assert torch.equal(called(other, ids, mask).logits, expected)
+    assert steps.taken == [True] * 3
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.zero_()
+    assert not torch.equal(called(other, ids, mask).logits, expected)
+    assert torch.equal(called(model, ids, mask).logits, expected)
+
+
+def test_a_child_that_is_replaced_is_used(monkeypatch):
+    plain, model = pair_of(FAMILIES["llama"])
+    for one in (plain, model):
+        one.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+    ids, mask = padded_on_the_left()
+    steps = Steps(model, monkeypatch)
+    assert_close(called(model, ids, mask).logits[mask != 0], called(plain, ids, mask).logits[mask != 0])
+    assert steps.taken == [True, False, True]
+    assert "its activation Tanh has no native kernel" in explain(model)
+
+
+def stays(config: Any) -> str:
+    model = use_native_kernels(model_of(config))
+    assert not native_layers(model)
+    return explain(model)
+
+
+def test_layers_that_stay_say_why():
+    small = {**SIZES, "num_hidden_layers": 1}
+    assert "attention has a soft cap" in stays(Gemma2Config(**SIZES))
+    assert "heads have a width of 8, which is no multiple of 16" in stays(
+        LlamaConfig(**{**small, "head_dim": 8})
+    )
+    assert "its activation QuickGELUActivation has no native kernel" in stays(
+        LlamaConfig(**small, hidden_act="quick_gelu")
+    )
+    # What no description names shows in the comparison.
+    scaled = stays(
+        GraniteConfig(**{name: n for name, n in small.items() if name != "head_dim"}, residual_multiplier=0.7)
+    )
+    assert "its native step differs from it by" in scaled
+    assert "has no structure that is known" in stays(
+        GPTNeoXConfig(
+            vocab_size=V, hidden_size=D, intermediate_size=100, num_hidden_layers=1, num_attention_heads=4
+        )
+    )
+    assert "its attention is 'eager'" in explain(
+        use_native_kernels(
+            AutoModelForCausalLM.from_config(LlamaConfig(**small), attn_implementation="eager").eval()
+        )
+    )
+
+
+def test_explain_counts_layers_and_memory():
+    _, model = pair_of(FAMILIES["llama"])
+    model.model.layers[2].native_step.refusal = "it was changed"
+    text = explain(model)
+    assert "2 decoder layers run as one native step each, in float32; packed weights take" in text
+    assert "1 as they were, model.layers.2: NativeLlamaDecoderLayer: it was changed" in text
+    assert (
+        explain(torch.nn.Linear(2, 2)) == "no decoder layers run as one native step; see use_native_kernels"
+    )
+
+
+def test_an_unknown_arithmetic_is_refused():
+    with pytest.raises(ValueError, match="compute is 'int4'; choose one of 'float32', 'bfloat16', 'int8'"):
+        use_native_kernels(model_of(FAMILIES["llama"]), "int4")
+
+
+def test_weights_that_int8_cannot_keep_leave_a_layer_as_it_was():
+    model = model_of(FAMILIES["llama"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    use_native_kernels(model, "int8")
+    assert len(native_layers(model)) == 2
+    assert "model.layers.1: LlamaDecoderLayer" in explain(model)

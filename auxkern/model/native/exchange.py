@@ -42,12 +42,12 @@ def exchange_layers(model: nn.Module, compute: str) -> None:
 
 def _step(layer: nn.Module, compute: str, recent: RecentInputs) -> LayerStep:
     """Raises UnknownLayerError: the layer stays, and why."""
-    structure = structure_of(layer)
-    attention = getattr(layer, structure.attention)
-    if attention.config._attn_implementation != ATTENTION:
-        raise UnknownLayerError(f"its attention is {attention.config._attn_implementation!r}")
-    step = LayerStep(compute, recent, as_tuple=returns_tuple(layer, structure))
+    step, structure = LayerStep(compute, recent), structure_of(layer)
     step.pack(layer)
+    attention = getattr(layer, structure.attention).config._attn_implementation
+    if attention != ATTENTION:
+        raise UnknownLayerError(f"its attention is {attention!r}")
+    step.as_tuple = returns_tuple(layer, structure)
     return step
 
 

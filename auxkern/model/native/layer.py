@@ -74,13 +74,17 @@ class LayerStep:
     Args:
         compute: as in ``use_native_kernels``.
         recent: shared by the layers of a model.
+
+    Attributes:
         as_tuple: whether the layer returns a tuple.
+        refusal: why the layer runs as it was since its parts were changed; None if it does not.
     """
 
-    def __init__(self, compute: str, recent: RecentInputs, *, as_tuple: bool) -> None:
-        self.compute, self.as_tuple, self._recent = compute, as_tuple, recent
+    def __init__(self, compute: str, recent: RecentInputs) -> None:
+        self.compute, self._recent = compute, recent
+        self.as_tuple = False
         self._packed: PackedLayer | None = None
-        self.refusal: str | None = None  # why the layer is run as it was since its parts were changed
+        self.refusal: str | None = None
 
     def pack(self, layer: nn.Module) -> PackedLayer:
         """Packs the layer's weights as they are now."""

@@ -37,7 +37,7 @@ def returns_tuple(layer: nn.Module, structure: Structure) -> bool:
     Raises:
         UnknownLayerError: the layer cannot be described, or the two differ.
     """
-    step = LayerStep("float32", RecentInputs(), as_tuple=False)
+    step = LayerStep("float32", RecentInputs())
     width = step.pack(layer).width
     turned = _turned(getattr(layer, structure.attention)) if structure.rotary else None
     random = torch.Generator().manual_seed(0)
