@@ -84,6 +84,12 @@ struct Rows {
     int64_t stride;
 };
 
+// A weight that all rows of a tile read, in a register; that of one row is read where it is multiplied.
+template <int R>
+inline vf kept(vf x) {
+    return R > 1 ? in_register(x) : x;
+}
+
 template <int R, int WIDTH>
 inline void clear(vf (&sum)[R][WIDTH]) {
 #pragma GCC unroll 12

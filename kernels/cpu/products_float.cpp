@@ -41,7 +41,7 @@ struct Floats {
     // So many that their sums do not wait for each other, and stay in registers.
     static constexpr int panels(int rows) {
         if (LANES == 16) return rows <= 6 ? 4 : 2;
-        if (LANES == 8) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+        if (LANES == 8) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
         return 1;
     }
 
@@ -72,18 +72,18 @@ struct Floats {
                 for (int p = 0; p < P; ++p) fetch<2 * PANEL * sizeof *w>(w + p * size + k * PANEL + ahead);
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
-                    weight[j] = in_register(T::even(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
+                    weight[j] = kept<R>(T::even(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
                 add(sum, weight, x, 0);
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
-                    weight[j] = in_register(T::odd(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
+                    weight[j] = kept<R>(T::odd(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
                 add(sum, weight, x, 1);
                 x.advance(8);
             }
             if (k < block.end) {
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
-                    weight[j] = in_register(T::even(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
+                    weight[j] = kept<R>(T::even(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));
                 add(sum, weight, x, 0);
             }
             keep(sum, place.sums, block.begin == 0);

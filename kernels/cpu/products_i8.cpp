@@ -82,7 +82,7 @@ struct Bytes {
                 vi weight[WIDTH];
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
-                    weight[j] = (vi)in_register((vf)load_bytes(w + (j / VECTORS * fours + k) * PANEL + j % VECTORS * LANES));
+                    weight[j] = (vi)kept<R>((vf)load_bytes(w + (j / VECTORS * fours + k) * PANEL + j % VECTORS * LANES));
 #pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) {
                     const vi a = vi{} + x.template at<int32_t>(r);

@@ -23,7 +23,7 @@ struct Pairs {
 
     static constexpr int panels(int rows) {
         if (LANES == 16) return rows <= 6 ? 4 : 2;
-        if (LANES == 8) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+        if (LANES == 8) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
         return 1;
     }
 
@@ -44,7 +44,7 @@ struct Pairs {
                 vi weight[WIDTH];
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
-                    weight[j] = (vi)in_register((vf)load_pairs(w + (j / VECTORS * pairs + k) * PANEL + j % VECTORS * LANES));
+                    weight[j] = (vi)kept<R>((vf)load_pairs(w + (j / VECTORS * pairs + k) * PANEL + j % VECTORS * LANES));
 #pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) {
                     const vi a = vi{} + x.template at<int32_t>(r);

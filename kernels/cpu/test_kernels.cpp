@@ -228,6 +228,40 @@ void packed_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int6
     }
 }
 
+// A gate's product is that of the two halves apart, which are added to what stands there.
+void gated_products(int32_t isa, int32_t kind, int64_t M, int64_t K, int64_t inner) {
+    std::mt19937 random(13);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(M * K), weight(2 * inner * K), bias(2 * inner), y[2], scales[2];
+    for (auto *values : {&x, &weight, &bias})
+        for (float &v : *values) v = normal(random);
+    const auxkern_execution execution = {1, isa, nullptr};
+    const int64_t group = kind == AUXKERN_PACKED_I8 ? 4 : 0;
+    for (int32_t turns : {1, 2}) {
+        auxkern_product product = {2 * inner, K, group, nullptr, nullptr, bias.data(), kind, turns};
+        auxkern_packed_sizes sizes = {};
+        auxkern_packed_size(&product, &sizes);
+        const Aligned values(sizes.bytes);
+        scales[turns - 1].assign(sizes.scales, NAN);
+        const auxkern_weight_rows rows = {weight.data(), 2 * inner, K, 1, AUXKERN_F32};
+        auxkern_pack(&product, &rows, 1, values.at, scales[turns - 1].data(), &execution);
+        product.values = values.at;
+        product.scales = scales[turns - 1].data();
+        const int64_t columns = 2 * inner / turns;
+        y[turns - 1].assign(M * columns, turns == 2 ? NAN : 0.5f);
+        const auxkern_product_call call = {M, x.data(), y[turns - 1].data(), K, columns, columns, 0,
+                                           turns == 2 ? AUXKERN_GATE : AUXKERN_ADD, AUXKERN_IDENTITY};
+        check(auxkern_product_forward(&product, &call, &execution) == AUXKERN_OK, "gated product status", isa, kind, 0);
+    }
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = 0; n < inner; ++n) {
+            const double gate = y[0][m * 2 * inner + n] - 0.5, up = y[0][m * 2 * inner + inner + n] - 0.5;
+            // What 0.5 took from the places of either.
+            check(std::fabs(y[1][m * inner + n] - gate * up) <= 3e-7 * (1 + std::fabs(gate)) * (1 + std::fabs(up)), "gate", isa,
+                  y[1][m * inner + n], gate * up);
+        }
+}
+
 void attends(int32_t isa, int32_t threads, int64_t T, int64_t P, int64_t D) {
     constexpr int64_t B = 2, heads = 4, key_heads = 2;
     std::mt19937 random(5);
@@ -291,6 +325,39 @@ void refused_products() {
     check(auxkern_attention_forward(&attention, &execution) == AUXKERN_BAD_ARGUMENT, "heads that do not divide", 0, 0, 1);
 }
 
+void refused_packing() {
+    float x[32] = {}, y[32], scales[32];
+    alignas(64) char values[16 * 32];
+    const auxkern_execution execution = {1, AUXKERN_ISA_BEST, nullptr};
+    auxkern_product product = {2, 8, 4, values, scales, nullptr, AUXKERN_PACKED_I8, 1};
+    auxkern_weight_rows rows = {x, 2, 8, 1, AUXKERN_F32};
+    auxkern_packed_sizes sizes;
+    auto pack = [&] { return auxkern_pack(&product, &rows, 1, values, scales, &execution); };
+    check(auxkern_packed_size(&product, &sizes) == AUXKERN_OK && sizes.bytes == 128 && sizes.scales == 32, "sizes", 0,
+          double(sizes.bytes), 128);
+    check(pack() == AUXKERN_OK, "packed", 0, 0, 0);
+    auxkern_product_call call = {1, x, y, 8, 2, 2, 4, AUXKERN_STORE, AUXKERN_IDENTITY};
+    auto forward = [&] { return auxkern_product_forward(&product, &call, &execution); };
+    check(forward() == AUXKERN_OK, "accepted", 0, 0, 0);
+    call.columns = 3;
+    check(forward() == AUXKERN_BAD_ARGUMENT, "columns beyond N", 0, 0, 1);
+    call.columns = 2;
+    call.y_stride = 1;
+    check(forward() == AUXKERN_BAD_ARGUMENT, "results that overlap", 0, 0, 1);
+    call.y_stride = 2;
+    call.row_group = 6;
+    check(forward() == AUXKERN_BAD_ARGUMENT, "row group of 6", 0, 0, 1);
+    call.row_group = 4;
+    call.epilogue = AUXKERN_GATE;
+    check(forward() == AUXKERN_BAD_ARGUMENT, "a gate without turns", 0, 0, 1);
+    x[5] = NAN;
+    check(pack() == AUXKERN_NOT_FINITE, "NaN", 0, 0, 4);
+    rows.rows = 1;
+    check(pack() == AUXKERN_BAD_ARGUMENT, "rows that are missing", 0, 0, 1);
+    product.group = 6;
+    check(auxkern_packed_size(&product, &sizes) == AUXKERN_BAD_ARGUMENT, "group of 6", 0, 0, 1);
+}
+
 void refusals() {
     const float x[2] = {0, 0};
     const int64_t y = 0;
@@ -327,12 +394,14 @@ int main() {
             packed_products(isa, 1, kind, 1, 5, 3);
             packed_products(isa, 2, kind, 29, 653, 83);
             packed_products(isa, 1, kind, 5, 64, 160);
+            if (kind != AUXKERN_PACKED_BF16) gated_products(isa, kind, 14, 37, 21);
         }
         attends(isa, 1, 1, 1, 16);
         attends(isa, 3, 3, 37, 80);
     }
     refusals();
     refused_products();
+    refused_packing();
     std::printf("%d instruction sets, %d failures\n", tested, failures);
     return failures == 0 ? 0 : 1;
 }
