@@ -144,16 +144,20 @@ def _floor(case: Case, target: Target, made: Assembly | None) -> Floor:
 
 
 @cache
-def _cases(index: int, capability: int) -> list[tuple[Case, ...]]:
+def _cases(index: int, capability: int, exact: str) -> list[tuple[Case, ...]]:
     """The cases of a kernel; each as a tuple with one entry per model."""
-    by_model = [KERNELS[index].cases(model, gpu_of(capability)) for model in VOCABULARIES]
+    by_model = [KERNELS[index].cases(model, gpu_of(capability, exact)) for model in VOCABULARIES]
     return list(zip(*by_model, strict=True))
 
 
 def _inspect(job: tuple[int, int, str]) -> Finding:
     kernel, case, target = job
-    by_model = _cases(kernel, TARGETS[target].capability)[case]
+    by_model = _cases_on(kernel, target)[case]
     return inspect_case(KERNELS[kernel], by_model[0], TARGETS[target], by_model)
+
+
+def _cases_on(kernel: int, target: str) -> list[tuple[Case, ...]]:
+    return _cases(kernel, TARGETS[target].capability, TARGETS[target].exact)
 
 
 def jobs(targets: Sequence[str], kernels: Sequence[str] = ()) -> list[tuple[int, int, str]]:
@@ -164,7 +168,7 @@ def jobs(targets: Sequence[str], kernels: Sequence[str] = ()) -> list[tuple[int,
         kernels: names; all kernels if empty.
     """
     chosen = [i for i, kernel in enumerate(KERNELS) if not kernels or kernel.name in kernels]
-    return [(k, c, t) for t in targets for k in chosen for c in range(len(_cases(k, TARGETS[t].capability)))]
+    return [(k, c, t) for t in targets for k in chosen for c in range(len(_cases_on(k, t)))]
 
 
 def survey(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from auxkern.backends.triton import configs
+
 
 @dataclass(frozen=True)
 class Target:
@@ -45,6 +47,11 @@ class Target:
     def capability(self) -> int:
         """Its major compute capability; AMD's get the launches of an A100."""
         return self.arch // 10 if isinstance(self.arch, int) else 8
+
+    @property
+    def exact(self) -> str:
+        """As ``Gpu.exact``."""
+        return configs.BF16X6 if self.backend == "cuda" else configs.IEEE
 
     def resident_warps(self, registers: int, shared: int, warps: int) -> int:
         """Warps that fit on a multiprocessor at once.

@@ -127,7 +127,7 @@ _KINDS = {
     "parts": Heads(_SMALL, (_B, _B), hidden=_F),
     "mirrored": Heads(_SMALL, (_F, _F), hidden=_B),
     # The package's own recipe: a frozen model of 16 bits, float32 states, an auxiliary of float32.
-    "float": Heads(_SMALL, (_B, _F), hidden=_F),
+    "split": Heads(_SMALL, (_B, _F), hidden=_F),
 }
 
 
@@ -135,7 +135,7 @@ def _loss_of(kind: str, crowded: bool, accumulators: int) -> tuple[Work, ...]:
     # Two accumulators: of soft caps, or, crowded, of statistics.
     pointer, capped = crowded and accumulators == 1, not crowded and accumulators == 2
     heads = replace(_KINDS[kind], pointer=pointer, softcap=20.0 if capped else None)
-    if kind == "float":  # which is crowded by odd widths alone; its pointer finds room
+    if kind == "split":  # which is crowded by odd widths alone; its pointer finds room
         heads = replace(heads, widths=_ODD if crowded else _SMALL, pointer=accumulators == 1)
     works = [(heads, SMOLLM2, ROWS)]
     if kind == "half" and not crowded:
@@ -189,8 +189,9 @@ def _scaled(key: str, default: Any) -> tuple[tuple[Any, ...], tuple[Work, ...]] 
             )
             for D in widths
         )
-    if rest and rest[0] == "tf32":
-        # PyTorch would have to be told that TF32 will do, for these works alone.
+    if rest and rest[0] in ("tf32", "float"):
+        # PyTorch would have to be told that TF32 will do, for these works alone. Products of float32 itself
+        # are left to GPUs that are not NVIDIA's.
         return None
     if name == "tiles":
         return _tiles(default), _loss_of(rest[0], rest[2] == "crowded", int(rest[1]))
@@ -211,8 +212,8 @@ def _scaled(key: str, default: Any) -> tuple[tuple[Any, ...], tuple[Work, ...]] 
 
 
 _FIRST = (
-    "forward.2", "backward.2", "fused.2", "cache_share", "tiles.half.1.roomy", "tiles.float.1.roomy",
-    "tiles.parts.1.roomy", "draw_tiles.float.1.roomy", "draw_tiles.half.1.roomy", "filter", "sample",
+    "forward.2", "backward.2", "fused.2", "cache_share", "tiles.half.1.roomy", "tiles.split.1.roomy",
+    "tiles.parts.1.roomy", "draw_tiles.split.1.roomy", "draw_tiles.half.1.roomy", "filter", "sample",
     "recomputed_width", "forward.1", "backward.1", "fused.1", "tiles.half.1.crowded",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from auxkern.backends.triton import cases, kernels  # noqa: E402
+from auxkern.backends.triton.gpu import Gpu  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from auxkern.inspect import __main__ as command  # noqa: E402
 from auxkern.inspect import assembly, flow, issue, known, opcodes, rules, source, survey  # noqa: E402
@@ -100,8 +101,8 @@ def _kernel(name: str) -> cases.Kernel:
     return next(kernel for kernel in kernels.KERNELS if kernel.name == name)
 
 
-def _case(kernel: str, label: str, model: str = "Llama-3") -> cases.Case:
-    return next(case for case in _kernel(kernel).cases(model) if case.label == label)
+def _case(kernel: str, label: str, model: str = "Llama-3", gpu: Gpu = cases.H100) -> cases.Case:
+    return next(case for case in _kernel(kernel).cases(model, gpu) if case.label == label)
 
 
 def _read(case: cases.Case, target: str) -> assembly.Assembly:
@@ -293,7 +294,8 @@ def test_tensor_core_instructions_are_those_of_the_products(label, width):
 
 def test_exact_products_take_an_instruction_each():
     """A float32 product outside of tensor cores is one FFMA of one thread; the rest of a tile is small."""
-    case = _case("heads_forward_kernel", "fp32 768+256, writes e")
+    whole = cases.gpu_of(9, "ieee")
+    case = _case("heads_forward_kernel", "fp32 768+256, writes e", gpu=whole)
     model = issue.model_of(_read(case, "sm_90"), case.launch, H100)
     assert 1000 <= model.instructions["fma"] < 1020
 
@@ -301,10 +303,11 @@ def test_exact_products_take_an_instruction_each():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("label", ["fp32xfp16+fp32 768+256", "fp32xbf16+fp32 768+256"])
 def test_a_16_bit_weight_beside_float32_states_is_multiplied_in_tensor_cores(label, target):
-    kernel, case = _kernel("heads_forward_kernel"), _case("heads_forward_kernel", label)
-    assert case.half_operands == [True, False]
+    gpu = cases.gpu_of(TARGETS[target].capability)
+    kernel, case = _kernel("heads_forward_kernel"), _case("heads_forward_kernel", label, gpu=gpu)
+    assert case.half_operands == [True, True]
     made = _read(case, target)
-    assert [inside for _, inside in rules.products(made)] == [True, False]
+    assert [inside for _, inside in rules.products(made)] == [True, True]
     assert rules.judge(kernel, case, TARGETS[target], made).problems == []
 
 

@@ -54,9 +54,10 @@ class Case:
 
     @property
     def half_operands(self) -> list[bool]:
-        """For each product of matrices in the launch, whether an operand of it has 16 bits."""
+        """For each product of matrices in the launch, whether its operands have 16 bits, or parts that do."""
         heads: Any = self.launch.arguments.get("heads", ())
-        return [head.hidden.dtype != F or head.weight.dtype != F for head in heads]
+        cut = self.launch.constants.get("PRECISION") == configs.BF16X6
+        return [cut or head.hidden.dtype != F or head.weight.dtype != F for head in heads]
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class Kernel:
             yield Case(label, model, self.rows, launch, self.columns)
 
 
-def gpu_of(capability: int) -> Gpu:
+def gpu_of(capability: int, exact: str = configs.BF16X6) -> Gpu:
     """An H100 of another major compute capability: what is compiled for it, whatever its size."""
-    return replace(H100, capability=capability, configs=configs.Configs.of(capability))
+    return replace(H100, capability=capability, configs=configs.Configs.of(capability), exact=exact)
 
 
 def named(*dtypes: torch.dtype) -> str:

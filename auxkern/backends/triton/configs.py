@@ -122,8 +122,11 @@ class Tiles(NamedTuple):
 
 # Kinds of operands: those of 16 bits; float32 hidden states cut into 16-bit parts beside weights of 16 bits;
 # float32 weights cut beside hidden states of 16 bits, which takes more registers; a sum with products of
-# float32; nothing but those, in TF32, which tensor cores take.
-HALF, PARTS, MIRRORED, FLOAT, TF32 = "half", "parts", "mirrored", "float", "tf32"
+# float32; those with both operands of float32 cut; nothing but those, in TF32, which tensor cores take.
+HALF, PARTS, MIRRORED, FLOAT, SPLIT, TF32 = "half", "parts", "mirrored", "float", "split", "tf32"
+# How products of float32 are made where TF32 will not do, as ``tl.dot`` names it: of three bfloat16 parts of
+# each operand six products in tensor cores, or float32's own outside of them.
+BF16X6, IEEE = "bf16x6", "ieee"
 TilesByKind = Mapping[tuple[str, int], Tiles]
 
 
@@ -150,6 +153,8 @@ _TILES = {
     (MIRRORED, 2): Tiles(TileConfig(32, 64, 32, 8, 2, 16, 1), TileConfig(32, 64, 32, 8, 2, 16, 1)),
     (FLOAT, 1): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 1), TileConfig(32, 64, 32, 4, 2, 16, 1)),
     (FLOAT, 2): Tiles(TileConfig(32, 64, 32, 4, 2, 16, 2), TileConfig(32, 64, 32, 4, 2, 16, 1)),
+    (SPLIT, 1): Tiles(TileConfig(128, 64, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 4, 2, 16, 2)),
+    (SPLIT, 2): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 4), TileConfig(32, 64, 32, 4, 2, 16, 1)),
     (TF32, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 128, 32, 8, 3, 16, 4)),
     (TF32, 2): Tiles(TileConfig(64, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 2)),
 }
@@ -163,11 +168,13 @@ _TILES_OF: Mapping[int, TilesByKind] = {
         (PARTS, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(64, 128, 32, 8, 3, 16, 4)),
         (PARTS, 2): Tiles(TileConfig(64, 64, 32, 8, 3, 16, 2), TileConfig(32, 64, 32, 8, 2, 16, 1)),
         (MIRRORED, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 8, 3, 16, 1)),
+        (SPLIT, 1): Tiles(TileConfig(128, 128, 32, 8, 3, 16, 4), TileConfig(64, 64, 32, 4, 2, 16, 2)),
         (TF32, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(128, 128, 32, 8, 3, 16, 4)),
     },
     B200: _TILES
     | {
         (HALF, 1): Tiles(TileConfig(128, 256, 64, 8, 3, 16, 8), TileConfig(128, 128, 64, 8, 3, 16, 4)),
+        (SPLIT, 1): Tiles(TileConfig(128, 64, 64, 8, 2, 16, 4), TileConfig(64, 64, 32, 8, 2, 16, 2)),
         (TF32, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(64, 128, 32, 8, 3, 16, 4)),
     },
 }
@@ -183,6 +190,9 @@ def _with_rows_of_draws(tiles: TileConfig) -> TileConfig:
 _DRAW_TILES = {
     (kind, groups): Tiles(*map(_with_rows_of_draws, _TILES[FLOAT if kind == TF32 else kind, groups]))
     for kind, groups in _TILES
+} | {
+    # More warps would cut the same operands again.
+    (SPLIT, 1): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 1), TileConfig(64, 64, 32, 4, 2, 16, 1)),
 }
 
 

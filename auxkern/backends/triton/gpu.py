@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from auxkern.backends.triton import configs
-from auxkern.backends.triton.configs import Configs
+from auxkern.backends.triton.configs import BF16X6, Configs
 from auxkern.backends.triton.tuned import BY_THE_MODEL, configs_for
 
 
@@ -23,6 +23,8 @@ class Gpu:
         cache_bytes: of its L2 cache.
         configs: how its kernels are launched.
         origin: where these come from, in words.
+        exact: how it multiplies float32 operands where TF32 will not do, as ``tl.dot`` names it: "bf16x6" in
+            tensor cores, "ieee" outside of them.
     """
 
     name: str
@@ -31,6 +33,12 @@ class Gpu:
     cache_bytes: int
     configs: Configs = field(default_factory=Configs)
     origin: str = BY_THE_MODEL
+    exact: str = BF16X6
+
+    @property
+    def float32_products(self) -> str:
+        """How float32 operands are multiplied: exactly, unless torch is told that TF32 will do."""
+        return self.exact if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -49,13 +57,17 @@ def gpu_of(device: torch.device) -> Gpu:
 def described(device: torch.device) -> Gpu:
     """The same with its defaults. To an interpreter all memory is one cache."""
     if device.type != "cuda":
-        return Gpu("Triton's interpreter", configs.A100, 1, sys.maxsize)
+        # It takes no bfloat16 matrices.
+        return Gpu("Triton's interpreter", configs.A100, 1, sys.maxsize, exact=configs.IEEE)
     properties = torch.cuda.get_device_properties(device)
     capability = configs.A100 if torch.version.hip else properties.major
+    # AMD's matrix units take float32 itself, and NVIDIA's take bfloat16 from an A100 on.
+    whole = torch.version.hip is not None or capability < configs.A100
     return Gpu(
         properties.name,
         capability,
         properties.multi_processor_count,
         properties.L2_cache_size,
         Configs.of(capability),
+        exact=configs.IEEE if whole else BF16X6,
     )

@@ -19,6 +19,9 @@ HALF = (torch.float16, torch.bfloat16)
 # leave an error no larger than that of float32's own sums, and one less leaves 10 and 1,000 times as much.
 PARTS = {torch.bfloat16: 3, torch.float16: 2}
 _FLOAT16_IN_BFLOAT16 = 2  # parts of 8 bits that hold all 11
+# Of two float32 operands in three bfloat16 parts each: what the smallest three of nine would add is less than
+# float32 rounds off.
+_SPLIT_PRODUCTS = 6
 # An accumulator passes from one scale to the next by their ratio, unless that is extreme.
 _MOST_RESCALING = 2.0**20
 
@@ -58,7 +61,8 @@ class HeadsSum:
         config: its launch configuration.
         group_of: the accumulator of each head, in the order given.
         V: ids.
-        parts: of each head, products of 16-bit operands that make its product; 0 if it is float32's own.
+        parts: of each head, products of 16-bit operands that make its product; 0 if it is float32's own or
+            TF32's.
         choices: of the GPU.
     """
 
@@ -186,13 +190,20 @@ def _as_head(head: Head, rescale: tuple[float, float | Tensor]) -> _HeadArgument
     return _HeadArgument(head.hidden, head.weight, bias, _largest(head), *strides, *rescale)
 
 
-def _parts(head: Head) -> int:
+def _parts(head: Head, precision: str) -> int:
     """As ``HeadsSum.parts`` says."""
     dtypes = {head.hidden.dtype, head.weight.dtype}
+    if dtypes == {torch.float32}:
+        return _SPLIT_PRODUCTS if precision == configs.BF16X6 else 0
     if torch.float32 not in dtypes:
         return 1 if len(dtypes) == 1 else _FLOAT16_IN_BFLOAT16
     narrow = dtypes - {torch.float32}
-    return PARTS[narrow.pop()] if narrow else 0
+    return PARTS[narrow.pop()]
+
+
+def _cut_here(head: Head, parts: int) -> int:
+    """Parts that a kernel cuts an operand into; the compiler cuts two of float32."""
+    return 1 if head.hidden.dtype == head.weight.dtype else parts
 
 
 def _largest(head: Head) -> Tensor:
@@ -217,7 +228,7 @@ def heads_sum(
     heads: Sequence[Head],
     V: int,
     separate: bool,
-    precision: str | None = None,
+    precision: str = configs.BF16X6,
     *,
     crowded: bool = False,
     choices: configs.Configs = configs.DEFAULT,
@@ -227,12 +238,11 @@ def heads_sum(
 
     Args:
         separate: whether each head needs an accumulator of its own.
-        precision: of products of float32: "ieee" or "tf32"; None for what torch is told.
+        precision: of products of float32, as ``Gpu.float32_products``.
         crowded: whether statistics or entries take registers beside the products.
         choices: of the GPU.
         draws: whether tokens are drawn from it, not losses made.
     """
-    precision = precision or _float32_products()
     order = _order(heads, separate)
     begins, rescales, group_of = [], [], [0] * len(heads)
     groups: list[_Group] = []
@@ -248,7 +258,7 @@ def heads_sum(
         group_of[i] = len(groups) - 1
         previous = head
     ordered, table = [heads[i] for i in order], choices.for_draws if draws else choices.for_losses
-    parts = tuple(map(_parts, ordered))
+    parts = tuple(_parts(h, precision) for h in ordered)
     return HeadsSum(
         heads=tuple(map(_as_head, ordered, rescales)),
         groups=tuple(groups),
@@ -260,7 +270,7 @@ def heads_sum(
             "BIAS": tuple(h.bias is not None for h in ordered),
             "BEGINS": tuple(begins),
             "RESCALED": tuple(isinstance(own, Tensor) or r != 1.0 for r, own in rescales),
-            "PARTS": tuple(max(1, n) for n in parts),
+            "PARTS": tuple(map(_cut_here, ordered, parts)),
             "CAPPED": tuple(g.softcap > 0 for g in groups),
             "PRECISION": precision,
         },
@@ -283,11 +293,12 @@ def _config(
     """How a sum is cut into tiles; ``crowded`` if more than its operands takes registers."""
     kind = _kind(heads, parts, precision)
     if (kind, groups) not in table.kinds:
-        return table.many
+        # More warps would cut the same operands again.
+        return table.kinds[kind, 2].crowded if kind == configs.SPLIT else table.many
     tiles = table.kinds[kind, groups]
     aligned = all(map(_adjacent, heads)) and all(h.hidden.shape[1] % tiles.roomy.width == 0 for h in heads)
     # Tiles of float32 are small: statistics and entries find room beside aligned operands.
-    crowded = (crowded and kind != configs.FLOAT) or len(heads) > 2
+    crowded = (crowded and kind not in (configs.FLOAT, configs.SPLIT)) or len(heads) > 2
     crowded |= kind != configs.HALF and any(h.bias is not None for h in heads)
     return tiles.roomy if aligned and not crowded else tiles.crowded
 
@@ -299,6 +310,8 @@ def _kind(heads: Sequence[Head], parts: Sequence[int], precision: str) -> str:
         return configs.FLOAT
     if max(parts) == 1:
         return configs.HALF
+    if _SPLIT_PRODUCTS in parts:
+        return configs.SPLIT
     mirrored = any(h.hidden.dtype in HALF and h.weight.dtype == torch.float32 for h in heads)
     return configs.MIRRORED if mirrored else configs.PARTS
 
@@ -306,8 +319,3 @@ def _kind(heads: Sequence[Head], parts: Sequence[int], precision: str) -> str:
 def _adjacent(head: Head) -> bool:
     """Whether both operands' rows are stored as such, at multiples of 8 elements."""
     return _even(head) and head.hidden.stride(1) == head.weight.stride(1) == 1
-
-
-def _float32_products() -> str:
-    """How float32 operands are multiplied: exactly, unless torch is told that TF32 will do."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

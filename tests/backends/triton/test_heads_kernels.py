@@ -6,9 +6,12 @@ The interpreter cannot multiply bfloat16 matrices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 import auxkern
 from auxkern import Head, Logits
@@ -176,6 +179,66 @@ def test_bad_rows_spoil_nothing_but_themselves():
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
     _, gradients, _ = ours(given, y, weight, reduction="none")
     assert not any(bool(g.isnan().any()) for g in gradients)
+
+
+def _ranging(like: Tensor) -> Tensor:
+    """Powers of two that spread a row's entries over 2**-20 to 2**20."""
+    return 2.0 ** torch.randint(-20, 21, like.shape, generator=torch.Generator().manual_seed(like.shape[0]))
+
+
+def _cancelling(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a row all but a thousandth is taken away again."""
+    half = hidden.shape[1] // 2
+    hidden[:, half:], weight[:, half:] = hidden[:, :half], -weight[:, :half] * (1 + 1e-3 * weight[:, half:])
+    return 30 * hidden, weight
+
+
+HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "long rows": lambda hidden, weight: (1e4 * hidden, weight / 1e2),
+    "cancelling": _cancelling,
+    "of any size in a row": lambda hidden, weight: (hidden * _ranging(hidden), weight * _ranging(weight)),
+    "very large beside very small": lambda hidden, weight: (1e30 * hidden, 1e-30 * weight),
+    "very small beside very large": lambda hidden, weight: (1e-30 * hidden, 1e30 * weight),
+    "subnormal beside others": lambda hidden, weight: (
+        torch.where(hidden > 0.5, 1e-40 * hidden, hidden),
+        torch.where(weight > 0.5, 1e-40 * weight, weight),
+    ),
+    "the largest that bfloat16 has": lambda hidden, weight: (
+        torch.where(torch.arange(96) == 5, 3.38e38 * hidden.sign(), hidden),
+        torch.where(torch.arange(96) == 5, 1e-20 * weight, weight),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_float32_operands_are_as_exact_as_in_torch(name):
+    source = torch.Generator().manual_seed(11)
+    hidden, weight = (torch.randn(n, 96, generator=source) for n in (5, 70))
+    hidden, weight = HARD[name](hidden, weight / math.sqrt(96))
+    y = torch.arange(5)
+    z = hidden.double() @ weight.double().T
+    right = functional.cross_entropy(z, y, reduction="none")
+    torchs = (functional.cross_entropy(hidden @ weight.T, y, reduction="none") - right).abs().max()
+    loss, _, _ = ours([Head(hidden, weight)], y, torch.ones(5), reduction="none")
+    # A sum of 96 products of float32 is up to so much off, whatever cancels; three products of parts in place
+    # of six would leave 2**-17.
+    size = (hidden.double().abs() @ weight.double().abs().T).max()
+    assert (loss - right).abs().max() <= torchs + 2.0**-22 * size
+
+
+@pytest.mark.nan
+def test_infinite_weights_are_infinite_logits():
+    """What is left of an infinite entry in parts is NaN, and an infinite part of one times 0 is, too."""
+    given = heads(3, 40, (24,), (D32,))[0]
+    given.hidden[:, 7] = torch.tensor([1.0, 2.0, -0.5])
+    given.weight[5:30, 7] = -math.inf
+    row = ours([given], torch.tensor([3, 9, 33]), torch.ones(3), reduction="none")[0]
+    z = given.hidden.double() @ given.weight.double().T
+    assert bool((z[:2, 5:30] == -math.inf).all() & (z[2, 5:30] == math.inf).all())
+    right = functional.cross_entropy(z, torch.tensor([3, 9, 33]), reduction="none")
+    assert (math.isfinite(right[0]), float(right[1])) == (True, math.inf)
+    torch.testing.assert_close(row[:2].double(), right[:2], rtol=1e-6, atol=0)
+    assert not math.isfinite(row[2])
 
 
 @pytest.mark.nan

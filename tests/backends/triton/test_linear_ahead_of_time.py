@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from auxkern.backends.triton.cases import Case, coefficients_of, gpu_of, heads_of, target_of  # noqa: E402
+from auxkern.backends.triton.gpu import Gpu  # noqa: E402
 from auxkern.backends.triton.heads import heads_sum  # noqa: E402
 from auxkern.backends.triton.heads_loss import cases as heads_loss_cases  # noqa: E402
 from auxkern.backends.triton.heads_loss import launches as heads_loss  # noqa: E402
@@ -50,17 +51,27 @@ def test_16_bit_products_take_the_tensor_cores_of_every_target(target):
         assert launch.tensor_flops == 2 * heads_loss_cases.ROWS * V * sum(launch.constants["D"])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_float32_products_are_exact_unless_asked_otherwise(target):
-    heads = heads_loss_cases.sum_of(V, (768, 256), (F, F))
-    for launch in (
+def float32_launches(gpu: Gpu) -> list[Launch]:
+    heads = heads_loss_cases.sum_of(V, (768, 256), (F, F), gpu=gpu)
+    separate = heads_loss_cases.sum_of(V, (768, 256), (F, F), stats=True, gpu=gpu)
+    return [
         heads_loss_cases.one_write_launch(heads),
         heads_loss_cases.gradient_launch(heads, F),
-        heads_loss_cases.forward_launches(
-            heads_loss_cases.sum_of(V, (768, 256), (F, F), stats=True), stats=True
-        )[0],
-    ):
+        heads_loss_cases.forward_launches(separate, stats=True)[0],
+    ]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_float32_products_are_exact_unless_asked_otherwise(target):
+    for launch in float32_launches(gpu_of(TARGETS[target].capability, "ieee")):
         assert made(target, launch).tensor_core == ()
+
+
+@pytest.mark.parametrize("target", TENSOR_CORES)
+def test_float32_products_take_the_tensor_cores_in_parts(target):
+    for launch in float32_launches(gpu_of(TARGETS[target].capability)):
+        assert made(target, launch).tensor_core == (TENSOR_CORES[target],)
+        assert launch.tensor_flops == 6 * 2 * heads_loss_cases.ROWS * V * (768 + 256)
 
 
 @pytest.mark.parametrize("target", TENSOR_CORES)
@@ -115,6 +126,7 @@ PAIRS = {
     "fp32xfp16": (F, H),
     "bf16xfp32": (B, F),
     "fp16xfp32": (H, F),
+    "fp32": (F, F),
     "tf32": (F, F),
 }
 
@@ -135,12 +147,14 @@ def test_no_combination_spills(target, pair, float32_beside, bias, adjacent):
         b = torch.empty(V, dtype=weight, device="meta") if bias else None
         return Head(torch.empty(heads_loss_cases.ROWS, D, dtype=hidden, device="meta"), w, b, 0.5, cap)
 
-    second, precision = (F, F) if float32_beside else PAIRS[pair], "tf32" if pair == "tf32" else "ieee"
+    second, precision = (F, F) if float32_beside else PAIRS[pair], "tf32" if pair == "tf32" else gpu.exact
     for cap in (None, 30.0):
         given = [head(*PAIRS[pair], cap), head(*second, cap)]
         heads = heads_sum(given, V, False, precision, crowded=True, choices=gpu.configs)
+        assert heads.in_tensor_cores == (pair != "tf32")
         e = None if cap else heads.buffer(H if heads.in_tensor_cores else F)
         loss, y = Loss(label_smoothing=0.1), target_of(heads.N)
-        made(target, heads_loss.forward(heads, y, loss, e)[2][0])
+        # A kernel that found no room in a B200's tensor memory would have none of their instructions.
+        assert made(target, heads_loss.forward(heads, y, loss, e)[2][0]).tensor_core
         if cap is not None:
             made(target, heads_loss_cases.gradient_launch(heads, F, (0, 1)))

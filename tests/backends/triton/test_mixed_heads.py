@@ -42,6 +42,7 @@ if INTERPRETED:
     # It multiplies the bits of bfloat16 matrices, not their values.
     PAIRS = {name: dtypes for name, dtypes in PAIRS.items() if B not in dtypes}
 FLOAT32 = [name for name in PAIRS if "fp32" in name]
+BOTH_FLOAT32 = "fp32 x fp32"  # which is multiplied in parts of both
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -118,11 +119,11 @@ def errors(head: Head, y: Tensor) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("p", [None, 0.9, 0.999])
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize("name", [*FLOAT32, BOTH_FLOAT32])
 @pytest.mark.parametrize("D", [200, 4096])
 def test_as_exact_as_torch_in_float32(name, D, p):
     hidden, weight, y = confident(3, 70, D, p)
-    dtypes = PAIRS[name]
+    dtypes = PAIRS.get(name, (F, F))
     head = Head(hidden.to(dtypes[0]), weight.to(dtypes[1]))
     # A logit is rounded with every 16 products of a part: four units in the last place of the largest one at
     # the most. A part less would leave several times as much.
@@ -153,8 +154,13 @@ def test_rows_of_any_size_are_cut_into_float16(name, size):
 @pytest.mark.parametrize("name", PAIRS)
 def test_no_product_is_left_to_float32(name):
     mixed = heads(3, 40, (16, 32), (PAIRS[name],) * 2)
-    assert heads_sum(mixed, 40, False).in_tensor_cores
-    assert not heads_sum([*mixed, *heads(3, 40, (16,), (F,))], 40, False).in_tensor_cores
+    beside = [*mixed, *heads(3, 40, (16,), (F,))]
+    assert heads_sum(mixed, 40, False, "ieee").in_tensor_cores
+    assert not heads_sum(beside, 40, False, "ieee").in_tensor_cores
+    cut = heads_sum(beside, 40, False)
+    assert cut.in_tensor_cores
+    # The compiler cuts operands that are both of float32, the kernel the others.
+    assert (cut.parts[2], cut.constants["PARTS"][2], cut.constants["PRECISION"]) == (6, 1, "bf16x6")
 
 
 def test_bfloat16_weights_are_refused_by_the_interpreter(machine):

@@ -35,7 +35,7 @@ def _launches(
     terms = cases.heads_of(rows, V, widths, dtypes, cap=cap, hidden=hidden).terms
     summed = Sum((*terms, sparse_of(rows)) if pointer else terms, V)
     draws = draws_of(plain=not write, rows=rows)
-    return launches.plan(summed, RowDraws.of(summed, draws), logprob, gpu, "ieee")[1]
+    return launches.plan(summed, RowDraws.of(summed, draws), logprob, gpu, gpu.exact)[1]
 
 
 def _draw_cases(V: int, gpu: Gpu) -> Iterator[tuple[str, Launch]]:

@@ -49,9 +49,10 @@ def plan(
 
     Args:
         given: for a draw from this sum.
-        precision: as in ``heads_sum``.
+        precision: as in ``heads_sum``; None for what torch is told.
     """
     drawing, V = Drawing.of(sum.V, given, want_logprob, gpu), sum.V
+    precision = precision or gpu.float32_products
     tiled = heads_sum(sum.heads, V, False, precision, choices=gpu.configs, draws=True)
     write = drawing.rewrites
     added, ordered = (AddedEntries(), []) if write else _entries(drawing, sum, tiled)

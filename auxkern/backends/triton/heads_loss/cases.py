@@ -43,7 +43,7 @@ def sum_of(
 ) -> HeadsSum:
     """``ROWS`` rows of a sum of heads; ``crowded`` for a smooth loss or beside entries."""
     heads = cases.heads_of(ROWS, V, widths, dtypes, cap=cap, scales=scales, hidden=hidden).heads
-    return heads_sum(heads, V, stats, "ieee", crowded=crowded, choices=gpu.configs)
+    return heads_sum(heads, V, stats, gpu.exact, crowded=crowded, choices=gpu.configs)
 
 
 def pointer_beside(heads: HeadsSum, *, store: bool) -> AddedEntries:
@@ -63,8 +63,9 @@ def forward_launches(
 
 
 def one_write_launch(heads: HeadsSum, added: AddedEntries = NOTHING_ADDED) -> Launch:
-    """The forward kernel that writes e."""
-    e = heads.buffer(H if heads.in_tensor_cores else F)
+    """The forward kernel that writes e, in float32 where a head has nothing else."""
+    whole = any(head.hidden.dtype == head.weight.dtype == F for head in heads.heads)
+    e = heads.buffer(F if whole else H)
     return launches.forward(heads, cases.target_of(ROWS), Loss(), e, added)[2][0]
 
 

@@ -107,7 +107,8 @@ class _Chunk:
     ) -> tuple[_Chunk, list[Launch]]:
         """The chunk, and the launches that come before its tiles."""
         adds = any(term.ids.shape[1] for term in sum.sparse)
-        tiles = heads_sum(sum.heads, sum.V, loss.stats, crowded=loss.smooth or adds, choices=gpu.configs)
+        precision, crowded = gpu.float32_products, loss.smooth or adds
+        tiles = heads_sum(sum.heads, sum.V, loss.stats, precision, crowded=crowded, choices=gpu.configs)
         if not adds:
             return cls(sum, tiles, launches.NOTHING_ADDED, target), []
         entries, launch = entry_launches.order(sum, tiles.tiles, tiles.config.ids, gpu.configs)
