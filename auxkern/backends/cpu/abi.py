@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, Array, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -203,7 +205,7 @@ class Native(Backend):
         if isa not in ISAS:
             raise ValueError(f"isa is {isa!r}; choose one of {', '.join(map(repr, ISAS))}")
         self.path = library_path()
-        self.library = _loaded(self.path)
+        self.library: ctypes.CDLL | _ClockedLibrary = _loaded(self.path)
         if isa != "best" and not self.library.auxkern_has_isa(ISAS[isa]):
             raise ValueError(f"isa is {isa!r}, which this CPU or build lacks; isa='best' runs anywhere")
         number = ISAS[isa] or self.library.auxkern_best_isa()
@@ -224,6 +226,43 @@ class Native(Backend):
     def execution(self) -> CExecution:
         """How a kernel runs."""
         return CExecution(torch.get_num_threads(), ISAS[self.isa], self._parallel)
+
+    @contextmanager
+    def timed_calls(self) -> Iterator[dict[str, float]]:
+        """Seconds that calls of each kernel took, by the kernel's name, while the block runs; for profiles.
+
+        Calls of one thread at a time.
+
+        Raises:
+            RuntimeError: such a block runs already.
+        """
+        plain = self.library
+        if isinstance(plain, _ClockedLibrary):
+            raise RuntimeError("its calls are timed already; end that block first")
+        self.library = clocked = _ClockedLibrary(plain)
+        try:
+            yield clocked.seconds
+        finally:
+            self.library = plain
+
+
+class _ClockedLibrary:
+    """A loaded library that counts the time in its kernels, in ``seconds``."""
+
+    def __init__(self, plain: ctypes.CDLL) -> None:
+        self._plain = plain
+        self.seconds: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        kernel = getattr(self._plain, name)
+
+        def call(*arguments: object) -> int:
+            began = time.perf_counter()
+            status: int = kernel(*arguments)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            return status
+
+        return call
 
 
 def library_path() -> Path:
