@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,12 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.bench import session
+from auxkern.bench import peers, quality, session
+from auxkern.bench.clocks import SECONDS, forward_counts
 from auxkern.bench.operators import warped
-from auxkern.bench.results import ENGINE, LM, LOOP, SHARES, GenerateRun, Throughput
+from auxkern.bench.peers import jobs as peer_jobs
+from auxkern.bench.results import (
+    CONTINUOUS,
+    ENGINE,
+    ENGINE_LM,
+    KERNEL_SHARES,
+    LM,
+    LOOP,
+    SHARES,
+    GenerateRun,
+    Throughput,
+)
 from auxkern.bench.runner import Progress
 from auxkern.machine import OtherWork
-from auxkern.terminal import command_parser, device_from, positive
+from auxkern.terminal import command_parser, device_from, natural, positive
 
 SHORTEST, LONGEST = 8, 128
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
@@ -30,6 +43,10 @@ _SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
 # Batches below the first are measured on this many requests for each text at a time.
 _SMALL_BATCH, _FEW_PER_PLACE = 8, 16
 _CONDITION = 16  # room for a condition, in tokens
+COMPUTES = ("float32", "bfloat16", "int8")
+_PLAIN = "float32"
+# Words in the names of native calls, by the part of the time that they are.
+_KERNEL_NAMES = {"linear": ("linear", "product"), "attention": ("attention",), "layers": ("layer",)}
 _EPILOG = """\
 SmolLM2-135M and an auxiliary of 4.5M parameters write one text for each request; every text has a length of
 its own, 8 to 128 tokens, the same for all implementations. A batch of the others goes on until its longest
@@ -37,7 +54,12 @@ text is done. A batch N below 8 would take very long and is measured on the firs
 larger than the number of requests is all of them at once.
 First the engine's texts are compared with those of model.generate for single requests.
 two-model loop: both models with their caches, the sum of their logits, Hugging Face's warpers, multinomial.
-Exit status: 0; 1 if the engine's texts are wrong; 2 for bad options or missing packages; 130 after Ctrl-C.
+A peer is another program that writes texts of the LM alone for the same requests: same prompts, lengths,
+filters and number of threads, N at a time, at each precision that it has. NAME is one of
+openvino, ctranslate2, vllm, llama_cpp, PYTHON the interpreter of the virtual environment that has it. What it
+converts is kept in auxkern's cache folder. docs/peers.md says how to install each.
+Exit status: 0; 1 if the engine's texts are wrong or a peer failed; 2 for bad options or missing packages; 130
+after Ctrl-C.
 """
 
 
@@ -50,25 +72,57 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     session.check_files(parser, options)
     device = device_from(parser, options.device)
+    _check_options(parser, options, device)
     try:
-        work = new_work(options.requests, device)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
+        versions = _versions(options.peer)
+        work = new_work(options, device)
+    except (ModuleNotFoundError, FileNotFoundError, peers.PeerError, ComputeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    if wrong := differing(work):
-        print(f"{parser.prog}: the engine's texts of requests {wrong} are wrong", file=sys.stderr)
-        return 1
+    for compute, pair in work.pairs().items():
+        if wrong := differing(pair):
+            which = "" if compute == _PLAIN else f" in {compute}"
+            print(f"{parser.prog}: the engine's texts of requests {wrong}{which} are wrong", file=sys.stderr)
+            return 1
     # The LM's parameters are not the pair's own.
     models = {"LM": work.model.lm, "auxiliary": work.model}
     sizes = {name: sum(one.numel() for one in model.parameters()) for name, model in models.items()}
     head = session.head(parser.prog, argv, device)
     run = GenerateRun(*head, len(work.lengths), [SHORTEST, LONGEST], FILTERS, sizes)
-    runs = _runs(work, sorted(set(options.batch)), run.notes)
-    jobs: list[session.Job] = [
-        (f"{one[0]}, batch {one[1]}", partial(_measured, f"{index} of {len(runs)}", one))
-        for index, one in enumerate(runs, 1)
-    ]
+    run.machine |= versions
+    run.sentences = len(work.sentences)
+    jobs = _jobs(work, options, run)
     return session.carry_out(run, jobs, options, lambda: busy_notes(run.results, os.cpu_count() or 1))
+
+
+def _check_options(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device
+) -> None:
+    """Ends the program with a message where options contradict each other or the device."""
+    names = [peer.name for peer in options.peer]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        parser.error(f"--peer names {', '.join(twice)} more than once; give each one Python")
+    if device.type != "cpu":
+        if names:
+            parser.error(
+                f"--peer {names[0]}: peers are measured on a CPU; leave it out, or give --device cpu"
+            )
+        if options.profile:
+            parser.error(
+                "--profile clocks native calls, which are a CPU's; leave it out, or give --device cpu"
+            )
+
+
+def _versions(asked: list[peers.Peer]) -> dict[str, str]:
+    """Of the peers' packages.
+
+    Raises:
+        PeerError: a peer cannot run; the message says what to install.
+    """
+    versions: dict[str, str] = {}
+    for peer in asked:
+        versions |= peer.versions()
+    return versions
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     batches: dict[str, Any] = {"default": [1, 8, 32, 128], "metavar": "N"}
     which = "texts at a time (default 1 8 32 128)"
     parser.add_argument("--batch", type=positive, nargs="+", help=which, **batches)
+    computes = f"arithmetic of the engine's lines: {', '.join(COMPUTES)} (default {_PLAIN})"
+    parser.add_argument("--compute", nargs="+", choices=COMPUTES, default=[_PLAIN], help=computes)
+    peer: dict[str, Any] = {"default": [], "type": peers.peer_from, "metavar": "NAME=PYTHON"}
+    parser.add_argument("--peer", action="append", help="another program to measure (repeatable)", **peer)
+    scored = "held-out sentences that each LM is scored on (default 500; 0: none)"
+    parser.add_argument("--sentences", type=natural, default=500, metavar="N", help=scored)
+    profile = "run the engine a second time, with a clock around each native call"
+    parser.add_argument("--profile", action="store_true", help=profile)
     session.add_device(parser)
     session.add_files(parser, "measurement", "speed and shares of the time")
     return parser
@@ -98,7 +160,9 @@ class Work:
     """A text for each of ``lengths``, of so many tokens, from the pair ``model``.
 
     Conditions and prompts are taken by place, and there may be more of them. ``plain_lm`` and
-    ``plain_auxiliary`` are the same two models with torch's own layers, for the others.
+    ``plain_auxiliary`` are the same two models with torch's own layers, for the others. ``engines`` are the
+    pairs that the engine is measured with, by their compute. ``sentences`` are token ids to score, ``files``
+    where peers find the LM.
     """
 
     model: Any
@@ -108,6 +172,14 @@ class Work:
     lengths: list[int]
     plain_lm: Any
     plain_auxiliary: Any
+    engines: dict[str, Any] = field(default_factory=dict)
+    sentences: list[list[int]] = field(default_factory=list)
+    files: peers.LmFiles = field(default_factory=peers.LmFiles)
+
+    def pairs(self) -> dict[str, Work]:
+        """The work of each compute's engine."""
+        engines = self.engines or {_PLAIN: self.model}
+        return {compute: replace(self, model=model) for compute, model in engines.items()}
 
 
 def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
@@ -201,31 +273,28 @@ def continuous(work: Work, batch: int) -> dict[str, float]:
     return {}
 
 
-def new_work(count: int, device: torch.device) -> Work:
+class ComputeError(RuntimeError):
+    """The pair does not run in a compute here."""
+
+
+def new_work(options: argparse.Namespace, device: torch.device) -> Work:
     """Requests for WordNet's keywords, with prompts and lengths of their own, always the same.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError: what is missing, and how to install it.
+        ComputeError: a compute that was asked for does not run here.
     """
-    from auxkern.model import AuxTunedForCausalLM, TextFormat, load_base, load_tokenizer
+    from auxkern.model import TextFormat, load_base, load_tokenizer
     from auxkern.model.base import PACKAGED
     from auxkern.model.native import native_refusal
+    from auxkern.model.smollm2 import cache_folder, smollm2_folder, smollm2_gguf
     from auxkern.tasks.keywords import keyword_examples
 
-    examples = keyword_examples()
+    count, examples = options.requests, keyword_examples()
     chosen = [examples[i * len(examples) // count] for i in range(count)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AuxTunedForCausalLM.from_lm(
-            load_base(PACKAGED, device=device),
-            auxiliary_config={"model_type": "llama", **_SIZES},
-            head="shared",
-            input_embedding="shared",
-            pointer=True,
-            pointer_reads_lm=False,  # the peers' LM gives logits of the last position only
-        )
-        # An untrained head is zero, and would leave the auxiliary's logits out of the comparison.
-        torch.nn.init.normal_(model.head.weight, std=0.02)
+        model = _new_pair(device, _PLAIN)
         lengths = torch.randint(SHORTEST, LONGEST + 1, (count,)).tolist()
         words = torch.randint(0, 9, (count,)).tolist()
     prompts = [" ".join(one.text.split()[:n]) for one, n in zip(chosen, words, strict=True)]
@@ -235,7 +304,50 @@ def new_work(count: int, device: torch.device) -> Work:
         plain_lm = load_base(PACKAGED, native=False)
         model.use_native_kernels()
     conditions = [one.condition for one in chosen]
-    return Work(model, text_format, conditions, prompts, lengths, plain_lm, plain_auxiliary)
+    work = Work(model, text_format, conditions, prompts, lengths, plain_lm, plain_auxiliary)
+    return replace(
+        work,
+        engines={one: model if one == _PLAIN else _narrow(device, one) for one in options.compute},
+        sentences=quality.held_out_sentences(text_format, options.sentences) if options.sentences else [],
+        files=peers.LmFiles(smollm2_folder(), smollm2_gguf(), cache_folder() / "peers"),
+    )
+
+
+def _new_pair(device: torch.device, compute: str) -> Any:
+    """SmolLM2 and an auxiliary whose weights are drawn from torch's generator."""
+    from auxkern.model import AuxTunedForCausalLM, load_base
+    from auxkern.model.base import PACKAGED
+
+    options: dict[str, Any] = {} if compute == _PLAIN else {"compute": compute}
+    model = AuxTunedForCausalLM.from_lm(
+        load_base(PACKAGED, device=device, **options),
+        auxiliary_config={"model_type": "llama", **_SIZES},
+        head="shared",
+        input_embedding="shared",
+        pointer=True,
+        pointer_reads_lm=False,  # the peers' LM gives logits of the last position only
+    )
+    # An untrained head is zero, and would leave the auxiliary's logits out of the comparison.
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    return model
+
+
+def _narrow(device: torch.device, compute: str) -> Any:
+    """The same pair in a narrower compute.
+
+    Raises:
+        ComputeError: it does not run here.
+    """
+    from auxkern.model import load_base
+
+    if "compute" not in inspect.signature(load_base).parameters:
+        raise ComputeError(f"--compute {compute}: the models of this auxkern compute in {_PLAIN} alone")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            return _new_pair(device, compute).eval().use_native_kernels(compute=compute)
+        except (ValueError, RuntimeError) as error:
+            raise ComputeError(f"--compute {compute}: {error}") from error
 
 
 def engine(work: Work, slots: int) -> Any:
@@ -245,15 +357,15 @@ def engine(work: Work, slots: int) -> Any:
     return Engine(work.model, work.text_format, slots=slots, max_length=192, max_condition=_CONDITION)
 
 
-def requests(work: Work) -> list[Any]:
-    """The work as the engine takes it."""
+def requests(work: Work, auxiliary: str | None = "default") -> list[Any]:
+    """The work as the engine takes it; without an auxiliary of the LM alone."""
     from auxkern import SamplingParams
     from auxkern.generation import Request
 
     params = SamplingParams(**FILTERS)
     fields = zip(work.conditions, work.prompts, work.lengths, strict=False)
     return [
-        Request(i, condition, prompt, params, seed=i, max_new_tokens=length, ignore_eos=True)
+        Request(i, condition, prompt, params, i, length, auxiliary=auxiliary, ignore_eos=True)
         for i, (condition, prompt, length) in enumerate(fields)
     ]
 
@@ -273,8 +385,10 @@ def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, i
     """(implementation, batch, requests, way) of each measurement; adds notes for the reader."""
     loop = partial(in_batches, two_model_loop)
     lm, pair = (partial(in_batches, partial(hugging_face, pair)) for pair in (False, True))
-    ways: list[tuple[str, Way, Work]] = [(ENGINE, _engine, work), (LOOP, loop, work), (LM, lm, work)]
-    ways.append(("generate, pair", pair, work))
+    ways: list[tuple[str, Way, Work]] = [
+        (name, partial(_engine, auxiliary=auxiliary), one) for name, one, auxiliary in _engine_lines(work)
+    ]
+    ways += [(LOOP, loop, work), (LM, lm, work), ("generate, pair", pair, work)]
     if work.plain_lm is not work.model.lm:
         ours = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
         ways += [("loop, our kernels", loop, ours), ("LM alone, our kernels", lm, ours)]
@@ -291,16 +405,69 @@ def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, i
     reason = continuous_refusal(work)
     if reason is None:
         alike = replace(work, lengths=[LONGEST] * count)
-        runs.append(("continuous, LM alone", max(batches), alike, continuous))
+        runs.append((CONTINUOUS, max(batches), alike, continuous))
         notes.append(f"transformers' continuous batching writes {LONGEST} tokens for each request.")
     else:
         notes.append(f"transformers' continuous batching of the LM alone does not run here: {reason}")
     return runs
 
 
-def _measured(place: str, run: tuple[str, int, Work, Way], progress: Progress) -> Throughput:
+def _engine_lines(work: Work) -> list[tuple[str, Work, str | None]]:
+    """(implementation, work, auxiliary) of the pair and of the LM alone, in every compute."""
+    return [
+        (name if compute == _PLAIN else f"{name}, {compute}", one, auxiliary)
+        for compute, one in work.pairs().items()
+        for name, auxiliary in ((ENGINE, "default"), (ENGINE_LM, None))
+    ]
+
+
+def _jobs(work: Work, options: argparse.Namespace, run: GenerateRun) -> list[session.Job]:
+    """Everything that is measured: texts, batch after batch; then what is scored, and what is profiled."""
+    runs = _runs(work, sorted(set(options.batch)), run.notes)
+    texts = [(one[1], f"{one[0]}, batch {one[1]}", partial(_measured, one)) for one in runs]
+    counts = {batch: len(one.lengths) for _, batch, one, _ in runs}
+    if options.peer:
+        prompts = [encoded(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
+        asked = [*zip(prompts, work.lengths, strict=True)]
+        task = peers.LmTask(work.files, torch.get_num_threads(), FILTERS)
+        lines = [
+            peer_jobs.Line(one, precision, task) for one in options.peer for precision in one.kind.precisions
+        ]
+        texts += peer_jobs.text_jobs(lines, {batch: asked[:count] for batch, count in counts.items()}, run)
+        texts.sort(key=lambda job: job[0])
+    jobs: list[session.Job] = [(title, measure) for _, title, measure in texts]
+    if work.sentences:
+        jobs += quality.nll_jobs(_scored_lms(work, {one[0] for one in runs}), work.sentences, run)
+        jobs += peer_jobs.nll_jobs(lines, work.sentences, run) if options.peer else []
+    for batch, count in counts.items() if options.profile else ():
+        for name, one, auxiliary in _engine_lines(work):
+            title, few = f"{name}, batch {batch}", replace(one, lengths=one.lengths[:count])
+            jobs.append((f"{title}, profile", partial(_profiled, title, few, batch, auxiliary, run)))
+    return [
+        (title, partial(_announced, f"{index} of {len(jobs)}: {title}", measure))
+        for index, (title, measure) in enumerate(jobs, 1)
+    ]
+
+
+def _scored_lms(work: Work, measured: set[str]) -> list[quality.ScoredLm]:
+    """Every LM that texts are ``measured`` with, and the implementations that it belongs to."""
+    ours = {name: one.model.lm for name, one, _ in _engine_lines(work)}
+    ours |= dict.fromkeys(("generate, pair", "loop, our kernels", "LM alone, our kernels"), work.model.lm)
+    plain = dict.fromkeys((LOOP, LM, CONTINUOUS), work.plain_lm)
+    return [
+        quality.ScoredLm(lm, own, tuple(name for name in lms if lms[name] is lm and name in measured))
+        for lms, own in ((ours, False), (plain, True))
+        for lm in {id(lm): lm for lm in lms.values()}.values()
+    ]
+
+
+def _announced(title: str, measure: Callable[[Progress], Any], progress: Progress) -> Any:
+    print(title, file=sys.stderr, flush=True)
+    return measure(progress)
+
+
+def _measured(run: tuple[str, int, Work, Way], progress: Progress) -> Throughput:
     name, batch, work, way = run
-    print(f"{place}: {name}, batch {batch}", file=sys.stderr, flush=True)
     progress(0.0, "writing")
     other, began = OtherWork(), time.perf_counter()
     shares = way(work, batch)
@@ -308,35 +475,67 @@ def _measured(place: str, run: tuple[str, int, Work, Way], progress: Progress) -
     return Throughput(name, batch, len(work.lengths), sum(work.lengths), seconds, shares, other.cores())
 
 
-def _engine(work: Work, batch: int) -> dict[str, float]:
-    running, drawn = engine(work, min(batch, len(work.lengths))), [0]  # tokens until each step
-    modules = {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
-    spent, handles = dict.fromkeys(modules, 0.0), list[Any]()
+def _profiled(
+    title: str, work: Work, batch: int, auxiliary: str | None, run: GenerateRun, progress: Progress
+) -> None:
+    progress(0.0, "writing")
+    run.kernels[title] = _kernel_shares(work, batch, auxiliary)
 
-    def clock(*_: Any, name: str, sign: int) -> None:
-        spent[name] += sign * time.perf_counter()
 
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(partial(clock, name=name, sign=-1)))
-        handles.append(module.register_forward_hook(partial(clock, name=name, sign=1)))
-    try:
-        began = time.perf_counter()
-        for request in requests(work):
-            running.submit(request)
-        while not running.scheduler.idle:
-            running.step()
-            drawn.append(running.stats.new_tokens)
-        whole = time.perf_counter() - began
-    finally:
-        for handle in handles:
-            handle.remove()
+def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> dict[str, float]:
+    drawn = [0]  # tokens until each step
+    with forward_counts(_forward_passes(work)) as forward:
+        whole, running = _written(work, batch, auxiliary, drawn)
     if work.model.device.type != "cpu":
         return {}
     drawing = running.stats.seconds["sampling"]
     sampling = min(drawing, _sampling_seconds(work, [b - a for a, b in pairwise(drawn)]))
-    seconds = {**spent, "heads": drawing - sampling, "sampling": sampling}
+    seconds = {name: counts[SECONDS] for name, counts in forward.items()}
+    seconds |= {"heads": drawing - sampling, "sampling": sampling}
     seconds["rest"] = whole - sum(seconds.values())
     return {name: seconds[name] / whole for name in SHARES}
+
+
+def _kernel_shares(work: Work, batch: int, auxiliary: str | None) -> dict[str, float]:
+    """Of the engine's time, by ``KERNEL_SHARES``.
+
+    Raises:
+        RuntimeError: there are no native calls, whose time it could be.
+    """
+    from auxkern.backends.choice import load
+    from auxkern.backends.cpu.abi import Native
+
+    native = load("cpu")
+    if not isinstance(native, Native):
+        raise RuntimeError("the backend of the CPU has no native calls")
+    with native.timed_calls() as calls, forward_counts(_forward_passes(work), lambda: calls) as forward:
+        whole, running = _written(work, batch, auxiliary, [])
+    inside = [(name, count) for counts in forward.values() for name, count in counts.items()]
+    seconds = {
+        part: sum(count for name, count in inside if any(word in name for word in words))
+        for part, words in _KERNEL_NAMES.items()
+    }
+    passes = sum(count for name, count in inside if name == SECONDS)
+    seconds["between"] = passes - sum(seconds.values())
+    seconds["heads and draw"] = running.stats.seconds["sampling"]
+    seconds["engine"] = whole - passes - seconds["heads and draw"]
+    return {name: seconds[name] / whole for name in KERNEL_SHARES}
+
+
+def _forward_passes(work: Work) -> dict[str, Any]:
+    return {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
+
+
+def _written(work: Work, batch: int, auxiliary: str | None, drawn: list[int]) -> tuple[float, Any]:
+    """Seconds of the engine for all requests, and the engine; adds to ``drawn`` after each step."""
+    running = engine(work, min(batch, len(work.lengths)))
+    began = time.perf_counter()
+    for request in requests(work, auxiliary):
+        running.submit(request)
+    while not running.scheduler.idle:
+        running.step()
+        drawn.append(running.stats.new_tokens)
+    return time.perf_counter() - began, running
 
 
 @torch.inference_mode()

@@ -19,7 +19,11 @@ _ERROR_OF = {"forward": "loss_error", "forward_backward": "gradient_error", "dra
 
 # Of --op generate: who writes texts, and what the engine's time goes to.
 ENGINE, LOOP, LM = "engine", "two-model loop", "generate, LM alone"
+ENGINE_LM, CONTINUOUS = "engine, LM alone", "continuous, LM alone"
 SHARES = ("LM", "heads", "auxiliary", "sampling", "rest")
+# The same time by what computes: inside the models' forward passes native products, attention and layers that
+# are one native step, and what is between them; the draw with its product; and the rest.
+KERNEL_SHARES = ("linear", "attention", "layers", "between", "heads and draw", "engine")
 OUTSIDE = ("sampling", "rest")  # of the two models' forward passes
 
 _Record = TypeVar("_Record", bound="Record")
@@ -256,13 +260,24 @@ class GenerateRun(Record):
     results: list[Throughput] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    peers: list[str] = field(default_factory=list)  # implementations that are other programs
+    # Mean negative log-likelihood that an implementation's LM gives held-out sentences, in nats a token.
+    nll: dict[str, float] = field(default_factory=dict)
+    sentences: int = 0  # of which it is the mean
+    # By implementation and batch ("engine, batch 8"), then by ``KERNEL_SHARES``: of the time, in [0, 1].
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: bool = False  # a peer; wrong texts of ours are not timed
 
     facts: ClassVar[dict[str, str]] = {}
-    failed: ClassVar[bool] = False  # wrong texts are not timed
 
     def best(self, implementation: str) -> float | None:
         """Tokens per second of an implementation at its best batch; None if it was not measured."""
         return max((one.speed for one in self.results if one.implementation == implementation), default=None)
+
+    def best_peer(self, batch: int) -> float | None:
+        """Tokens per second of the fastest peer at a batch; None if none was measured."""
+        peers = (one for one in self.results if one.implementation in self.peers and one.batch == batch)
+        return max((one.speed for one in peers), default=None)
 
     @property
     def work(self) -> str:

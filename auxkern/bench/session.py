@@ -19,7 +19,8 @@ from auxkern.core.files import replace_file
 from auxkern.machine import machine_facts, now
 from auxkern.terminal import INTERRUPTED, console_for_stdout
 
-Job = tuple[str, Callable[[Progress], Any]]  # title, function that measures one part of a run
+# Title, and a function that measures one part of a run, or gives None and adds to the run itself.
+Job = tuple[str, Callable[[Progress], Any]]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,7 @@ def carry_out(
     with the ``remarks`` that can be made when all is measured.
 
     Returns:
-        0; 1 if an implementation of ours was wrong or failed; 130 after Ctrl-C.
+        0; 1 if an implementation of ours was wrong or failed, or a peer of texts did; 130 after Ctrl-C.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -86,7 +87,7 @@ def carry_out(
     out, err = console_for_stdout(), Console(stderr=True)
     tables.print_header(out, run)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    parts = run.parts
+    parts, finished = run.parts, 0
     try:
         # The bar is for eyes: a log file gets none of it.
         with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
@@ -96,13 +97,16 @@ def carry_out(
                 def report(share: float, doing: str, index: int = index, title: str = title) -> None:
                     bar.update(task, completed=index + share, description=f"{title}: {doing}")
 
-                parts.append(measure(report))
-                tables.print_part(out, parts[-1])
+                part = measure(report)
+                if part is not None:  # else the job left in the run what there is to say
+                    parts.append(part)
+                    tables.print_part(out, part)
+                finished += 1
                 if options.json is not None:
                     replace_file(options.json, run.to_json())
     except KeyboardInterrupt:
         run.interrupted = True
-        run.notes.append(f"Interrupted: {len(parts)} of {len(jobs)} {run.PARTS[1]} are finished.")
+        run.notes.append(f"Interrupted: {finished} of {len(jobs)} {run.PARTS[1]} are finished.")
     finally:
         run.notes += remarks()
         tables.print_footer(out, run)

@@ -27,8 +27,27 @@ _ERROR = {
 }
 _LAST_COLUMNS = " The last columns are of forward + backward; the error is the larger of both."
 _SPEED_COLUMNS = ("Implementation", "Batch", "Requests", "Seconds", "Tokens/s", "Vs loop", "Vs LM alone")
-_SHARE_COLUMNS = ("Batch", *(name[0].upper() + name[1:] for name in results.SHARES), "Outside the models")
+_SHARE_COLUMNS = (
+    *("Implementation", "Batch"),
+    *(name[0].upper() + name[1:] for name in results.SHARES),
+    "Outside the models",
+)
 _SHARES_TITLE = "Where the engine's time goes"
+_KERNEL_COLUMNS = ("Implementation", *(name[0].upper() + name[1:] for name in results.KERNEL_SHARES))
+_KERNELS_TITLE = "The same by what computes"
+_KERNELS_CAPTION = (
+    " Linear, attention, layers: native calls in the forward passes of both models, the last of decoder "
+    "layers that are one step; between: the rest of those passes; heads and draw: the product with the "
+    "output embedding, and the sampler. Of a second run, with a clock around each native call."
+)
+_PEERS_CAPTION = (
+    " {peers}: other programs, which write texts of the LM alone for the same requests. Vs best peer: how "
+    "many times faster than the fastest of them at the same batch."
+)
+_NLL_CAPTION = (
+    " Nll: mean negative log-likelihood that the LM, as this way computes it, gives the tokens of "
+    "{sentences} held-out sentences of WordNet, in nats a token; -: it was not measured."
+)
 _SPEED_CAPTION = (
     "Each was measured once. tokens/s: tokens that were asked for over the time of all requests of that row. "
     "vs loop, vs LM alone: how many times faster than the two-model loop and than Hugging Face's generate of "
@@ -75,11 +94,11 @@ def print_footer(console: Console, run: AnyRun) -> None:
     if isinstance(run, Run):
         lines, caption = _legend(run), _caption(run)
     else:
-        caption = _SPEED_CAPTION
+        caption = _texts_caption(run)
         if run.results:
-            _print_table(console, run.work, _SPEED_COLUMNS, _speeds(run))
-        if shares := _shares(run):
-            _print_table(console, _SHARES_TITLE, _SHARE_COLUMNS, shares)
+            _print_table(console, run.work, _speed_columns(run), _speeds(run))
+        for title, columns, rows in _share_tables(run):
+            _print_table(console, title, columns, rows)
     lines += [f"[dim]{escape(caption)}"] if run.parts else []
     _print_lines(console, lines, run.notes)
 
@@ -138,10 +157,10 @@ def markdown(run: AnyRun) -> str:
             title = ", ".join([case.model, *case.details]) if case.filters else f"{case.model} {case.dtype}"
             remarks += [f"{title}: {note}" for note in case.notes]
     else:
-        lines = [*_lines(_SPEED_COLUMNS, _speeds(run)), ""]
-        if shares := _shares(run):
-            lines += [f"{_SHARES_TITLE}:", "", *_lines(_SHARE_COLUMNS, shares), ""]
-        lines.append(f"{run.work}. {_SPEED_CAPTION}")
+        lines = [*_lines(_speed_columns(run), _speeds(run)), ""]
+        for title, columns, rows in _share_tables(run):
+            lines += [f"{title}:", "", *_lines(columns, rows), ""]
+        lines.append(f"{run.work}. {_texts_caption(run)}")
     return "\n".join([*lines, *(line for remark in remarks for line in ("", remark))]) + "\n"
 
 
@@ -210,21 +229,40 @@ def _ratio(faster: float | None, slower: float) -> str:
     return "-" if faster is None else f"{faster / slower:.2f}x"
 
 
+def _speed_columns(run: GenerateRun) -> list[str]:
+    return [*_SPEED_COLUMNS, *(["Vs best peer"] if run.peers else []), *(["Nll"] if run.nll else [])]
+
+
 def _speeds(run: GenerateRun) -> list[_Row]:
-    """Cells of ``_SPEED_COLUMNS`` for each result."""
+    """Cells of ``_speed_columns`` for each result."""
     rows, best = [], [run.best(name) for name in (results.LOOP, results.LM)]
     for one in run.results:
-        ratios = ["-" if speed is None else _ratio(one.speed, speed) for speed in best]
+        compared = [*best, run.best_peer(one.batch)] if run.peers else best
+        ratios = ["-" if speed is None else _ratio(one.speed, speed) for speed in compared]
         counts = [str(one.batch), str(one.requests), f"{one.seconds:.1f}", f"{one.speed:,.1f}"]
-        rows.append((one.implementation == results.ENGINE, [one.implementation, *counts, *ratios]))
+        nll = run.nll.get(one.implementation)
+        quality = [] if not run.nll else ["-" if nll is None else f"{nll:.4f}"]
+        ours = one.implementation.split(",")[0] == results.ENGINE
+        rows.append((ours, [one.implementation, *counts, *ratios, *quality]))
     return rows
 
 
-def _shares(run: GenerateRun) -> list[_Row]:
-    """Cells of ``_SHARE_COLUMNS`` for each batch of the engine."""
-    rows = []
+def _texts_caption(run: GenerateRun) -> str:
+    peers = _PEERS_CAPTION.format(peers=", ".join(run.peers)) if run.peers else ""
+    nll = _NLL_CAPTION.format(sentences=run.sentences) if run.nll else ""
+    return _SPEED_CAPTION + (_KERNELS_CAPTION if run.kernels else "") + peers + nll
+
+
+def _share_tables(run: GenerateRun) -> list[tuple[str, Sequence[str], list[_Row]]]:
+    """(title, columns, rows) of what is known of the engine's time."""
+    parts: list[_Row] = []
     for one in run.results:
         if one.outside is not None:
             shares = [*(one.shares[name] for name in results.SHARES), one.outside]
-            rows.append((False, [str(one.batch), *(f"{share:.1%}" for share in shares)]))
-    return rows
+            parts.append((False, [one.implementation, str(one.batch), *(f"{share:.1%}" for share in shares)]))
+    kernels: list[_Row] = [
+        (False, [name, *(f"{shares[part]:.1%}" for part in results.KERNEL_SHARES)])
+        for name, shares in run.kernels.items()
+    ]
+    tables = [(_SHARES_TITLE, _SHARE_COLUMNS, parts), (_KERNELS_TITLE, _KERNEL_COLUMNS, kernels)]
+    return [(title, columns, rows) for title, columns, rows in tables if rows]

@@ -1,6 +1,9 @@
 """``python -m auxkern.bench --op generate`` on a tiny pair."""
 
+import copy
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -13,9 +16,11 @@ from hypothesis import strategies as st
 
 import auxkern
 from auxkern.bench import __main__ as bench
-from auxkern.bench import generate, plot, report, tables
+from auxkern.bench import generate, plot, quality, report, tables
 from auxkern.bench.results import GenerateRun, Throughput
+from auxkern.machine import OtherWork
 from auxkern.model import TextFormat
+from auxkern.model.native import native_refusal
 from tests.support.tiny import byte_tokenizer, tiny_lm_for, tiny_pair
 
 SHARES = {"LM": 0.7, "heads": 0.125, "auxiliary": 0.1, "sampling": 0.05, "rest": 0.025}
@@ -69,7 +74,7 @@ def test_every_way_is_measured_and_written_down(tiny_work, tmp_path, capsys):
     path, picture = tmp_path / "generate.json", tmp_path / "generate.png"
     assert command("--batch", 4, 2, "--json", path, "--plot", picture) == 0
     record = json.loads(path.read_text())
-    names = ["engine", "two-model loop", "generate, LM alone", "generate, pair"]
+    names = ["engine", "engine, LM alone", "two-model loop", "generate, LM alone", "generate, pair"]
     found = [(one["implementation"], one["batch"]) for one in record["results"]]
     assert found == [(name, batch) for batch in (2, 4) for name in names]
     for one in record["results"]:
@@ -103,7 +108,7 @@ def test_small_batches_write_fewer_texts_and_large_ones_all_at_once(work, monkey
     run = GenerateRun.from_json((tmp_path / "x.json").read_text())
     found = {(one.batch, one.requests, one.tokens) for one in run.results}
     assert found == {(1, 16, 16), (8, 20, 24), (64, 20, 24)}
-    assert slots == [1, 8, 20]
+    assert slots == [1, 1, 8, 8, 20, 20]  # for the pair, and for the LM alone
     assert "Batch 1 is measured on the first 16 of 20 requests." in run.notes
     assert "Batch 64 is all 20 requests at once." in run.notes
     assert not any(note.startswith("Batch 8 ") for note in run.notes)
@@ -133,7 +138,7 @@ def test_what_is_finished_is_kept(tiny_work, monkeypatch, tmp_path, capsys, erro
     run = GenerateRun.from_json(path.read_text())
     assert run.results == [finished]
     assert run.interrupted is (status == 130)
-    assert ("Interrupted: 1 of 4" in capsys.readouterr().out) is (status == 130)
+    assert ("Interrupted: 1 of 5" in capsys.readouterr().out) is (status == 130)
 
 
 def test_time_of_draws_is_the_products_beyond_what_sampling_takes(tiny_work, monkeypatch):
@@ -174,7 +179,7 @@ def test_continuous_batching_is_counted_by_what_it_writes(work, monkeypatch):
     monkeypatch.setattr(generate, "continuous_refusal", lambda work: None)
     notes = []
     *_, last = generate._runs(replace(work, plain_lm=Batching(0)), [2, 4], notes)
-    result = generate._measured("last", last, lambda share, doing: None)
+    result = generate._measured(last, lambda share, doing: None)
     assert (result.implementation, result.batch) == ("continuous, LM alone", 4)
     assert result.tokens == 128 * len(work.lengths)
     assert any("writes 128 tokens" in note for note in notes)
@@ -262,7 +267,7 @@ def test_markdown_compares_with_each_peer_at_its_best_batch():
     assert lines[2] == "| **engine** | 1 | 16 | 80.0 | 5.0 | 0.50x | 0.25x |"
     assert lines[5] == "| **engine** | 32 | 64 | 40.0 | 30.0 | 3.00x | 1.50x |"
     assert lines[6] == "| two-model loop | 32 | 64 | 120.0 | 10.0 | 1.00x | 0.50x |"
-    assert "| 32 | 70.0% | 12.5% | 10.0% | 5.0% | 2.5% | 7.5% |" in lines
+    assert "| engine | 32 | 70.0% | 12.5% | 10.0% | 5.0% | 2.5% | 7.5% |" in lines
     assert lines[-1] == "a note"
     assert "LM of 134.5M parameters and auxiliary of 4.8M" in "".join(lines)
 
@@ -357,3 +362,93 @@ def test_other_work_is_named_where_it_took_a_tenth_of_the_machine():
     assert note.startswith("Busy: other programs kept up to 1.5 of 8 cores")
     assert "two-model loop (batch 1)" in note
     assert "engine" not in note
+
+
+# Computes, the LM alone, scores, and native calls
+
+
+def test_every_compute_has_its_lines(tiny_work, monkeypatch, tmp_path):
+    both = replace(tiny_work, engines={"float32": tiny_work.model, "int8": tiny_work.model})
+    monkeypatch.setattr(generate, "new_work", lambda options, device: both)
+    assert command("--batch", 4, "--json", tmp_path / "x.json") == 0
+    names = [one["implementation"] for one in json.loads((tmp_path / "x.json").read_text())["results"]]
+    assert names[:4] == ["engine", "engine, LM alone", "engine, int8", "engine, LM alone, int8"]
+
+
+def test_a_compute_whose_texts_are_wrong_is_named(tiny_work, monkeypatch, capsys):
+    both = replace(tiny_work, engines={"float32": tiny_work.model, "int8": copy.copy(tiny_work.model)})
+    monkeypatch.setattr(generate, "new_work", lambda options, device: both)
+    monkeypatch.setattr(generate, "differing", lambda one: [] if one.model is tiny_work.model else [2])
+    assert command("--batch", 4) == 1
+    assert "texts of requests [2] in int8 are wrong" in capsys.readouterr().err
+
+
+def test_the_engines_lm_alone_writes_what_the_lm_writes_greedily(work, monkeypatch):
+    monkeypatch.setattr(generate, "FILTERS", {"temperature": 0.0})
+    done = generate.engine(work, 3).generate(generate.requests(work, None))
+    for i, one in enumerate(done):
+        inputs = generate.encoded(work, [i])
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        ids = work.plain_lm.generate(
+            **given, do_sample=False, max_new_tokens=work.lengths[i], eos_token_id=None, pad_token_id=0
+        )
+        assert list(one.token_ids) == ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("own_logits", [False, True])
+def test_nll_is_the_mean_over_tokens_of_each_sentence_alone(work, own_logits):
+    generator = torch.Generator().manual_seed(0)
+    V = work.model.config.vocab_size
+    sentences = [torch.randint(V, (n,), generator=generator).tolist() for n in (2, 9, 5, *[3] * 20)]
+    total = 0.0
+    for ids in sentences:
+        logits = work.plain_lm(torch.tensor([ids])).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+    expected = total / sum(len(ids) - 1 for ids in sentences)
+    # float32 products in another order, over about 60 tokens
+    assert quality.mean_nll(work.plain_lm, sentences, own_logits=own_logits) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_held_out_sentences_are_spread_and_each_is_there_once(monkeypatch):
+    texts = [f"w{i}" for i in range(7) for _ in range(2)]
+    splits = SimpleNamespace(test=[SimpleNamespace(text=text) for text in texts])
+    task = SimpleNamespace(split=lambda: splits)
+    monkeypatch.setattr(quality, "load_task", lambda name: task)
+    text_format = TextFormat(byte_tokenizer())
+
+    def read(count):
+        every = quality.held_out_sentences(text_format, count)
+        assert all(ids[0] == text_format.start_id for ids in every)
+        assert all(ids[-1] != text_format.end_id for ids in every)
+        return [text_format.decode(ids) for ids in every]
+
+    assert read(3) == ["w0", "w2", "w4"]
+    assert read(50) == [f"w{i}" for i in range(7)]
+
+
+def test_a_profile_says_what_computes(work, monkeypatch, tmp_path):
+    if native_refusal() is not None:
+        pytest.skip(native_refusal())
+    native = replace(work, model=work.model.use_native_kernels())
+    monkeypatch.setattr(generate, "new_work", lambda options, device: native)
+    assert command("--batch", 4, "--profile", "--json", tmp_path / "x.json") == 0
+    run = GenerateRun.from_json((tmp_path / "x.json").read_text())
+    assert [*run.kernels] == ["engine, batch 4", "engine, LM alone, batch 4"]
+    for shares in run.kernels.values():
+        assert [*shares] == ["linear", "attention", "layers", "between", "heads and draw", "engine"]
+        assert sum(shares.values()) == pytest.approx(1)
+        assert min(shares.values()) >= 0
+        assert shares["linear"] + shares["layers"] > 0
+        assert shares["heads and draw"] > 0
+    assert "around each native call" in tables.markdown(run)
+
+
+def test_other_work_does_not_count_programs_that_this_one_ran():
+    before = OtherWork._seconds()
+    if before is None:
+        pytest.skip("no /proc/stat here")
+    burn = "import time\nwhile time.process_time() < 0.4: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert OtherWork._seconds()[1] - before[1] >= 0.35
