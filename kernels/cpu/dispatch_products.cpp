@@ -103,7 +103,9 @@ int32_t auxkern_product_forward(const auxkern_product *product, const auxkern_pr
     const int64_t min_products = is_floats(product->kind) ? 1 << 19 : product->kind == AUXKERN_PACKED_I8 ? 1 << 21 : 1 << 20;
     const unsigned threads =
         useful_threads(*execution, task.pieces(), call->M * task.panels() * PANEL * product->K, min_products);
-    return run<ProductTask>(kernels.multiply, task, task.pieces(), int64_t(1), int64_t(0), threads, *execution);
+    // A piece asks for the memory of the next one, which its own thread should take.
+    const int64_t grab = std::max<int64_t>(1, task.pieces() / (4 * threads));
+    return run<ProductTask>(kernels.multiply, task, task.pieces(), grab, int64_t(0), threads, *execution);
 }
 
 int32_t auxkern_packed_size(const auxkern_product *product, auxkern_packed_sizes *sizes) {

@@ -18,10 +18,26 @@ constexpr int64_t SUMS = PIECE_PANELS * PANEL;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Memory that the next piece will read, of which each tile of this one asks for its part, step by step: the
+// hardware would follow a panel, but not guess the next one, and several tiles of rows would wait for it in the
+// first of them only.
+struct Ahead {
+    const char *at;
+    int64_t bytes;  // from one request to the next: part of a cache line where there are several tiles
+
+    template <int COUNT>
+    void ask() {
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) __builtin_prefetch(at + i * bytes, 0, 2);
+        at += COUNT * bytes;
+    }
+};
+
 // Sums of a tile: R rows, SUMS apart.
 struct Place {
     int64_t panel, row;
     float *sums;
+    Ahead ahead;
 };
 
 // Runs of k of nearly equal length. A sum of many terms loses places, so those of blocks are added up.
@@ -51,12 +67,6 @@ struct Blocks {
 
     int64_t K, depth;
 };
-
-// Asks for memory that will be read soon. The hardware would follow a panel, but not guess the next one.
-template <int64_t BYTES>
-inline void fetch(const void *at) {
-    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(static_cast<const char *>(at) + i, 0, 3);
-}
 
 // Where R rows stand, step by step. A base for every three rows and one stride are what addresses can be
 // made of in one instruction each; a base of its own for every row would not leave a register for anything else.
@@ -155,34 +165,47 @@ inline void finish_row(const ProductTask &task, const float *sums, int64_t row, 
         }
 }
 
+// A piece, and which of its tiles of rows.
+struct Piece {
+    int64_t panel, end;
+    int64_t tile, tiles;
+
+    Ahead ahead(const auxkern_product &product, int64_t at) const {
+        const int64_t bytes = panel_bytes(product), panels = end - panel;
+        const char *next = static_cast<const char *>(product.values) + end * bytes;
+        return {next + (panels * tile + at - panel) * bytes / tiles, (63 + tiles) / tiles};
+    }
+};
+
 // Some rows of a piece as tiles of P panels, and of one where fewer are left.
 template <class Kind, int R>
-void row_tile(const ProductTask &task, int64_t row, int64_t begin, int64_t end) {
+void row_tile(const ProductTask &task, int64_t row, const Piece &piece) {
     constexpr int P = Kind::panels(R);
     alignas(64) float sums[R * SUMS];
-    int64_t panel = begin;
-    for (; panel + P <= end; panel += P) Kind::template tile<R, P>(task, {panel, row, sums + (panel - begin) * PANEL});
-    for (; panel < end; ++panel) Kind::template tile<R, 1>(task, {panel, row, sums + (panel - begin) * PANEL});
-    for (int r = 0; r < R; ++r) finish_row(task, sums + r * SUMS, row + r, begin, end - begin);
+    int64_t panel = piece.panel;
+    auto place = [&] { return Place{panel, row, sums + (panel - piece.panel) * PANEL, piece.ahead(*task.product, panel)}; };
+    for (; panel + P <= piece.end; panel += P) Kind::template tile<R, P>(task, place());
+    for (; panel < piece.end; ++panel) Kind::template tile<R, 1>(task, place());
+    for (int r = 0; r < R; ++r) finish_row(task, sums + r * SUMS, row + r, piece.panel, piece.end - piece.panel);
 }
 
 template <class Kind, int R = Kind::ROWS>
-inline void rows_tile(const ProductTask &task, int64_t rows, int64_t row, int64_t begin, int64_t end) {
-    if (rows == R) row_tile<Kind, R>(task, row, begin, end);
-    else if constexpr (R > 1) rows_tile<Kind, R - 1>(task, rows, row, begin, end);
+inline void rows_tile(const ProductTask &task, int64_t rows, int64_t row, const Piece &piece) {
+    if (rows == R) row_tile<Kind, R>(task, row, piece);
+    else if constexpr (R > 1) rows_tile<Kind, R - 1>(task, rows, row, piece);
 }
 
 // Tiles of nearly equal numbers of rows: one row alone would wait for its own sums.
 template <class Kind>
 void multiply(const ProductTask &task, int64_t begin, int64_t end) {
     const int64_t groups = task.groups(), block = task.row_block(), panels = task.panels();
-    for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t first = piece / groups * block, rows = smaller(block, task.call->M - first);
-        const int64_t panel = piece % groups * PIECE_PANELS, last = smaller(panel + PIECE_PANELS, panels);
-        const int64_t tiles = (rows + Kind::ROWS - 1) / Kind::ROWS;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t row = rows * tile / tiles, after = rows * (tile + 1) / tiles;
-            rows_tile<Kind>(task, after - row, first + row, panel, last);
+    for (int64_t number = begin; number < end; ++number) {
+        const int64_t first = number / groups * block, rows = smaller(block, task.call->M - first);
+        const int64_t panel = number % groups * PIECE_PANELS;
+        Piece piece{panel, smaller(panel + PIECE_PANELS, panels), 0, (rows + Kind::ROWS - 1) / Kind::ROWS};
+        for (; piece.tile < piece.tiles; ++piece.tile) {
+            const int64_t row = rows * piece.tile / piece.tiles, after = rows * (piece.tile + 1) / piece.tiles;
+            rows_tile<Kind>(task, after - row, first + row, piece);
         }
     }
 }

@@ -62,14 +62,13 @@ struct Floats {
         const int64_t size = panel_bytes(*task.product) / int64_t(sizeof(typename T::scalar));
         const auto *w = static_cast<const typename T::scalar *>(task.product->values) + place.panel * size;
         Rows<R> x(task.call->x + place.row * task.call->x_stride, 4 * task.call->x_stride);
+        Ahead ahead = place.ahead;
         for (const Block block : Blocks{K, 2}) {
-            const int64_t ahead = block.end < K ? block.depth * PANEL : P * size - block.begin * PANEL;
             vf sum[R][WIDTH], weight[WIDTH];
             clear(sum);
             int64_t k = block.begin;
             for (; k + 2 <= block.end; k += 2) {
-#pragma GCC unroll 4
-                for (int p = 0; p < P; ++p) fetch<2 * PANEL * sizeof *w>(w + p * size + k * PANEL + ahead);
+                ahead.ask<P * 2 * sizeof(typename T::scalar) / 4>();
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
                     weight[j] = kept<R>(T::even(w + j / VECTORS * size + k * PANEL + j % VECTORS * VECTOR));

@@ -9,7 +9,6 @@ namespace AUXKERN_ISA {
 namespace {
 
 constexpr float TINY = 0x1p-120f;  // 127 / max would overflow below; such numbers count as zeros
-constexpr int64_t AHEAD = 4;       // runs of k that memory is asked for before they are read
 
 // sum + the four products of an unsigned byte of `weight` and a signed one of `x` in each lane. Never
 // by the instruction that adds neighbours in 16 bits, which saturates.
@@ -58,6 +57,7 @@ struct Bytes {
         Rows<R> x(row, layout.bytes);
         const float *x_scales = reinterpret_cast<const float *>(row + layout.scales);
         const int32_t *starts = reinterpret_cast<const int32_t *>(row + layout.starts);
+        Ahead ahead = place.ahead;
         vf total[R][WIDTH];
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
@@ -71,14 +71,9 @@ struct Bytes {
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j) sum[r][j] = start;
             }
-            // Some runs ahead; behind the last of them the next tile begins.
-            const int64_t near = smaller(layout.runs, AHEAD);
-            const int64_t ahead = run + near < layout.runs ? near * layout.run / 4 * PANEL
-                                                           : (P * fours - (layout.runs - near) * layout.run / 4) * PANEL;
             const int64_t end = smaller((run + 1) * layout.run + 3, product.K + 3) / 4;
             for (; k < end; ++k) {
-#pragma GCC unroll 4
-                for (int p = 0; p < P; ++p) fetch<4 * PANEL>(w + (p * fours + k) * PANEL + ahead);
+                ahead.ask<P>();
                 vi weight[WIDTH];
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
@@ -92,6 +87,8 @@ struct Bytes {
                 x.advance(4);
             }
             const float *scales = w_scales + run * layout.run / product.group * PANEL;
+#pragma GCC unroll 4
+            for (int p = 0; p < P; ++p) __builtin_prefetch(scales + (PIECE_PANELS + p) * groups * PANEL, 0, 2);
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8

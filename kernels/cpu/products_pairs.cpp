@@ -33,14 +33,13 @@ struct Pairs {
         const int64_t pairs = (task.product->K + 1) / 2;
         const int32_t *w = static_cast<const int32_t *>(task.product->values) + place.panel * pairs * PANEL;
         Rows<R> x(task.prepared + place.row * task.layout.bytes, task.layout.bytes);
+        Ahead ahead = place.ahead;
         for (const Block block : Blocks{2 * pairs, 2}) {
             const int64_t begin = block.begin / 2, end = block.end / 2;
-            const int64_t ahead = end < pairs ? block.depth / 2 * PANEL : (P * pairs - begin) * PANEL;
             vf sum[R][WIDTH];
             clear(sum);
             for (int64_t k = begin; k < end; ++k) {
-#pragma GCC unroll 4
-                for (int p = 0; p < P; ++p) fetch<4 * PANEL>(w + (p * pairs + k) * PANEL + ahead);
+                ahead.ask<P>();
                 vi weight[WIDTH];
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j)
