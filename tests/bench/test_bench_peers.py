@@ -100,8 +100,9 @@ def test_a_peer_is_asked_for_the_same_requests_and_stands_in_the_record(
 @pytest.mark.parametrize(
     ("answer", "note"),
     [
-        ("if asked['precision'] == 'int8': answer['counts'][1:2] = [8]", "of 12 tokens"),
-        ("if asked['precision'] == 'int8': answer['counts'] = [9, 3, 1]", "others than were asked for"),
+        ("if asked['precision'] == 'int8': answer['counts'][1:2] = [8]", "; text 1 has 8, not 9"),
+        ("if asked['precision'] == 'int8': answer['counts'] = [9, 3, 1]", "; text 0 has 9, not 3"),
+        ("if asked['precision'] == 'int8': answer['counts'] = [3, 9]", "12 tokens in 2 texts; 13 in 3"),
         ("if asked['precision'] == 'int8' and asked['lengths']: sys.exit('it broke')", "status 1: it broke"),
         ("if asked['precision'] == 'int8' and asked['lengths']: sys.exit(0)", "status 0: and said nothing"),
     ],

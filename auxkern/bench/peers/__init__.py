@@ -126,9 +126,11 @@ class Peer:
         answer = self._answer(_asked("write", task, precision, **texts))
         counts = answer["counts"]
         if counts != lengths:
+            wrong = [i for i, pair in enumerate(zip(counts, lengths, strict=False)) if pair[0] != pair[1]]
+            detail = f"; text {wrong[0]} has {counts[wrong[0]]}, not {lengths[wrong[0]]}" if wrong else ""
             raise PeerError(
-                f"it wrote {len(counts)} texts of {sum(counts)} tokens, or others than were asked for: "
-                f"{len(lengths)} of {sum(lengths)}"
+                f"it wrote {sum(counts)} tokens in {len(counts)} texts; {sum(lengths)} in {len(lengths)} "
+                f"were asked for{detail}"
             )
         return float(answer["seconds"])
 

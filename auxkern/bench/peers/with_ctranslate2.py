@@ -32,20 +32,29 @@ def writer(asked: exchange.Asked) -> exchange.Writer:
     model, tokens = _opened(asked)
     filters = {f"sampling_{name.replace('_', '')}": value for name, value in asked.filters.items()}
 
+    def written(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        # Told apart from the library's count of steps, which counts what a prompt has more than the shortest.
+        left = list(lengths)
+
+        def is_done(one: Any) -> bool:
+            left[one.batch_id] -= 1
+            return left[one.batch_id] <= 0
+
+        # Below the least length no end token is drawn.
+        beyond = max(lengths) + max(map(len, prompts))
+        results = model.generate_batch(
+            [[tokens[id] for id in prompt] for prompt in prompts],
+            include_prompt_in_result=False,
+            max_length=beyond,
+            min_length=beyond,
+            callback=is_done,
+            **filters,
+        )
+        return [result.sequences_ids[0] for result in results]
+
     def write(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-        texts: list[list[int]] = []
-        for first in range(0, len(prompts), asked.batch):
-            wanted = lengths[first : first + asked.batch]
-            results = model.generate_batch(
-                [[tokens[id] for id in prompt] for prompt in prompts[first : first + asked.batch]],
-                include_prompt_in_result=False,
-                max_length=max(wanted),
-                min_length=max(wanted),
-                callback=lambda one, wanted=wanted: one.step + 1 >= wanted[one.batch_id],
-                **filters,
-            )
-            texts += [result.sequences_ids[0] for result in results]
-        return texts
+        batches = [slice(first, first + asked.batch) for first in range(0, len(prompts), asked.batch)]
+        return [text for batch in batches for text in written(prompts[batch], lengths[batch])]
 
     return write
 
