@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import os
 import statistics
 import sys
@@ -338,10 +337,6 @@ def _narrow(device: torch.device, compute: str) -> Any:
     Raises:
         ComputeError: it does not run here.
     """
-    from auxkern.model import load_base
-
-    if "compute" not in inspect.signature(load_base).parameters:
-        raise ComputeError(f"--compute {compute}: the models of this auxkern compute in {_PLAIN} alone")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:

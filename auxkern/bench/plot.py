@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,9 @@ _LINES = {
     results.LOOP: ("#6b6b6b", "-"),
     "loop, our kernels": ("#6b6b6b", "--"),
 }
-_OTHER_LINE = ("#8a5aa8", "-")
+_ENGINE_LM_COLOUR = "#5b9bd5"
+_DASHES = ("-", "--", "-.", ":")  # of the computes of an engine and the precisions of a peer
+_PEER_COLOURS = ("#8a5aa8", "#b5446e", "#5d7a1f", "#a0522d")
 # Cold colours for the models' forward passes, warm ones for what is outside them.
 _PARTS = dict(zip(results.SHARES, ("#1f6fb4", "#6fb1dc", "#b9d9ee", "#e6a15c", "#c8102e"), strict=True))
 _ON_DARK = ("LM", "rest")
@@ -194,9 +197,10 @@ def _draw_speed(axes: Axes, speeds: list[Throughput]) -> None:
     for one in sorted(speeds, key=lambda one: one.batch):
         lines[one.implementation].append((one.batch, one.speed))
     top = 1.08 * max(one.speed for one in speeds)
+    styles = _styles([*lines])
     heights = spread({name: line[-1][1] for name, line in lines.items()}, _GAP * top)
     for name, line in lines.items():
-        colour, dash = _LINES.get(name, _OTHER_LINE)
+        colour, dash = styles[name]
         weight, width = ("bold", 2.4) if name == results.ENGINE else ("normal", 1.6)
         axes.plot(*zip(*line, strict=True), dash, marker="o", ms=4, lw=width, color=colour)
         place = (batches[-1] * 1.18, heights[name])
@@ -211,6 +215,30 @@ def _draw_speed(axes: Axes, speeds: list[Throughput]) -> None:
     axes.set_ylim(0, max(top, *heights.values()))
     axes.grid(True, color="#e9e9e9", lw=0.7)
     axes.set_axisbelow(True)
+
+
+def _styles(names: list[str]) -> dict[str, tuple[str, str]]:
+    """Colour and dash of each implementation: a colour for a program, a dash for how it computes."""
+    styles, families = dict[str, tuple[str, str]](), dict[str, list[str]]()
+    colours = itertools.cycle(_PEER_COLOURS)
+    peers: dict[str, str] = {}
+    for name in names:
+        if name in _LINES:
+            styles[name] = _LINES[name]
+            continue
+        family = name.split(" ")[0]
+        if name.startswith(results.ENGINE_LM):
+            family, colour = results.ENGINE_LM, _ENGINE_LM_COLOUR
+        elif name.startswith(results.ENGINE):
+            # The plain line is the float32 engine's.
+            family, colour = results.ENGINE, _LINES[results.ENGINE][0]
+            families.setdefault(family, [results.ENGINE])
+        else:
+            colour = peers[family] if family in peers else peers.setdefault(family, next(colours))
+        members = families.setdefault(family, [])
+        styles[name] = colour, _DASHES[len(members) % len(_DASHES)]
+        members.append(name)
+    return styles
 
 
 def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
@@ -241,7 +269,11 @@ def _draw_shares(axes: Axes, engine: list[Throughput]) -> None:
         axes.text(1.01, row, f"{one.outside:.1%}", va="center", fontsize=8.5)
     words = "outside\nthe models"
     axes.text(1.01, 1.02, words, va="bottom", fontsize=8, color="#555555", transform=axes.transAxes)
-    axes.set_yticks(range(len(engine)), [f"batch {one.batch}" for one in engine])
+    several = len({one.implementation for one in engine}) > 1
+    names = [
+        f"{one.implementation}, batch {one.batch}" if several else f"batch {one.batch}" for one in engine
+    ]
+    axes.set_yticks(range(len(engine)), names)
     axes.tick_params(left=False)
     axes.set_ylim(len(engine) - 0.5, -0.5)
     axes.set_xlim(0, 1)

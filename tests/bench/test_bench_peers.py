@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from auxkern.bench import __main__ as bench
-from auxkern.bench import generate, peers, tables
+from auxkern.bench import generate, peers, plot, tables
 from auxkern.bench.peers import exchange
 from auxkern.bench.results import GenerateRun, Throughput
 from auxkern.model import TextFormat
@@ -293,3 +293,13 @@ def test_printed_tables_fit_100_columns(capsys):
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert "…" not in printed
+
+
+def test_lines_of_one_program_share_a_colour_and_no_two_look_alike():
+    engines = ["engine", "engine, bfloat16", "engine, int8", "engine, LM alone", "engine, LM alone, int8"]
+    others = ["OpenVINO int8", "OpenVINO bfloat16", "OpenVINO float32", "CTranslate2 int8"]
+    styles = plot._styles([*engines, *others, "two-model loop"])
+    assert len({*styles.values()}) == len(styles) == 10
+    assert len({styles[name][0] for name in engines[:3]}) == 1
+    assert len({styles[name][0] for name in others[:3]}) == 1
+    assert styles["OpenVINO int8"][0] != styles["CTranslate2 int8"][0]

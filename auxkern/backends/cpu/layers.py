@@ -71,7 +71,6 @@ class CpuLayer(DecoderLayer):
 
     def __init__(self, native: Native, parts: DecoderParts) -> None:
         self._parts, self._native = parts, native
-        self._forward = native.library.auxkern_layer_forward
         self._layer = _c_layer(parts)
         self._reference = ctypes.byref(self._layer)
 
@@ -100,7 +99,7 @@ class CpuLayer(DecoderLayer):
         call.query, call.new_key, call.new_value = query.data_ptr(), keys.data_ptr(), values.data_ptr()
         call.new_strides = keys.stride()[:3]
         call.P = call.T
-        self._forward(self._reference, call, self._native.execution())
+        self._native.library.auxkern_layer_forward(self._reference, call, self._native.execution())
         return query, keys, values
 
     def attended(self, x: Tensor, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ class CpuLayer(DecoderLayer):
             raise ValueError(f"the mask is of {inputs.columns} columns, but there are {call.P}")
         y = torch.empty_like(x)
         call.y = y.data_ptr()
-        self._forward(self._reference, call, self._native.execution())
+        self._native.library.auxkern_layer_forward(self._reference, call, self._native.execution())
         return y
 
 
