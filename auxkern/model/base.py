@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -169,7 +170,7 @@ def lm_term(lm: Any, hidden: Tensor, logits: Tensor | None) -> Term:
     if logits is not None:
         return Logits(logits)
     head = output_head(lm)
-    return Head(hidden.to(head.weight.dtype), *head)
+    return Head(hidden if head.packed is not None else hidden.to(head.weight.dtype), *head)
 
 
 def logits_of_ids(lm: Any, hidden: Tensor, logits: Tensor | None, ids: Tensor) -> Tensor:
@@ -332,8 +333,7 @@ def cache_argument(model: Any) -> str:
     Raises:
         ValueError: it takes none.
     """
-    taken = {**inspect.signature(transformer(model).forward).parameters}
-    taken |= inspect.signature(model.forward).parameters
+    taken = (*_arguments(transformer(model)), *_arguments(model))
     for name in ("cache", "past_key_values", "cache_params"):
         if name in taken:
             return name
@@ -352,7 +352,18 @@ def mask_with_cache(cache: Any, attention_mask: Tensor, T: int) -> Tensor:
 
 def counts_positions(model: Any) -> bool:
     """Whether a model takes each token's position as an input, and does not tell it by its column."""
-    return "position_ids" in inspect.signature(transformer(model).forward).parameters
+    return "position_ids" in _arguments(transformer(model))
+
+
+def _arguments(model: Any) -> tuple[str, ...]:
+    """Names of what a model's forward takes."""
+    return _names_of(getattr(model.forward, "__func__", model.forward))
+
+
+@functools.lru_cache(64)
+def _names_of(forward: Any) -> tuple[str, ...]:
+    # Every step asks, and to read a signature takes half a millisecond.
+    return tuple(name for name in inspect.signature(forward).parameters if name != "self")
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
