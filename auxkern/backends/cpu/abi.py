@@ -159,10 +159,10 @@ class CLayerCall(Structure):
         *_each(c_void_p, "x y cos sin"),
         ("angle_strides", c_int64 * 2),
         *_each(c_void_p, "query new_key new_value"),
-        ("new_strides", c_int64 * 3),
+        # Set in every call: one by one they take a fifth of an array's time.
+        *_each(c_int64, "new_batch new_head new_position"),
         *_each(c_void_p, "key value"),
-        ("key_strides", c_int64 * 3),
-        ("value_strides", c_int64 * 3),
+        *_each(c_int64, "key_batch key_head key_column value_batch value_head value_column"),
         ("mask", c_void_p),
         ("mask_strides", c_int64 * 3),
         ("stages", c_int64),

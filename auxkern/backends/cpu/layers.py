@@ -87,8 +87,10 @@ class CpuLayer(DecoderLayer):
         key, value = keys.data_ptr(), values.data_ptr()
         call.P = end + T - begin
         call.new_key, call.new_value = key + 4 * end * column, value + 4 * end * column
-        call.new_strides = call.key_strides = call.value_strides = (batch, head, column)
+        call.new_batch, call.new_head, call.new_position = batch, head, column
         call.key, call.value = key + 4 * begin * column, value + 4 * begin * column
+        call.key_batch, call.key_head, call.key_column = batch, head, column
+        call.value_batch, call.value_head, call.value_column = batch, head, column
         return self._run(call, inputs, x)
 
     def projected(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +99,7 @@ class CpuLayer(DecoderLayer):
         keys, values, _, _ = self._columns(call)
         query = float32(call.B, call.T, heads.queries, heads.width)
         call.query, call.new_key, call.new_value = query.data_ptr(), keys.data_ptr(), values.data_ptr()
-        call.new_strides = keys.stride()[:3]
+        call.new_batch, call.new_head, call.new_position, _ = keys.stride()
         call.P = call.T
         self._native.library.auxkern_layer_forward(self._reference, call, self._native.execution())
         return query, keys, values
@@ -106,8 +108,9 @@ class CpuLayer(DecoderLayer):
         key, value = _plain(key), _plain(value)
         call = _begun(inputs, x, _ATTEND)
         call.query, call.P = query.data_ptr(), key.shape[2]
-        call.key, call.key_strides = key.data_ptr(), key.stride()[:3]
-        call.value, call.value_strides = value.data_ptr(), value.stride()[:3]
+        call.key, call.value = key.data_ptr(), value.data_ptr()
+        call.key_batch, call.key_head, call.key_column, _ = key.stride()
+        call.value_batch, call.value_head, call.value_column, _ = value.stride()
         return self._run(call, inputs, x)
 
     def _columns(self, call: CLayerCall) -> Window:

@@ -40,7 +40,7 @@ class PackedLayer:
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]
         self._config = attention.config
         children = [child for _, child in parts_of(layer, structure)]
-        self._attention_hooks = (attention._forward_hooks, attention._forward_pre_hooks)
+        self._attention_hooks = [attention._forward_hooks, attention._forward_pre_hooks]
         self._hooks = [
             hooks
             for child in children
@@ -49,24 +49,23 @@ class PackedLayer:
         ]
         self._parameters = list(layer.parameters())
         owners = [layer, *children]
-        self._places = [
-            (places, name, one)
-            for owner in owners
-            for places in (owner._modules, owner._parameters)
-            for name, one in places.items()
-        ]
+        self._places = [places for owner in owners for places in (owner._modules, owner._parameters) if places]
+        # Whoever stands here keeps its id as long as it is kept.
+        self._kept = [one for places in self._places for one in places.values()]
+        self._ids = self._present()
+        self._addresses = [p.data_ptr for p in self._parameters]
         self._state = self._versions()
 
     def is_current(self) -> bool:
         """Whether the layer has the parts and numbers that were packed."""
-        for places, name, one in self._places:
-            if places.get(name) is not one:
-                return False
-        return self._versions() == self._state
+        return self._present() == self._ids and self._versions() == self._state
+
+    def _present(self) -> list[int]:
+        return [id(one) for places in self._places for one in places.values()]
 
     def _versions(self) -> list[int]:
         # In-place changes count a parameter's version up; a move gives it other memory.
-        return [number for p in self._parameters for number in (p._version, p.data_ptr())]
+        return [*[p._version for p in self._parameters], *[address() for address in self._addresses]]
 
     def may_run(self, x: Tensor) -> bool:
         """Whether a call on x is one that leaves nothing out."""
@@ -76,7 +75,7 @@ class PackedLayer:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._parameters)):
             return False
-        return all(map(_records_only, self._attention_hooks))
+        return not any(self._attention_hooks) or all(map(_records_only, self._attention_hooks))
 
 
 def _records_only(hooks: dict[int, Any]) -> bool:
