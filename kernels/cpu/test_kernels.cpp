@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "auxkern.h"
+#include "test_layer.h"
 
 namespace {
 
@@ -398,6 +399,11 @@ int main() {
         }
         attends(isa, 1, 1, 1, 16);
         attends(isa, 3, 3, 37, 80);
+        for (int32_t kind : {AUXKERN_PACKED_F32, AUXKERN_PACKED_BF16_PAIRS, AUXKERN_PACKED_I8}) {
+            const int one = layer_differences(isa, 1, kind, 1, 1), some = layer_differences(isa, 3, kind, 2, 7);
+            const int blocks = layer_differences(isa, 2, kind, 3, 350);
+            check(one == 0 && some == 0 && blocks == 0, "layer and its pieces", isa, one + some + blocks, 0);
+        }
     }
     refusals();
     refused_products();

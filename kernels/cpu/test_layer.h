@@ -1,0 +1,7 @@
+#pragma once
+
+#include "auxkern.h"
+
+// Numbers of a layer's result that differ from those of its pieces, and calls that were not refused;
+// -1 if the layer was.
+int layer_differences(int32_t isa, int32_t threads, int32_t kind, int64_t B, int64_t T);
