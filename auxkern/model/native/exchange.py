@@ -43,11 +43,12 @@ def exchange_layers(model: nn.Module, compute: str) -> None:
 def _step(layer: nn.Module, compute: str, recent: RecentInputs) -> LayerStep:
     """Raises UnknownLayerError: the layer stays, and why."""
     step, structure = LayerStep(compute, recent), structure_of(layer)
-    step.pack(layer)
+    width = step.pack(layer).width
     attention = getattr(layer, structure.attention).config._attn_implementation
     if attention != ATTENTION:
         raise UnknownLayerError(f"its attention is {attention!r}")
-    step.as_tuple = returns_tuple(layer, structure)
+    exact = step if compute == "float32" else LayerStep("float32", recent)
+    step.as_tuple = returns_tuple(layer, structure, exact, width)
     return step
 
 

@@ -49,7 +49,9 @@ class PackedLayer:
         ]
         self._parameters = list(layer.parameters())
         owners = [layer, *children]
-        self._places = [places for owner in owners for places in (owner._modules, owner._parameters) if places]
+        self._places = [
+            places for owner in owners for places in (owner._modules, owner._parameters) if places
+        ]
         # Whoever stands here keeps its id as long as it is kept.
         self._kept = [one for places in self._places for one in places.values()]
         self._ids = self._present()

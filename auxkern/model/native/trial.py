@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from auxkern.model.caches import CACHE_NAME
-from auxkern.model.native.inputs import RecentInputs
 from auxkern.model.native.layer import LayerStep
 from auxkern.model.native.structures import Structure, UnknownLayerError
 
@@ -24,12 +23,14 @@ _PADDING = 2  # columns before the first sequence
 
 
 @torch.no_grad()
-def returns_tuple(layer: nn.Module, structure: Structure) -> bool:
+def returns_tuple(layer: nn.Module, structure: Structure, step: LayerStep, width: int) -> bool:
     """Compares a layer with its native step in float32, on a padded batch and on one more token of it.
 
     Args:
         layer: in evaluation mode.
         structure: its own.
+        step: its own, in float32.
+        width: D.
 
     Returns:
         Whether it returns a tuple.
@@ -37,8 +38,6 @@ def returns_tuple(layer: nn.Module, structure: Structure) -> bool:
     Raises:
         UnknownLayerError: the layer cannot be described, or the two differ.
     """
-    step = LayerStep("float32", RecentInputs())
-    width = step.pack(layer).width
     turned = _turned(getattr(layer, structure.attention)) if structure.rotary else None
     random = torch.Generator().manual_seed(0)
     B, T = _SIZE
