@@ -125,6 +125,11 @@ class FrozenLinear(torch.nn.Linear):
             self._kept = state, pack(weight, compute)
         return self._kept[1]
 
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the packed weight; 0 as long as there is none."""
+        return 0 if self._kept is None else self._kept[1].nbytes
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
         wanted = x.dtype is torch.float32 and x.device.type == "cpu"

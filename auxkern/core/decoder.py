@@ -94,7 +94,7 @@ class Window(NamedTuple):
     """Columns of one layer's cache that a step attends to, the last of which it writes.
 
     Attributes:
-        keys, values: (B or more, heads, columns, width) float32, width contiguous.
+        keys, values: (B or more, heads, columns, width) float32, of the same strides, width contiguous.
         begin: the first column that is attended to.
         end: the first that is written.
     """

@@ -32,7 +32,7 @@ from transformers import (
 from auxkern.generation.slots import SlotTable
 from auxkern.model import fingerprint, use_native_kernels
 from auxkern.model.caches import CACHE_NAME
-from auxkern.model.native import NativeLayer, explain
+from auxkern.model.native import NativeLayer, compute_of, explain
 
 V, D = 97, 64
 SIZES = {
@@ -388,3 +388,38 @@ def test_weights_that_int8_cannot_keep_leave_a_layer_as_it_was():
     use_native_kernels(model, "int8")
     assert len(native_layers(model)) == 2
     assert "model.layers.1: LlamaDecoderLayer" in explain(model)
+
+
+def test_the_arithmetic_can_be_changed():
+    plain, model = pair_of(FAMILIES["llama"])
+    ids, mask = padded_on_the_left()
+    exact = called(model, ids, mask).logits
+    assert compute_of(model) == "float32"
+    use_native_kernels(model, "int8")
+    assert "3 decoder layers run as one native step each, in int8" in explain(model)
+    assert not torch.equal(called(model, ids, mask).logits, exact)
+    use_native_kernels(model, "float32")
+    assert torch.equal(called(model, ids, mask).logits, exact)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_explain_counts_linear_layers_that_were_packed():
+    _, model = pair_of(FAMILIES["llama"])
+    called(model, *padded_on_the_left())
+    bytes_of_head = 4 * 7 * 16 * D  # 97 ids in panels of 16
+    assert (
+        f"1 linear layers beside them have a packed weight; it takes {bytes_of_head / 1e6:.1f} MB"
+        in explain(model)
+    )
+
+
+def test_a_layer_refuses_a_cache_of_other_heads():
+    _, model = pair_of(FAMILIES["llama"])
+    layer, x = model.model.layers[0], torch.randn(2, 1, D)
+    cache = DynamicCache()
+    cache.update(torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4, 32), 0)
+    options = {"position_embeddings": tuple(torch.randn(2, 1, 32) for _ in range(2)), CACHE_NAME: cache}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        layer(x, **options)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must match the size of tensor b"):
+        layer(torch.randn(2, 1, D + 1), position_embeddings=options["position_embeddings"])

@@ -83,6 +83,7 @@ class CpuLayer(DecoderLayer):
         call = _begun(inputs, x, _PROJECT | _ATTEND)
         T = call.T
         keys, values, begin, end = self._columns(call) if window is None else window
+        self._check(keys, values)
         batch, head, column, _ = keys.stride()
         key, value = keys.data_ptr(), values.data_ptr()
         call.P = end + T - begin
@@ -105,6 +106,7 @@ class CpuLayer(DecoderLayer):
         return query, keys, values
 
     def attended(self, x: Tensor, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self._check(key, value)
         key, value = _plain(key), _plain(value)
         call = _begun(inputs, x, _ATTEND)
         call.query, call.P = query.data_ptr(), key.shape[2]
@@ -112,6 +114,14 @@ class CpuLayer(DecoderLayer):
         call.key_batch, call.key_head, call.key_column, _ = key.stride()
         call.value_batch, call.value_head, call.value_column, _ = value.stride()
         return self._run(call, inputs, x)
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        heads = self._parts.heads
+        if keys.shape[1] != heads.keys or keys.shape[3] != heads.width or values.shape != keys.shape:
+            raise ValueError(
+                f"the cache has keys {tuple(keys.shape)} and values {tuple(values.shape)}; this layer has "
+                f"{heads.keys} heads of {heads.width}"
+            )
 
     def _columns(self, call: CLayerCall) -> Window:
         heads = self._parts.heads

@@ -12,6 +12,7 @@ from auxkern.model.native.layer import LayerStep, NativeLayer, exchanged
 from auxkern.model.native.packed_layers import ATTENTION
 from auxkern.model.native.structures import UnknownLayerError, structure_of
 from auxkern.model.native.trial import returns_tuple
+from auxkern.nn import FrozenLinear
 
 _REASON = "native_refusal"  # attribute of a layer that stays torch's
 
@@ -63,14 +64,19 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Modul
 def explain(model: nn.Module) -> str:
     """Which decoder layers of a model run as one native step, which stay torch's and why, and the memory."""
     steps: dict[str, list[int]] = {}
+    beside: list[int] = []
+    inside: set[int] = set()
     reasons: dict[str, list[str]] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, NativeLayer):
             step, reason = layer.native_step, layer.native_step.refusal
             if reason is None:
                 steps.setdefault(step.compute, []).append(step.nbytes)
+                inside |= {id(one) for one in layer.modules()}
         else:
             reason = getattr(layer, _REASON, None)
+            if isinstance(layer, FrozenLinear) and id(layer) not in inside and layer.packed_bytes:
+                beside.append(layer.packed_bytes)
         if reason is not None:
             reasons.setdefault(f"{type(layer).__name__}: {reason}", []).append(path)
     lines = [
@@ -78,5 +84,8 @@ def explain(model: nn.Module) -> str:
         f"packed weights take {sum(sizes) / 1e6:.1f} MB"
         for compute, sizes in steps.items()
     ]
+    if beside:
+        size = f"{sum(beside) / 1e6:.1f} MB"
+        lines.append(f"{len(beside)} linear layers beside them have a packed weight; it takes {size}")
     lines += [f"{len(paths)} as they were, {', '.join(paths)}: {reason}" for reason, paths in reasons.items()]
     return "\n".join(lines or ["no decoder layers run as one native step; see use_native_kernels"])

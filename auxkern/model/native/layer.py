@@ -92,10 +92,10 @@ class LayerStep:
         return packed
 
     def change(self, layer: nn.Module, compute: str) -> None:
-        """Another arithmetic, for which the layer's weights are packed again."""
+        """Packs the layer's weights for another arithmetic; if that cannot be, ``refusal`` says why."""
         if compute != self.compute:
-            self.compute = compute
-            self.pack(layer)
+            self.compute, self.refusal = compute, None
+            self._packed_anew(layer)
 
     def _packed_anew(self, layer: nn.Module) -> PackedLayer | None:
         if self.refusal is not None:
@@ -124,7 +124,7 @@ class LayerStep:
             if x.device.type != "cpu" or torch.is_grad_enabled():
                 return None  # the next step without gradients packs what training leaves
             packed = self._packed_anew(layer)
-        if packed is None or not packed.may_run(x):
+        if packed is None or x.shape[2] != packed.width or not packed.may_run(x):
             return None
         if args:
             options = {**options, **dict(zip(packed.names, args, strict=False))}

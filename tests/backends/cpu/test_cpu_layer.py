@@ -341,3 +341,19 @@ def test_parts_that_do_not_fit_are_refused(backend):
     layer.parts = replace(layer.parts, heads=Heads(2, 1, 16, 0.25))
     with pytest.raises(RuntimeError, match="a size is out of its range"):
         whole(backend, layer, step)
+
+
+def test_a_cache_of_other_heads_is_refused(backend):
+    options, rotary = CASES["grouped heads"]
+    layer = Layer(**options)
+    step = Step(layer, (2, 1, 4), rotary)
+    step.keys = step.values = torch.randn(2, 2, 4, 16)
+    with pytest.raises(
+        ValueError, match=r"the cache has keys \(3, 2, 10, 16\).*this layer has 1 heads of 16"
+    ):
+        whole(backend, layer, step)
+    kernel = backend.decoder_layer(layer.parts)
+    inputs = kernel.inputs((2, 1), step.mask, step.angles)
+    query, _, _ = kernel.projected(step.x, inputs)
+    with pytest.raises(ValueError, match="this layer has 1 heads of 16"):
+        kernel.attended(step.x, inputs, query, torch.randn(2, 1, 5, 16), torch.randn(2, 1, 5, 8))
