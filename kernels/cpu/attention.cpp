@@ -21,12 +21,24 @@ struct Row {
     const int32_t *columns;
     int64_t count, stride;  // columns seen; floats from head to head in `weight`
     float *weight;
+    bool fetches;           // keys and values are read once, so that they come from memory
+    const float *next_key;  // where the keys of the next piece stand, or null
 };
+
+// A cache of many sequences comes from memory, a few hundred bytes from each place: while keys are
+// multiplied, values of the same columns are fetched, and then keys of the next piece, whose columns
+// are mostly the same.
+inline void fetch_row(const float *row, int64_t width) {
+    for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + d, 0, 2);
+}
 
 // weight[h, i] = scale * query[h] . key[columns[i]] for the tile that begins at i.
 template <int H>
 inline void products(const Row &row, int64_t head, int64_t i) {
     const auxkern_attention &a = row.a;
+    if (row.fetches && head == 0)
+        for (int64_t j = i; j < i + TILE && j < row.count; ++j)
+            fetch_row(row.value + row.columns[j] * a.value_stride_column, a.D);
     const float *query = row.query + head * a.query_stride_head, *key[TILE];
     for (int j = 0; j < TILE; ++j) key[j] = row.key + row.columns[i + j < row.count ? i + j : row.count - 1] * a.key_stride_column;
     vf sum[H][TILE];
@@ -80,6 +92,7 @@ inline void mix(const Row &row, int64_t head, int64_t d, const float *factor) {
         for (int j = 0; j < V; ++j) sum[h][j] = splat(0);
     for (int64_t i = 0; i < row.count; ++i) {
         const float *value = row.value + row.columns[i] * a.value_stride_column + d;
+        if (head == 0 && d == 0 && row.next_key) fetch_row(row.next_key + row.columns[i] * a.key_stride_column, a.D);
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
             const vf v = in_register(load(value + j * LANES));
@@ -129,10 +142,16 @@ void attention(const AttentionTask &task, int64_t begin, int64_t end, float *scr
         if (position != listed) count = seen(a, b, t, columns);
         listed = position;
         float *out = a.out + (position * a.heads + key_head * group) * a.D;
+        const float *next_key = nullptr;
+        const bool fetches = a.T == 1;
+        if (fetches && key_head + 1 < a.key_heads)
+            next_key = a.key + b * a.key_stride_batch + (key_head + 1) * a.key_stride_head;
+        else if (fetches && b + 1 < a.B)
+            next_key = a.key + (b + 1) * a.key_stride_batch;
         const Row row{a, a.query + b * a.query_stride_batch + key_head * group * a.query_stride_head + t * a.query_stride_position,
                       a.key + b * a.key_stride_batch + key_head * a.key_stride_head,
                       a.value + b * a.value_stride_batch + key_head * a.value_stride_head, out, columns, count, padded,
-                      scratch + padded};
+                      scratch + padded, fetches, next_key};
         if (count == 0) {
             memset(out, 0, sizeof(float) * size_t(group * a.D));
             continue;

@@ -135,7 +135,10 @@ void add_rest(LayerStages &stages, const LayerTask &task) {
     const auxkern_layer &layer = *task.rows.layer;
     constexpr int64_t MIN_PRODUCTS = 1 << 13;
     const int64_t work = layer.heads / layer.key_heads * std::max<int64_t>(1, task.attention.P) * layer.head_width;
-    stages.add({attend, task.rows.count * layer.key_heads, std::max<int64_t>(1, MIN_PRODUCTS / work)});
+    const int64_t pieces = task.rows.count * layer.key_heads;
+    // A piece fetches keys for the next one, which should be of the same thread.
+    const int64_t neighbours = std::min(2 * layer.key_heads, pieces / (8 * task.threads));
+    stages.add({attend, pieces, std::max<int64_t>({1, neighbours, MIN_PRODUCTS / work})});
     if (task.output.prepares()) stages.add(by_rows(prepare<&LayerTask::output>, task));
     stages.add({multiply<&LayerTask::output>, task.output.task.pieces(), 1});
     const bool norms = is_normed(layer.attention_after) || is_normed(layer.parallel ? layer.attention_norm : layer.mlp_norm);
