@@ -73,7 +73,7 @@ class PackedLayer:
         """Whether a call on x is one that leaves nothing out."""
         if any(self._hooks) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
-        if x.device.type != "cpu" or self._config._attn_implementation != ATTENTION:
+        if not x.is_cpu or self._config._attn_implementation != ATTENTION:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._parameters)):
             return False
