@@ -20,10 +20,14 @@
 namespace {
 
 // Bits of CPUID leaf 7, subleaf 1, which not every compiler's __builtin_cpu_supports knows by name. The
-// operating system's part, the registers, is that of AVX2 and AVX-512.
+// operating system's part, the registers, is that of AVX2 and AVX-512. Asked for once: a virtual machine
+// takes microseconds to answer.
 bool has_feature(int bit) {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> bit & 1);
+    static const unsigned features = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        return __get_cpuid_count(7, 1, &a, &b, &c, &d) ? a : 0;
+    }();
+    return features >> bit & 1;
 }
 
 bool has_avx_vnni() { return has_feature(4); }
