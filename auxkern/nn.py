@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxkern.core.memory import GradientMemory
+from auxkern.core.memory import GradientMemory, LargePages
 from auxkern.core.packed import PackedWeight
 from auxkern.core.terms import Term
 from auxkern.ops.cross_entropy import cross_entropy
@@ -122,7 +122,7 @@ class FrozenLinear(torch.nn.Linear):
         if self._kept is None or self._kept[0] != state:
             if pack_refusal() is not None:
                 return None
-            self._kept = state, pack(weight, compute)
+            self._kept = state, pack(weight, compute).moved(LargePages())
         return self._kept[1]
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
+from auxkern.core.memory import LargePages
 from auxkern.core.packed import PackedWeight
 
 
@@ -88,6 +89,14 @@ class DecoderParts:
     activation: str
     gated: bool
     parallel: bool
+
+    def moved(self, memory: LargePages) -> DecoderParts:
+        """The same, with packed weights in other memory."""
+        qkv, output, up, down = (
+            replace(one, weight=one.weight.moved(memory))
+            for one in (self.qkv, self.output, self.up, self.down)
+        )
+        return replace(self, qkv=qkv, output=output, up=up, down=down)
 
 
 class Window(NamedTuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from auxkern.core.memory import LargePages
 
 COMPUTES = ("float32", "bfloat16", "int8")
 # How values are kept; what the kernels call them is the place in this list.
@@ -42,6 +44,10 @@ class PackedWeight:
     gated: bool
     values: Tensor
     scales: Tensor
+
+    def moved(self, memory: LargePages) -> PackedWeight:
+        """The same in other memory."""
+        return replace(self, values=memory.copy(self.values), scales=memory.copy(self.scales))
 
     @property
     def nbytes(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from auxkern.core.decoder import Window
+from auxkern.core.memory import LargePages
 from auxkern.model.native import WindowedLayer
 
 # One of a sliding window forgets what lies before it; it is taken while the window is wider than a slot.
@@ -48,8 +49,8 @@ class SlotLayer(CacheLayerMixin, WindowedLayer):
         """Takes room like these (R, heads, T, width) for all slots."""
         # Zeros: what is masked is still multiplied, and NaN times 0 is NaN.
         slots, columns = self.table.mask.shape[0], self.table.columns
-        self.keys = keys.new_zeros(slots, keys.shape[1], columns, keys.shape[3])
-        self.values = values.new_zeros(slots, values.shape[1], columns, values.shape[3])
+        self.keys = self.table.zeros(keys, (slots, keys.shape[1], columns, keys.shape[3]))
+        self.values = self.table.zeros(values, (slots, values.shape[1], columns, values.shape[3]))
         self.is_initialized = True
 
     def update(
@@ -112,6 +113,7 @@ class SlotTable:
         self.columns = self._room + 1 if fixed else self._room
         self.mask = torch.zeros(slots, self._room, dtype=torch.int64, device=device)
         self.count = 0
+        self._pages = LargePages()
         self.end = length
         self._starts: list[int] = []
         self._first: int | None = None  # of these: every layer asks for it at every step
@@ -137,6 +139,13 @@ class SlotTable:
         """Bytes of all keys and values."""
         tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Memory for keys or values of a layer, of another's dtype and device."""
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        # Written now: pages that are first touched while texts are written would hold those up.
+        return self._pages.zeros(shape, like.dtype).zero_()
 
     def needed_bytes(self, cache: Cache) -> int:
         """What ``reserve`` would take."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from auxkern.core.memory import LargePages
 from auxkern.model.native.inputs import RecentInputs
 from auxkern.model.native.layer import LayerStep, NativeLayer, exchanged
 from auxkern.model.native.packed_layers import ATTENTION
@@ -26,14 +27,14 @@ def exchange_layers(model: nn.Module, compute: str) -> None:
         model: on the CPU, its attention "auxkern".
         compute: as in ``use_native_kernels``.
     """
-    recent = RecentInputs()
+    recent, memory = RecentInputs(), LargePages()
     for parent, name, layer in list(_decoder_layers(model)):
         if isinstance(layer, NativeLayer):
             layer.native_step.change(layer, compute)
             continue
         training = layer.training
         try:
-            step = _step(layer.eval(), compute, recent)
+            step = _step(layer.eval(), LayerStep(compute, recent, memory))
         except (UnknownLayerError, ValueError) as reason:
             setattr(layer, _REASON, str(reason))
             layer.train(training)
@@ -41,14 +42,14 @@ def exchange_layers(model: nn.Module, compute: str) -> None:
             setattr(parent, name, exchanged(layer, step).train(training))
 
 
-def _step(layer: nn.Module, compute: str, recent: RecentInputs) -> LayerStep:
+def _step(layer: nn.Module, step: LayerStep) -> LayerStep:
     """Raises UnknownLayerError: the layer stays, and why."""
-    step, structure = LayerStep(compute, recent), structure_of(layer)
+    structure = structure_of(layer)
     width = step.pack(layer).width
     attention = getattr(layer, structure.attention).config._attn_implementation
     if attention != ATTENTION:
         raise UnknownLayerError(f"its attention is {attention!r}")
-    exact = step if compute == "float32" else LayerStep("float32", recent)
+    exact = step if step.compute == "float32" else LayerStep("float32", RecentInputs(), LargePages())
     step.as_tuple = returns_tuple(layer, structure, exact, width)
     return step
 

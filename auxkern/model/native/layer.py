@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from auxkern.core.decoder import LayerInputs
+from auxkern.core.memory import LargePages
 from auxkern.model.native.inputs import RecentInputs
 from auxkern.model.native.packed_layers import PackedLayer
 from auxkern.model.native.structures import UnknownLayerError
@@ -74,21 +75,22 @@ class LayerStep:
     Args:
         compute: as in ``use_native_kernels``.
         recent: shared by the layers of a model.
+        memory: likewise, for packed weights.
 
     Attributes:
         as_tuple: whether the layer returns a tuple.
         refusal: why the layer runs as it was since its parts were changed; None if it does not.
     """
 
-    def __init__(self, compute: str, recent: RecentInputs) -> None:
-        self.compute, self._recent = compute, recent
+    def __init__(self, compute: str, recent: RecentInputs, memory: LargePages) -> None:
+        self.compute, self._recent, self._memory = compute, recent, memory
         self.as_tuple = False
         self._packed: PackedLayer | None = None
         self.refusal: str | None = None
 
     def pack(self, layer: nn.Module) -> PackedLayer:
         """Packs the layer's weights as they are now."""
-        self._packed = packed = PackedLayer(layer, self.compute)
+        self._packed = packed = PackedLayer(layer, self.compute, self._memory)
         return packed
 
     def change(self, layer: nn.Module, compute: str) -> None:
@@ -108,7 +110,7 @@ class LayerStep:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer packs its own weights.
-        return {**self.__dict__, "_packed": None, "_recent": RecentInputs()}
+        return {**self.__dict__, "_packed": None, "_recent": RecentInputs(), "_memory": LargePages()}
 
     @property
     def nbytes(self) -> int:

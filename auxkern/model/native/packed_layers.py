@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from auxkern.backends.choice import choose
+from auxkern.core.memory import LargePages
 from auxkern.model.native.described import described, turns_heads
 from auxkern.model.native.structures import parts_of, structure_of
 
@@ -21,15 +22,16 @@ class PackedLayer:
     Args:
         layer: of a transformers model, on the CPU.
         compute: as in ``use_native_kernels``.
+        memory: for packed weights.
 
     Raises:
         UnknownLayerError: it cannot be described.
         ValueError: a weight cannot be kept with this compute.
     """
 
-    def __init__(self, layer: nn.Module, compute: str) -> None:
+    def __init__(self, layer: nn.Module, compute: str, memory: LargePages) -> None:
         structure = structure_of(layer)
-        parts = described(layer, compute)
+        parts = described(layer, compute).moved(memory)
         attention = getattr(layer, structure.attention)
         self.turns_heads = turns_heads(layer, structure)
         self.width = parts.qkv.weight.K
