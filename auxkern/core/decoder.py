@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -151,6 +152,16 @@ class DecoderLayer(ABC):
     @abstractmethod
     def whole(self, x: Tensor, inputs: LayerInputs, window: Window | None) -> Tensor:
         """The layer, with new keys and values written to the window; None for no cache."""
+
+    @abstractmethod
+    def through(
+        self, others: Sequence[DecoderLayer], x: Tensor, inputs: LayerInputs, windows: Sequence[Window] | None
+    ) -> Tensor:
+        """What others of the same sizes, one after the other, make of what the layer makes of x.
+
+        Args:
+            windows: of the layer and of the others; None for no cache.
+        """
 
     @abstractmethod
     def projected(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:

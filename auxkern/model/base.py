@@ -12,7 +12,7 @@ from torch import Tensor
 from auxkern.core.packed import PackedWeight, check_compute
 from auxkern.core.terms import Head, Logits, Term, softcapped
 from auxkern.model.layers import row_products
-from auxkern.model.native import native_refusal, use_native_kernels
+from auxkern.model.native import native_refusal, stack_of, use_native_kernels
 from auxkern.model.smollm2 import smollm2_folder
 from auxkern.nn import FrozenLinear
 from auxkern.ops.dense import dense_logits
@@ -301,7 +301,9 @@ def run_base(
             inputs["attention_mask"] = mask_with_cache(cache, attention_mask, input_ids.shape[1])
     # The base keeps its own precision under the training loop's autocast.
     with torch.autocast(input_ids.device.type, enabled=False):
-        output = model(**inputs, output_hidden_states=bool(layers) or want_logits)
+        stack = None if layers or want_logits else stack_of(model)
+        forward = functools.partial(model, **inputs, output_hidden_states=bool(layers) or want_logits)
+        output = forward() if stack is None else stack.run(forward)
         every = output.hidden_states
         final = every[-1] if want_logits else output.last_hidden_state
         for layer in layers:

@@ -323,3 +323,13 @@ extern "C" int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxke
                 run_block(task, memory, first, std::min(block, rows - first), stages, *execution);
     return AUXKERN_OK;
 }
+
+extern "C" int32_t auxkern_layers_forward(const auxkern_layer *const *layers, const auxkern_layer_call *calls, int64_t count,
+                                          const auxkern_execution *execution) {
+    if (!layers || !calls || count < 0) return AUXKERN_BAD_ARGUMENT;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t status = auxkern_layer_forward(layers[i], calls + i, execution);
+        if (status != AUXKERN_OK) return status;
+    }
+    return AUXKERN_OK;
+}

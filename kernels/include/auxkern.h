@@ -372,6 +372,10 @@ typedef struct {
 AUXKERN_EXPORT int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxkern_layer_call *call,
                                              const auxkern_execution *execution);
 
+/* Layers one after the other, as so many calls would run them: the next one's x is mostly a layer's y. */
+AUXKERN_EXPORT int32_t auxkern_layers_forward(const auxkern_layer *const *layers, const auxkern_layer_call *calls,
+                                              int64_t count, const auxkern_execution *execution);
+
 /* ---- sampling ------------------------------------------------------------------------------- */
 
 enum auxkern_row_status {

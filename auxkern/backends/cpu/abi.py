@@ -311,6 +311,7 @@ def _kernels() -> dict[str, list[type]]:
         "auxkern_product_forward": [POINTER(CProduct), POINTER(CProductCall)],
         "auxkern_attention_forward": [POINTER(CAttention)],
         "auxkern_layer_forward": [POINTER(CLayer), POINTER(CLayerCall)],
+        "auxkern_layers_forward": [c_void_p, POINTER(CLayerCall), c_int64],
         "auxkern_sample": [*terms, c_int64, c_int64, POINTER(CSampling), *[c_void_p] * 3],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class CpuLayer(DecoderLayer):
     def __init__(self, native: Native, parts: DecoderParts) -> None:
         self._parts, self._native = parts, native
         self._layer = _c_layer(parts)
-        self._reference = ctypes.byref(self._layer)
+        self._reference, self._address = ctypes.byref(self._layer), ctypes.addressof(self._layer)
 
     def inputs(
         self, size: tuple[int, int], mask: Tensor | None, angles: tuple[Tensor, Tensor] | None
@@ -81,18 +82,44 @@ class CpuLayer(DecoderLayer):
 
     def whole(self, x: Tensor, inputs: LayerInputs, window: Window | None) -> Tensor:
         call = _begun(inputs, x, _PROJECT | _ATTEND)
-        T = call.T
-        keys, values, begin, end = self._columns(call) if window is None else window
+        if window is None:
+            window = self._columns(call)
+        self._set_window(call, window)
+        return self._run(call, inputs, x)
+
+    def through(
+        self, others: Sequence[DecoderLayer], x: Tensor, inputs: LayerInputs, windows: Sequence[Window] | None
+    ) -> Tensor:
+        if not isinstance(inputs, CpuInputs):
+            raise TypeError(f"inputs are {type(inputs).__name__}; take those of the layer")
+        layers = [self, *[other for other in others if isinstance(other, CpuLayer)]]
+        calls = (CLayerCall * len(layers)).from_buffer_copy(bytes(inputs.call) * len(layers))
+        if windows is None:
+            windows = [self._columns(calls[0])] * len(layers)
+        between = torch.empty_like(x), torch.empty_like(x)
+        addresses = between[0].data_ptr(), between[1].data_ptr()
+        source = x.data_ptr()
+        for place, (layer, window) in enumerate(zip(layers, windows, strict=True)):
+            call = calls[place]
+            call.x, call.y, call.stages = source, addresses[place % 2], _PROJECT | _ATTEND
+            source = addresses[place % 2]
+            layer._set_window(call, window)
+            _check_columns(inputs, call)
+        pointers = (ctypes.c_void_p * len(layers))(*[layer._address for layer in layers])
+        self._native.library.auxkern_layers_forward(pointers, calls, len(layers), self._native.execution())
+        return between[(len(layers) - 1) % 2]
+
+    def _set_window(self, call: CLayerCall, window: Window) -> None:
+        keys, values, begin, end = window
         self._check(keys, values)
         batch, head, column, _ = keys.stride()
         key, value = keys.data_ptr(), values.data_ptr()
-        call.P = end + T - begin
+        call.P = end + call.T - begin
         call.new_key, call.new_value = key + 4 * end * column, value + 4 * end * column
         call.new_batch, call.new_head, call.new_position = batch, head, column
         call.key, call.value = key + 4 * begin * column, value + 4 * begin * column
         call.key_batch, call.key_head, call.key_column = batch, head, column
         call.value_batch, call.value_head, call.value_column = batch, head, column
-        return self._run(call, inputs, x)
 
     def projected(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         call = _begun(inputs, x, _PROJECT)
@@ -129,12 +156,16 @@ class CpuLayer(DecoderLayer):
         return Window(keys, values, 0, 0)
 
     def _run(self, call: CLayerCall, inputs: LayerInputs, x: Tensor) -> Tensor:
-        if inputs.columns not in (None, call.P):
-            raise ValueError(f"the mask is of {inputs.columns} columns, but there are {call.P}")
+        _check_columns(inputs, call)
         y = torch.empty_like(x)
         call.y = y.data_ptr()
         self._native.library.auxkern_layer_forward(self._reference, call, self._native.execution())
         return y
+
+
+def _check_columns(inputs: LayerInputs, call: CLayerCall) -> None:
+    if inputs.columns not in (None, call.P):
+        raise ValueError(f"the mask is of {inputs.columns} columns, but there are {call.P}")
 
 
 def _begun(inputs: LayerInputs, x: Tensor, stages: int) -> CLayerCall:

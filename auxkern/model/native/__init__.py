@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from auxkern.model.native.ahead import stack_of
 from auxkern.model.native.exchange import explain
 from auxkern.model.native.kernels import compute_of, native_refusal, use_native_kernels
 from auxkern.model.native.layer import NativeLayer
 from auxkern.model.native.windows import WindowedLayer
 
-__all__ = ["NativeLayer", "WindowedLayer", "compute_of", "explain", "native_refusal", "use_native_kernels"]
+__all__ = [
+    "NativeLayer",
+    "WindowedLayer",
+    "compute_of",
+    "explain",
+    "native_refusal",
+    "stack_of",
+    "use_native_kernels",
+]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from auxkern.core.memory import LargePages
+from auxkern.model.native.ahead import Stack
 from auxkern.model.native.inputs import RecentInputs
 from auxkern.model.native.layer import LayerStep, NativeLayer, exchanged
 from auxkern.model.native.packed_layers import ATTENTION
@@ -40,6 +41,18 @@ def exchange_layers(model: nn.Module, compute: str) -> None:
             layer.train(training)
         else:
             setattr(parent, name, exchanged(layer, step).train(training))
+    for parent in model.modules():
+        if isinstance(parent, nn.ModuleList) and len(parent) > 1:
+            _stack(parent)
+
+
+def _stack(layers: nn.ModuleList) -> None:
+    """Lets the layers run ahead, if every one of them is a native step."""
+    if all(isinstance(layer, NativeLayer) for layer in layers):
+        stack = Stack(layers)
+        layers.native_stack = stack  # type: ignore[assignment]
+        for layer in layers:
+            layer.native_step.stack = stack  # type: ignore[union-attr]
 
 
 def _step(layer: nn.Module, step: LayerStep) -> LayerStep:

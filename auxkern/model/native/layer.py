@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from auxkern.core.decoder import LayerInputs
 from auxkern.core.memory import LargePages
+from auxkern.model.native.ahead import Stack
 from auxkern.model.native.inputs import RecentInputs
-from auxkern.model.native.packed_layers import PackedLayer
+from auxkern.model.native.packed_layers import PackedLayer, records_only
 from auxkern.model.native.structures import UnknownLayerError
-from auxkern.model.native.windows import WindowedLayer
 
 _CACHES = ("cache", "past_key_values")  # transformers 5.24 has renamed it
 # Arguments that change nothing in a layer, or that are looked at apart from the others.
@@ -80,11 +80,13 @@ class LayerStep:
     Attributes:
         as_tuple: whether the layer returns a tuple.
         refusal: why the layer runs as it was since its parts were changed; None if it does not.
+        stack: of all layers of the model; None if some of them are as they were.
     """
 
     def __init__(self, compute: str, recent: RecentInputs, memory: LargePages) -> None:
         self.compute, self._recent, self._memory = compute, recent, memory
         self.as_tuple = False
+        self.stack: Stack | None = None
         self._packed: PackedLayer | None = None
         self.refusal: str | None = None
 
@@ -119,6 +121,11 @@ class LayerStep:
 
     def run(self, layer: nn.Module, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What the layer makes of x (B, T, D); None where its own forward must."""
+        stack = self.stack if self.stack is not None and self.stack.is_ahead else None
+        if stack is not None and stack.handed(
+            x, options.get("attention_mask"), options.get("position_embeddings")
+        ):
+            return (x,) if self.as_tuple else x
         if layer.training or type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3:
             return None
         packed = self._packed
@@ -138,11 +145,27 @@ class LayerStep:
                 return None
             cache = value
         angles = options.get("position_embeddings") if packed.turns_heads else None
-        inputs = self._recent.of(packed.kernel, x, options.get("attention_mask"), angles)
+        mask = options.get("attention_mask")
+        inputs = self._recent.of(packed.kernel, x, mask, angles)
         if inputs is None or (packed.turns_heads and angles is None):
             return None
-        y = _stepped(packed, x if x.is_contiguous() else x.contiguous(), inputs, cache)
+        x = x if x.is_contiguous() else x.contiguous()
+        y = None
+        if stack is not None and not (
+            cache is not None and inputs.causal and cache.get_seq_length(packed.index)
+        ):
+            y = stack.through(layer, x, (mask, options.get("position_embeddings")), inputs, cache)
+        if y is None:
+            y = _stepped(packed, x, inputs, cache)
         return (y,) if self.as_tuple and y is not None else y
+
+    def ready(self, layer: nn.Module, x: Tensor) -> PackedLayer | None:
+        """The packed weights, if a call of the layer on x would read them and nobody listens to it."""
+        packed = self._packed
+        if packed is None or layer.training or x.shape[2] != packed.width or not packed.is_current():
+            return None
+        heard = records_only(layer._forward_hooks) and records_only(layer._forward_pre_hooks)
+        return packed if heard and packed.may_run(x) else None
 
 
 def _stepped(packed: PackedLayer, x: Tensor, inputs: LayerInputs, cache: Any) -> Tensor | None:
@@ -150,13 +173,10 @@ def _stepped(packed: PackedLayer, x: Tensor, inputs: LayerInputs, cache: Any) ->
     kernel, index = packed.kernel, packed.index
     if cache is None:
         return kernel.whole(x, inputs, None)
-    layers = getattr(cache, "layers", None)
-    if layers is None or (inputs.causal and cache.get_seq_length(index)):
+    if not hasattr(cache, "layers") or (inputs.causal and cache.get_seq_length(index)):
         return None  # without a mask transformers means as many columns as positions
-    of_layer = layers[index] if index < len(layers) else None
-    if isinstance(of_layer, WindowedLayer):
-        window = of_layer.window(x.shape[0], x.shape[1])
-        if window is not None:
-            return kernel.whole(x, inputs, window)
+    window = packed.window(cache, x)
+    if window is not None:
+        return kernel.whole(x, inputs, window)
     query, keys, values = kernel.projected(x, inputs)
     return kernel.attended(x, inputs, query, *cache.update(keys, values, index))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from auxkern.backends.choice import choose
+from auxkern.core.decoder import Window
 from auxkern.core.memory import LargePages
 from auxkern.model.native.described import described, turns_heads
 from auxkern.model.native.structures import parts_of, structure_of
+from auxkern.model.native.windows import WindowedLayer
 
 ATTENTION = "auxkern"  # its name among transformers' attention functions
 
@@ -71,6 +73,12 @@ class PackedLayer:
         # In-place changes count a parameter's version up; a move gives it other memory.
         return [*[p._version for p in self._parameters], *[address() for address in self._addresses]]
 
+    def window(self, cache: Any, x: Tensor) -> Window | None:
+        """Where a cache takes the new columns of x (B, T, D) in place; None if it has to be told of them."""
+        layers = getattr(cache, "layers", ())
+        of_layer = layers[self.index] if self.index < len(layers) else None
+        return of_layer.window(x.shape[0], x.shape[1]) if isinstance(of_layer, WindowedLayer) else None
+
     def may_run(self, x: Tensor) -> bool:
         """Whether a call on x is one that leaves nothing out."""
         if any(self._hooks) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -79,9 +87,9 @@ class PackedLayer:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._parameters)):
             return False
-        return not any(self._attention_hooks) or all(map(_records_only, self._attention_hooks))
+        return not any(self._attention_hooks) or all(map(records_only, self._attention_hooks))
 
 
-def _records_only(hooks: dict[int, Any]) -> bool:
+def records_only(hooks: dict[int, Any]) -> bool:
     """Whether hooks are transformers' own, which record what this kind of attention does not have."""
     return all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks.values())
