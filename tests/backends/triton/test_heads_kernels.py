@@ -124,6 +124,23 @@ def test_a_sure_target_keeps_its_digits():
     torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("scales", [(40.3,), (40.3, 0.7)], ids=["one scale", "two scales"])
+def test_rows_that_are_sure_of_another_id(scales):
+    """Of logits of some hundred the largest must be rounded alike in the loss and where it is made again."""
+    given = heads(9, 131, (48, 16)[: len(scales)], (D32,) * len(scales), scales=scales)
+    y = targets(9, 131)
+    leaves = [Head(h.hidden.clone(), h.weight.clone(), scale=h.scale) for h in given]
+    inputs = [x.requires_grad_() for h in leaves for x in (h.hidden, h.weight)]
+    z = sum(h.scale * (h.hidden @ h.weight.T) for h in leaves)
+    functional.cross_entropy(z, y, ignore_index=IGNORE).backward()
+    _, gradients, _ = ours(given, y)
+    _, right, _, _ = exact(given, y)
+    for gradient, x, its in zip(gradients, inputs, right, strict=True):
+        error, torchs = ((g - its).abs().max() / its.abs().max() for g in (gradient, x.grad))
+        # Four roundings of the largest entry; what a logit of 400 is rounded by moves it by up to 256.
+        assert error <= torchs + 2.0**-22
+
+
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_a_common_offset_changes_nothing(offset):
     given = heads(5, 131, (16,), (D32,))
