@@ -28,6 +28,7 @@ from tests.support.ptx.report import Benign
 from tests.support.ptx.runner import Executor
 
 _COPIES = "a row's or a tile's number in several lanes: each stores its copy where a layout changes"
+_TILES = "a tile's logits in more warps than it has 16 rows: each stores its copy where a layout changes"
 _PARTS = "parts of an operand, which several threads make of the same numbers and store for a product"
 BENIGN = (
     *(
@@ -72,6 +73,16 @@ BENIGN = (
             "draw_kernel": ("tl.store(parts + at, tl.reshape(tl.join(largest, total)",),
         }.items()
         for text in texts
+    ),
+    # A chain of products, as those of cut operands are, has all of its warps along the rows.
+    *(
+        Benign(kernel, f"shared: {SAME_VALUE}", text, _TILES)
+        for kernel, text in (
+            ("heads_forward_kernel", "return scale * x"),
+            ("heads_forward_kernel", "return tl.exp2(x * _LOG2_E)"),
+            ("heads_gradient_kernel", "return scale * x"),
+            ("heads_gradient_kernel", "d = tl.where(live[:, None], d, 0.0)"),
+        )
     ),
     *(
         Benign(kernel, f"shared: {SAME_VALUE}", text, _PARTS)
