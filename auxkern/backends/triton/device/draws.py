@@ -85,6 +85,22 @@ def gumbel(bits):
 
 
 @triton.jit
+def noise_of(seed, position, counter):
+    """Gumbel noise of ids, (4 K,) or (R, 4 K): of the four from 4 * ``counter`` on, one after the other.
+
+    Args:
+        seed, position: as for ``random_words``.
+        counter: (K,) or (R, K) int32.
+    """
+    a, b, c, d = random_words(seed, position, counter)
+    # join puts its arguments side by side in a new last dimension.
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    K: tl.constexpr = counter.shape[len(counter.shape) - 1]
+    shape: tl.constexpr = [4 * K] if len(counter.shape) == 1 else [counter.shape[0], 4 * K]
+    return gumbel(tl.reshape(words, shape))
+
+
+@triton.jit
 def score_of(z, temperature, bits):
     """z + temperature * gumbel(bits) as the sum of two floats: (the rounded sum, what it lacks).
 

@@ -74,6 +74,16 @@ def body_pointers(terms, row, head, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def share_of_program(split, splits, V, BLOCK: tl.constexpr):
+    """(begin, end of whole tiles, end) of the columns that program ``split`` of ``splits`` takes."""
+    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
+    # Not cut at V, which would hide from the compiler that it is a multiple of BLOCK.
+    begin = split * share
+    end = tl.minimum(begin + share, V)
+    return begin, begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK, end
+
+
+@triton.jit
 def read(term, pointer, columns, mask, UNIT: tl.constexpr):
     """values[row, columns] in float32, 0 where ``mask`` forbids; columns count from ``pointer``."""
     if not UNIT:

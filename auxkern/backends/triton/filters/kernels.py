@@ -31,11 +31,12 @@ from auxkern.backends.triton.device.draws import (
     bits_of_ids,
     count_of,
     gumbel,
+    noise_of,
     number_of,
-    random_words,
 )
 from auxkern.backends.triton.device.mass import masses
 from auxkern.backends.triton.device.numerics import log1p
+from auxkern.backends.triton.device.rows import share_of_program
 
 # Float bits of a reach of 1, and those that a bin leaves out: 128 bins from any power of two to the next.
 _ONE_BITS: tl.constexpr = tl.constexpr(0x3F800000)
@@ -83,14 +84,6 @@ def _status(parts, row, plane, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _share(split, splits, V, BLOCK: tl.constexpr):
-    """(begin, end) of the tiles that program ``split`` takes."""
-    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
-    begin = split * share
-    return begin, tl.minimum(begin + share, V)
-
-
-@triton.jit
 def _tile(z_row, start, BLOCK: tl.constexpr):
     """z of a tile; rows are as wide as whole tiles."""
     return tl.load(z_row + tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK))
@@ -130,14 +123,6 @@ def _float_of(key):
 
 
 @triton.jit
-def _noise(seed, position, start, BLOCK: tl.constexpr):
-    """(BLOCK,) Gumbel noise of ids from ``start``, a multiple of 4."""
-    a, b, c, d = random_words(seed, position, start // 4 + tl.arange(0, BLOCK // 4))
-    # join puts its arguments side by side in a new last dimension.
-    return gumbel(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK]))
-
-
-@triton.jit
 def _drawn(best, d, kept, ids, noise, shift, LOGPROB: tl.constexpr):
     """The better of a draw (score, id, mass of all) and that of a tile; of equal scores the lowest id."""
     score = tl.where(kept, d + noise, -float("inf"))
@@ -162,7 +147,7 @@ def peak_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     z_row = tl.multiple_of(z_in + row * stride, 16)
-    begin, end = _share(split, splits, V, BLOCK)
+    begin, _, end = share_of_program(split, splits, V, BLOCK)
     largest = tl.full([BLOCK], -float("inf"), tl.float32)
     nans = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
@@ -235,7 +220,7 @@ def histogram_kernel(
         plane = N.to(tl.int64) * splits
         bound = tl.where(counts, _bound_of_top_k(parts, row, plane, splits, top_k, SPLITS), -float("inf"))
         rest = tl.zeros([BLOCK], tl.int64)
-        begin, end = _share(tl.program_id(1), splits, V, BLOCK)
+        begin, _, end = share_of_program(tl.program_id(1), splits, V, BLOCK)
         for start in range(begin, end, BLOCK):
             z = _tile(z_row, start, BLOCK)
             reach = _reach(z, largest, inverse)
@@ -331,7 +316,7 @@ def gather_kernel(
                 tl.store(thresholds + row * 6 + i, bounds[i].to(tl.int64))
         farthest = 1.1 - 1.001 * log_min_p
         farthest = tl.minimum(farthest, _MASS_REACH if LOGPROB else _DRAWN_REACH)
-        begin, end = _share(split, splits, V, BLOCK)
+        begin, _, end = share_of_program(split, splits, V, BLOCK)
         for start in range(begin, end, BLOCK):
             z = _tile(z_row, start, BLOCK)
             ids = start + tl.arange(0, BLOCK)
@@ -351,7 +336,8 @@ def gather_kernel(
                 # Read here: kept over the loop, they would take registers that spill.
                 seed = tl.load(draws.seed + row)
                 position = tl.load(draws.position + row)
-                noise = tl.where(greedy, 0.0, _noise(seed, position, start, BLOCK))
+                noise = noise_of(seed, position, start // 4 + tl.arange(0, BLOCK // 4))
+                noise = tl.where(greedy, 0.0, noise)
                 best = _drawn(best, d, kept & (d >= log_min_p), ids, noise, shift, LOGPROB)
     tl.store(parts.floats + 2 * plane + own, best[0])
     tl.store(parts.ints + own, best[1])

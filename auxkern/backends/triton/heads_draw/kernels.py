@@ -17,9 +17,8 @@ from auxkern.backends.triton.device.draws import (
     NO_ID,
     better_draw,
     finite_pivot,
-    gumbel,
     no_draw,
-    random_words,
+    noise_of,
     sharpness_of,
     temperature_of,
     write_draw,
@@ -27,14 +26,6 @@ from auxkern.backends.triton.device.draws import (
 from auxkern.backends.triton.device.entries import entries_of, with_entries
 from auxkern.backends.triton.device.terms import total_of
 from auxkern.backends.triton.device.tiles import group_shares, products_of, tile_indices, tile_of_program
-
-
-@triton.jit
-def _noise(seed, position, start, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_N, BLOCK_V) Gumbel noise of ids from ``start``: the noise of one row, for each row."""
-    counter = (start // 4 + tl.arange(0, BLOCK_V // 4))[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
-    a, b, c, d = random_words(seed[:, None], position[:, None], counter)
-    return gumbel(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK_N, BLOCK_V]))
 
 
 @triton.jit(do_not_specialize=["N", "V", "row_blocks", "tiles"])
@@ -75,7 +66,9 @@ def heads_draw_kernel(
         temperature = temperature_of(draws, read_rows)
         seed = tl.load(draws.seed + read_rows)
         position = tl.load(draws.position + read_rows)
-        noise = _noise(seed, position, tile * BLOCK_V, BLOCK_N, BLOCK_V)
+        counter = tile * BLOCK_V // 4 + tl.arange(0, BLOCK_V // 4)
+        counter = counter[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
+        noise = noise_of(seed[:, None], position[:, None], counter)
         largest = tl.max(z, axis=1)
         d = z - finite_pivot(largest)[:, None]
         # Between columns of a tile float32 decides, as it does where all logits are at hand.

@@ -29,7 +29,7 @@ from auxkern.backends.triton.device.draws import (
     temperature_of,
     write_draw,
 )
-from auxkern.backends.triton.device.rows import read, row_pointer
+from auxkern.backends.triton.device.rows import read, row_pointer, share_of_program
 from auxkern.backends.triton.device.terms import capped
 
 _ADJACENT: tl.constexpr = tl.constexpr(configs.ADJACENT)
@@ -65,16 +65,6 @@ def _sum(
         scale = tl.load(row_scales[i] + row) if SCALED[i] else terms[i].scale
         z = tl.fma(x, scale, z)
     return tl.where(mask, z, -float("inf"))
-
-
-@triton.jit
-def _share_of_program(split, splits, V, BLOCK: tl.constexpr):
-    """(begin, end of whole tiles, end) of the columns that program ``split`` takes."""
-    share = tl.cdiv(tl.cdiv(V, BLOCK), splits) * BLOCK
-    # Not cut at V, which would hide from the compiler that it is a multiple of BLOCK.
-    begin = split * share
-    end = tl.minimum(begin + share, V)
-    return begin, begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK, end
 
 
 @triton.jit
@@ -158,7 +148,7 @@ def draw_kernel(
     unit = -temperature * _BITS_UNIT
     sharpness = sharpness_of(tl.where(temperature == 0, 1.0, temperature))
     pointers = _row_pointers(terms, row, ALIGNED)
-    begin, whole, end = _share_of_program(split, splits, V, BLOCK)
+    begin, whole, end = share_of_program(split, splits, V, BLOCK)
     bounds = tl.full([BLOCK // TOGETHER], -float("inf"), tl.float32)
     for start in range(begin, whole, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
@@ -192,7 +182,7 @@ def _better_of_group(
         numbers: temperature, seed and position of the row.
     """
     groups: tl.constexpr = BLOCK // _ADJACENT
-    begin, _, end = _share_of_program(group // groups, splits, V, BLOCK)
+    begin, _, end = share_of_program(group // groups, splits, V, BLOCK)
     k = tl.arange(0, TILES * _ADJACENT)
     place = k // _ADJACENT * BLOCK + group % groups * _ADJACENT + k % _ADJACENT
     for start in range(begin, end, TILES * BLOCK):
@@ -283,7 +273,7 @@ def sum_kernel(
     """z of row program_id(0), from its share program_id(1) of ``splits`` of the columns."""
     row = tl.program_id(0).to(tl.int64)
     pointers = _row_pointers(terms, row, ALIGNED)
-    begin, whole, end = _share_of_program(tl.program_id(1), splits, V, BLOCK)
+    begin, whole, end = share_of_program(tl.program_id(1), splits, V, BLOCK)
     z_row = tl.multiple_of(z_out + row * stride, 16)
     for start in range(begin, whole, BLOCK):
         ids = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
