@@ -97,14 +97,16 @@ class Pointer(nn.Module):
             past: (B, K, 2) ``Coverage.stretches`` of the past tokens; None if there are none.
         """
         ids, condition = inputs.input_ids[:, :, None], inputs.condition_ids[:, None, :]
+        T, K = ids.shape[1], condition.shape[2]
         real = (inputs.condition_mask != 0)[:, None, :]
-        text = inputs.attention_mask[:, -ids.shape[1] :, None] != 0
+        text = inputs.attention_mask[:, -T:, None] != 0
         if past is None:
-            past = condition.new_zeros(len(ids), condition.shape[2], 2)
-        runs = _stretch_lengths((ids == condition) & real & text, past[:, :, 1])
-        longest = torch.cat([past[:, None, :, 0], runs], 1).cummax(1).values[:, 1:]
+            past = condition.new_zeros(len(ids), K, 2)
+        equal = (ids == condition) & real & text
+        # Most calls are of one token, and there every operation counts.
+        runs, longest, kept = _of_one(equal, text, past) if T == 1 else _of_many(equal, text, past)
         count = real.sum(-1, keepdim=True)
-        place = torch.arange(1, condition.shape[2] + 1, device=ids.device)
+        place = torch.arange(1, K + 1, device=ids.device)
         whole = runs == place
         dtype = self.covered.dtype
         # A column of zeros, so that there is a largest one without a condition too.
@@ -114,7 +116,7 @@ class Pointer(nn.Module):
             (count > 0).to(dtype) - share,
             (whole & (place == count)).any(-1, keepdim=True).to(dtype),
             nn.functional.pad(whole, (1, 0))[:, :, :-1].to(dtype),
-            torch.stack([longest[:, -1], _last(runs, text, past[:, :, 1])], 2),
+            kept,
         )
 
     def marks(self, coverage: Coverage) -> Tensor:
@@ -144,6 +146,44 @@ class Pointer(nn.Module):
             distance = (inputs.lm_scores.to(hidden.dtype) - _LM_LOGIT) / _SPREAD
             scores = scores + self.against_lm(hidden) * distance
         return Pointed(hidden, scores, (_SPREAD * self.end(hidden) * coverage.lacking)[:, :, 0])
+
+
+class _Stretches(NamedTuple):
+    """Lengths of stretches that end with tokens of the condition, int64.
+
+    Attributes:
+        runs: (B, T, K) of the one that the text ends with at each position.
+        longest: (B, T, K) of the longest so far.
+        kept: (B, K, 2) as in ``Coverage.stretches``.
+    """
+
+    runs: Tensor
+    longest: Tensor
+    kept: Tensor
+
+
+def _of_one(equal: Tensor, text: Tensor, past: Tensor) -> _Stretches:
+    """Stretches after one more token: one that ended with the token before grows, all others end.
+
+    Args:
+        equal: (B, 1, K) bool, whether both are one token.
+        text: (B, 1, 1) bool, whether it is no padding.
+        past: (B, K, 2) as in ``Coverage.stretches``.
+    """
+    most, last = past.unbind(2)
+    grown = nn.functional.pad(last + 1, (1, 0), value=1)[:, :-1]
+    runs = equal[:, 0] * grown
+    longest = torch.maximum(most, runs)
+    kept = torch.stack([longest, torch.where(text[:, 0], runs, last)], 2)
+    return _Stretches(runs[:, None], longest[:, None], kept)
+
+
+def _of_many(equal: Tensor, text: Tensor, past: Tensor) -> _Stretches:
+    """Stretches after T more tokens; as ``_of_one``, with T for 1."""
+    runs = _stretch_lengths(equal, past[:, :, 1])
+    longest = torch.cat([past[:, None, :, 0], runs], 1).cummax(1).values[:, 1:]
+    kept = torch.stack([longest[:, -1], _last(runs, text, past[:, :, 1])], 2)
+    return _Stretches(runs, longest, kept)
 
 
 def _stretch_lengths(equal: Tensor, past: Tensor) -> Tensor:

@@ -111,6 +111,28 @@ def test_a_text_in_two_calls_is_the_text_in_one(cut):
     assert torch.equal(rest[-1].stretches, whole[-1].stretches)
 
 
+@pytest.mark.parametrize("K", [0, 1, 5])
+def test_a_text_token_by_token_is_covered_as_the_text_at_once(K):
+    pointer, generator = _pointer(6), torch.Generator().manual_seed(7)
+    # Of two tokens, so that stretches overlap; padding before some texts and after others.
+    ids = torch.randint(2, 4, (16, 20), generator=generator)
+    column, ends = torch.arange(20), torch.randint(0, 8, (16, 1), generator=generator)
+    before = torch.arange(16)[:, None] % 2 == 0
+    mask = torch.where(before, column >= ends, column < 20 - ends).long()
+    condition = torch.randint(2, 4, (16, K), generator=generator)
+    condition_mask = (torch.arange(K) < torch.arange(16)[:, None] % (K + 1)).long()
+    whole = pointer.coverage(_inputs(ids, mask, condition, condition_mask, None), None)
+    past, each = None, []
+    for t in range(ids.shape[1]):
+        inputs = _inputs(ids[:, t : t + 1], mask[:, : t + 1], condition, condition_mask, None)
+        each.append(pointer.coverage(inputs, past))
+        past = each[-1].stretches
+    for name in ("share", "lacking", "written", "begun"):
+        assert torch.equal(torch.cat([getattr(one, name) for one in each], 1), getattr(whole, name))
+    assert torch.equal(past, whole.stretches)
+    assert whole.written.any() == (K > 0)
+
+
 def test_padding_after_a_text_does_not_break_a_stretch():
     pointer = _pointer(4)
     ids, condition = torch.tensor([[5, 9, 5, PAD, PAD]]), torch.tensor([[9, 5, 8]])
