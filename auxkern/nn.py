@@ -108,22 +108,22 @@ class FrozenLinear(torch.nn.Linear):
         Raises:
             ValueError: it has values that ``compute`` cannot keep.
         """
+        state = self.weight_state()
+        if state is None:
+            return None
+        if self._kept is None or self._kept[0] != state:
+            if pack_refusal() is not None:
+                return None
+            self._kept = state, pack(self.weight, state[0]).moved(LargePages())
+        return self._kept[1]
+
+    def weight_state(self) -> tuple[str, object] | None:
+        """The compute, and what changes with the weight; None if that is not packed."""
         weight, compute = self.weight, self.compute
         plain = type(weight) is torch.nn.Parameter and weight.device.type == "cpu"
         if compute is None or not plain or not weight.numel():
             return None
-        # An in-place change counts the version up.
-        state = (
-            weight.data_ptr(),
-            weight.dtype,
-            0 if weight.is_inference() else weight._version,
-            compute,
-        )
-        if self._kept is None or self._kept[0] != state:
-            if pack_refusal() is not None:
-                return None
-            self._kept = state, pack(weight, compute).moved(LargePages())
-        return self._kept[1]
+        return compute, _state_of(weight)
 
     @property
     def packed_bytes(self) -> int:
@@ -138,6 +138,56 @@ class FrozenLinear(torch.nn.Linear):
             if packed is not None:
                 return packed_linear(x, packed, self.bias)
         return linear(x, self.weight, self.bias)
+
+
+def _state_of(tensor: Tensor) -> object:
+    # An in-place change counts the version up.
+    return tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
+
+
+class JoinedLinears:
+    """Layers of one input: small ones of which each is a ``FrozenLinear`` that is packed run as one product.
+
+    To call a product of 64 columns takes longer than the product. Each layer's results are, to the last bit,
+    what it makes alone; layers of another kind, with hooks, or that are trained run one by one.
+    """
+
+    _kept: tuple[object, PackedWeight, Tensor] | None = None  # from which weights, packed, and biases
+
+    def of(self, layers: Sequence[torch.nn.Module], x: Tensor) -> Sequence[Tensor]:
+        """(..., N) of x (..., K) for each layer of N rows."""
+        joined = self._joined(layers, x)
+        if joined is None:
+            return [layer(x) for layer in layers]
+        packed, bias = joined
+        return packed_linear(x, packed, bias).split([layer.out_features for layer in layers], -1)
+
+    def _joined(self, layers: Sequence[torch.nn.Module], x: Tensor) -> tuple[PackedWeight, Tensor] | None:
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.device.type != "cpu":
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        states: list[object] = []
+        computes, given = set(), [x]
+        for layer in layers:
+            if type(layer) is not FrozenLinear or layer._forward_hooks or layer._forward_pre_hooks:
+                return None
+            weight, bias, state = layer.weight, layer.bias, layer.weight_state()
+            if state is None or bias is None:
+                return None
+            computes.add(state[0])
+            given += [weight, bias]
+            states += [state, _state_of(bias)]
+        if len(computes) != 1 or is_differentiated(given):
+            return None
+        kept = self._kept
+        if kept is None or kept[0] != states:
+            if pack_refusal() is not None:
+                return None
+            weights, biases = given[1::2], given[2::2]
+            joined = torch.cat([one.detach().float() for one in biases])
+            self._kept = kept = states, pack(weights, computes.pop()), joined
+        return kept[1:]
 
 
 class FrozenEmbedding(torch.nn.Embedding):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from auxkern.model.interface import AuxiliaryInputs
 from auxkern.model.layers import ZeroLinear, row_products
+from auxkern.nn import JoinedLinears
 
 # Logits of language models lie around 10, and differ by about as much.
 _LM_LOGIT, _SPREAD = 10.0, 10.0
@@ -84,6 +85,7 @@ class Pointer(nn.Module):
         self.follow = ZeroLinear(D, 1)
         self.against_lm = ZeroLinear(D, 1) if reads_lm else None
         self.end = ZeroLinear(D, 1)
+        self._of_hidden = JoinedLinears()
 
     def keys(self, memory: Tensor) -> Tensor:
         """(B, K, D) -> (B, K, d)"""
@@ -137,15 +139,18 @@ class Pointer(nn.Module):
             ValueError: the pointer reads the base's logits and inputs have none.
         """
         hidden = hidden + coverage.share * self.covered + coverage.written * self.completed
-        scores = row_products(self.query(hidden), keys) / math.sqrt(keys.shape[-1])
+        reads = [] if self.against_lm is None else [self.against_lm]
+        layers = (self.query, self.start, self.follow, self.end, *reads)
+        query, start, follow, end, *against_lm = self._of_hidden.of(layers, hidden)
+        scores = row_products(query, keys) / math.sqrt(keys.shape[-1])
         first = torch.arange(keys.shape[1], device=keys.device) == 0
-        scores = scores + self.start(hidden) * first + _SPREAD * self.follow(hidden) * coverage.begun
-        if self.against_lm is not None:
+        scores = scores + start * first + _SPREAD * follow * coverage.begun
+        if against_lm:
             if inputs.lm_scores is None:
                 raise ValueError("inputs.lm_scores is None, but the pointer reads them; pass (B, T, K)")
             distance = (inputs.lm_scores.to(hidden.dtype) - _LM_LOGIT) / _SPREAD
-            scores = scores + self.against_lm(hidden) * distance
-        return Pointed(hidden, scores, (_SPREAD * self.end(hidden) * coverage.lacking)[:, :, 0])
+            scores = scores + against_lm[0] * distance
+        return Pointed(hidden, scores, (_SPREAD * end * coverage.lacking)[:, :, 0])
 
 
 class _Stretches(NamedTuple):

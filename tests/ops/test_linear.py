@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
-from auxkern.nn import FrozenEmbedding, FrozenLinear
+from auxkern.nn import FrozenEmbedding, FrozenLinear, JoinedLinears
 from auxkern.ops.linear import linear
 from tests.support.cases import DTYPES, FLOAT32_ULP, generator
 from tests.support.instruction_sets import EACH, substituted
@@ -187,3 +189,41 @@ def test_layers_share_the_weights_of_those_they_replace():
     assert torch.equal(found[0], table.weight[[1, 4]].float())
     with pytest.raises(ValueError, match="max_norm"):
         FrozenEmbedding.of(torch.nn.Embedding(5, 20, max_norm=1.0))
+
+
+def _small_layers(compute):
+    layers = [FrozenLinear.of(torch.nn.Linear(250, N)).requires_grad_(False) for N in (64, 1, 1, 3)]
+    for layer in layers:
+        layer.compute = compute
+    return layers
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+@pytest.mark.usefixtures("kernels")
+def test_joined_layers_make_what_each_makes_alone(compute):
+    torch.manual_seed(0)
+    layers, joined = _small_layers(compute), JoinedLinears()
+    for rows in (0, 1, 5, 64, 257):
+        x = normal(rows, 2, 250, seed=rows)
+        for found, layer in zip(joined.of(layers, x), layers, strict=True):
+            assert torch.equal(found, layer(x))
+
+
+def test_joined_layers_follow_changes_and_call_hooks():
+    torch.manual_seed(1)
+    layers, joined, x, called = _small_layers("int8"), JoinedLinears(), normal(2, 250, seed=1), []
+    changes = (lambda: layers[1].weight.mul_(2), lambda: layers[2].bias.add_(1))
+    for index, change in enumerate(changes, 1):
+        before = joined.of(layers, x)[index]
+        change()
+        assert not torch.equal(joined.of(layers, x)[index], before)
+    copied = copy.deepcopy((layers, joined))
+    copied[0][3].weight.mul_(3)
+    for chosen, product in ((layers, joined), copied):
+        for found, layer in zip(product.of(chosen, x), chosen, strict=True):
+            assert torch.equal(found, layer(x))
+    layers[3].register_forward_hook(lambda *_: called.append(True))
+    joined.of(layers, x)
+    assert called
+    layers[3] = torch.nn.Linear(250, 2)
+    assert joined.of(layers, x)[3].requires_grad
