@@ -255,12 +255,12 @@ def as_number(value: _Value) -> _Value:
     return array.item() if getattr(array, "shape", None) == () else value
 
 
-def rows_of(term: Term, rows: Tensor) -> Term:
+def rows_of(term: Term, rows: slice | Tensor) -> Term:
     """The same term for some rows, of one leading dimension.
 
     Args:
         term: of rows (...).
-        rows: (R,) int64 indices into the rows, flattened.
+        rows: (R,) int64 indices into the rows, flattened; or a range of them, for a view.
     """
     if isinstance(term, Logits):
         return like(term, values=term.values.flatten(0, -2)[rows], scale=_of_rows(term.scale, rows))

@@ -135,7 +135,7 @@ class Runner:
         )
         for part in cache.auxiliaries:
             self.lanes[part.name].keep(part.cache)
-        return [rows_of(term, torch.arange(n, device=ids.device)) for term in terms]
+        return [rows_of(term, slice(n)) for term in terms]
 
     def _prefill(self, newcomers: Sequences, stats: EngineStats) -> Tensor | None:
         """Reads prompts and conditions, takes slots, and draws the first tokens; returns as ``_decode``."""

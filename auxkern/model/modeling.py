@@ -438,10 +438,12 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         else:
             layers = list(range(lm_states.states.shape[2] - 1))
         states, logits, lm = lm_states
-        hidden = states[:, -keep:, 0]
-        lm_term: Term = (
-            Head(hidden, *base.output_head(self.lm)) if logits is None else Logits(logits[:, -keep:])
-        )
+        hidden, head = states[:, -keep:, 0], None
+        if logits is None:
+            head = base.output_head(self.lm)
+            lm_term: Term = Head(hidden, *head)
+        else:
+            lm_term = Logits(logits[:, -keep:])
         embedding: Tensor = self.lm.get_input_embeddings().weight
         caches: list[AuxiliaryRows] = []
         added: list[tuple[AuxiliaryRows, list[Term]]] = []
@@ -449,7 +451,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             model = models[part.name]
             here = batch if part.rows is None else batch.rows(part.rows)
             rows = slice(None) if part.rows is None else part.rows
-            chosen = states[rows][:, :, [1 + layers.index(layer) for layer in model.config.lm_layers]]
+            chosen = states if part.rows is None else states[rows]
+            read = model.config.lm_layers
+            chosen = chosen[:, :, 1:] if read == layers else chosen[:, :, [1 + layers.index(i) for i in read]]
             own = None if logits is None else logits[rows]
             scores = model.lm_scores(states[rows, :, 0], own, here.condition_ids)
             output = model.auxiliary(here.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
@@ -457,7 +461,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             scale = model.config.aux_scale if aux_scale is None else aux_scale
             scale = scale[rows] if isinstance(scale, Tensor) else scale
             output = output.positions(lambda values: values[:, -keep:])
-            added.append((part, model.auxiliary_terms(output, here, scale)))
+            added.append((part, model.auxiliary_terms(output, here, scale, head)))
         pair_cache = PairCache(lm, caches) if use_cache else None
         if len(added) == 1 and added[0][0].rows is None:
             terms = added[0][1]
@@ -465,13 +469,20 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         return [lm_term, *scattered(hidden, added, self.config.vocab_size)], pair_cache
 
     def auxiliary_terms(
-        self, output: AuxiliaryOutput, batch: PairInputs, scale: float | Tensor
+        self,
+        output: AuxiliaryOutput,
+        batch: PairInputs,
+        scale: float | Tensor,
+        head: base.OutputHead | None = None,
     ) -> list[Term]:
-        """What this model's own auxiliary adds to the logits of its rows (B, T)."""
+        """What this model's own auxiliary adds to the logits of its rows (B, T).
+
+        ``head`` is the base's, where it is known already.
+        """
         hidden = output.hidden
         scales = scale[:, None].expand(hidden.shape[:2]) if isinstance(scale, Tensor) else scale
         if self.config.head == "shared":
-            head = base.output_head(self.lm)
+            head = base.output_head(self.lm) if head is None else head
             terms: list[Term] = [Head(self.head(hidden), head.weight, scale=scales, packed=head.packed)]
         else:
             packed = self.head.packed() if isinstance(self.head, FrozenLinear) else None
