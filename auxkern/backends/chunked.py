@@ -99,11 +99,6 @@ class RowKernels(Backend):
         taken = (Head, Sparse) if self.heads_way_adds else Head
         if not sum.heads or not all(isinstance(term, taken) for term in sum.terms):
             return "there are other terms beside the heads"
-        narrow = [
-            head.packed.compute for head in sum.heads if head.packed and head.packed.compute != "float32"
-        ]
-        if narrow:
-            return f"a head's weight is packed for products in {narrow[0]}"
         return self.heads_refusal(sum)
 
     def losses(

@@ -15,6 +15,7 @@ from auxkern.core.terms import Sparse, Term
 from auxkern.generation.request import Request, Sequence, Sequences
 from auxkern.generation.rows import BIASES, Rows
 from auxkern.generation.transfers import HostCopy, to_device
+from auxkern.model.mixing import Alone
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.sample import Sample, sample
 from auxkern.ops.sampling_params import SamplingParams
@@ -161,13 +162,13 @@ class Drawer:
             return None
         return to_device([self.scale(one) for one in sequences], self.model.device)
 
-    def draw(self, terms: list[Term], rows: slice, *, logprobs: bool = False) -> Tensor | None:
+    def draw(self, terms: list[Term], rows: slice, sides: Alone | None = None) -> Tensor | None:
         """One token for each of these slots, which fills ``results`` and is fed to ``rows``.
 
         Args:
-            terms: of rows (n,); as ``model.terms(separate=True)`` gives them for log-probabilities.
+            terms: of rows (n,).
             rows: the slots, all taken.
-            logprobs: whether they are wanted.
+            sides: the terms of the base and of the auxiliary, where log-probabilities are wanted.
 
         Returns:
             (n, 4) float64: raw, processed, LM alone, auxiliary alone; None if not wanted.
@@ -175,8 +176,8 @@ class Drawer:
         sequences, (acts, params) = self._sequences[rows], self._of(rows)
         # The token that the host has not seen yet may be one more.
         seen = 1 + max(len(one.generated) for one in sequences), max(len(one.prompt_ids) for one in sequences)
-        drawn = self._drawn(terms, rows, params, seen if acts.penalties else None, logprobs)
-        return self._logprobs(terms, drawn) if logprobs else None
+        drawn = self._drawn(terms, rows, params, seen if acts.penalties else None, sides is not None)
+        return None if sides is None else self._logprobs(sides, drawn)
 
     def draw_recorded(self, terms: list[Term], rows: slice, acts: Acts) -> None:
         """``draw`` for whatever sequences may stand in these slots, taken or not; nothing depends on which.
@@ -225,8 +226,8 @@ class Drawer:
         self.rows.feed(rows, drawn.tokens)
         return drawn
 
-    def _logprobs(self, terms: list[Term], drawn: Sample) -> Tensor:
-        """(n, 4) of the terms as ``model.terms(separate=True)`` gives them: the base's first."""
+    def _logprobs(self, sides: Alone, drawn: Sample) -> Tensor:
+        """(n, 4): of the draw, and of either side."""
         V = self.model.config.vocab_size
         picked = drawn.tokens.clamp_min(0)[:, None]  # a failed row has token -1
 
@@ -234,8 +235,8 @@ class Drawer:
             z = dense_logits(some, vocab_size=V).log_softmax(-1)
             return z.gather(1, picked)[:, 0].double()
 
-        lm = alone(terms[:1])
-        auxiliary = alone(terms[1:]) if len(terms) > 1 else torch.full_like(lm, math.nan)
+        lm = alone(sides.lm)
+        auxiliary = alone(sides.auxiliary) if sides.auxiliary else torch.full_like(lm, math.nan)
         if drawn.logprob is None or drawn.processed_logprob is None:
             raise RuntimeError("sample returned no log-probabilities although they were asked for")
         return torch.stack([drawn.logprob.double(), drawn.processed_logprob.double(), lm, auxiliary], 1)

@@ -95,7 +95,7 @@ class DecodeGraphs:
         ids = numbers["last"][rows, None]
         mask = torch.cat([self._table.mask[rows], torch.ones_like(ids)], 1)
         parts = [] if name is None else [AuxiliaryRows(name, None, self._lanes[name].cache(K, size))]
-        terms, cache = self._model.terms(
+        terms, cache, _ = self._model.terms(
             PairInputs(ids, mask, *self._condition[:, rows]),
             cache=PairCache(self._table.cache, parts),
             use_cache=True,

@@ -20,6 +20,7 @@ from auxkern.generation.stats import EngineStats
 from auxkern.generation.transfers import HostCopy, to_device
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
+from auxkern.model.mixing import Alone
 from auxkern.model.text import padded
 
 
@@ -108,24 +109,27 @@ class Runner:
             replay = self._graphs.replay(name, n, self._drawer.acts(slice(0, n)))
         with stats.timed("models"):
             if replay is None:
-                terms = self._computed(sequences, lanes)
+                terms, sides = self._computed(sequences, lanes)
             else:
                 replay()
         if replay is None:
             with stats.timed("sampling"):
-                logprobs = self._drawer.draw(terms, slice(0, n), logprobs=wanted)
+                logprobs = self._drawer.draw(terms, slice(0, n), sides)
         for table in (self._table, *(lane.table for lane in lanes)):
             table.advance(opened=replay is not None)
         return logprobs
 
-    def _computed(self, sequences: Sequences, lanes: list[Lane]) -> list[Term]:
-        """The terms of the next tokens, rows (n,), as models of which nothing is recorded make them."""
+    def _computed(self, sequences: Sequences, lanes: list[Lane]) -> tuple[list[Term], Alone | None]:
+        """The terms of the next tokens, rows (n,), as models of which nothing is recorded make them.
+
+        Also those of either side, if a sequence wants log-probabilities.
+        """
         n, table = len(sequences), self._table
         ids = self._drawer.rows["last"][:n, None]
         mask = torch.cat([table.window, torch.ones_like(ids)], 1)
         width = max(len(s.condition_ids) for s in sequences)
         parts = [AuxiliaryRows(lane.name, lane.rows(sequences), lane.cache(width)) for lane in lanes]
-        terms, cache = self.model.terms(
+        terms, cache, sides = self.model.terms(
             PairInputs(ids, mask, *self._condition[:, :n, :width]),
             cache=PairCache(table.cache, parts),
             use_cache=True,
@@ -135,19 +139,19 @@ class Runner:
         )
         for part in cache.auxiliaries:
             self.lanes[part.name].keep(part.cache)
-        return [rows_of(term, slice(n)) for term in terms]
+        return _taken(terms, sides, slice(n))
 
     def _prefill(self, newcomers: Sequences, stats: EngineStats) -> Tensor | None:
         """Reads prompts and conditions, takes slots, and draws the first tokens; returns as ``_decode``."""
-        start, wanted = self._table.count, _wants_logprobs(newcomers)
+        start = self._table.count
         with stats.timed("models"):
-            terms = self._joined(newcomers, stats)
+            terms, sides = self._joined(newcomers, stats)
         with stats.timed("sampling"):
             self._drawer.join(newcomers)
-            return self._drawer.draw(terms, slice(start, start + len(newcomers)), logprobs=wanted)
+            return self._drawer.draw(terms, slice(start, start + len(newcomers)), sides)
 
-    def _joined(self, newcomers: Sequences, stats: EngineStats) -> list[Term]:
-        """The terms of the first tokens, rows (n,), and what was read in the slots' caches."""
+    def _joined(self, newcomers: Sequences, stats: EngineStats) -> tuple[list[Term], Alone | None]:
+        """As ``_computed``, of the first tokens; what was read is in the slots' caches."""
         device = self.model.device
         # Samples of one request read their prompt once.
         keys = [(s.request.auxiliary, s.ids, s.condition_ids, s.request.aux_scale) for s in newcomers]
@@ -161,14 +165,14 @@ class Runner:
         prompts = padded([s.ids for s in readers], 0, side="left")
         conditions = padded([s.condition_ids for s in readers], 0)
         inputs = PairInputs(*(to_device(ids, device) for ids in (*prompts, *conditions)))
-        terms, cache = self.model.terms(
+        terms, cache, sides = self.model.terms(
             inputs,
             # Layers with sliding windows keep all columns too, as the table does.
             cache=PairCache(DynamicCache(), self._readers(names)),
             use_cache=True,
             keep=1,
             aux_scale=self._drawer.scales(readers),
-            separate=_wants_logprobs(readers),
+            separate=_wants_logprobs(newcomers),
         )
         cache.lm.reorder_cache(of)
         self._table.join(cache.lm, inputs.attention_mask[of], [s.length for s in newcomers])
@@ -180,7 +184,7 @@ class Runner:
             joining = [(s, here[row]) for s, row in zip(newcomers, read_in, strict=True) if row in here]
             self.lanes[part.name].join(joining, part.cache)
         stats.prefill_tokens += sum(s.length + len(s.condition_ids) for s in readers)
-        return [rows_of(term, of) for term in terms]
+        return _taken(terms, sides, of)
 
     def _keep_conditions(self, inputs: PairInputs, of: Tensor) -> None:
         """Of newcomers that have just taken their slots; ``of`` (n,) are their rows of ``inputs``."""
@@ -206,7 +210,7 @@ class Runner:
         token = torch.tensor([[start_id]], device=self.model.device)
         caches = []
         for lane in self.lanes.values():
-            _, cache = self.model.terms(
+            _, cache, _ = self.model.terms(
                 PairInputs(token, None, token, None),
                 cache=PairCache(DynamicCache(), self._readers([lane.name])),
                 use_cache=True,
@@ -238,6 +242,11 @@ class Runner:
             if rows:
                 parts.append(AuxiliaryRows(name, to_device(rows, self.model.device), None))
         return parts
+
+
+def _taken(terms: list[Term], sides: Alone | None, rows: slice | Tensor) -> tuple[list[Term], Alone | None]:
+    some = None if sides is None else Alone(*[[rows_of(term, rows) for term in side] for side in sides])
+    return [rows_of(term, rows) for term in terms], some
 
 
 def _wants_logprobs(sequences: Sequences) -> bool:

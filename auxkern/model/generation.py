@@ -268,7 +268,7 @@ class PairGeneration(GenerationMixin):
         cache: PairCache | None = None
         while True:
             new = ids if cache is None else ids[:, -1:]
-            terms, cache = self.terms(PairInputs(new, mask, *conditions), cache=cache, **options)
+            terms, cache, _ = self.terms(PairInputs(new, mask, *conditions), cache=cache, **options)
             terms = [rows_of(term, rows) for term in terms]
             history = ids[:, start:] if penalised else None
             # Positions count real tokens, so that padding does not change the noise.

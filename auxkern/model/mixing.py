@@ -2,42 +2,95 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, TypeGuard
+
 import torch
 from torch import Tensor
 
-from auxkern.core.terms import Head, Logits, Term
+from auxkern.core.terms import Head, Logits, Sparse, Term, like
 from auxkern.model.caches import AuxiliaryRows
 from auxkern.ops.dense import dense_logits
 
-
-def merged(lm_term: Term, added: list[Term]) -> list[Term]:
-    """The LM's term and an auxiliary's; as one product where both go through the same embedding."""
-    first = added[0]
-    if (
-        isinstance(lm_term, Head)
-        and isinstance(first, Head)
-        and lm_term.weight is first.weight
-        and lm_term.softcap is None
-        and lm_term.scale == 1.0
-    ):
-        scale = first.scale[..., None] if isinstance(first.scale, Tensor) else first.scale
-        hidden = lm_term.hidden.float() + scale * first.hidden.float()
-        return [Head(hidden, lm_term.weight, lm_term.bias, packed=lm_term.packed), *added[1:]]
-    return [lm_term, *added]
+Added = list[tuple[AuxiliaryRows, list[Term]]]  # which rows an auxiliary serves, and its terms of them
 
 
-def scattered(hidden: Tensor, added: list[tuple[AuxiliaryRows, list[Term]]], V: int) -> list[Term]:
-    """Logits of auxiliaries that serve some rows each, as one term (B, T, V); none without auxiliaries.
+class Alone(NamedTuple):
+    """The terms of either side by itself.
+
+    Attributes:
+        lm: of the base.
+        auxiliary: of the auxiliaries; none where there are none.
+    """
+
+    lm: list[Term]
+    auxiliary: list[Term]
+
+
+def mixed(lm_term: Term, added: Added, V: int) -> list[Term]:
+    """The sum's terms, rows (B, T).
+
+    What goes through the base's embedding is one product with it: hidden states are added up. A row's numbers
+    are made in the same way whichever auxiliaries serve the rows beside it.
 
     Args:
-        hidden: (B, T, D_lm) of the rows.
-        added: which rows, and the auxiliary's terms of them.
+        lm_term: of all rows.
+        added: a row is served by one at most.
         V: ids.
     """
-    if not added:
-        return []
-    total = torch.zeros(*hidden.shape[:2], V, device=hidden.device)
+    terms: list[Term] = []
+    sparse: list[tuple[Tensor | None, Sparse]] = []
+    total: Tensor | None = None
+    for part, (first, *others) in added:
+        sparse += [(part.rows, term) for term in others if isinstance(term, Sparse)]
+        if isinstance(first, Head) and isinstance(first.scale, Tensor):
+            first = like(first, hidden=first.scale[..., None] * first.hidden.float(), scale=1.0)
+        if _takes_hidden(lm_term) and isinstance(first, Head) and lm_term.weight is first.weight:
+            hidden, more = lm_term.hidden.float(), first.scale * first.hidden.float()
+            hidden = hidden + more if part.rows is None else hidden.index_add(0, part.rows, more)
+            lm_term = like(lm_term, hidden=hidden)
+        elif part.rows is None:
+            terms.append(first)
+        else:
+            if isinstance(first, Head):
+                # As a product that is added to the base's takes it.
+                first = like(first, hidden=first.hidden * first.scale, scale=1.0)
+            if total is None:
+                total = torch.zeros(*lm_term.leading, V, device=part.rows.device)
+            total = total.index_copy(0, part.rows, dense_logits([first], vocab_size=V).float())
+    if total is not None:
+        terms.append(Logits(total))
+    return [lm_term, *terms, *_spread(sparse, lm_term.leading)]
+
+
+def alone(lm_term: Term, added: Added, V: int) -> Alone:
+    """The terms of either side, rows (B, T); arguments as of ``mixed``."""
+    if len(added) == 1 and added[0][0].rows is None:
+        return Alone([lm_term], added[0][1])
+    total: Tensor | None = None
     for part, terms in added:
-        rows = torch.arange(len(total), device=total.device) if part.rows is None else part.rows
-        total = total.index_copy(0, rows, dense_logits(terms, vocab_size=V).float())
-    return [Logits(total)]
+        z = dense_logits(terms, vocab_size=V).float()
+        if total is None:
+            total = z.new_zeros(*lm_term.leading, V)
+        rows = torch.arange(len(total), device=z.device) if part.rows is None else part.rows
+        total = total.index_copy(0, rows, z)
+    return Alone([lm_term], [] if total is None else [Logits(total)])
+
+
+def _takes_hidden(lm_term: Term) -> TypeGuard[Head]:
+    """Whether hidden states may be added to the base's before its embedding."""
+    if not isinstance(lm_term, Head) or isinstance(lm_term.scale, Tensor):
+        return False
+    return lm_term.softcap is None and lm_term.scale == 1.0
+
+
+def _spread(sparse: list[tuple[Tensor | None, Sparse]], leading: torch.Size) -> list[Sparse]:
+    """Those of some rows each as one of all rows (B, T), where what is left adds 0."""
+    if all(rows is None for rows, _ in sparse):
+        return [term for _, term in sparse]
+    first, widest = sparse[0][1], max(term.ids.shape[-1] for _, term in sparse)
+    ids = first.ids.new_zeros(*leading, widest)
+    values = first.values.new_zeros(*leading, widest)
+    for rows, term in sparse:
+        K = term.ids.shape[-1]
+        ids[rows, :, :K], values[rows, :, :K] = term.ids, term.values
+    return [Sparse(ids, values)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.layers import ZeroLinear
-from auxkern.model.mixing import merged, scattered
+from auxkern.model.mixing import Alone, alone, mixed
 from auxkern.model.native import compute_of, use_native_kernels
 from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
@@ -33,6 +33,20 @@ from auxkern.ops.dense import dense_logits
 DEFAULT = "default"
 # A causal LM of transformers, by the name of its class.
 _KNOWN_CAUSAL_LM = "GPT2LMHeadModel"
+
+
+class PairTerms(NamedTuple):
+    """What ``terms`` returns.
+
+    Attributes:
+        terms: of the sum, rows (B, T).
+        cache: None unless asked for.
+        alone: the terms of either side; None unless asked for.
+    """
+
+    terms: list[Term]
+    cache: PairCache | None
+    alone: Alone | None
 
 
 class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
@@ -391,7 +405,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             every = list(range(self.lm.config.get_text_config().num_hidden_layers + 1))
             known = self._run_lm(batch, every, past_key_values, cache_wanted)
             hidden_states = known.states[:, :, 1:].unbind(2)
-        terms, new_cache = self.terms(
+        terms, new_cache, _ = self.terms(
             batch,
             lm_states=known,
             cache=past_key_values,
@@ -420,12 +434,11 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         aux_scale: float | Tensor | None = None,
         keep: int = 0,
         separate: bool = False,
-    ) -> tuple[list[Term], PairCache | None]:
+    ) -> PairTerms:
         """The terms of the last ``keep`` (0: all) positions' logits, rows (B, T), and the caches.
 
         Arguments as in ``forward``; for ``lm_states`` also what the base has made of the batch, with all of
-        its hidden states. With ``separate`` the first term is the base's alone, and the
-        others are the auxiliary's; else both may be one product.
+        its hidden states. With ``separate`` the terms of either side are wanted, too.
         """
         parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
         models = {part.name: self._named(part.name) for part in parts}
@@ -463,10 +476,9 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             output = output.positions(lambda values: values[:, -keep:])
             added.append((part, model.auxiliary_terms(output, here, scale, head)))
         pair_cache = PairCache(lm, caches) if use_cache else None
-        if len(added) == 1 and added[0][0].rows is None:
-            terms = added[0][1]
-            return [lm_term, *terms] if separate else merged(lm_term, terms), pair_cache
-        return [lm_term, *scattered(hidden, added, self.config.vocab_size)], pair_cache
+        V: Any = self.config.vocab_size
+        sides = alone(lm_term, added, V) if separate else None
+        return PairTerms(mixed(lm_term, added, V), pair_cache, sides)
 
     def auxiliary_terms(
         self,

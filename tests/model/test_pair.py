@@ -418,7 +418,7 @@ def test_dense_logits_are_the_sum_of_the_terms():
     model, batch = tiny_pair("shared head, features, pointer"), _without_labels(ragged_batch())
     from auxkern.model.inputs import PairInputs
 
-    terms, _ = model.terms(PairInputs(**batch))
+    terms, *_ = model.terms(PairInputs(**batch))
     with torch.no_grad():
         assert torch.allclose(dense_logits(terms), model(**batch).logits, atol=1e-5)
 

@@ -97,6 +97,8 @@ class Segments(Native, RowKernels):
             return f"{option} needs the logits themselves"
         if sum.logits:
             return "there are logits beside the heads"
+        if any(head.packed is not None for head in heads):
+            return "a head's weight is packed, whose product gives whole logits"
         if not heads:
             return "there are no heads"
         if len(heads) > MAX_HEADS:
