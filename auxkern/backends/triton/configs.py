@@ -175,7 +175,7 @@ _TILES_OF: Mapping[int, TilesByKind] = {
     | {
         (HALF, 1): Tiles(TileConfig(128, 256, 64, 8, 3, 16, 8), TileConfig(128, 128, 64, 8, 3, 16, 4)),
         (SPLIT, 1): Tiles(TileConfig(128, 64, 64, 8, 2, 16, 4), TileConfig(64, 64, 32, 8, 2, 16, 2)),
-        (SPLIT, 2): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 4), TileConfig(32, 64, 32, 8, 2, 16, 1)),
+        (SPLIT, 2): Tiles(TileConfig(64, 64, 32, 4, 2, 16, 2), TileConfig(32, 64, 32, 8, 2, 16, 1)),
         (TF32, 1): Tiles(TileConfig(128, 256, 32, 8, 3, 16, 8), TileConfig(64, 128, 32, 8, 3, 16, 4)),
     },
 }

@@ -334,10 +334,9 @@ def heads_gradient_kernel(
     along = tl.arange(0, WIDTH)[None, :]
     at = rows.to(tl.int64)[:, None] * width + tl.multiple_of(column, BLOCK_V) + along
     for s in tl.static_range(SLICES):
-        # z must be rounded before it is taken from, as in the forward: contracted to a fused multiply-add, it
-        # would differ from its own row's maximum. That is NaN if any z is.
-        z = tl.minimum(slices[s], row_max[:, None])
-        dz = e[:, None] * exp(z - row_max[:, None]) - c[:, None]
+        # A fused 0, lest z's product be fused with the difference: rounded otherwise than in the forward, the
+        # largest z would not be the row's maximum.
+        dz = e[:, None] * exp((slices[s] + 0.0) - row_max[:, None]) - c[:, None]
         dz = tl.where(along == (hit - s * WIDTH)[:, None], t[:, None], dz)
         for j in tl.static_range(len(d_out)):
             d = dz
