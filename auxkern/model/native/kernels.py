@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from auxkern.core.packed import check_compute
 from auxkern.model.native.exchange import exchange_layers
+from auxkern.model.native.masks import step_mask
 from auxkern.model.native.packed_layers import ATTENTION
 from auxkern.nn import FrozenEmbedding, FrozenLinear
 from auxkern.ops.attention import attention, attention_refusal
@@ -71,7 +71,7 @@ def use_native_kernels(module: nn.Module, compute: str = "float32") -> nn.Module
     for model in module.modules():
         if isinstance(model, PreTrainedModel) and model.config._attn_implementation == "sdpa":
             AttentionInterface.register(ATTENTION, _attention_function)
-            AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+            AttentionMaskInterface.register(ATTENTION, step_mask)
             model.set_attn_implementation(ATTENTION)
     # Layers are compared as they are: what is packed beside them is so afterwards.
     exchange_layers(module, compute)
