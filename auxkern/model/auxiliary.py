@@ -166,9 +166,10 @@ class DecoderAuxiliary(TransformerAuxiliary):
         output = self.body(inputs_embeds=vectors, attention_mask=read, **options)
         attention = output[cache_argument(self.body)] if inputs.use_cache else None
         hidden = self.dropout(output.last_hidden_state)
-        hidden = order.restore(hidden) if first else hidden
-        # At the first call the condition's states stand before the text's.
-        condition, hidden = hidden.split([hidden.shape[1] - T, T], 1)
+        if first:
+            hidden = order.restore(hidden)
+            # The condition's states stand before the text's.
+            condition, hidden = hidden.split([hidden.shape[1] - T, T], 1)
         keys = self._keys(condition) if first else inputs.cache.keys
         return self._output(hidden, inputs, coverage, AuxiliaryCache(attention, mask, None, keys, None))
 

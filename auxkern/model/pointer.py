@@ -111,11 +111,12 @@ class Pointer(nn.Module):
         place = torch.arange(1, K + 1, device=ids.device)
         whole = runs == place
         dtype = self.covered.dtype
-        # A column of zeros, so that there is a largest one without a condition too.
-        share = (nn.functional.pad(longest, (0, 1)).amax(-1, keepdim=True) / count.clamp_min(1)).to(dtype)
+        # Without a condition a column of zeros, so that there is a largest one.
+        longest = longest if K else longest.new_zeros(*longest.shape[:2], 1)
+        share = (longest.amax(-1, keepdim=True) / count.clamp_min(1)).to(dtype)
         return Coverage(
             share,
-            (count > 0).to(dtype) - share,
+            count.clamp_max(1) - share,
             (whole & (place == count)).any(-1, keepdim=True).to(dtype),
             nn.functional.pad(whole, (1, 0))[:, :, :-1].to(dtype),
             kept,
