@@ -301,7 +301,8 @@ def run_base(
             inputs["attention_mask"] = mask_with_cache(cache, attention_mask, input_ids.shape[1])
     # The base keeps its own precision under the training loop's autocast.
     with torch.autocast(input_ids.device.type, enabled=False):
-        stack = None if layers or want_logits else stack_of(model)
+        read_between = bool(layers) or want_logits or torch.compiler.is_compiling()
+        stack = None if read_between else stack_of(model)
         forward = functools.partial(model, **inputs, output_hidden_states=bool(layers) or want_logits)
         output = forward() if stack is None else stack.run(forward)
         every = output.hidden_states
