@@ -141,7 +141,7 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
         (COUNT, *TILES, "heads_scale_kernel"),
     ),
     "loss and gradients of frozen head, head and pointer (5, 300)": (
-        loss(head(5, 300, 64), head(5, 300, 32, F, trained=True), pointer(5, trained=True), rows=(5,)),
+        loss(head(5, 300, 64), head(5, 300, 80, F, trained=True), pointer(5, trained=True), rows=(5,)),
         (COUNT, ORDER, *TILES, "heads_scale_kernel", "entries_gradient_kernel"),
     ),
     "loss and gradient of a pointer alone (5, 300)": (
