@@ -41,6 +41,8 @@ BENIGN = (
                 "tl.store(at + 2 * plane, gaps, mask=present)",
                 "tl.store(at + (3 + 2 * g) * plane, top, mask=present)",
                 "tl.store(at + (4 + 2 * g) * plane, total, mask=present)",
+                "column = tl.min(tl.where(key == top[:, None], columns, NO_COLUMN), axis=1)",
+                "better = (top > best[0]) | ((top == best[0]) & (column < best[1]))",
                 "return tl.where(better, top, best[0]), tl.where(better, column, best[1])",
                 "tl.store(best, key, mask=present)",
                 "tl.store(best + plane, lowest, mask=present)",
