@@ -479,8 +479,10 @@ def _profiled(
 
 def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> dict[str, float]:
     drawn = [0]  # tokens until each step
+    # Made before anything is counted: an engine runs its models once to see how large their caches are.
+    running = engine(work, min(batch, len(work.lengths)))
     with forward_counts(_forward_passes(work)) as forward:
-        whole, running = _written(work, batch, auxiliary, drawn)
+        whole = _written(work, running, auxiliary, drawn)
     if work.model.device.type != "cpu":
         return {}
     drawing = running.stats.seconds["sampling"]
@@ -503,8 +505,9 @@ def _kernel_shares(work: Work, batch: int, auxiliary: str | None) -> dict[str, f
     native = load("cpu")
     if not isinstance(native, Native):
         raise RuntimeError("the backend of the CPU has no native calls")
+    running = engine(work, min(batch, len(work.lengths)))
     with native.timed_calls() as calls, forward_counts(_forward_passes(work), lambda: calls) as forward:
-        whole, running = _written(work, batch, auxiliary, [])
+        whole = _written(work, running, auxiliary, [])
     inside = [(name, count) for counts in forward.values() for name, count in counts.items()]
     seconds = {
         part: sum(count for name, count in inside if any(word in name for word in words))
@@ -521,16 +524,15 @@ def _forward_passes(work: Work) -> dict[str, Any]:
     return {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
 
 
-def _written(work: Work, batch: int, auxiliary: str | None, drawn: list[int]) -> tuple[float, Any]:
-    """Seconds of the engine for all requests, and the engine; adds to ``drawn`` after each step."""
-    running = engine(work, min(batch, len(work.lengths)))
+def _written(work: Work, running: Any, auxiliary: str | None, drawn: list[int]) -> float:
+    """Seconds that an engine takes for all requests; adds to ``drawn`` after each step."""
     began = time.perf_counter()
     for request in requests(work, auxiliary):
         running.submit(request)
     while not running.scheduler.idle:
         running.step()
         drawn.append(running.stats.new_tokens)
-    return time.perf_counter() - began, running
+    return time.perf_counter() - began
 
 
 @torch.inference_mode()
