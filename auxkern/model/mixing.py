@@ -54,9 +54,7 @@ def mixed(lm_term: Term, added: Added, V: int) -> list[Term]:
             if isinstance(first, Head):
                 # As a product that is added to the base's takes it.
                 first = like(first, hidden=first.hidden * first.scale, scale=1.0)
-            if total is None:
-                total = torch.zeros(*lm_term.leading, V, device=part.rows.device)
-            total = total.index_copy(0, part.rows, dense_logits([first], vocab_size=V).float())
+            total = _written(total, part.rows, [first], lm_term.leading, V)
     if total is not None:
         terms.append(Logits(total))
     return [lm_term, *terms, *_spread(sparse, lm_term.leading)]
@@ -68,12 +66,18 @@ def alone(lm_term: Term, added: Added, V: int) -> Alone:
         return Alone([lm_term], added[0][1])
     total: Tensor | None = None
     for part, terms in added:
-        z = dense_logits(terms, vocab_size=V).float()
-        if total is None:
-            total = z.new_zeros(*lm_term.leading, V)
-        rows = torch.arange(len(total), device=z.device) if part.rows is None else part.rows
-        total = total.index_copy(0, rows, z)
+        total = _written(total, part.rows, terms, lm_term.leading, V)
     return Alone([lm_term], [] if total is None else [Logits(total)])
+
+
+def _written(
+    total: Tensor | None, rows: Tensor | None, terms: list[Term], leading: torch.Size, V: int
+) -> Tensor:
+    """Logits (B, T, V) with those of some rows, or of all, written out; zeros where there were none."""
+    z = dense_logits(terms, vocab_size=V).float()
+    if rows is None:
+        return z
+    return (z.new_zeros(*leading, V) if total is None else total).index_copy(0, rows, z)
 
 
 def _takes_hidden(lm_term: Term) -> TypeGuard[Head]:

@@ -149,15 +149,15 @@ class LayerStep:
         inputs = self._recent.of(packed.kernel, x, mask, angles)
         if inputs is None or (packed.turns_heads and angles is None):
             return None
+        if cache is not None and not _takes(cache, inputs, packed.index):
+            return None
         x = x if x.is_contiguous() else x.contiguous()
         y = None
-        if stack is not None and not (
-            cache is not None and inputs.causal and cache.get_seq_length(packed.index)
-        ):
+        if stack is not None:
             y = stack.through(layer, x, (mask, options.get("position_embeddings")), inputs, cache)
         if y is None:
             y = _stepped(packed, x, inputs, cache)
-        return (y,) if self.as_tuple and y is not None else y
+        return (y,) if self.as_tuple else y
 
     def ready(self, layer: nn.Module, x: Tensor) -> PackedLayer | None:
         """The packed weights, if a call of the layer on x would read them and nobody listens to it."""
@@ -168,13 +168,17 @@ class LayerStep:
         return packed if heard and packed.may_run(x) else None
 
 
-def _stepped(packed: PackedLayer, x: Tensor, inputs: LayerInputs, cache: Any) -> Tensor | None:
-    """What a layer makes of x; None where its cache is of a kind that it does not know."""
+def _takes(cache: Any, inputs: LayerInputs, index: int) -> bool:
+    """Whether a layer knows this kind of cache, and what it is to see of it."""
+    # Without a mask transformers means as many columns as positions.
+    return hasattr(cache, "layers") and not (inputs.causal and cache.get_seq_length(index))
+
+
+def _stepped(packed: PackedLayer, x: Tensor, inputs: LayerInputs, cache: Any) -> Tensor:
+    """What a layer makes of x, with a cache that it takes."""
     kernel, index = packed.kernel, packed.index
     if cache is None:
         return kernel.whole(x, inputs, None)
-    if not hasattr(cache, "layers") or (inputs.causal and cache.get_seq_length(index)):
-        return None  # without a mask transformers means as many columns as positions
     window = packed.window(cache, x)
     if window is not None:
         return kernel.whole(x, inputs, window)
