@@ -1,11 +1,13 @@
 """Peers of ``python -m auxkern.bench --op generate``: other programs, here pretended ones."""
 
+import importlib
 import json
 import stat
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,3 +305,44 @@ def test_lines_of_one_program_share_a_colour_and_no_two_look_alike():
     assert len({styles[name][0] for name in engines[:3]}) == 1
     assert len({styles[name][0] for name in others[:3]}) == 1
     assert styles["OpenVINO int8"][0] != styles["CTranslate2 int8"][0]
+
+
+class PretendedPipeline:
+    """OpenVINO GenAI's, which takes as many requests as it is given, whatever ``max_num_seqs`` says."""
+
+    def __init__(self, *args):
+        self.running, self.at_a_time = {}, []
+
+    def add_request(self, id, ids, config):
+        self.running[id] = handle = SimpleNamespace(config=config, ids=[])
+        handle.get_status = lambda: "RUNNING" if id in self.running else "FINISHED"
+        handle.read_all = lambda: [SimpleNamespace(generated_ids=handle.ids)]
+        return handle
+
+    def step(self):
+        self.at_a_time.append(len(self.running))
+        for id, handle in list(self.running.items()):
+            handle.ids.append(id)
+            if len(handle.ids) == handle.config.max_new_tokens:
+                del self.running[id]
+
+
+def test_openvino_has_no_more_texts_at_a_time_than_it_is_asked_for(tmp_path, monkeypatch):
+    pipeline = PretendedPipeline()
+    genai = SimpleNamespace(
+        SchedulerConfig=SimpleNamespace,
+        ContinuousBatchingPipeline=lambda *args: pipeline,
+        GenerationConfig=SimpleNamespace,
+        GenerationStatus=SimpleNamespace(RUNNING="RUNNING"),
+    )
+    monkeypatch.setitem(sys.modules, "openvino_genai", genai)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=list, __version__="1-pretended"))
+    monkeypatch.syspath_prepend(Path(exchange.__file__).parent)
+    (tmp_path / "openvino-1-int8").mkdir()
+    with_openvino = importlib.import_module("with_openvino")
+    lengths = [2, 5, 1, 1]
+    asked = {"task": "write", "precision": "int8", "threads": 1, "model": "m", "gguf": "g", "batch": 2}
+    asked |= {"cache": str(tmp_path), "prompts": [], "lengths": [], "filters": {}, "sentences": []}
+    texts = with_openvino.writer(with_openvino.exchange.Asked(**asked))([[3]] * 4, lengths)
+    assert texts == [[i] * length for i, length in enumerate(lengths)]
+    assert pipeline.at_a_time == [2, 2, 2, 2, 1]

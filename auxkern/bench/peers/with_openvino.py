@@ -36,7 +36,10 @@ def _properties(asked: exchange.Asked) -> dict[str, Any]:
 
 
 def writer(asked: exchange.Asked) -> exchange.Writer:
-    """All requests are handed over at once; its scheduler runs ``batch`` of them at a time."""
+    """A request is handed over when one of ``batch`` places is free.
+
+    ``max_num_seqs`` bounds the requests whose prompts are read in a step, not those that are running.
+    """
     import numpy as np
     import openvino
     import openvino_genai as genai
@@ -54,9 +57,20 @@ def writer(asked: exchange.Asked) -> exchange.Writer:
         return one
 
     def write(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-        ids = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
-        texts = pipeline.generate(ids, [config(seed, length) for seed, length in enumerate(lengths)])
-        return [list(text.m_generation_ids[0]) for text in texts]
+        waiting = list(range(len(prompts)))[::-1]
+        running: dict[int, Any] = {}
+        texts: list[list[int]] = [[] for _ in prompts]
+        while waiting or running:
+            while waiting and len(running) < asked.batch:
+                i = waiting.pop()
+                ids = openvino.Tensor(np.array([prompts[i]], np.int64))
+                running[i] = pipeline.add_request(i, ids, config(i, lengths[i]))
+            pipeline.step()
+            for i, handle in list(running.items()):
+                if handle.get_status() != genai.GenerationStatus.RUNNING:
+                    (texts[i],) = (list(output.generated_ids) for output in handle.read_all())
+                    del running[i]
+        return texts
 
     return write
 
