@@ -15,16 +15,17 @@ SECONDS = "seconds"
 
 @contextmanager
 def forward_counts(
-    modules: Mapping[str, nn.Module], read: Callable[[], Mapping[str, float]] = dict
+    modules: Mapping[str, tuple[nn.Module, nn.Module]], read: Callable[[], Mapping[str, float]] = dict
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """What counters gain during the forward passes of modules, none of which is inside another.
+    """What counters gain between two modules' forward passes, both included.
 
     Args:
-        modules: by a name of the caller's.
+        modules: the first and the last that is called, which may be the same, by a name of the caller's; no
+            pair is called inside another.
         read: the counters, which only grow; an absent one is 0.
 
     Yields:
-        By the module's name: "seconds", and what each counter gained.
+        By name: "seconds", and what each counter gained.
     """
     gained: dict[str, dict[str, float]] = {name: {SECONDS: 0.0} for name in modules}
 
@@ -33,9 +34,9 @@ def forward_counts(
             gained[name][counter] = gained[name].get(counter, 0.0) + sign * now
 
     handles = list[Any]()
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(partial(count, name=name, sign=-1)))
-        handles.append(module.register_forward_hook(partial(count, name=name, sign=1)))
+    for name, (first, last) in modules.items():
+        handles.append(first.register_forward_pre_hook(partial(count, name=name, sign=-1)))
+        handles.append(last.register_forward_hook(partial(count, name=name, sign=1)))
     try:
         yield gained
     finally:

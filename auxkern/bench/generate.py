@@ -520,8 +520,10 @@ def _kernel_shares(work: Work, batch: int, auxiliary: str | None) -> dict[str, f
     return {name: seconds[name] / whole for name in KERNEL_SHARES}
 
 
-def _forward_passes(work: Work) -> dict[str, Any]:
-    return {"LM": work.model.lm.base_model, "auxiliary": work.model.auxiliary}
+def _forward_passes(work: Work) -> dict[str, tuple[Any, Any]]:
+    # A hook on the LM itself would keep it from making steps without its own forward.
+    lm, auxiliary = work.model.lm, work.model.auxiliary
+    return {"LM": (lm.get_input_embeddings(), lm.base_model.norm), "auxiliary": (auxiliary, auxiliary)}
 
 
 def _written(work: Work, running: Any, auxiliary: str | None, drawn: list[int]) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from auxkern.core.decoder import DecoderLayer, DecoderParts
+from auxkern.core.decoder import DecoderLayer, DecoderParts, DecoderStack
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.packed import PackedWeight
@@ -187,4 +187,8 @@ class Backend(ABC):
 
     def decoder_layer(self, parts: DecoderParts) -> DecoderLayer:
         """A decoder layer that is not trained, as one step; its parts must not change."""
+        raise NotImplementedError(self.pack_refusal())
+
+    def decoder_stack(self, layers: Sequence[DecoderLayer]) -> DecoderStack:
+        """Layers that this backend has made, one or more, as one step."""
         raise NotImplementedError(self.pack_refusal())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -115,6 +114,30 @@ class Window(NamedTuple):
     end: int
 
 
+@dataclass(frozen=True, eq=False)
+class CacheMemory:
+    """Keys and values of all layers of a model, in memory that stays where it is.
+
+    Attributes:
+        keys, values: as in ``Window``, one of each layer; all of the same shape and strides.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+class Windows(NamedTuple):
+    """The same columns of every layer's cache; ``begin`` and ``end`` as in ``Window``."""
+
+    memory: CacheMemory
+    begin: int
+    end: int
+
+    def of(self, layer: int) -> Window:
+        """One layer's."""
+        return Window(self.memory.keys[layer], self.memory.values[layer], self.begin, self.end)
+
+
 class LayerInputs(ABC):
     """What all layers of a step are given, as a backend keeps it.
 
@@ -154,19 +177,23 @@ class DecoderLayer(ABC):
         """The layer, with new keys and values written to the window; None for no cache."""
 
     @abstractmethod
-    def through(
-        self, others: Sequence[DecoderLayer], x: Tensor, inputs: LayerInputs, windows: Sequence[Window] | None
-    ) -> Tensor:
-        """What others of the same sizes, one after the other, make of what the layer makes of x.
-
-        Args:
-            windows: of the layer and of the others; None for no cache.
-        """
-
-    @abstractmethod
     def projected(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """The layer up to queries (B, T, heads, width), new keys and new values (B, heads, T, width)."""
 
     @abstractmethod
     def attended(self, x: Tensor, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The layer from attention on; ``query`` is written to, keys and values are (B, heads, P, width)."""
+
+
+class DecoderStack(ABC):
+    """Decoder layers of the same sizes, one after the other; see ``Backend.decoder_stack``."""
+
+    @abstractmethod
+    def through(
+        self, x: Tensor, inputs: LayerInputs, windows: Windows | None, *, every: bool = False
+    ) -> Tensor:
+        """What the last layer makes of x (B, T, D); with ``every`` (layers, B, T, D), what each makes.
+
+        Args:
+            windows: where new keys and values go; None for no cache.
+        """

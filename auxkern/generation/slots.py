@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from auxkern.core.decoder import Window
+from auxkern.core.decoder import CacheMemory, Windows
 from auxkern.core.memory import LargePages
-from auxkern.model.native import WindowedLayer
+from auxkern.model.native import WindowedCache
 
 # One of a sliding window forgets what lies before it; it is taken while the window is wider than a slot.
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-class SlotLayer(CacheLayerMixin, WindowedLayer):
+class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, (slots, heads, columns, head width).
 
     All columns are kept where the layer has a sliding window too: transformers' mask leaves out what lies
@@ -68,15 +68,6 @@ class SlotLayer(CacheLayerMixin, WindowedLayer):
         self.values[: table.count, :, written] = value_states
         return self.keys[: table.count, :, window], self.values[: table.count, :, window]
 
-    def window(self, B: int, T: int) -> Window | None:
-        """Where a step on the CPU writes the new tokens' columns itself."""
-        table, keys, values = self.table, self.keys, self.values
-        if keys is None or values is None or table.fixed or keys.dtype != torch.float32:
-            return None
-        if table.count != B or table.end + T > table.columns:
-            return None
-        return Window(keys, values, table.begin, table.end)
-
     def _update_fixed(self, room: Tensor, new: Tensor) -> Tensor:
         rows = room[: new.shape[0]]
         rows.index_copy_(2, self.table.column, new)
@@ -95,6 +86,26 @@ class SlotLayer(CacheLayerMixin, WindowedLayer):
         return -1
 
     get_max_cache_shape = get_max_length
+
+
+class SlotCache(Cache, WindowedCache):
+    """The layers of a table."""
+
+    def __init__(self, table: SlotTable) -> None:
+        super().__init__(layers=list(table.layers))
+        self._table = table
+        keys = [layer.keys for layer in table.layers if layer.keys is not None]
+        values = [layer.values for layer in table.layers if layer.values is not None]
+        # A step that a graph records writes columns that stand in device memory.
+        plain = not table.fixed and all(one.dtype == torch.float32 for one in (*keys, *values))
+        alike = len({one.stride() for one in (*keys, *values)}) == 1
+        self._memory = CacheMemory(tuple(keys), tuple(values)) if plain and alike else None
+
+    def windows(self, B: int, T: int) -> Windows | None:
+        table = self._table
+        if self._memory is None or table.count != B or table.end + T > table.columns:
+            return None
+        return Windows(self._memory, table.begin, table.end)
 
 
 class SlotTable:
@@ -166,7 +177,7 @@ class SlotTable:
         self.layers = [SlotLayer(self) for _ in sources]
         for layer, (keys, values) in zip(self.layers, sources, strict=True):
             layer.lazy_initialization(keys, values)
-        self.cache = Cache(layers=list(self.layers))
+        self.cache = SlotCache(self)
 
     def join(self, cache: Cache, mask: Tensor, most: Sequence[int] | None = None) -> None:
         """Newcomers take the next slots.

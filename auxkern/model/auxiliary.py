@@ -12,6 +12,7 @@ from auxkern.model.base import cache_argument, counts_positions, mask_with_cache
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput, AuxiliaryTraits
 from auxkern.model.layers import ZeroLinear
+from auxkern.model.native import final_states
 from auxkern.model.pointer import Coverage, Pointer
 
 
@@ -162,10 +163,11 @@ class DecoderAuxiliary(TransformerAuxiliary):
             options["position_ids"] = positions_of(mask)[:, -vectors.shape[1] :]
         if not first:
             options[cache_argument(self.body)] = inputs.cache.attention
-        read = mask if first else mask_with_cache(inputs.cache.attention, mask, T)
-        output = self.body(inputs_embeds=vectors, attention_mask=read, **options)
-        attention = output[cache_argument(self.body)] if inputs.use_cache else None
-        hidden = self.dropout(output.last_hidden_state)
+        options["attention_mask"] = mask if first else mask_with_cache(inputs.cache.attention, mask, T)
+        options["inputs_embeds"] = vectors
+        cache_name = cache_argument(self.body) if inputs.use_cache else None
+        hidden, attention = final_states(self.body, options, cache_name)
+        hidden = self.dropout(hidden)
         if first:
             hidden = order.restore(hidden)
             # The condition's states stand before the text's.

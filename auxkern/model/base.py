@@ -12,7 +12,7 @@ from torch import Tensor
 from auxkern.core.packed import PackedWeight, check_compute
 from auxkern.core.terms import Head, Logits, Term, softcapped
 from auxkern.model.layers import row_products
-from auxkern.model.native import native_refusal, stack_of, use_native_kernels
+from auxkern.model.native import final_states, native_refusal, use_native_kernels
 from auxkern.model.smollm2 import smollm2_folder
 from auxkern.nn import FrozenLinear
 from auxkern.ops.dense import dense_logits
@@ -301,10 +301,10 @@ def run_base(
             inputs["attention_mask"] = mask_with_cache(cache, attention_mask, input_ids.shape[1])
     # The base keeps its own precision under the training loop's autocast.
     with torch.autocast(input_ids.device.type, enabled=False):
-        read_between = bool(layers) or want_logits or torch.compiler.is_compiling()
-        stack = None if read_between else stack_of(model)
-        forward = functools.partial(model, **inputs, output_hidden_states=bool(layers) or want_logits)
-        output = forward() if stack is None else stack.run(forward)
+        if not layers and not want_logits:
+            hidden, kept = final_states(model, inputs, cache_name)
+            return LmOutput(hidden[:, :, None], None, kept if use_cache else None)
+        output = model(**inputs, output_hidden_states=True)
         every = output.hidden_states
         final = every[-1] if want_logits else output.last_hidden_state
         for layer in layers:

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from auxkern.backends.cpu.abi import CLayer, CLayerCall, CLayerProduct, CNorm, Native, float32
 from auxkern.backends.cpu.packing import c_product
-from auxkern.core.decoder import DecoderLayer, DecoderParts, LayerInputs, Norm, Window
+from auxkern.core.decoder import (
+    CacheMemory,
+    DecoderLayer,
+    DecoderParts,
+    DecoderStack,
+    LayerInputs,
+    Norm,
+    Window,
+    Windows,
+)
 from auxkern.core.packed import ACTIVATIONS
 
 _PROJECT, _ATTEND = 1, 2
@@ -23,6 +32,9 @@ class DecoderLayers(Native):
 
     def decoder_layer(self, parts: DecoderParts) -> DecoderLayer:
         return CpuLayer(self, parts)
+
+    def decoder_stack(self, layers: Sequence[DecoderLayer]) -> DecoderStack:
+        return CpuStack(self, layers)
 
 
 class CpuInputs(LayerInputs):
@@ -73,7 +85,7 @@ class CpuLayer(DecoderLayer):
     def __init__(self, native: Native, parts: DecoderParts) -> None:
         self._parts, self._native = parts, native
         self._layer = _c_layer(parts)
-        self._reference, self._address = ctypes.byref(self._layer), ctypes.addressof(self._layer)
+        self._reference, self.address = ctypes.byref(self._layer), ctypes.addressof(self._layer)
 
     def inputs(
         self, size: tuple[int, int], mask: Tensor | None, angles: tuple[Tensor, Tensor] | None
@@ -83,35 +95,14 @@ class CpuLayer(DecoderLayer):
     def whole(self, x: Tensor, inputs: LayerInputs, window: Window | None) -> Tensor:
         call = _begun(inputs, x, _PROJECT | _ATTEND)
         if window is None:
-            window = self._columns(call)
-        self._set_window(call, window)
+            window = self.columns(call)
+        self.set_window(call, window)
         return self._run(call, inputs, x)
 
-    def through(
-        self, others: Sequence[DecoderLayer], x: Tensor, inputs: LayerInputs, windows: Sequence[Window] | None
-    ) -> Tensor:
-        if not isinstance(inputs, CpuInputs):
-            raise TypeError(f"inputs are {type(inputs).__name__}; take those of the layer")
-        layers = [self, *[other for other in others if isinstance(other, CpuLayer)]]
-        calls = (CLayerCall * len(layers)).from_buffer_copy(bytes(inputs.call) * len(layers))
-        if windows is None:
-            windows = [self._columns(calls[0])] * len(layers)
-        between = torch.empty_like(x), torch.empty_like(x)
-        addresses = between[0].data_ptr(), between[1].data_ptr()
-        source = x.data_ptr()
-        for place, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-            call = calls[place]
-            call.x, call.y, call.stages = source, addresses[place % 2], _PROJECT | _ATTEND
-            source = addresses[place % 2]
-            layer._set_window(call, window)
-            _check_columns(inputs, call)
-        pointers = (ctypes.c_void_p * len(layers))(*[layer._address for layer in layers])
-        self._native.library.auxkern_layers_forward(pointers, calls, len(layers), self._native.execution())
-        return between[(len(layers) - 1) % 2]
-
-    def _set_window(self, call: CLayerCall, window: Window) -> None:
+    def set_window(self, call: CLayerCall, window: Window) -> None:
+        """Has a call read and write these columns."""
         keys, values, begin, end = window
-        self._check(keys, values)
+        self.check(keys, values)
         batch, head, column, _ = keys.stride()
         key, value = keys.data_ptr(), values.data_ptr()
         call.P = end + call.T - begin
@@ -124,7 +115,7 @@ class CpuLayer(DecoderLayer):
     def projected(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         call = _begun(inputs, x, _PROJECT)
         heads = self._parts.heads
-        keys, values, _, _ = self._columns(call)
+        keys, values, _, _ = self.columns(call)
         query = float32(call.B, call.T, heads.queries, heads.width)
         call.query, call.new_key, call.new_value = query.data_ptr(), keys.data_ptr(), values.data_ptr()
         call.new_batch, call.new_head, call.new_position, _ = keys.stride()
@@ -133,7 +124,7 @@ class CpuLayer(DecoderLayer):
         return query, keys, values
 
     def attended(self, x: Tensor, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self._check(key, value)
+        self.check(key, value)
         key, value = _plain(key), _plain(value)
         call = _begun(inputs, x, _ATTEND)
         call.query, call.P = query.data_ptr(), key.shape[2]
@@ -142,7 +133,8 @@ class CpuLayer(DecoderLayer):
         call.value_batch, call.value_head, call.value_column, _ = value.stride()
         return self._run(call, inputs, x)
 
-    def _check(self, keys: Tensor, values: Tensor) -> None:
+    def check(self, keys: Tensor, values: Tensor) -> None:
+        """Refuses keys and values of other heads."""
         heads = self._parts.heads
         if keys.shape[1] != heads.keys or keys.shape[3] != heads.width or values.shape != keys.shape:
             raise ValueError(
@@ -150,7 +142,8 @@ class CpuLayer(DecoderLayer):
                 f"{heads.keys} heads of {heads.width}"
             )
 
-    def _columns(self, call: CLayerCall) -> Window:
+    def columns(self, call: CLayerCall) -> Window:
+        """Memory for the call's own columns alone."""
         heads = self._parts.heads
         keys, values = (float32(call.B, heads.keys, call.T, heads.width) for _ in range(2))
         return Window(keys, values, 0, 0)
@@ -161,6 +154,59 @@ class CpuLayer(DecoderLayer):
         call.y = y.data_ptr()
         self._native.library.auxkern_layer_forward(self._reference, call, self._native.execution())
         return y
+
+
+class CpuStack(DecoderStack):
+    """Layers whose calls are one call."""
+
+    def __init__(self, native: Native, layers: Sequence[DecoderLayer]) -> None:
+        self._native = native
+        self._layers = [layer for layer in layers if isinstance(layer, CpuLayer)]
+        if len(self._layers) < len(layers):
+            raise TypeError("a layer is another backend's; take those of the CPU's")
+        count = len(self._layers)
+        self._pointers = (ctypes.c_void_p * count)(*[layer.address for layer in self._layers])
+        self._calls = CLayerCall * count
+        self._known: tuple[CacheMemory, list[tuple[int, int]]] | None = None
+
+    def through(
+        self, x: Tensor, inputs: LayerInputs, windows: Windows | None, *, every: bool = False
+    ) -> Tensor:
+        call, layers = _begun(inputs, x, _PROJECT | _ATTEND), self._layers
+        count = len(layers)
+        # Layers write where the one before the last has read.
+        made = x.new_empty(count if every else min(count, 2), *x.shape)
+        # Without a cache all layers write the same memory, one after the other.
+        window = layers[0].columns(call) if windows is None else windows.of(0)
+        layers[0].set_window(call, window)
+        starts = None if windows is None else self._starts(windows.memory)
+        _check_columns(inputs, call)
+        calls = self._calls.from_buffer_copy(bytes(call) * count)
+        source, first, size = x.data_ptr(), made.data_ptr(), x.numel() * 4
+        new = call.new_key - starts[0][0] if starts else 0
+        read = call.key - starts[0][0] if starts else 0
+        for place, one in enumerate(calls):
+            one.x, one.y = source, first + size * (place % len(made))
+            source = one.y
+            if starts:
+                keys, values = starts[place]
+                one.new_key, one.key = keys + new, keys + read
+                one.new_value, one.value = values + new, values + read
+        self._native.library.auxkern_layers_forward(self._pointers, calls, count, self._native.execution())
+        return made if every else made[(count - 1) % 2]
+
+    def _starts(self, memory: CacheMemory) -> list[tuple[int, int]]:
+        """Addresses of each layer's keys and values, which are looked at once."""
+        known = self._known
+        if known is None or known[0] is not memory:
+            like = memory.keys[0]
+            for layer, *pair in zip(self._layers, memory.keys, memory.values, strict=True):
+                layer.check(*pair)
+                if any(one.stride() != like.stride() or one.dtype != torch.float32 for one in pair):
+                    raise ValueError("keys and values of layers have different strides or types")
+            starts = [(k.data_ptr(), v.data_ptr()) for k, v in zip(memory.keys, memory.values, strict=True)]
+            self._known = known = (memory, starts)
+        return known[1]
 
 
 def _check_columns(inputs: LayerInputs, call: CLayerCall) -> None:

@@ -9,12 +9,18 @@ layer by layer, and from then on always.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from auxkern.core.decoder import LayerInputs
+from auxkern.core.decoder import DecoderStack, LayerInputs, Windows
+from auxkern.model.native.packed_layers import Conditions, PackedLayer, cpu_backend, hooks_of, only_recorded
+from auxkern.model.native.watch import Watch
+from auxkern.model.native.windows import WindowedCache
+
+if TYPE_CHECKING:
+    from auxkern.model.native.final import TokenStep
 
 _Output = TypeVar("_Output")
 
@@ -35,6 +41,48 @@ class _Run(threading.local):
     handed = 0
 
 
+class PackedStack:
+    """The packed weights of all layers.
+
+    Args:
+        layers: as they are now.
+        packed: of each.
+
+    Attributes:
+        kernel: that runs them.
+        turns_heads: whether positions turn queries and keys; None if in some layers only.
+        width: D.
+    """
+
+    def __init__(self, layers: nn.ModuleList, packed: Sequence[PackedLayer]) -> None:
+        self.packed = packed
+        self.kernel: DecoderStack = cpu_backend().decoder_stack([one.kernel for one in packed])
+        turning = {one.turns_heads for one in packed}
+        self.turns_heads = turning.pop() if len(turning) == 1 else None
+        self.width = packed[0].width
+        self.in_order = [one.index for one in packed] == list(range(len(packed)))
+        self._layers = layers
+        self._watch = Watch.joined(one.watch for one in packed)
+        self._conditions = Conditions.joined(one.conditions for one in packed)
+        self._hooks = [hooks for layer in layers for hooks in hooks_of(layer)]
+
+    def may_run(self, x: Tensor) -> bool:
+        """Whether calls of all layers, the first one on x (B, T, D), would read these and nobody listens."""
+        return (
+            x.shape[2] == self.width
+            and not any(layer.training for layer in self._layers)
+            and only_recorded(self._hooks)
+            and self._conditions.allow(x)
+            and self._watch.unchanged
+        )
+
+    def windows(self, cache: Any, x: Tensor) -> Windows | None:
+        """Where a cache takes new columns of x (B, T, D) in place; None if it has to be told of them."""
+        if not isinstance(cache, WindowedCache) or not self.in_order:
+            return None
+        return cache.windows(x.shape[0], x.shape[1])
+
+
 class Stack:
     """The decoder layers of a model.
 
@@ -43,18 +91,21 @@ class Stack:
 
     Attributes:
         refusal: why it runs layer by layer; None if it does not.
+        token_step: of the model that calls them; None before its first pass.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers = layers
         self.refusal: str | None = None
+        self.token_step: TokenStep | None = None
         self._run = _Run()
+        self._packed: PackedStack | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "refusal": self.refusal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _run=_Run())
+        self.__dict__.update(state, token_step=None, _run=_Run(), _packed=None)
 
     def run(self, forward: Callable[[], _Output]) -> _Output:
         """A forward pass of the model, of which nobody wants hidden states between layers.
@@ -88,6 +139,19 @@ class Stack:
         run.handed += 1
         return True
 
+    def packed(self, x: Tensor) -> PackedStack | None:
+        """What runs a call of all layers, the first one on x (B, T, D); None where they are called."""
+        each: Any = self.layers
+        now = [layer.native_step.packed for layer in each]
+        known = self._packed
+        if known is None or any(one is not of for one, of in zip(now, known.packed, strict=True)):
+            if any(one is None for one in now):
+                return None
+            known = PackedStack(self.layers, now)
+            self._packed = known if known.may_run(x) else None
+            return self._packed
+        return known if known.may_run(x) else None
+
     def through(
         self, layer: nn.Module, x: Tensor, given: tuple[Any, Any], inputs: LayerInputs, cache: Any
     ) -> Tensor | None:
@@ -102,20 +166,13 @@ class Stack:
         run = self._run
         if layer is not self.layers[0] or run.result is not None:
             return None
-        each: Any = self.layers
-        packed = [one.native_step.ready(one, x) for one in each]
-        first = packed[0]
-        if first is None or any(one is None or one.turns_heads != first.turns_heads for one in packed):
+        packed = self.packed(x)
+        if packed is None or packed.turns_heads is None:
             return None
-        windows = None
-        if cache is not None:
-            windows = [one.window(cache, x) for one in packed]
-            if any(window is None for window in windows):
-                return None
-        run.result, run.given = (
-            first.kernel.through([one.kernel for one in packed[1:]], x, inputs, windows),
-            given,
-        )
+        windows = packed.windows(cache, x)
+        if cache is not None and windows is None:
+            return None
+        run.result, run.given = packed.kernel.through(x, inputs, windows), given
         return run.result
 
 

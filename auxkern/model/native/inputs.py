@@ -37,13 +37,14 @@ class RecentInputs:
         for asked in self._recent:
             if asked.mask is mask and asked.angles is angles and asked.size == size:
                 return asked.inputs
-        inputs = _converted(kernel, (size[0], size[1]), mask, angles)
+        inputs = converted(kernel, (size[0], size[1]), mask, angles)
         # One assignment: threads may lose an entry, and never see half of one.
         self._recent = (_Asked((size[0], size[1]), mask, angles, inputs), *self._recent[: _KEPT - 1])
         return inputs
 
 
-def _converted(kernel: DecoderLayer, size: tuple[int, int], mask: Any, angles: Any) -> LayerInputs | None:
+def converted(kernel: DecoderLayer, size: tuple[int, int], mask: Any, angles: Any) -> LayerInputs | None:
+    """As ``RecentInputs.of``, of B and T, and not kept."""
     pair = isinstance(angles, tuple) and len(angles) == 2 and all(type(one) is Tensor for one in angles)
     if (mask is not None and type(mask) is not Tensor) or (angles is not None and not pair):
         return None

@@ -12,7 +12,7 @@ from auxkern.core.decoder import LayerInputs
 from auxkern.core.memory import LargePages
 from auxkern.model.native.ahead import Stack
 from auxkern.model.native.inputs import RecentInputs
-from auxkern.model.native.packed_layers import PackedLayer, records_only
+from auxkern.model.native.packed_layers import PackedLayer
 from auxkern.model.native.structures import UnknownLayerError
 
 _CACHES = ("cache", "past_key_values")  # transformers 5.24 has renamed it
@@ -81,18 +81,19 @@ class LayerStep:
         as_tuple: whether the layer returns a tuple.
         refusal: why the layer runs as it was since its parts were changed; None if it does not.
         stack: of all layers of the model; None if some of them are as they were.
+        packed: the layer's weights as they were when it was packed; None if it has not been.
     """
 
     def __init__(self, compute: str, recent: RecentInputs, memory: LargePages) -> None:
         self.compute, self._recent, self._memory = compute, recent, memory
         self.as_tuple = False
         self.stack: Stack | None = None
-        self._packed: PackedLayer | None = None
+        self.packed: PackedLayer | None = None
         self.refusal: str | None = None
 
     def pack(self, layer: nn.Module) -> PackedLayer:
         """Packs the layer's weights as they are now."""
-        self._packed = packed = PackedLayer(layer, self.compute, self._memory)
+        self.packed = packed = PackedLayer(layer, self.compute, self._memory)
         return packed
 
     def change(self, layer: nn.Module, compute: str) -> None:
@@ -107,17 +108,17 @@ class LayerStep:
         try:
             return self.pack(layer)
         except (UnknownLayerError, ValueError) as reason:
-            self._packed, self.refusal = None, str(reason)
+            self.packed, self.refusal = None, str(reason)
             return None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer packs its own weights.
-        return {**self.__dict__, "_packed": None, "_recent": RecentInputs(), "_memory": LargePages()}
+        return {**self.__dict__, "packed": None, "_recent": RecentInputs(), "_memory": LargePages()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
-        return 0 if self._packed is None else self._packed.nbytes
+        return 0 if self.packed is None else self.packed.nbytes
 
     def run(self, layer: nn.Module, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What the layer makes of x (B, T, D); None where its own forward must."""
@@ -128,12 +129,12 @@ class LayerStep:
             return (x,) if self.as_tuple else x
         if layer.training or type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3:
             return None
-        packed = self._packed
-        if packed is None or not packed.is_current():
+        packed = self.packed
+        if packed is None or not packed.watch.unchanged:
             if x.device.type != "cpu" or torch.is_grad_enabled():
                 return None  # the next step without gradients packs what training leaves
             packed = self._packed_anew(layer)
-        if packed is None or x.shape[2] != packed.width or not packed.may_run(x):
+        if packed is None or x.shape[2] != packed.width or not packed.conditions.allow(x):
             return None
         if args:
             options = {**options, **dict(zip(packed.names, args, strict=False))}
@@ -158,14 +159,6 @@ class LayerStep:
         if y is None:
             y = _stepped(packed, x, inputs, cache)
         return (y,) if self.as_tuple else y
-
-    def ready(self, layer: nn.Module, x: Tensor) -> PackedLayer | None:
-        """The packed weights, if a call of the layer on x would read them and nobody listens to it."""
-        packed = self._packed
-        if packed is None or layer.training or x.shape[2] != packed.width or not packed.is_current():
-            return None
-        heard = records_only(layer._forward_hooks) and records_only(layer._forward_pre_hooks)
-        return packed if heard and packed.may_run(x) else None
 
 
 def _takes(cache: Any, inputs: LayerInputs, index: int) -> bool:

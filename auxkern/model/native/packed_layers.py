@@ -1,21 +1,72 @@
-"""The packed weights of one layer, and whether they are still those that it has."""
+"""The packed weights of one layer, whether they are still those that it has, and when they may be used."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auxkern.backends.choice import choose
+from auxkern.core.backend import Backend
 from auxkern.core.decoder import Window
 from auxkern.core.memory import LargePages
 from auxkern.model.native.described import described, turns_heads
 from auxkern.model.native.structures import parts_of, structure_of
-from auxkern.model.native.windows import WindowedLayer
+from auxkern.model.native.watch import Watch
+from auxkern.model.native.windows import WindowedCache
 
 ATTENTION = "auxkern"  # its name among transformers' attention functions
+
+
+def cpu_backend() -> Backend:
+    """Which runs native steps."""
+    return choose("cpu", torch.device("cpu"), (torch.float32,))
+
+
+class Conditions:
+    """What a native step would leave out, of one layer or of several.
+
+    Args:
+        hooks: of the children that the step computes itself.
+        attention_hooks: of modules of attention.
+        configs: of attention.
+        parameters: of the layers.
+    """
+
+    def __init__(
+        self,
+        hooks: Iterable[dict[int, Any]],
+        attention_hooks: Iterable[dict[int, Any]],
+        configs: Iterable[Any],
+        parameters: Iterable[nn.Parameter],
+    ) -> None:
+        self._hooks, self._attention_hooks = list(hooks), list(attention_hooks)
+        self._configs = list({id(config): config for config in configs}.values())
+        self._parameters = list(parameters)
+
+    @classmethod
+    def joined(cls, each: Iterable[Conditions]) -> Conditions:
+        """Those of several layers."""
+        listed = list(each)
+        return cls(
+            *(
+                [value for one in listed for value in getattr(one, name)]
+                for name in ("_hooks", "_attention_hooks", "_configs", "_parameters")
+            )
+        )
+
+    def allow(self, x: Tensor) -> bool:
+        """Whether a call on x is one that leaves nothing out."""
+        if any(self._hooks) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return False
+        if not x.is_cpu or any(one._attn_implementation != ATTENTION for one in self._configs):
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._parameters)):
+            return False
+        return only_recorded(self._attention_hooks)
 
 
 class PackedLayer:
@@ -39,57 +90,34 @@ class PackedLayer:
         self.width = parts.qkv.weight.K
         self.index = int(attention.layer_idx)
         self.nbytes = sum(one.weight.nbytes for one in (parts.qkv, parts.output, parts.up, parts.down))
-        backend = choose("cpu", torch.device("cpu"), (torch.float32,))
-        self.kernel = backend.decoder_layer(parts)
+        self.kernel = cpu_backend().decoder_layer(parts)
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]
-        self._config = attention.config
         children = [child for _, child in parts_of(layer, structure)]
-        self._attention_hooks = [attention._forward_hooks, attention._forward_pre_hooks]
-        self._hooks = [
-            hooks
-            for child in children
-            if child is not attention
-            for hooks in (child._forward_hooks, child._forward_pre_hooks)
-        ]
-        self._parameters = list(layer.parameters())
-        owners = [layer, *children]
-        self._places = [
-            places for owner in owners for places in (owner._modules, owner._parameters) if places
-        ]
-        # Whoever stands here keeps its id as long as it is kept.
-        self._kept = [one for places in self._places for one in places.values()]
-        self._ids = self._present()
-        self._addresses = [p.data_ptr for p in self._parameters]
-        self._state = self._versions()
-
-    def is_current(self) -> bool:
-        """Whether the layer has the parts and numbers that were packed."""
-        return self._present() == self._ids and self._versions() == self._state
-
-    def _present(self) -> list[int]:
-        return [id(one) for places in self._places for one in places.values()]
-
-    def _versions(self) -> list[int]:
-        # In-place changes count a parameter's version up; a move gives it other memory.
-        return [*[p._version for p in self._parameters], *[address() for address in self._addresses]]
+        parameters = list(layer.parameters())
+        self.watch = Watch([layer, *children], parameters)
+        self.conditions = Conditions(
+            (hooks for child in children if child is not attention for hooks in hooks_of(child)),
+            hooks_of(attention),
+            [attention.config],
+            parameters,
+        )
 
     def window(self, cache: Any, x: Tensor) -> Window | None:
         """Where a cache takes the new columns of x (B, T, D) in place; None if it has to be told of them."""
-        layers = getattr(cache, "layers", ())
-        of_layer = layers[self.index] if self.index < len(layers) else None
-        return of_layer.window(x.shape[0], x.shape[1]) if isinstance(of_layer, WindowedLayer) else None
-
-    def may_run(self, x: Tensor) -> bool:
-        """Whether a call on x is one that leaves nothing out."""
-        if any(self._hooks) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return False
-        if not x.is_cpu or self._config._attn_implementation != ATTENTION:
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._parameters)):
-            return False
-        return not any(self._attention_hooks) or all(map(records_only, self._attention_hooks))
+        windows = cache.windows(x.shape[0], x.shape[1]) if isinstance(cache, WindowedCache) else None
+        return None if windows is None else windows.of(self.index)
 
 
-def records_only(hooks: dict[int, Any]) -> bool:
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The tables of hooks that a call of a module looks at."""
+    return [module._forward_hooks, module._forward_pre_hooks]
+
+
+def only_recorded(tables: Iterable[dict[int, Any]]) -> bool:
     """Whether hooks are transformers' own, which record what this kind of attention does not have."""
-    return all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks.values())
+    return all(
+        getattr(hook, "__module__", "").startswith("transformers.")
+        for hooks in tables
+        if hooks
+        for hook in hooks.values()
+    )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 # Without an effect where nothing is trained.
-_SILENT = (nn.Dropout, nn.Identity)
+SILENT_MODULES = (nn.Dropout, nn.Identity)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _fits(layer: nn.Module, structure: Structure) -> bool:
 
 
 def _names(module: nn.Module) -> set[str]:
-    return {name for name, child in module.named_children() if not isinstance(child, _SILENT)}
+    return {name for name, child in module.named_children() if not isinstance(child, SILENT_MODULES)}
 
 
 def parts_of(layer: nn.Module, structure: Structure) -> Iterator[tuple[str, nn.Module]]:

@@ -63,7 +63,7 @@ def test_counters_gain_during_forward_passes_alone():
             return x
 
     first, second = Layer(), Layer()
-    with forward_counts({"first": first, "second": second}, lambda: counter) as gained:
+    with forward_counts({"first": (first, first), "second": (second, second)}, lambda: counter) as gained:
         counter["calls"] += 10
         first(torch.zeros(1))
         time.sleep(0.05)
