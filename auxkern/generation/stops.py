@@ -79,14 +79,23 @@ class TextStream:
             self._held.append((pending, True))  # no later token can change what a stop string ends
         return text + self._out(spelled, visible=False)
 
-    def finish(self) -> str:
+    def finish(self, last_ids: Sequence[int] = ()) -> str:
         """Ends the text; returns what was held back, which may still hold a stop string.
 
         A second call returns nothing.
+
+        Args:
+            last_ids: tokens that come before the end, as if they were pushed. Without stop strings they are
+                decoded once.
         """
+        text = ""
+        if self.stop:
+            for token_id in last_ids:
+                text += "" if self._ended else self.push(token_id)
+            last_ids = ()
         if self._ended:
-            return ""
-        text = self._out(self._detokenizer.rest())
+            return text
+        text += self._out(self._detokenizer.rest(last_ids))
         if not self._ended:
             text += self._released(sum(len(part) for part, _ in self._held))
             self._ended = True
@@ -164,8 +173,8 @@ class _Detokenizer:
             self._sent += len(self._text) - len(text)
         return new
 
-    def rest(self) -> str:
-        return self._new(self._format.decode(self._ids))
+    def rest(self, last_ids: Sequence[int] = ()) -> str:
+        return self._new(self._format.decode([*self._ids, *last_ids]))
 
     def rest_seen(self) -> str:
         """What ``rest`` would return now; more may come."""

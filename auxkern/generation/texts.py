@@ -25,6 +25,7 @@ class Text:
         self._stops = frozenset(sequence.request.stop_token_ids)
         self._logprobs: list[Logprob] = []
         self._kept = self._told = 0
+        self._pushed = 0  # tokens that the stream has seen
         self._stream = self._new_stream()
 
     def take(self, token: int, logprob: Logprob | None) -> FinishReason | None:
@@ -35,7 +36,8 @@ class Text:
         generated.append(token)
         if token in self._ends:
             return "end"
-        self._stream.push(token)
+        if self._stream.stop:
+            self._catch_up()
         if self._stream.stopped is not None or token in self._stops:
             return "stop"
         return "length" if len(generated) >= request.max_new_tokens else None
@@ -48,14 +50,13 @@ class Text:
         """Drops what came after the last ``keep``; it will be drawn again."""
         del self.sequence.generated[self._kept :]
         del self._logprobs[self._kept :]
-        stream = self._new_stream()
-        for token in self.sequence.generated:
-            stream.push(token)
-        self._stream = stream
+        self._stream, self._pushed = self._new_stream(), 0
+        self._catch_up()
 
     @property
     def has_news(self) -> bool:
         """Whether there is text that was not told yet."""
+        self._catch_up()
         return len(self._stream.text) > self._told
 
     def news(self) -> Iterator[Any]:
@@ -69,7 +70,9 @@ class Text:
     def completion(self, reason: FinishReason, error: str | None = None) -> Completion:
         """The whole text, which is at its end."""
         sequence = self.sequence
-        self._stream.finish()
+        # Where nobody has asked for a part of it, all of it is decoded at once.
+        self._stream.finish(self._unread())
+        self._pushed = len(sequence.generated)
         if self._stream.stopped is not None and error is None:
             reason = "stop"  # what was held back may have held a stop string
         logprobs = None
@@ -87,6 +90,16 @@ class Text:
             error,
             logprobs,
         )
+
+    def _unread(self) -> list[int]:
+        """Tokens that the stream has not seen; the one that ends a text is none of its text."""
+        unread = self.sequence.generated[self._pushed :]
+        return unread[:-1] if unread and unread[-1] in self._ends else unread
+
+    def _catch_up(self) -> None:
+        for token in self._unread():
+            self._pushed += 1
+            self._stream.push(token)
 
     def _new_stream(self) -> TextStream:
         return TextStream(self._format, self.sequence.request.stop, self.sequence.prompt_ids)

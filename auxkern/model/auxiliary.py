@@ -160,7 +160,7 @@ class DecoderAuxiliary(TransformerAuxiliary):
             mask = torch.cat([inputs.cache.mask, mask], 1)
         options: dict[str, Any] = {"use_cache": inputs.use_cache}
         if self.counts_positions:
-            options["position_ids"] = positions_of(mask)[:, -vectors.shape[1] :]
+            options["position_ids"] = positions_of(mask, vectors.shape[1])
         if not first:
             options[cache_argument(self.body)] = inputs.cache.attention
         options["attention_mask"] = mask if first else mask_with_cache(inputs.cache.attention, mask, T)

@@ -293,7 +293,7 @@ def run_base(
     model = lm if want_logits else transformer(lm)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
     if counts_positions(lm):
-        inputs["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+        inputs["position_ids"] = positions_of(attention_mask, input_ids.shape[1])
     cache_name = cache_argument(model) if use_cache or cache is not None else None
     if cache_name is not None:
         inputs[cache_name] = cache
@@ -369,9 +369,17 @@ def _names_of(forward: Any) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(forward).parameters if name != "self")
 
 
-def positions_of(attention_mask: Tensor) -> Tensor:
-    """(B, T) position of each token among the real ones; 0 for padding before them."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+def positions_of(attention_mask: Tensor, last: int | None = None) -> Tensor:
+    """(B, T) position of each token among the real ones; 0 for padding before them.
+
+    Args:
+        attention_mask: (B, P), 1 for real tokens.
+        last: T, of how many of the last columns; None for all.
+    """
+    if last == 1:
+        return (attention_mask.long().sum(-1, keepdim=True) - 1).clamp_min_(0)
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    return positions if last is None else positions[:, -last:]
 
 
 def _output_embedding(lm: Any) -> Tensor | None:

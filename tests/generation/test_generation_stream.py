@@ -115,6 +115,15 @@ def streamed(text: TextStream, ids: list[int]) -> list[str]:
     return [*pieces, text.finish()]
 
 
+def ended_at_once(text: TextStream, ids: list[int]) -> TextStream:
+    """The text whose last half comes with its end."""
+    for token in ids[: len(ids) // 2]:
+        if text.stopped is None:
+            text.push(token)
+    text.finish(ids[len(ids) // 2 :])
+    return text
+
+
 def real_tokens(name: str) -> list[list[int]]:
     """Tokens of real text, characters spelled in bytes, characters torn."""
     tokenizer = FORMATS[name].tokenizer
@@ -145,6 +154,7 @@ def test_pieces_make_the_whole_text(name: str) -> None:
             prompt_ids[-1] = sizes(name) - 3  # a prompt that ends in bytes has no certain text
         text = TextStream(text_format, prompt_ids=prompt_ids)
         assert "".join(streamed(text, ids)) == whole_text(text_format, prompt_ids, ids) == text.text
+        assert ended_at_once(TextStream(text_format, prompt_ids=prompt_ids), ids).text == text.text
 
     check()
 
@@ -255,6 +265,8 @@ def test_stop_strings_end_the_text(name: str) -> None:
         out = TextStream(FORMATS[name], stop)
         assert "".join(streamed(out, ids)) == by_hand(text, stop) == out.text
         assert (out.stopped is not None) == (by_hand(text, stop) != text)
+        at_once = ended_at_once(TextStream(FORMATS[name], stop), ids)
+        assert (at_once.text, at_once.stopped) == (out.text, out.stopped)
 
     check()
 
