@@ -81,4 +81,14 @@ inline void random_bits(vu bits[4], uint64_t seed, uint64_t position, int64_t fi
 #endif
 }
 
+// The bits of any ids.
+inline vu random_bits(vu ids, uint64_t seed, uint64_t position) {
+    vu c[4] = {ids >> 2, vu{}, vu{} + uint32_t(position), vu{} + uint32_t(position >> 32)};
+    philox(c, uint32_t(seed), uint32_t(seed >> 32));
+    const vi word = (vi)(ids & 3u);
+    vu bits = c[0];
+    for (int k = 1; k < 4; ++k) bits = (vu)choose((vi)(word == k), (vf)c[k], (vf)bits);
+    return bits;
+}
+
 }  // namespace

@@ -21,11 +21,19 @@ constexpr float LARGEST_NOISE = 23.0f;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+struct Candidate {
+    float z;
+    int32_t id;
+    bool before(const Candidate &other) const { return z > other.z || (z == other.z && id < other.id); }
+};
+
 // What is kept of a row: z > threshold, or z == threshold up to an id, and d >= least.
 struct Kept {
     float threshold = -INFINITY;
     int64_t last = INT64_MAX;
     float least = -INFINITY;
+    const Candidate *few = nullptr;  // those that the threshold keeps, if they are few: `count` is not -1
+    int64_t count = -1;
 };
 
 struct Row {
@@ -38,8 +46,9 @@ struct Row {
 
     const auxkern_sampling &sampling() const { return *task.sampling; }
     float temperature() const { return sampling().temperature[n]; }
-    vf distance(int64_t v) const { return (load(z + v) - max) / temperature(); }
-    float distance_of(float x) const { return (x - max) / temperature(); }
+    vf distance(int64_t v) const { return distance_of(load(z + v)); }
+    template <class T>
+    T distance_of(T x) const { return (x - max) / temperature(); }
     int64_t padded() const { return padded_vocabulary(task.V); }
 };
 
@@ -160,12 +169,27 @@ inline int64_t append(float *to, int64_t count, vf x, vi mask) {
 #endif
 }
 
+// Not above the k-th largest logit, and near it: the k-th largest of the maxima of some more than k parts.
+float below_top_k(const Row &row, int64_t k, float *maxima) {
+    const int64_t parts = (k + k / 4 + BLOCK - 1) / BLOCK * BLOCK, padded = row.padded();
+    if (4 * parts > padded) return -INFINITY;
+    for (int64_t i = 0; i < parts; i += BLOCK) {
+        vf best[4];
+        for (int j = 0; j < 4; ++j) best[j] = load(row.z + i + j * LANES);
+        for (int64_t v = i + parts; v < padded; v += parts)
+            for (int j = 0; j < 4; ++j) best[j] = vmax(load(row.z + v + j * LANES), best[j]);
+        for (int j = 0; j < 4; ++j) store(maxima + i + j * LANES, best[j]);
+    }
+    return kth_largest(maxima, parts, k);
+}
+
 // The k-th largest logit: candidates above the k-th largest so far, thinned out when they are many.
 float top_k_threshold(const Row &row, int64_t k, float *candidates) {
-    const int64_t many = smaller(row.padded(), 2 * k > LEAST_CANDIDATES ? 2 * k : LEAST_CANDIDATES);
-    float threshold = -INFINITY;
+    const int64_t padded = row.padded();  // the compiler cannot know that storing logits leaves it alone
+    const int64_t many = smaller(padded, 2 * k > LEAST_CANDIDATES ? 2 * k : LEAST_CANDIDATES);
+    float threshold = nextafterf(below_top_k(row, k, candidates), -INFINITY);
     int64_t count = 0;
-    for (int64_t v = 0; v < row.padded(); v += LANES) {
+    for (int64_t v = 0; v < padded; v += LANES) {
         const vf x = load(row.z + v);
         const vi above = (vi)(x > threshold);
         if (!any(above)) continue;
@@ -177,12 +201,6 @@ float top_k_threshold(const Row &row, int64_t k, float *candidates) {
     // Fewer than k above -inf: all that have any probability.
     return count < k ? -INFINITY : kth_largest(candidates, count, k);
 }
-
-struct Candidate {
-    float z;
-    int32_t id;
-    bool before(const Candidate &other) const { return z > other.z || (z == other.z && id < other.id); }
-};
 
 void sift(Candidate *heap, int64_t root, int64_t count) {
     for (;;) {
@@ -208,6 +226,37 @@ void sort(Candidate *x, int64_t count) {
     }
 }
 
+// Up to LANES candidates, in lanes.
+struct Few {
+    vf z = splat(-INFINITY);
+    vi id = {};
+
+    Few(const Candidate *x, int64_t count) {
+        for (int i = 0; i < LANES && i < count; ++i) {
+            z[i] = x[i].z;
+            id[i] = x[i].id;
+        }
+    }
+    vi exist() const { return (vi)(z > -INFINITY); }
+};
+
+// Of candidates by falling z, keeps the first until their mass is `needed` with that of `before`.
+int64_t keep_first(const Row &row, Kept &kept, const Candidate *x, uint64_t before, uint64_t needed) {
+    int64_t i = 0;
+    for (; before < needed; ++i) {
+        kept.threshold = x[i].z;
+        kept.last = x[i].id;
+        const vf d = splat(row.distance_of(x[i].z));
+        before += masses_of(octaves_of(d), mass_shift(row.task.V), (vi)(d == d)).lane[0];
+    }
+    return i;
+}
+
+inline uint64_t share_of(double p, uint64_t total) {
+    const double share = p * double(total);
+    return share < 1 ? 1 : uint64_t(share);  // 1: the first id stays
+}
+
 // Where the fewest largest logits at or above `kept.threshold` reach the share p: the mass of bins
 // finds the bin in which that is, and only its logits are sorted.
 void keep_nucleus(const Row &row, double p, Kept &kept, uint64_t *mass, Candidate *candidates) {
@@ -227,8 +276,7 @@ void keep_nucleus(const Row &row, double p, Kept &kept, uint64_t *mass, Candidat
     }
     uint64_t total = 0, before = 0;
     for (int64_t b = 0; b < MASS_BINS; ++b) total += mass[b];
-    const double share = p * double(total);
-    const uint64_t needed = share < 1 ? 1 : uint64_t(share);  // 1: the first id stays
+    const uint64_t needed = share_of(p, total);
     int32_t bin = 0;
     while (before + mass[bin] < needed) before += mass[bin++];
     int64_t count = 0;
@@ -242,24 +290,19 @@ void keep_nucleus(const Row &row, double p, Kept &kept, uint64_t *mass, Candidat
             if (wanted[i]) candidates[count++] = {row.z[v + i], int32_t(v + i)};
     }
     sort(candidates, count);
-    for (int64_t i = 0; before < needed; ++i) {
-        kept.threshold = candidates[i].z;
-        kept.last = candidates[i].id;
-        const vf d = splat(row.distance_of(candidates[i].z));
-        before += masses_of(octaves_of(d), shift, (vi)(d == d)).lane[0];
-    }
+    keep_first(row, kept, candidates, before, needed);
 }
 
-Kept filter(const Row &row) {
-    const auxkern_sampling &s = row.sampling();
-    Kept kept;
-    kept.least = s.log_min_p[row.n];
-    float *scratch = row.scratch + (row.task.counts ? row.padded() : 0);
-    if (s.top_k[row.n] < row.task.V) kept.threshold = top_k_threshold(row, s.top_k[row.n], scratch + 2 * MASS_BINS);
-    if (s.top_p[row.n] < 1)
-        keep_nucleus(row, s.top_p[row.n], kept, reinterpret_cast<uint64_t *>(scratch),
-                     reinterpret_cast<Candidate *>(scratch + 2 * MASS_BINS));
-    return kept;
+// The same where few logits are at or above the threshold: they are sorted. Returns how many are kept.
+int64_t keep_nucleus_of_few(const Row &row, double p, Kept &kept, Candidate *x, int64_t count) {
+    sort(x, count);
+    uint64_t total = 0;
+    for (int64_t first = 0; first < count; first += LANES) {
+        const Few few(x + first, count - first);
+        const Masses each = masses_of(octaves_of(row.distance_of(few.z)), mass_shift(row.task.V), few.exist());
+        for (int i = 0; i < LANES; ++i) total += each.lane[i];
+    }
+    return keep_first(row, kept, x, 0, share_of(p, total));
 }
 
 inline vi ids_from(int64_t v) {
@@ -268,10 +311,49 @@ inline vi ids_from(int64_t v) {
     return lane + int32_t(v);
 }
 
-inline vi is_kept(const Kept &kept, vf z, vf d, int64_t v) {
+inline vi above_threshold(const Kept &kept, vf z, int64_t v) {
     const int32_t last = int32_t(kept.last < INT32_MAX ? kept.last : INT32_MAX);
-    return ((vi)(z > kept.threshold) | ((vi)(z == kept.threshold) & (vi)(ids_from(v) <= last))) &
-           (vi)(d >= kept.least) & (vi)(z > -INFINITY);
+    return (vi)(z > kept.threshold) | ((vi)(z == kept.threshold) & (vi)(ids_from(v) <= last));
+}
+
+inline vi is_kept(const Kept &kept, vf z, vf d, int64_t v) {
+    return above_threshold(kept, z, v) & (vi)(d >= kept.least) & (vi)(z > -INFINITY);
+}
+
+// The logits that a threshold keeps, by rising id, if they are few; else -1.
+int64_t collect(const Row &row, const Kept &kept, Candidate *to) {
+    const int64_t padded = row.padded();
+    int64_t count = 0;
+    for (int64_t v = 0; v < padded; v += LANES) {
+        const vf z = load(row.z + v);
+        if (!any((vi)(z >= kept.threshold))) continue;
+        const vi in = above_threshold(kept, z, v) & (vi)(z > -INFINITY);
+        int32_t wanted[LANES];
+        memcpy(wanted, &in, sizeof in);
+        for (int i = 0; i < LANES; ++i)
+            if (wanted[i]) to[count++] = {row.z[v + i], int32_t(v + i)};
+        if (count > LEAST_CANDIDATES - LANES) return -1;
+    }
+    return count;
+}
+
+Kept filter(const Row &row) {
+    const auxkern_sampling &s = row.sampling();
+    Kept kept;
+    kept.least = s.log_min_p[row.n];
+    float *scratch = row.scratch + (row.task.counts ? row.padded() : 0), *rest = scratch + 2 * MASS_BINS;
+    Candidate *candidates = reinterpret_cast<Candidate *>(rest);
+    kept.few = candidates;
+    if (s.top_k[row.n] < row.task.V) kept.threshold = top_k_threshold(row, s.top_k[row.n], rest);
+    kept.count = collect(row, kept, candidates);
+    if (s.top_p[row.n] >= 1) return kept;
+    if (kept.count >= 0) {
+        kept.count = keep_nucleus_of_few(row, s.top_p[row.n], kept, candidates, kept.count);
+    } else {
+        keep_nucleus(row, s.top_p[row.n], kept, reinterpret_cast<uint64_t *>(scratch), candidates);
+        kept.count = collect(row, kept, candidates);
+    }
+    return kept;
 }
 
 // ---- the draw ----------------------------------------------------------------------------------
@@ -291,13 +373,48 @@ inline vi may_win(vu bits, vf above_best) {
     return (vi)(log_u < above_best + 1e-3f);
 }
 
-template <bool FILTERED>
-int64_t draw(const Row &row, const Kept &kept) {
-    const uint64_t seed = uint64_t(row.sampling().seed[row.n]), position = uint64_t(row.sampling().position[row.n]);
+// The largest sum of logit and noise so far; of equal ones that of the lowest id, in whatever order they come.
+struct Race {
+    const Row &row;
     // Finite, so that the largest logit's distance stays 0.
     const float inverse = row.temperature() < 1e-38f ? 1e38f : 1.0f / row.temperature();
     float best = -1e30f;
     int64_t token = -1;
+
+    bool is_hopeless(vf z) const { return !any((vi)((z - row.max) * inverse > best - LARGEST_NOISE)); }
+
+    void enter(vf z, vi id, vu bits) {
+        // Screened with a product; who passes is worked out with the division that defines d.
+        const vi candidates = may_win(bits, (z - row.max) * inverse - best) & (vi)(z > -INFINITY);
+        if (!any(candidates)) return;
+        float zs[LANES];
+        uint32_t words[LANES];
+        int32_t wins[LANES], ids[LANES];
+        memcpy(zs, &z, sizeof zs);
+        memcpy(words, &bits, sizeof words);
+        memcpy(wins, &candidates, sizeof wins);
+        memcpy(ids, &id, sizeof ids);
+        for (int i = 0; i < LANES; ++i) {
+            if (!wins[i]) continue;
+            const float value = row.distance_of(zs[i]) + gumbel(words[i]);
+            if (value > best || (value == best && ids[i] < token)) {
+                best = value;
+                token = ids[i];
+            }
+        }
+    }
+};
+
+template <bool FILTERED>
+int64_t draw(const Row &row, const Kept &kept) {
+    const uint64_t seed = uint64_t(row.sampling().seed[row.n]), position = uint64_t(row.sampling().position[row.n]);
+    Race race{row};
+    for (int64_t i = 0; i < kept.count; i += LANES) {
+        const Few few(kept.few + i, kept.count - i);
+        const vf z = choose((vi)(row.distance_of(few.z) >= kept.least), few.z, splat(-INFINITY));
+        race.enter(z, few.id, random_bits((vu)few.id, seed, position));
+    }
+    if (kept.count >= 0) return race.token;
     for (int64_t first = 0; first < row.padded(); first += BLOCK) {
         vf z[4];
         vf high = splat(-INFINITY);
@@ -307,30 +424,12 @@ int64_t draw(const Row &row, const Kept &kept) {
             if (FILTERED) z[k] = choose(is_kept(kept, z[k], row.distance(v), v), z[k], splat(-INFINITY));
             high = vmax(z[k], high);
         }
-        if (!any((vi)((high - row.max) * inverse > best - LARGEST_NOISE))) continue;
+        if (race.is_hopeless(high)) continue;
         vu bits[4];
         random_bits(bits, seed, position, first);
-        for (int k = 0; k < 4; ++k) {
-            // Screened with a product; who passes is worked out with the division that defines d.
-            const vi candidates = may_win(bits[k], (z[k] - row.max) * inverse - best) & (vi)(z[k] > -INFINITY);
-            if (!any(candidates)) continue;
-            float zs[LANES];
-            uint32_t words[LANES];
-            int32_t wins[LANES];
-            memcpy(zs, &z[k], sizeof zs);
-            memcpy(words, &bits[k], sizeof words);
-            memcpy(wins, &candidates, sizeof wins);
-            for (int i = 0; i < LANES; ++i) {
-                if (!wins[i]) continue;
-                const float value = row.distance_of(zs[i]) + gumbel(words[i]);
-                if (value > best) {
-                    best = value;
-                    token = first + k * LANES + i;
-                }
-            }
-        }
+        for (int k = 0; k < 4; ++k) race.enter(z[k], ids_from(first + k * LANES), bits[k]);
     }
-    return token;
+    return race.token;
 }
 
 int64_t largest(const Row &row) {

@@ -21,6 +21,7 @@ PARAMS = {
     "top-k": {"top_k": 11},
     "top-p": {"top_p": 0.8},
     "min-p": {"min_p": 0.05},
+    "many": {"top_k": 1500, "top_p": 0.999},  # more than are handled one by one
     "all": {"temperature": 1.4, "top_k": 60, "top_p": 0.9, "min_p": 0.01},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2},
 }
