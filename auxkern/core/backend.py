@@ -12,7 +12,7 @@ from torch import Tensor
 from auxkern.core.decoder import DecoderLayer, DecoderParts, DecoderStack
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
-from auxkern.core.packed import PackedWeight
+from auxkern.core.packed import PackedWeight, StoredRows
 from auxkern.core.sums import Sum, Wanted
 
 
@@ -138,6 +138,18 @@ class Backend(ABC):
 
         Raises:
             ValueError: a weight is NaN or infinite and ``like`` is of int8.
+        """
+        raise NotImplementedError(self.pack_refusal())
+
+    def pack_stored(self, stored: Sequence[StoredRows], like: PackedWeight) -> PackedWeight:
+        """The same with weights in the blocks of a GGUF file.
+
+        Args:
+            stored: at least one, of the kind of ``like``.
+            like: as in ``pack``.
+
+        Raises:
+            ValueError: a scale or minimum is NaN or infinite.
         """
         raise NotImplementedError(self.pack_refusal())
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from auxkern.backends.choice import choose, refusal
-from auxkern.core.packed import ACTIVATIONS, GROUP, PackedWeight, check_compute
+from auxkern.core.packed import (
+    ACTIVATIONS,
+    BLOCK,
+    BLOCK_BYTES,
+    GROUP,
+    PackedWeight,
+    StoredRows,
+    check_compute,
+)
 from auxkern.ops.torch_ops import is_differentiated, operator
 
 _BACKEND = "cpu"
@@ -63,6 +71,55 @@ def pack(
     like = PackedWeight(kind, N, K, *groups, gated, nothing, nothing)
     dtypes = tuple(w.dtype for w in weights)
     return choose(_BACKEND, torch.device("cpu"), dtypes).pack([w.detach() for w in weights], like)
+
+
+def pack_stored(
+    stored: StoredRows | Sequence[StoredRows], *, row_group: int | None = None, gated: bool = False
+) -> PackedWeight:
+    """Packs a weight for ``packed_linear`` in the blocks that a GGUF file has it in.
+
+    Integers, scales and minima stay what they are; a product multiplies the integers with rows of x that are
+    rounded to 127 steps either side of 0. A NaN or an infinity in a row of x makes its results NaN.
+
+    Args:
+        stored: N rows of K values, or several of one kind whose rows follow each other.
+        row_group: how many k of a row of x share a scale, a multiple of 32; 0: all; None: 32.
+        gated: as in ``pack``.
+
+    Returns:
+        The packed weight, a copy.
+
+    Raises:
+        TypeError: blocks are not bytes on the CPU.
+        ValueError: kinds, shapes or groups do not fit, or a scale or minimum is NaN or infinite.
+        RuntimeError: there are no kernels on this machine.
+    """
+    parts = [stored] if isinstance(stored, StoredRows) else list(stored)
+    _check_stored(parts, gated)
+    kind, N, K = parts[0].kind, sum(part.N for part in parts), parts[0].K
+    row_group = BLOCK if row_group is None else row_group
+    if row_group < 0 or row_group % BLOCK:
+        raise ValueError(f"row_group is {row_group}; it must be a multiple of {BLOCK}, or 0 for all")
+    nothing = torch.empty(0, device="cpu")
+    like = PackedWeight(kind, N, K, BLOCK, 0 if row_group >= K else row_group, gated, nothing, nothing)
+    return choose(_BACKEND, torch.device("cpu"), (torch.float32,)).pack_stored(parts, like)
+
+
+def _check_stored(parts: Sequence[StoredRows], gated: bool) -> None:
+    if not parts:
+        raise ValueError("stored is an empty list; give at least one weight")
+    kinds = {part.kind for part in parts}
+    if len(kinds) > 1 or not kinds <= BLOCK_BYTES.keys():
+        raise ValueError(f"stored has kinds {sorted(kinds)}; it must be one of {', '.join(BLOCK_BYTES)}")
+    for part in parts:
+        blocks = part.blocks
+        if blocks.dtype != torch.uint8 or blocks.device.type != "cpu" or blocks.layout != torch.strided:
+            raise TypeError(f"blocks are {blocks.dtype} on {blocks.device}; give bytes on the CPU")
+    shapes, size = [tuple(part.blocks.shape) for part in parts], BLOCK_BYTES[parts[0].kind]
+    if any(len(s) != 2 or 0 in s or s[1] % size or s[1] != shapes[0][1] for s in shapes):
+        raise ValueError(f"blocks have shapes {shapes}; they must be (N, blocks * {size}), and not empty")
+    if gated and sum(shape[0] for shape in shapes) % 2:
+        raise ValueError(f"a gated weight has as many rows of gate as of the rest; shapes are {shapes}")
 
 
 def _check_weights(weights: Sequence[Tensor], gated: bool) -> None:

@@ -22,7 +22,8 @@ bool is_floats(int32_t kind) { return kind >= AUXKERN_PACKED_F32 && kind <= AUXK
 
 // Whether rows can be given scales so that every integer sum lies in one group of the weight and one of the row.
 bool shares_runs(const auxkern_product &product, int64_t row_group) {
-    if (product.kind != AUXKERN_PACKED_I8 || row_group == 0 || row_group >= product.K) return row_group >= 0;
+    if (!is_bytes(product.kind) || row_group == 0 || row_group >= product.K) return row_group >= 0;
+    if (is_stored(product.kind)) return row_group > 0 && row_group % AUXKERN_BLOCK == 0;
     const bool nested = row_group % product.group == 0 || product.group % row_group == 0 || product.group == product.K;
     return row_group > 0 && row_group % 4 == 0 && nested;
 }
@@ -39,11 +40,11 @@ unsigned useful_threads(const auxkern_execution &execution, int64_t pieces, int6
 }  // namespace
 
 bool is_bad(const auxkern_product &product) {
-    const bool bytes = product.kind == AUXKERN_PACKED_I8;
-    if (product.N < 1 || product.K < 1 || product.kind < AUXKERN_PACKED_F32 || product.kind > AUXKERN_PACKED_I8)
+    if (product.N < 1 || product.K < 1 || product.kind < AUXKERN_PACKED_F32 || product.kind > AUXKERN_PACKED_Q4_1)
         return true;
     if (product.turns != 1 && (product.turns != 2 || product.N % 2 != 0)) return true;
-    if (!bytes) return product.group != 0;
+    if (is_stored(product.kind)) return product.group != AUXKERN_BLOCK || product.K % AUXKERN_BLOCK != 0;
+    if (product.kind != AUXKERN_PACKED_I8) return product.group != 0;
     return product.group < 1 || product.group > AUXKERN_MAX_GROUP || product.group > product.K ||
            (product.group % 4 != 0 && product.group != product.K);
 }
@@ -72,7 +73,10 @@ ProductKernels product_kernels(int32_t kind, int32_t isa) {
         case AUXKERN_PACKED_F16: return {nullptr, AUXKERN_PICK(Stage, multiply_f16, isa)};
         case AUXKERN_PACKED_BF16: return {nullptr, AUXKERN_PICK(Stage, multiply_bf16, isa)};
         case AUXKERN_PACKED_BF16_PAIRS: return {AUXKERN_PICK_PAIRS(prepare_pairs), AUXKERN_PICK_PAIRS(multiply_pairs)};
-        default: return {AUXKERN_PICK_BYTES(prepare_i8), AUXKERN_PICK_BYTES(multiply_i8)};
+        case AUXKERN_PACKED_I8: return {AUXKERN_PICK_BYTES(prepare_i8), AUXKERN_PICK_BYTES(multiply_i8)};
+        case AUXKERN_PACKED_Q8_0: return {AUXKERN_PICK_BYTES(prepare_blocks), AUXKERN_PICK_BYTES(multiply_q8_0)};
+        case AUXKERN_PACKED_Q4_0: return {AUXKERN_PICK_BYTES(prepare_blocks), AUXKERN_PICK_BYTES(multiply_q4_0)};
+        default: return {AUXKERN_PICK_BYTES(prepare_blocks), AUXKERN_PICK_BYTES(multiply_q4_1)};
     }
 }
 
@@ -100,7 +104,7 @@ int32_t auxkern_product_forward(const auxkern_product *product, const auxkern_pr
         run<ProductTask>(kernels.prepare, task, call->M, int64_t(4), int64_t(0), threads, *execution);
     }
     // About 5 us of work.
-    const int64_t min_products = is_floats(product->kind) ? 1 << 19 : product->kind == AUXKERN_PACKED_I8 ? 1 << 21 : 1 << 20;
+    const int64_t min_products = is_floats(product->kind) ? 1 << 19 : is_bytes(product->kind) ? 1 << 21 : 1 << 20;
     const unsigned threads =
         useful_threads(*execution, task.pieces(), call->M * task.panels() * PANEL * product->K, min_products);
     // A piece asks for the memory of the next one, which its own thread should take.
@@ -125,7 +129,8 @@ int32_t auxkern_pack(const auxkern_product *product, const auxkern_weight_rows *
     for (int32_t i = 0; i < count; ++i) {
         const auxkern_weight_rows &part = weights[i];
         const bool half = product->kind == AUXKERN_PACKED_F16 || product->kind == AUXKERN_PACKED_BF16;
-        if (part.rows < 0 || (part.rows > 0 && !part.weight) || part.dtype < AUXKERN_F32 || part.dtype > AUXKERN_BF16 ||
+        const bool known = is_stored(product->kind) || (part.dtype >= AUXKERN_F32 && part.dtype <= AUXKERN_BF16);
+        if (part.rows < 0 || (part.rows > 0 && !part.weight) || !known ||
             (half && part.dtype != (product->kind == AUXKERN_PACKED_F16 ? AUXKERN_F16 : AUXKERN_BF16)))
             return AUXKERN_BAD_ARGUMENT;
         rows += part.rows;

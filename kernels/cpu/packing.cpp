@@ -64,6 +64,39 @@ bool pack_bytes(const auxkern_product &product, const float *row, char *to, floa
     return true;
 }
 
+// Where row `n` of all rows begins, as blocks; NULL where there is none.
+const char *stored_row(const PackingTask &task, int64_t n) {
+    for (int32_t i = 0; i < task.count; ++i) {
+        const auxkern_weight_rows &rows = task.weights[i];
+        if (n < rows.rows) return static_cast<const char *>(rows.weight) + n * rows.row_stride;
+        n -= rows.rows;
+    }
+    return nullptr;
+}
+
+// Puts a row's blocks into its lane of a panel, as they are. Returns whether scales and minima are finite.
+bool pack_blocks(const auxkern_product &product, const char *row, int64_t lane, char *to) {
+    const int64_t bytes = block_bytes(product.kind), halves = product.kind == AUXKERN_PACKED_Q4_1 ? 2 : 1;
+    const int64_t values = bytes - 2 * halves;
+    const uint32_t flip = product.kind == AUXKERN_PACKED_Q8_0 ? 0x80808080u : 0;  // q + 128 in each byte
+    bool finite = true;
+    for (int64_t block = 0; block < product.K / AUXKERN_BLOCK; ++block, row += bytes, to += PANEL * bytes) {
+        for (int64_t at = 0; at < values; at += 4) {
+            uint32_t four;
+            memcpy(&four, row + 2 * halves + at, 4);
+            four ^= flip;
+            memcpy(to + at * PANEL + 4 * lane, &four, 4);
+        }
+        for (int64_t i = 0; i < halves; ++i) {
+            uint16_t half;
+            memcpy(&half, row + 2 * i, 2);
+            finite &= (half & 0x7c00u) != 0x7c00u;
+            memcpy(to + (values + 2 * i) * PANEL + 2 * lane, &half, 2);
+        }
+    }
+    return finite;
+}
+
 }  // namespace
 
 void pack_panels(const PackingTask &task, int64_t begin, int64_t end, float *scratch) {
@@ -77,6 +110,11 @@ void pack_panels(const PackingTask &task, int64_t begin, int64_t end, float *scr
         task.not_finite[panel] = false;
         for (int64_t lane = 0; lane < PANEL; ++lane) {
             const int64_t n = row_of(product, panel, lane);
+            if (is_stored(product.kind)) {
+                const char *row = n < 0 ? nullptr : stored_row(task, n);
+                if (row) task.not_finite[panel] |= !pack_blocks(product, row, lane, values);
+                continue;
+            }
             if (n < 0 || !read_row(task, n, scratch)) continue;
             char *to = values + lane * size;
             if (product.kind == AUXKERN_PACKED_I8)

@@ -15,6 +15,17 @@ constexpr int64_t ROW_BYTES = 512 << 10;   // of a piece: its rows stay in the s
 
 static inline int64_t rounded_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
+// Whether a weight stands in the blocks of a GGUF file, which are not turned into other numbers.
+static inline bool is_stored(int32_t kind) { return kind >= AUXKERN_PACKED_Q8_0 && kind <= AUXKERN_PACKED_Q4_1; }
+
+// Whether rows are rounded to bytes, and products are of bytes.
+static inline bool is_bytes(int32_t kind) { return kind == AUXKERN_PACKED_I8 || is_stored(kind); }
+
+// Bytes of a block of AUXKERN_BLOCK values, in a file and in a panel.
+static inline int64_t block_bytes(int32_t kind) {
+    return kind == AUXKERN_PACKED_Q8_0 ? 34 : kind == AUXKERN_PACKED_Q4_0 ? 18 : 20;
+}
+
 // k that one element of a panel's row holds.
 static inline int64_t step_of(int32_t kind) {
     if (kind == AUXKERN_PACKED_I8) return 4;
@@ -31,6 +42,7 @@ static inline int64_t panels_of(const auxkern_product &product) {
 }
 
 static inline int64_t panel_bytes(const auxkern_product &product) {
+    if (is_stored(product.kind)) return product.K / AUXKERN_BLOCK * PANEL * block_bytes(product.kind);
     return rounded_up(product.K, step_of(product.kind)) / step_of(product.kind) * PANEL * element_bytes(product.kind);
 }
 
@@ -48,7 +60,7 @@ struct RowLayout {
 static inline RowLayout row_layout(const auxkern_product &product, int64_t row_group) {
     RowLayout layout = {0, 0, 0, 0, 0};
     if (product.kind == AUXKERN_PACKED_BF16_PAIRS) layout.bytes = rounded_up(2 * product.K, 64);
-    if (product.kind == AUXKERN_PACKED_I8) {
+    if (is_bytes(product.kind)) {
         layout.run = row_group > 0 && row_group < product.group ? row_group : product.group;
         layout.runs = (product.K + layout.run - 1) / layout.run;
         layout.scales = rounded_up(product.K, 64);
@@ -107,6 +119,10 @@ bool is_bad(const auxkern_product &product, const auxkern_product_call &call);
     void multiply_pairs(const ProductTask &, int64_t begin, int64_t end, float *);       \
     void prepare_i8(const ProductTask &, int64_t begin, int64_t end, float *);           \
     void multiply_i8(const ProductTask &, int64_t begin, int64_t end, float *);          \
+    void prepare_blocks(const ProductTask &, int64_t begin, int64_t end, float *);       \
+    void multiply_q8_0(const ProductTask &, int64_t begin, int64_t end, float *);        \
+    void multiply_q4_0(const ProductTask &, int64_t begin, int64_t end, float *);        \
+    void multiply_q4_1(const ProductTask &, int64_t begin, int64_t end, float *);        \
     }
 
 AUXKERN_DECLARE_PRODUCTS(generic)

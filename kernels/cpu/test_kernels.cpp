@@ -229,6 +229,57 @@ void packed_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int6
     }
 }
 
+// Weights in a file's blocks, of random bytes but for their scales, against what the format says that they are.
+void stored_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int64_t K, int64_t N) {
+    std::mt19937 random(17);
+    std::normal_distribution<float> normal;
+    const int64_t bytes = kind == AUXKERN_PACKED_Q8_0 ? 34 : kind == AUXKERN_PACKED_Q4_0 ? 18 : 20, blocks = K / 32;
+    std::vector<float> x(M * K), y(M * N, NAN);
+    for (float &v : x) v = normal(random);
+    std::vector<uint8_t> stored(N * blocks * bytes);
+    for (uint8_t &byte : stored) byte = uint8_t(random());
+    std::vector<double> weight(N * K);
+    for (int64_t block = 0; block < N * blocks; ++block) {
+        uint8_t *at = &stored[block * bytes];
+        const uint8_t *values = at + bytes - (kind == AUXKERN_PACKED_Q8_0 ? 32 : 16);
+        at[0] = at[2 * (kind == AUXKERN_PACKED_Q4_1)] = 0;
+        at[1] = 0x30;                                   // 0.125
+        if (kind == AUXKERN_PACKED_Q4_1) at[3] = 0xb4;  // -0.25
+        for (int64_t k = 0; k < 32; ++k) {
+            double &w = weight[block * 32 + k];
+            const int four = values[k % 16] >> (k < 16 ? 0 : 4) & 15;
+            w = kind == AUXKERN_PACKED_Q8_0 ? 0.125 * int8_t(values[k]) : 0.125 * (kind == AUXKERN_PACKED_Q4_0 ? four - 8 : four);
+            if (kind == AUXKERN_PACKED_Q4_1) w -= 0.25;
+        }
+    }
+    auxkern_product product = {N, K, 32, nullptr, nullptr, nullptr, kind, 1};
+    const auxkern_execution execution = {threads, isa, nullptr};
+    auxkern_packed_sizes sizes = {};
+    auxkern_packed_size(&product, &sizes);
+    check(sizes.bytes == (N + 15) / 16 * 16 * blocks * bytes && sizes.scales == 0, "stored size", isa, double(sizes.bytes), 0);
+    const Aligned values(sizes.bytes);
+    auxkern_weight_rows rows = {stored.data(), N, blocks * bytes, 0, 0};
+    check(auxkern_pack(&product, &rows, 1, values.at, nullptr, &execution) == AUXKERN_OK, "stored", isa, kind, 0);
+    product.values = values.at;
+    const auxkern_product_call call = {M, x.data(), y.data(), K, N, N, 32, AUXKERN_STORE, AUXKERN_IDENTITY};
+    check(auxkern_product_forward(&product, &call, &execution) == AUXKERN_OK, "stored product status", isa, kind, 0);
+    for (int64_t m = 0; m < M; ++m) {
+        const std::vector<double> row = in_bytes(&x[m * K], K, 32);
+        for (int64_t n = 0; n < N; ++n) {
+            double want = 0, size = 0;
+            for (int64_t k = 0; k < K; ++k) {
+                want += row[k] * weight[n * K + k];
+                size += std::fabs(row[k] * weight[n * K + k]);
+            }
+            check(std::fabs(y[m * N + n] - want) <= 5e-7 * size, "stored product", isa, y[m * N + n], want);
+        }
+    }
+    stored[(N * blocks - 1) * bytes + 1] = 0x7c;
+    check(auxkern_pack(&product, &rows, 1, values.at, nullptr, &execution) == AUXKERN_NOT_FINITE, "infinite scale", isa, kind, 4);
+    product.K = 40;
+    check(auxkern_packed_size(&product, &sizes) == AUXKERN_BAD_ARGUMENT, "part of a block", isa, kind, 1);
+}
+
 // A gate's product is that of the two halves apart, which are added to what stands there.
 void gated_products(int32_t isa, int32_t kind, int64_t M, int64_t K, int64_t inner) {
     std::mt19937 random(13);
@@ -396,6 +447,10 @@ int main() {
             packed_products(isa, 2, kind, 29, 653, 83);
             packed_products(isa, 1, kind, 5, 64, 160);
             if (kind != AUXKERN_PACKED_BF16) gated_products(isa, kind, 14, 37, 21);
+        }
+        for (int32_t kind : {AUXKERN_PACKED_Q8_0, AUXKERN_PACKED_Q4_0, AUXKERN_PACKED_Q4_1}) {
+            stored_products(isa, 1, kind, 1, 32, 3);
+            stored_products(isa, 2, kind, 29, 672, 83);
         }
         attends(isa, 1, 1, 1, 16);
         attends(isa, 3, 3, 37, 80);

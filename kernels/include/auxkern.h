@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define AUXKERN_ABI_VERSION 6
+#define AUXKERN_ABI_VERSION 7
 #define AUXKERN_MAX_TERMS 8
 /* A target that is not among these ids but among others, of another shard of the vocabulary. */
 #define AUXKERN_NO_TARGET INT64_MIN
@@ -213,13 +213,21 @@ enum auxkern_packed_kind {
     AUXKERN_PACKED_BF16_PAIRS = 3, /* the same bytes; rows are rounded to bfloat16 too, sums are float32 */
     AUXKERN_PACKED_I8 = 4, /* [panel][k / 4][16][4], each byte 128 more than round(weight / scale); rows are
                             * rounded likewise; scales are [panel][group][16] */
+    /* The blocks of a GGUF file, K a multiple of AUXKERN_BLOCK: for each, integers of the 16 outputs, then their
+     * scales d and of Q4_1 their minima m, each [16] in half precision. Rows are rounded to bytes. */
+    AUXKERN_PACKED_Q8_0 = 5, /* [panel][block]{[8][16][4] bytes, each q + 128; d}: d q */
+    AUXKERN_PACKED_Q4_0 = 6, /* [panel][block]{[4][16][4] bytes, of k in the lower four bits and k + 16 in the
+                              * upper; d}: d (q - 8) */
+    AUXKERN_PACKED_Q4_1 = 7, /* the same and m: d q + m */
 };
 
+#define AUXKERN_BLOCK 32 /* values of a block */
 #define AUXKERN_MAX_GROUP 65536 /* most k that share an integer sum: it stays in 32 bits */
 
 typedef struct {
     int64_t N, K;        /* at least 1 */
-    int64_t group;       /* AUXKERN_PACKED_I8: k that share a weight's scale, a multiple of 4, or K; else 0 */
+    int64_t group;       /* AUXKERN_PACKED_I8: k that share a weight's scale, a multiple of 4, or K; of a block's
+                          * kind AUXKERN_BLOCK; else 0 */
     const void *values;  /* auxkern_packed_size() says how many bytes; aligned to 64 */
     const float *scales;
     const float *bias;   /* (N,) in the order of the weight's rows, or NULL */
@@ -248,7 +256,8 @@ typedef struct {
     int64_t x_stride, y_stride;
     int64_t columns;   /* the first outputs that are wanted: N at most, N / 2 with AUXKERN_GATE */
     int64_t row_group; /* AUXKERN_PACKED_I8: k of a row that share its scale: a multiple of 4 that is a multiple
-                        * or a divisor of the weight's group; 0, or K and more: all */
+                        * or a divisor of the weight's group; 0, or K and more: all. Of a block's kind a
+                        * multiple of AUXKERN_BLOCK. */
     int32_t epilogue;
     int32_t activation; /* of AUXKERN_STORE and AUXKERN_GATE */
 } auxkern_product_call;
@@ -256,7 +265,8 @@ typedef struct {
 AUXKERN_EXPORT int32_t auxkern_product_forward(const auxkern_product *product, const auxkern_product_call *call,
                                                const auxkern_execution *execution);
 
-/* Some rows of a weight; element (n, k) is at n * row_stride + k * column_stride. */
+/* Some rows of a weight; element (n, k) is at n * row_stride + k * column_stride. Of a block's kind, blocks as the
+ * file has them, from row to row `row_stride` bytes; the last two are not read. */
 typedef struct {
     const void *weight;
     int64_t rows, row_stride, column_stride;

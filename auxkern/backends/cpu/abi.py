@@ -16,7 +16,7 @@ from auxkern.core.backend import Backend
 from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.terms import Logits
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ISAS = {
     name: number
     for number, name in enumerate(

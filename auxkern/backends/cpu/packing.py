@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import Array, byref
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from auxkern.backends.cpu.abi import (
     address,
     float32,
 )
-from auxkern.core.packed import ACTIVATIONS, KINDS, PackedWeight
+from auxkern.core.packed import ACTIVATIONS, KINDS, PackedWeight, StoredRows
 
 _STORE, _ADD, _GATE = range(3)
 
@@ -31,24 +32,42 @@ class PackedProducts(Native):
         return None
 
     def pack(self, weights: Sequence[Tensor], like: PackedWeight) -> PackedWeight:
+        rows = (CWeightRows * len(weights))()
+        for c, weight in zip(rows, weights, strict=True):
+            c.weight, c.dtype = weight.data_ptr(), DTYPES[weight.dtype]
+            c.rows, (c.row_stride, c.column_stride) = weight.shape[0], weight.stride()
+        packed, is_finite = self._pack(rows, like)
+        if not is_finite:
+            raise ValueError(
+                "weight holds NaN or infinite values, which int8 cannot keep; "
+                "pass compute='float32' or 'bfloat16', or mend the weight"
+            )
+        return packed
+
+    def pack_stored(self, stored: Sequence[StoredRows], like: PackedWeight) -> PackedWeight:
+        blocks = [part.blocks if part.blocks.stride(1) == 1 else part.blocks.contiguous() for part in stored]
+        rows = (CWeightRows * len(blocks))()
+        for c, part in zip(rows, blocks, strict=True):
+            c.weight, c.rows, c.row_stride = part.data_ptr(), part.shape[0], part.stride(0)
+        packed, is_finite = self._pack(rows, like)
+        if not is_finite:
+            raise ValueError(
+                f"a {like.kind} weight has scales or minima that are NaN or infinite; its file is damaged, "
+                "read it again from where it came"
+            )
+        return packed
+
+    def _pack(self, rows: Array[CWeightRows], like: PackedWeight) -> tuple[PackedWeight, bool]:
+        """The packed weight, and whether all its numbers could be kept."""
         product = c_product(like, None)
         sizes = CPackedSizes()
         self.library.auxkern_packed_size(product, byref(sizes))
         values = torch.empty(sizes.bytes, dtype=torch.uint8, device="cpu")
         scales = float32(sizes.scales)
-        rows = (CWeightRows * len(weights))()
-        for c, weight in zip(rows, weights, strict=True):
-            c.weight, c.dtype = weight.data_ptr(), DTYPES[weight.dtype]
-            c.rows, (c.row_stride, c.column_stride) = weight.shape[0], weight.stride()
         status = self.library.auxkern_pack(
-            product, rows, len(weights), values.data_ptr(), scales.data_ptr(), self.execution()
+            product, rows, len(rows), values.data_ptr(), scales.data_ptr(), self.execution()
         )
-        if status == NOT_FINITE:
-            raise ValueError(
-                "weight holds NaN or infinite values, which int8 cannot keep; "
-                "pass compute='float32' or 'bfloat16', or mend the weight"
-            )
-        return PackedWeight(like.kind, like.N, like.K, like.group, like.row_group, like.gated, values, scales)
+        return replace(like, values=values, scales=scales), status != NOT_FINITE
 
     def packed_linear(
         self,
