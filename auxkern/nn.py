@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxkern.core.memory import GradientMemory, LargePages
-from auxkern.core.packed import PackedWeight
+from auxkern.core.packed import STORED_COMPUTES, PackedWeight, StoredRows
 from auxkern.core.terms import Term
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.linear import linear
-from auxkern.ops.packed import pack, pack_refusal, packed_linear
+from auxkern.ops.packed import pack, pack_refusal, pack_stored, packed_linear
 from auxkern.ops.torch_ops import is_differentiated
 
 
@@ -87,9 +87,11 @@ class FrozenLinear(torch.nn.Linear):
 
     Attributes:
         compute: "float32", "bfloat16" or "int8", the arithmetic of such a product; None for none.
+        stored: finds a weight among the tensors of the file that it was loaded from; None if there is none.
     """
 
     compute: str | None = None
+    stored: Callable[[Tensor], StoredRows | None] | None = None
     _kept: tuple[object, PackedWeight] | None = None  # what it was packed from, and the packed weight
 
     @classmethod
@@ -114,8 +116,15 @@ class FrozenLinear(torch.nn.Linear):
         if self._kept is None or self._kept[0] != state:
             if pack_refusal() is not None:
                 return None
-            self._kept = state, pack(self.weight, state[0]).moved(LargePages())
+            rows = self.stored_rows(state[0])
+            packed = pack(self.weight, state[0]) if rows is None else pack_stored(rows)
+            self._kept = state, packed.moved(LargePages())
         return self._kept[1]
+
+    def stored_rows(self, compute: str) -> StoredRows | None:
+        """The weight as its file has it; None if none has these numbers, or ``compute`` widens them."""
+        wanted = self.stored is not None and compute in STORED_COMPUTES
+        return self.stored(self.weight) if wanted and self.stored is not None else None
 
     def weight_state(self) -> tuple[str, object] | None:
         """The compute, and what changes with the weight; None if that is not packed."""
@@ -126,9 +135,9 @@ class FrozenLinear(torch.nn.Linear):
         return compute, _state_of(weight)
 
     @property
-    def packed_bytes(self) -> int:
-        """Memory of the packed weight; 0 as long as there is none."""
-        return 0 if self._kept is None else self._kept[1].nbytes
+    def last_packed(self) -> PackedWeight | None:
+        """The packed weight, if there is one by now."""
+        return None if self._kept is None else self._kept[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
@@ -173,7 +182,7 @@ class JoinedLinears:
             if type(layer) is not FrozenLinear or layer._forward_hooks or layer._forward_pre_hooks:
                 return None
             weight, bias, state = layer.weight, layer.bias, layer.weight_state()
-            if state is None or bias is None:
+            if state is None or bias is None or layer.stored is not None:
                 return None
             computes.add(state[0])
             given += [weight, bias]

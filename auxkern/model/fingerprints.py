@@ -70,11 +70,13 @@ def computing_fields(lm: Any) -> dict[str, Any]:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        fields["quantization"] = {
-            name: value
-            for name, value in settings.items()
-            if not any(part in name for part in _NEUTRAL_QUANTIZATION)
-        }
+        # A GGUF file's weights are widened, or blocks, whose bytes say everything; its name says nothing.
+        if settings.get("quant_method") != "gguf":
+            fields["quantization"] = {
+                name: value
+                for name, value in settings.items()
+                if not any(part in name for part in _NEUTRAL_QUANTIZATION)
+            }
     return fields
 
 

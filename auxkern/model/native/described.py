@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auxkern.core.decoder import DecoderParts, Heads, Norm, Projection
+from auxkern.core.packed import StoredRows
 from auxkern.model.native.recognised import recognised_activation, recognised_norm
 from auxkern.model.native.structures import Structure, UnknownLayerError, structure_of
 from auxkern.nn import FrozenLinear
-from auxkern.ops.packed import pack
+from auxkern.ops.packed import pack, pack_stored
 
 _GRANULE = 16  # what a head's width is a multiple of
 _SOFT_CAPS = ("attn_logit_softcapping", "softcap")
+
+
+class _Linear(NamedTuple):
+    """A linear layer: (N, K) weight, the same as its file has it or None, and (N,) bias or None."""
+
+    weight: Tensor
+    stored: StoredRows | None
+    bias: Tensor | None
 
 
 def described(layer: nn.Module, compute: str) -> DecoderParts:
@@ -31,26 +40,26 @@ def described(layer: nn.Module, compute: str) -> DecoderParts:
     structure = structure_of(layer)
     attention, mlp = getattr(layer, structure.attention), getattr(layer, structure.mlp)
     _check_own(layer, attention, mlp)
-    projections = [_linear(attention, name) for name in structure.projections]
-    heads = _heads(attention, [weight.shape[0] for weight, _ in projections])
-    D = projections[0][0].shape[1]
+    projections = [_linear(attention, name, compute) for name in structure.projections]
+    heads = _heads(attention, [one.weight.shape[0] for one in projections])
+    D = projections[0].weight.shape[1]
     norms = {
         name: recognised_norm(getattr(layer, child), D)
         for name in ("attention_norm", "attention_after", "mlp_norm", "mlp_after")
         if (child := getattr(structure, name)) is not None
     }
     heads = _add_head_norms(norms, attention, structure, heads)
-    up = [_linear(mlp, name) for name in structure.up]
+    up = [_linear(mlp, name, compute) for name in structure.up]
     fused = structure.gated and len(up) == 1
     if fused:
-        up = [half for weight, bias in up for half in _halves(weight, bias)]
+        up = [half for one in up for half in _halves(one)]
     return DecoderParts(
         heads=heads,
         norms=norms,
         qkv=_packed(projections, compute),
-        output=_packed([_linear(attention, structure.output)], compute),
+        output=_packed([_linear(attention, structure.output, compute)], compute),
         up=_packed(up, compute, gated=structure.gated),
-        down=_packed([_linear(mlp, structure.down)], compute),
+        down=_packed([_linear(mlp, structure.down, compute)], compute),
         activation=recognised_activation(getattr(mlp, structure.activation)),
         gated=structure.gated,
         parallel=structure.parallel,
@@ -73,25 +82,33 @@ def _check_own(*modules: nn.Module) -> None:
                 raise UnknownLayerError("its parameters are inference tensors, whose changes cannot be seen")
 
 
-def _linear(owner: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """(N, K) weight and (N,) bias of a child."""
+def _linear(owner: nn.Module, name: str, compute: str) -> _Linear:
+    """What a child holds."""
     child = getattr(owner, name)
     forward = type(child).forward
     if isinstance(child, nn.Linear) and forward in (nn.Linear.forward, FrozenLinear.forward):
-        return child.weight.detach(), None if child.bias is None else child.bias.detach()
+        stored = child.stored_rows(compute) if isinstance(child, FrozenLinear) else None
+        return _Linear(child.weight.detach(), stored, None if child.bias is None else child.bias.detach())
     if isinstance(child, Conv1D) and forward is Conv1D.forward:
-        return child.weight.detach().T, child.bias.detach()
+        return _Linear(child.weight.detach().T, None, child.bias.detach())
     raise UnknownLayerError(f"its {name} is a {type(child).__name__}, which is no linear layer")
 
 
-def _halves(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    biases = (None, None) if bias is None else bias.chunk(2)
-    return list(zip(weight.chunk(2), biases, strict=True))
+def _halves(one: _Linear) -> list[_Linear]:
+    middle = one.weight.shape[0] // 2
+    return [
+        _Linear(
+            one.weight[half],
+            None if one.stored is None else one.stored.of(half),
+            None if one.bias is None else one.bias[half],
+        )
+        for half in (slice(middle), slice(middle, None))
+    ]
 
 
-def _packed(linears: list[tuple[Tensor, Tensor | None]], compute: str, *, gated: bool = False) -> Projection:
-    weights = [weight for weight, _ in linears]
-    biases = [bias for _, bias in linears]
+def _packed(linears: list[_Linear], compute: str, *, gated: bool = False) -> Projection:
+    weights = [one.weight for one in linears]
+    biases = [one.bias for one in linears]
     bias = None
     if any(one is not None for one in biases):
         filled = [
@@ -99,6 +116,10 @@ def _packed(linears: list[tuple[Tensor, Tensor | None]], compute: str, *, gated:
             for weight, one in zip(weights, biases, strict=True)
         ]
         bias = torch.cat(filled)
+    stored = [one.stored for one in linears if one.stored is not None]
+    # Blocks of several kinds make no panel.
+    if len(stored) == len(linears) and len({rows.kind for rows in stored}) == 1:
+        return Projection(pack_stored(stored, gated=gated), bias)
     return Projection(pack(weights, compute, gated=gated), bias)
 
 

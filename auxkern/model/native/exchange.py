@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from auxkern.core.memory import LargePages
+from auxkern.core.packed import BLOCK_BYTES, STORED_COMPUTES
 from auxkern.model.native.ahead import Stack
 from auxkern.model.native.inputs import RecentInputs
 from auxkern.model.native.layer import LayerStep, NativeLayer, exchanged
@@ -75,10 +76,16 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Modul
                     yield parent, name, child
 
 
+def leave(model: nn.Module, reason: str) -> None:
+    """Has ``explain`` say why nothing of a model was exchanged."""
+    setattr(model, _REASON, reason)
+
+
 def explain(model: nn.Module) -> str:
     """Which decoder layers of a model run as one native step, which stay torch's and why, and the memory."""
     steps: dict[str, list[int]] = {}
     beside: list[int] = []
+    kinds: list[str] = []
     inside: set[int] = set()
     reasons: dict[str, list[str]] = {}
     for path, layer in model.named_modules():
@@ -86,13 +93,18 @@ def explain(model: nn.Module) -> str:
             step, reason = layer.native_step, layer.native_step.refusal
             if reason is None:
                 steps.setdefault(step.compute, []).append(step.nbytes)
+                kinds += step.kinds
                 inside |= {id(one) for one in layer.modules()}
         else:
             reason = getattr(layer, _REASON, None)
-            if isinstance(layer, FrozenLinear) and id(layer) not in inside and layer.packed_bytes:
-                beside.append(layer.packed_bytes)
+            packed = (
+                layer.last_packed if isinstance(layer, FrozenLinear) and id(layer) not in inside else None
+            )
+            if packed is not None:
+                beside.append(packed.nbytes)
+                kinds.append(packed.kind)
         if reason is not None:
-            reasons.setdefault(f"{type(layer).__name__}: {reason}", []).append(path)
+            reasons.setdefault(f"{type(layer).__name__}: {reason}", []).append(path or "the model")
     lines = [
         f"{len(sizes)} decoder layers run as one native step each, in {compute}; "
         f"packed weights take {sum(sizes) / 1e6:.1f} MB"
@@ -101,5 +113,24 @@ def explain(model: nn.Module) -> str:
     if beside:
         size = f"{sum(beside) / 1e6:.1f} MB"
         lines.append(f"{len(beside)} linear layers beside them have a packed weight; it takes {size}")
+    if any(isinstance(layer, FrozenLinear) and layer.stored for layer in model.modules()):
+        lines += _stored(kinds)
     lines += [f"{len(paths)} as they were, {', '.join(paths)}: {reason}" for reason, paths in reasons.items()]
     return "\n".join(lines or ["no decoder layers run as one native step; see use_native_kernels"])
+
+
+def _stored(kinds: list[str]) -> list[str]:
+    """How many packed weights are as a model's GGUF file has them, and why the others are not."""
+    counts = {kind: kinds.count(kind) for kind in BLOCK_BYTES if kind in kinds}
+    as_stored, rest = sum(counts.values()), len(kinds) - sum(counts.values())
+    lines = []
+    if as_stored:
+        each = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        lines.append(f"{as_stored} packed weights are as stored in the file ({each})")
+    if rest:
+        lines.append(
+            f"{rest} packed weights are of widened numbers: compute is not "
+            f"{' or '.join(STORED_COMPUTES)}, no "
+            f"tensor of {', '.join(BLOCK_BYTES)} in the file has these numbers, or a product joins two kinds"
+        )
+    return lines

@@ -13,6 +13,7 @@ from auxkern.core.packed import check_compute
 from auxkern.model.native.exchange import exchange_layers
 from auxkern.model.native.masks import step_mask
 from auxkern.model.native.packed_layers import ATTENTION
+from auxkern.model.stored import StoredWeights
 from auxkern.nn import FrozenEmbedding, FrozenLinear
 from auxkern.ops.attention import attention, attention_refusal
 from auxkern.ops.linear import linear_refusal
@@ -26,7 +27,9 @@ def native_refusal() -> str | None:
     return None if linear_refusal(x, x) is None else "there are no native kernels for AVX2 or AVX-512 here"
 
 
-def use_native_kernels(module: nn.Module, compute: str = "float32") -> nn.Module:
+def use_native_kernels(
+    module: nn.Module, compute: str = "float32", *, stored: StoredWeights | None = None
+) -> nn.Module:
     """Puts auxkern's kernels in a model that runs on a CPU and is not trained.
 
     Linear layers and embeddings keep their weights' dtype, float16 or another; everything else, and all
@@ -44,6 +47,8 @@ def use_native_kernels(module: nn.Module, compute: str = "float32") -> nn.Module
         module: such as a base or an auxiliary; changed in place.
         compute: the arithmetic of products: "float32"; "bfloat16", whose products are of bfloat16
             and summed in float32; or "int8", whose products are of bytes with a scale for each 64.
+        stored: the file that the model was loaded from: in int8 weights that it has are packed as they stand
+            there, and multiplied with rows of bytes with a scale for each 32.
 
     Returns:
         The same module.
@@ -60,7 +65,8 @@ def use_native_kernels(module: nn.Module, compute: str = "float32") -> nn.Module
         for name, child in list(parent.named_children()):
             # Subclasses that compute otherwise stay.
             if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
-                setattr(parent, name, FrozenLinear.of(child))
+                setattr(parent, name, frozen := FrozenLinear.of(child))
+                frozen.stored = None if stored is None else stored.rows_of
             elif isinstance(child, nn.Embedding) and type(child).forward is nn.Embedding.forward:
                 setattr(parent, name, FrozenEmbedding.of(child))
     for layer in module.modules():

@@ -120,6 +120,11 @@ class LayerStep:
         """Bytes of the packed weights."""
         return 0 if self.packed is None else self.packed.nbytes
 
+    @property
+    def kinds(self) -> list[str]:
+        """How each of the packed weights is kept."""
+        return [] if self.packed is None else self.packed.kinds
+
     def run(self, layer: nn.Module, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What the layer makes of x (B, T, D); None where its own forward must."""
         stack = self.stack if self.stack is not None and self.stack.is_ahead else None

@@ -89,7 +89,9 @@ class PackedLayer:
         self.turns_heads = turns_heads(layer, structure)
         self.width = parts.qkv.weight.K
         self.index = int(attention.layer_idx)
-        self.nbytes = sum(one.weight.nbytes for one in (parts.qkv, parts.output, parts.up, parts.down))
+        weights = [one.weight for one in (parts.qkv, parts.output, parts.up, parts.down)]
+        self.nbytes = sum(weight.nbytes for weight in weights)
+        self.kinds = [weight.kind for weight in weights]
         self.kernel = cpu_backend().decoder_layer(parts)
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]
         children = [child for _, child in parts_of(layer, structure)]
