@@ -23,9 +23,9 @@ families: $(INSTALLED)
 	$(BIN)/python -m benchmarks.families $(ARGS)
 
 test: $(INSTALLED)
-	cmake -S . -B build/test -G Ninja -DAUXKERN_TESTS=ON > /dev/null
-	cmake --build build/test
-	ctest --test-dir build/test --output-on-failure
+	cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DAUXKERN_TESTS=ON > /dev/null
+	cmake --build build/native
+	ctest --test-dir build/native --output-on-failure
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(RAY)

@@ -20,7 +20,9 @@ class BuildNative(build_ext):
     """cmake, ninja, and a copy of the library into the package (in place for editable installs)."""
 
     def run(self) -> None:
-        build = ROOT / self.build_temp
+        in_place = self.inplace or self.editable_mode
+        # Setuptools would forget an editable install's objects, which `make test` and the next install take over.
+        build = ROOT / ("build/native" if in_place else self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
         ninja = shutil.which("ninja")
@@ -29,7 +31,6 @@ class BuildNative(build_ext):
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(build), "--target", "auxkern"])
-        in_place = self.inplace or self.editable_mode
         folder = (ROOT if in_place else Path(self.build_lib).resolve()) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
         for library in [*build.glob("libauxkern.so"), *build.glob("libauxkern.dylib")]:
