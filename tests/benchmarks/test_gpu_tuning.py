@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,7 +251,7 @@ def test_memory_that_a_candidate_does_not_write_shows():
 
 
 TABLE = {its.key: its for its in table(H100.configs)}
-# One choice of each kind of kernel; `make test-slow` takes all.
+# One choice of each kind of kernel; `make test-slow` takes all, and compiles what has most candidates.
 ROUTES = ("cache_share", "recomputed_width")
 SOME = ("forward.8", "fused.1", "tiles.parts.2.crowded", "draw_tiles.half.1.roomy", "filter")
 
@@ -268,11 +268,15 @@ def _alternatives(its: Candidates) -> Iterator[tuple[Any, list[list[Launch]]]]:
         yield value, [plans(call, replace(H100, configs=configs)) for call in calls]
 
 
-KEYS = [pytest.param(key, marks=() if key in SOME else pytest.mark.slow) for key in TABLE]
+QUICK = SOME[:3]
+
+
+def _keys(some: Iterable[str]) -> list[Any]:
+    return [pytest.param(key, marks=() if key in some else pytest.mark.slow) for key in TABLE]
 
 
 @COMPILED
-@pytest.mark.parametrize("key", [its for its in KEYS if its.values[0] not in ROUTES])
+@pytest.mark.parametrize("key", [its for its in _keys(SOME) if its.values[0] not in ROUTES])
 def test_every_candidate_is_another_launch(key):
     """Of at least one of its works, which would measure nothing otherwise."""
     seen = {}
@@ -283,7 +287,7 @@ def test_every_candidate_is_another_launch(key):
 
 
 @COMPILED
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", _keys(QUICK))
 def test_every_candidate_compiles_without_spills(key):
     target = TARGETS["sm_90"]
     (_, defaults), *alternatives = _alternatives(TABLE[key])
