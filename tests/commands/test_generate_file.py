@@ -8,18 +8,17 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from auxkern.commands import generate
 from auxkern.generation import Completion, Engine
-from tests.support.launching import ROOT, environment
+from tests.support.launching import ROOT, started
 from tests.support.limits import limited_files
 from tests.support.request_files import ordered, request_options, write_requests
 from tests.support.tiny import save_tiny_pair
@@ -30,14 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pair(tmp_path_factory.mktemp("pair"), pointer=True)
 
 
-def _start(options: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "auxkern.commands.generate", *options]
-    return subprocess.Popen(
-        command,
-        env=environment(OMP_NUM_THREADS="1"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def _generate(options: list[str]) -> None:
+    torch.set_num_threads(1)
+    raise SystemExit(generate.main(options))
 
 
 def _killed_and_resumed(
@@ -49,13 +43,13 @@ def _killed_and_resumed(
     assert generate.main(request_options(folder, source, whole)) == 0
     chosen, total = random.Random(1), whole.stat().st_size
     for kill in range(kills):
-        process = _start(request_options(folder, source, torn))
+        process = started(_generate, request_options(folder, source, torn))
         # Somewhere in this share of the output.
         wanted = total * (kill + chosen.random()) / (kills + 1)
-        while process.poll() is None and not (torn.exists() and torn.stat().st_size >= wanted):
+        while process.is_alive() and not (torn.exists() and torn.stat().st_size >= wanted):
             time.sleep(0.002)
-        process.send_signal(number)
-        process.wait()
+        os.kill(process.pid, number)
+        process.join()
     assert torn.stat().st_size < total, "it was never killed in the middle"
     assert generate.main(request_options(folder, source, torn)) == 0
     return whole, torn

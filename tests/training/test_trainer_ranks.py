@@ -16,10 +16,10 @@ from tests.support.tiny import tiny_lm
 @pytest.mark.parametrize(
     ("accelerate", "modes"),
     [
-        pytest.param(False, [], id="torchrun, copies"),
+        # Who launches and what is sharded have nothing to do with each other.
+        pytest.param(False, [], id="torchrun, copies", marks=pytest.mark.slow),
         pytest.param(True, [], id="accelerate, copies"),
         pytest.param(False, ["shard-base"], id="torchrun, sharded base"),
-        # Who launches and what is sharded have nothing to do with each other.
         pytest.param(True, ["shard-base"], id="accelerate, sharded base", marks=pytest.mark.slow),
     ],
 )
