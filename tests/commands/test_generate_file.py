@@ -59,9 +59,9 @@ def _killed_and_resumed(
 def test_killed_and_started_again_it_writes_what_it_would_have(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    whole, torn = _killed_and_resumed(folder, tmp_path, 150, 2, number)
+    whole, torn = _killed_and_resumed(folder, tmp_path, 80, 2, number)
     assert ordered(torn) == ordered(whole)
-    assert len(ordered(whole)) == 150 + 30
+    assert len(ordered(whole)) == 80 + 16
 
 
 def test_an_interrupted_run_says_how_to_go_on(
