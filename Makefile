@@ -111,7 +111,9 @@ $(RAY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
 	touch $@
 
-# Two test processes with two threads each: one that waits must not keep a core from another.
+# Two test processes, on two cores. Tests of several threads ask for them.
+test test-oldest test-newest test-old-transformers: export OMP_NUM_THREADS := 1
+# Threads that wait must not keep a core from others.
 test test-slow test-oldest test-newest: export OMP_WAIT_POLICY := PASSIVE
 # cmake and ninja come from the virtual environment.
 test: export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -23,6 +23,9 @@ _FIRST = (
     "test_traffic",
     "test_vocabulary_parallel",
     "test_keyword_study",
+    "test_launched",
+    "test_generate_ranks",
+    "test_train_command",
 )
 
 
