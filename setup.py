@@ -21,7 +21,7 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
-        # Setuptools would forget an editable install's objects, which `make test` and the next install take over.
+        # Setuptools would forget an editable install's objects, which `make test` takes over.
         build = ROOT / ("build/native" if in_place else self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
