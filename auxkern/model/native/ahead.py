@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,9 +18,6 @@ from auxkern.core.decoder import DecoderStack, LayerInputs, Windows
 from auxkern.model.native.packed_layers import Conditions, PackedLayer, cpu_backend, hooks_of, only_recorded
 from auxkern.model.native.watch import Watch
 from auxkern.model.native.windows import WindowedCache
-
-if TYPE_CHECKING:
-    from auxkern.model.native.final import TokenStep
 
 _Output = TypeVar("_Output")
 
@@ -91,13 +88,13 @@ class Stack:
 
     Attributes:
         refusal: why it runs layer by layer; None if it does not.
-        token_step: of the model that calls them; None before its first pass.
+        token_step: the ``TokenStep`` of the model that calls them; None before its first pass.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers = layers
         self.refusal: str | None = None
-        self.token_step: TokenStep | None = None
+        self.token_step: Any = None
         self._run = _Run()
         self._packed: PackedStack | None = None
 
