@@ -166,7 +166,7 @@ class DecoderAuxiliary(TransformerAuxiliary):
         options["attention_mask"] = mask if first else mask_with_cache(inputs.cache.attention, mask, T)
         options["inputs_embeds"] = vectors
         cache_name = cache_argument(self.body) if inputs.use_cache else None
-        hidden, attention = final_states(self.body, options, cache_name)
+        hidden, attention, _ = final_states(self.body, options, cache_name)
         hidden = self.dropout(hidden)
         if first:
             hidden = order.restore(hidden)

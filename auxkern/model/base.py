@@ -338,12 +338,13 @@ def run_base(
             inputs["attention_mask"] = mask_with_cache(cache, attention_mask, input_ids.shape[1])
     # The base keeps its own precision under the training loop's autocast.
     with torch.autocast(input_ids.device.type, enabled=False):
-        if not layers and not want_logits:
-            hidden, kept = final_states(model, inputs, cache_name)
-            return LmOutput(hidden[:, :, None], None, kept if use_cache else None)
-        output = model(**inputs, output_hidden_states=True)
-        every = output.hidden_states
-        final = every[-1] if want_logits else output.last_hidden_state
+        if want_logits:
+            output = model(**inputs, output_hidden_states=True)
+            every, final = output.hidden_states, output.hidden_states[-1]
+            logits, kept = output.logits, None if cache_name is None else output[cache_name]
+        else:
+            final, kept, every = final_states(model, inputs, cache_name, every=bool(layers))
+            logits = None
         for layer in layers:
             if not 0 <= layer < len(every):
                 raise UnfitBaseError(
@@ -354,9 +355,9 @@ def run_base(
                     f"lm_layers names {layer}, but hidden state {layer} of {type(lm).__name__} has shape "
                     f"{tuple(every[layer].shape)} and the final one {tuple(final.shape)}; leave it out"
                 )
-        states = torch.stack([final, *(every[layer] for layer in layers)], dim=2)
-    logits = output.logits if want_logits else None
-    return LmOutput(states, logits, output[cache_name] if cache_name is not None and use_cache else None)
+        chosen = [final, *(every[layer] for layer in layers)]
+        states = torch.stack(chosen, dim=2) if layers else final[:, :, None]
+    return LmOutput(states, logits, kept if use_cache else None)
 
 
 def transformer(model: Any) -> Any:

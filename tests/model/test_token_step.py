@@ -46,7 +46,7 @@ class Running:
     def step(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of one step by ``final_states``, and by the model's own forward."""
         inputs = self.inputs(seed)
-        hidden, cache = final_states(self.model, inputs, CACHE_NAME)
+        hidden, cache, _ = final_states(self.model, inputs, CACHE_NAME)
         assert cache is self.table.cache
         own = self.model(**inputs).last_hidden_state
         self.table.advance()
@@ -64,6 +64,20 @@ def forwards(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[int]:
         type(model), "forward", lambda *args, **options: calls.append(1) or forward(*args, **options)
     )
     return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gpt2"])
+def test_hidden_states_of_layers_are_those_of_the_models_own_forward(family):
+    running = Running(family)
+    with torch.no_grad():
+        for seed in range(3):
+            inputs = running.inputs(seed)
+            every = final_states(running.model, inputs, CACHE_NAME, every=True).every
+            own = running.model(**inputs, output_hidden_states=True).hidden_states
+            assert len(every) == len(own) == 4
+            assert all(map(torch.equal, every, own))
+            running.table.advance()
+    assert running.token_step._compared == (family != "gpt2")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,7 +101,7 @@ def test_hooks_of_the_model_are_called(monkeypatch):
     running, seen = Running("llama"), []
     running.step(0)
     running.model.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
-    hidden, _ = final_states(running.model, running.inputs(1), CACHE_NAME)
+    hidden, *_ = final_states(running.model, running.inputs(1), CACHE_NAME)
     assert len(seen) == 1
     assert torch.equal(seen[0], hidden)
 
@@ -102,7 +116,7 @@ def test_a_changed_weight_is_seen_by_the_next_step():
         assert torch.equal(hidden, own)
     fresh = Running("llama")
     fresh.step(0)
-    hidden, _ = fresh.step(1)
+    hidden, *_ = fresh.step(1)
     assert not torch.equal(hidden, final_states(running.model, running.inputs(1), CACHE_NAME).hidden)
 
 

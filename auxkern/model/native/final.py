@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,31 +28,38 @@ class FinalStates(NamedTuple):
     Attributes:
         hidden: (B, T, D) behind the final norm.
         cache: with the new tokens; None if none was asked for.
+        every: of transformers' ``hidden_states``, the embeddings first and ``hidden`` last; None if they
+            are not wanted.
     """
 
     hidden: Tensor
     cache: Any
+    every: Sequence[Tensor] | None
 
 
-def final_states(model: nn.Module, inputs: Mapping[str, Any], cache_name: str | None) -> FinalStates:
-    """A forward pass of which nobody wants more than the final hidden states and the cache.
+def final_states(
+    model: nn.Module, inputs: Mapping[str, Any], cache_name: str | None, *, every: bool = False
+) -> FinalStates:
+    """A forward pass of which nobody wants more than hidden states and the cache.
 
     Args:
         model: a transformer without output embedding.
         inputs: its arguments.
         cache_name: of its cache among them, and in its output; None if there is none.
+        every: whether the hidden states of all layers are wanted.
     """
     stack = None if torch.compiler.is_compiling() else stack_of(model)
     if stack is None:
-        return _given(model(**inputs), cache_name)
+        return _given(model(**inputs, output_hidden_states=every), cache_name)
     step = stack.token_step
     if step is None or step.model is not model:
         stack.token_step = step = TokenStep(model, stack)
-    return step.run(inputs, cache_name)
+    return step.run(inputs, cache_name, every)
 
 
 def _given(output: Any, cache_name: str | None) -> FinalStates:
-    return FinalStates(output.last_hidden_state, None if cache_name is None else output.get(cache_name))
+    cache = None if cache_name is None else output.get(cache_name)
+    return FinalStates(output.last_hidden_state, cache, output.get("hidden_states"))
 
 
 class TokenStep:
@@ -85,21 +92,24 @@ class TokenStep:
         if self.refusal is None and self._parts[2] is None:
             self.refusal = "it has no norm behind its layers"
 
-    def run(self, inputs: Mapping[str, Any], cache_name: str | None) -> FinalStates:
+    def run(self, inputs: Mapping[str, Any], cache_name: str | None, every: bool) -> FinalStates:
         """As ``final_states``."""
         step = None if self.refusal is not None else self._step(inputs, cache_name)
         if step is not None and self._compared:
-            return FinalStates(step(), None if cache_name is None else inputs[cache_name])
-        given = _given(self._stack.run(functools.partial(self.model, **inputs)), cache_name)
+            return step(every)
+        forward = functools.partial(self.model, **inputs, output_hidden_states=every)
+        given = _given(forward() if every else self._stack.run(forward), cache_name)
         if step is not None:
             # What the step writes to the cache is there already.
-            self._compared = torch.equal(step(), given.hidden)
+            self._compared = _equal(step(every), given)
             if not self._compared:
                 self.refusal = "its forward does more than to embed, to call its layers, and to norm"
         return given
 
-    def _step(self, inputs: Mapping[str, Any], cache_name: str | None) -> Callable[[], Tensor] | None:
-        """What makes the hidden states (B, 1, D) of a step; None if these inputs are of another kind."""
+    def _step(
+        self, inputs: Mapping[str, Any], cache_name: str | None
+    ) -> Callable[[bool], FinalStates] | None:
+        """What makes a step, with all hidden states or without; None if these inputs are of another kind."""
         cache = None if cache_name is None else inputs.get(cache_name)
         vectors, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
         new = inputs.get("input_ids") if vectors is None else vectors
@@ -127,8 +137,17 @@ class TokenStep:
         )
         if layer_inputs is None:
             return None
-        x = vectors.contiguous()
-        return lambda: norm(packed.kernel.through(x, layer_inputs, windows))
+        x, kernel = vectors.contiguous(), packed.kernel
+
+        def step(every: bool) -> FinalStates:
+            made = kernel.through(x, layer_inputs, windows, every=every)
+            if not every:
+                return FinalStates(norm(made), cache, None)
+            *between, last = made.unbind(0)
+            hidden = norm(last)
+            return FinalStates(hidden, cache, (x, *between, hidden))
+
+        return step
 
     def _may_run(self, mask: Tensor) -> bool:
         model: Any = self.model
@@ -137,3 +156,9 @@ class TokenStep:
         # Of more columns a layer would see a part.
         width = getattr(model.config, "sliding_window", None)
         return width is None or mask.shape[1] <= width
+
+
+def _equal(one: FinalStates, other: FinalStates) -> bool:
+    if one.every is None or other.every is None:
+        return torch.equal(one.hidden, other.hidden)
+    return len(one.every) == len(other.every) and all(map(torch.equal, one.every, other.every))
