@@ -14,11 +14,13 @@ constexpr float TINY = 0x1p-120f;  // 127 / max would overflow below; such numbe
 inline vi load_bytes(const int32_t *p) { return (vi)load(reinterpret_cast<const float *>(p)); }
 
 struct Bytes {
-    static constexpr int ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;  // an integer and a float32 sum for each output
+    static constexpr int64_t STEP = 4;  // k of a step
+    static constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 2;
 
     static constexpr int panels(int rows) {
         if (LANES == 16) return rows <= 2 ? 4 : 2;
-        return LANES == 8 && rows == 1 ? 2 : 1;
+        if (LANES == 8) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+        return 1;
     }
 
     template <int R, int P>
@@ -34,11 +36,6 @@ struct Bytes {
         const float *x_scales = reinterpret_cast<const float *>(row + layout.scales);
         const int32_t *starts = reinterpret_cast<const int32_t *>(row + layout.starts);
         Ahead ahead = place.ahead;
-        vf total[R][WIDTH];
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int j = 0; j < WIDTH; ++j) total[r][j] = splat(0);
         for (int64_t run = 0, k = 0; run < layout.runs; ++run) {
             vi sum[R][WIDTH];
 #pragma GCC unroll 12
@@ -65,18 +62,16 @@ struct Bytes {
             const float *scales = w_scales + run * layout.run / product.group * PANEL;
 #pragma GCC unroll 4
             for (int p = 0; p < P; ++p) __builtin_prefetch(scales + (PIECE_PANELS + p) * groups * PANEL, 0, 2);
+            vf part[R][WIDTH];
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j) {
                     const vf exact = __builtin_convertvector(sum[r][j], vf) * x_scales[r * stride + run];
-                    total[r][j] += exact * load(scales + j / VECTORS * groups * PANEL + j % VECTORS * LANES);
+                    part[r][j] = exact * load(scales + j / VECTORS * groups * PANEL + j % VECTORS * LANES);
                 }
+            keep(part, place.sums, run == 0);
         }
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int j = 0; j < WIDTH; ++j) store(place.sums + r * SUMS + j * LANES, total[r][j]);
     }
 };
 
