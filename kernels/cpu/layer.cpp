@@ -43,6 +43,7 @@ struct Product {
     auxkern_product_call call;
     ProductTask task;
 
+    int64_t weights() const { return task.product->N * task.product->K; }
     bool prepares() const { return kernels.prepare != nullptr; }
     void prepare(int64_t begin, int64_t end) const {
         if (prepares()) kernels.prepare(task, begin, end, nullptr);
@@ -60,6 +61,8 @@ struct LayerTask {
     char *prepared;  // rows of the product that comes next
     float *scratch;
     int64_t threads, scratch_floats;
+    NextCache cache;
+    bool has_next;
 
     const float *x(int64_t m) const { return rows.call->x + (rows.first + m) * rows.layer->D; }
     float *y(int64_t m) const { return rows.call->y + (rows.first + m) * rows.layer->D; }
@@ -227,6 +230,37 @@ auxkern_attention attention_of(const auxkern_layer &layer, const auxkern_layer_c
             call.mask, call.mask_stride_batch, call.mask_stride_query, call.mask_stride_column, layer.scale, query};
 }
 
+// The next layer's cache, if its memory is of the kind that can be asked for, and not more than stays in a cache.
+void look_ahead(LayerTask &task, const auxkern_layer &layer, const auxkern_layer_call &call) {
+    constexpr int64_t MOST_BYTES = 16 << 20;
+    const int64_t W = layer.head_width, bytes = 2 * int64_t(sizeof(float)) * call.B * layer.key_heads * call.P * W;
+    if (call.T != 1 || call.B > NextCache::MOST_SEQUENCES || !(call.stages & AUXKERN_LAYER_ATTEND) || bytes > MOST_BYTES ||
+        call.key_stride_column != W || call.value_stride_column != W)
+        return;
+    task.has_next = true;
+    task.cache.call = &call;
+    task.cache.key_heads = layer.key_heads;
+    for (int64_t b = 0; b < call.B; ++b) {
+        const uint8_t *mask = call.mask ? call.mask + b * call.mask_stride_batch : nullptr;
+        int64_t first = 0;
+        while (mask && first < call.P && !mask[first * call.mask_stride_column]) ++first;
+        task.cache.first[b] = int32_t(first);
+    }
+}
+
+// Every product asks for as much of it as it is of the layer.
+void share_cache(LayerTask &task) {
+    if (!task.has_next) return;
+    int64_t all = 0, done = 0;
+    for (const Product *product : {&task.qkv, &task.output, &task.up, &task.down}) all += product->weights();
+    for (Product *product : {&task.qkv, &task.output, &task.up, &task.down}) {
+        product->task.cache = &task.cache;
+        product->task.cache_begin = task.cache.chunks() * done / all;
+        done += product->weights();
+        product->task.cache_end = task.cache.chunks() * done / all;
+    }
+}
+
 // Rows [first, first + count) of the call through some stages, in memory that is there.
 void run_block(LayerTask &task, char *memory, int64_t first, int64_t count, int64_t stages, const auxkern_execution &execution) {
     task.rows.first = first;
@@ -234,6 +268,7 @@ void run_block(LayerTask &task, char *memory, int64_t first, int64_t count, int6
     lay_out(task, memory);
     task.attention = attention_of(*task.rows.layer, *task.rows.call, task.rows.query);
     connect(task);
+    share_cache(task);
     LayerStages all(task, task.scratch, task.scratch_floats);
     if (stages & AUXKERN_LAYER_PROJECT) add_projection(all, task);
     if (stages & AUXKERN_LAYER_ATTEND) add_rest(all, task);
@@ -285,10 +320,9 @@ bool is_bad(const auxkern_layer_call &call, const auxkern_layer &layer) {
            (attends && (!call.y || !call.key || !call.value)) || (projects != attends && !call.query);
 }
 
-}  // namespace
-
-extern "C" int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxkern_layer_call *call,
-                                         const auxkern_execution *execution) {
+// One layer; `next`, if any, is the call of the layer that follows.
+int32_t forward(const auxkern_layer *layer, const auxkern_layer_call *call, const auxkern_layer *next_layer,
+                const auxkern_layer_call *next, const auxkern_execution *execution) {
     if (!layer || !call || !execution || execution->threads < 1 || is_bad(*layer) || is_bad(*call, *layer))
         return AUXKERN_BAD_ARGUMENT;
     if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
@@ -310,6 +344,7 @@ extern "C" int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxke
     task.output.kernels = product_kernels(layer->output.weight.kind, isa);
     task.up.kernels = product_kernels(layer->up.weight.kind, isa);
     task.down.kernels = product_kernels(layer->down.weight.kind, isa);
+    if (next && next_layer && call->T == 1 && !is_bad(*next_layer) && !is_bad(*next, *next_layer)) look_ahead(task, *next_layer, *next);
     char *memory = kept.grown(lay_out(task, nullptr));
     if (!memory) return AUXKERN_OUT_OF_MEMORY;
     if (block == rows) {
@@ -324,11 +359,19 @@ extern "C" int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxke
     return AUXKERN_OK;
 }
 
+}  // namespace
+
+extern "C" int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxkern_layer_call *call,
+                                         const auxkern_execution *execution) {
+    return forward(layer, call, nullptr, nullptr, execution);
+}
+
 extern "C" int32_t auxkern_layers_forward(const auxkern_layer *const *layers, const auxkern_layer_call *calls, int64_t count,
                                           const auxkern_execution *execution) {
     if (!layers || !calls || count < 0) return AUXKERN_BAD_ARGUMENT;
     for (int64_t i = 0; i < count; ++i) {
-        const int32_t status = auxkern_layer_forward(layers[i], calls + i, execution);
+        const bool last = i + 1 == count;
+        const int32_t status = forward(layers[i], calls + i, last ? nullptr : layers[i + 1], last ? nullptr : calls + i + 1, execution);
         if (status != AUXKERN_OK) return status;
     }
     return AUXKERN_OK;

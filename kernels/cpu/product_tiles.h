@@ -24,12 +24,16 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Ahead {
     const char *at;
     int64_t bytes;  // from one request to the next: part of a cache line where there are several tiles
+    const char *cache;  // what else is asked for, once a step
+    int64_t cache_bytes;
 
     template <int COUNT>
     void ask() {
 #pragma GCC unroll 8
         for (int i = 0; i < COUNT; ++i) __builtin_prefetch(at + i * bytes, 0, 2);
         at += COUNT * bytes;
+        __builtin_prefetch(cache, 0, 2);
+        cache += cache_bytes;
     }
 };
 
@@ -167,13 +171,23 @@ inline void finish_row(const ProductTask &task, const float *sums, int64_t row, 
 
 // A piece, and which of its tiles of rows.
 struct Piece {
-    int64_t panel, end;
+    int64_t number, panel, end;
     int64_t tile, tiles;
 
-    Ahead ahead(const auxkern_product &product, int64_t at) const {
-        const int64_t bytes = panel_bytes(product), panels = end - panel;
-        const char *next = static_cast<const char *>(product.values) + end * bytes;
-        return {next + (panels * tile + at - panel) * bytes / tiles, (63 + tiles) / tiles};
+    // For the tile of `width` panels that begins with panel `at`, of so many steps.
+    Ahead ahead(const ProductTask &task, int64_t at, int64_t width, int64_t steps) const {
+        const int64_t bytes = panel_bytes(*task.product), panels = end - panel;
+        const char *next = static_cast<const char *>(task.product->values) + end * bytes;
+        Ahead result{next + (panels * tile + at - panel) * bytes / tiles, (63 + tiles) / tiles, next, 0};
+        if (!task.cache) return result;
+        const int64_t turn = (number * tiles + tile) * PIECE_PANELS + at - panel, turns = task.pieces() * tiles * PIECE_PANELS;
+        const int64_t chunks = task.cache_end - task.cache_begin;
+        const int64_t first = task.cache_begin + chunks * turn / turns, last = task.cache_begin + chunks * (turn + width) / turns;
+        if (first >= smaller(last, task.cache_end)) return result;
+        const NextCache::Chunk chunk = task.cache->chunk(first);
+        result.cache = chunk.at;
+        result.cache_bytes = smaller(64, ((last - first) * chunk.bytes + steps - 1) / steps);
+        return result;
     }
 };
 
@@ -183,9 +197,11 @@ void row_tile(const ProductTask &task, int64_t row, const Piece &piece) {
     constexpr int P = Kind::panels(R);
     alignas(64) float sums[R * SUMS];
     int64_t panel = piece.panel;
-    auto place = [&] { return Place{panel, row, sums + (panel - piece.panel) * PANEL, piece.ahead(*task.product, panel)}; };
-    for (; panel + P <= piece.end; panel += P) Kind::template tile<R, P>(task, place());
-    for (; panel < piece.end; ++panel) Kind::template tile<R, 1>(task, place());
+    auto place = [&](int64_t width) {
+        return Place{panel, row, sums + (panel - piece.panel) * PANEL, piece.ahead(task, panel, width, task.product->K / Kind::STEP + 1)};
+    };
+    for (; panel + P <= piece.end; panel += P) Kind::template tile<R, P>(task, place(P));
+    for (; panel < piece.end; ++panel) Kind::template tile<R, 1>(task, place(1));
     for (int r = 0; r < R; ++r) finish_row(task, sums + r * SUMS, row + r, piece.panel, piece.end - piece.panel);
 }
 
@@ -202,7 +218,7 @@ void multiply(const ProductTask &task, int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) {
         const int64_t first = number / groups * block, rows = smaller(block, task.call->M - first);
         const int64_t panel = number % groups * PIECE_PANELS;
-        Piece piece{panel, smaller(panel + PIECE_PANELS, panels), 0, (rows + Kind::ROWS - 1) / Kind::ROWS};
+        Piece piece{number, panel, smaller(panel + PIECE_PANELS, panels), 0, (rows + Kind::ROWS - 1) / Kind::ROWS};
         for (; piece.tile < piece.tiles; ++piece.tile) {
             const int64_t row = rows * piece.tile / piece.tiles, after = rows * (piece.tile + 1) / piece.tiles;
             rows_tile<Kind>(task, after - row, first + row, piece);

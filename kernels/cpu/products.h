@@ -72,11 +72,40 @@ static inline RowLayout row_layout(const auxkern_product &product, int64_t row_g
                                                                layout.bytes + 64} : layout;
 }
 
+// Keys and values that the next layer's attention reads: a run of columns for each sequence, head and of the two.
+// Attention waits for memory and products for arithmetic, so every tile of a product asks for some of them.
+struct NextCache {
+    static constexpr int64_t CHUNKS = 8;  // of a run
+    static constexpr int64_t MOST_SEQUENCES = 512;
+
+    const auxkern_layer_call *call;
+    int64_t key_heads;
+    int32_t first[MOST_SEQUENCES];  // column that a sequence sees
+
+    struct Chunk {
+        const char *at;
+        int64_t bytes;
+    };
+
+    int64_t chunks() const { return call->B * key_heads * 2 * CHUNKS; }
+    Chunk chunk(int64_t number) const {
+        const int64_t run = number / CHUNKS, head = run / 2 % key_heads, b = run / 2 / key_heads, columns = call->P - first[b];
+        const float *at = run % 2 ? call->value + b * call->value_stride_batch + head * call->value_stride_head
+                                  : call->key + b * call->key_stride_batch + head * call->key_stride_head;
+        const int64_t stride = run % 2 ? call->value_stride_column : call->key_stride_column;
+        const int64_t part = number % CHUNKS, begin = columns * part / CHUNKS, end = columns * (part + 1) / CHUNKS;
+        at += (first[b] + begin) * stride;
+        return {reinterpret_cast<const char *>(at), (end - begin) * stride * int64_t(sizeof(float))};
+    }
+};
+
 struct ProductTask {
     const auxkern_product *product;
     const auxkern_product_call *call;
     char *prepared;    // M rows of layout.bytes, aligned to 64; NULL where a row has none
     RowLayout layout;
+    const NextCache *cache = nullptr;  // of which this product asks for chunks [begin, end)
+    int64_t cache_begin = 0, cache_end = 0;
 
     int64_t prepared_bytes() const { return call->M * layout.bytes; }
 
@@ -94,7 +123,12 @@ struct ProductTask {
 };
 
 static inline ProductTask product_task(const auxkern_product &product, const auxkern_product_call &call, char *prepared) {
-    return {&product, &call, prepared, row_layout(product, call.row_group)};
+    ProductTask task;
+    task.product = &product;
+    task.call = &call;
+    task.prepared = prepared;
+    task.layout = row_layout(product, call.row_group);
+    return task;
 }
 
 // The two stages: rows [begin, end) of M, pieces [begin, end). Scratch memory is not needed.

@@ -35,6 +35,7 @@ struct KeptPairs {  // both steps in each lane
 
 template <class T>
 struct Floats {
+    static constexpr int64_t STEP = 2;  // k of a step
     static constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 3;
     static constexpr int64_t VECTOR = T::STEPS * LANES;  // values of a vector
 

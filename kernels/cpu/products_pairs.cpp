@@ -19,6 +19,7 @@ inline vf add_pair(vf sum, vi weight, vi x) {
 inline vi load_pairs(const int32_t *p) { return (vi)load(reinterpret_cast<const float *>(p)); }
 
 struct Pairs {
+    static constexpr int64_t STEP = 2;  // k of a step
     static constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 2;
 
     static constexpr int panels(int rows) {

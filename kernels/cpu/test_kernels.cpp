@@ -456,10 +456,11 @@ int main() {
         attends(isa, 3, 3, 37, 80);
         for (int32_t kind : {AUXKERN_PACKED_F32, AUXKERN_PACKED_BF16_PAIRS, AUXKERN_PACKED_I8}) {
             const int one = layer_differences(isa, 1, kind, 1, 1), some = layer_differences(isa, 3, kind, 2, 7);
-            const int blocks = layer_differences(isa, 2, kind, 3, 350);
+            const int blocks = layer_differences(isa, 2, kind, 3, 350) + layer_differences(isa, 2, kind, 13, 1);
             check(one == 0 && some == 0 && blocks == 0, "layer and its pieces", isa, one + some + blocks, 0);
         }
     }
+    check(cache_columns_left_out() == 0, "cache asked for ahead", 0, cache_columns_left_out(), 0);
     refusals();
     refused_products();
     refused_packing();

@@ -7,6 +7,8 @@
 #include <random>
 #include <vector>
 
+#include "products.h"
+
 namespace {
 
 constexpr int64_t D = 20, HEADS = 4, KEYS = 2, WIDTH = 16, INNER = 35;
@@ -85,6 +87,19 @@ int layer_differences(int32_t isa, int32_t threads, int32_t kind, int64_t B, int
     int differences = 0;
     for (size_t i = 0; i < y.size(); ++i) differences += std::memcmp(&y[i], &expected[i], sizeof(float)) != 0;
 
+    // The same layer after itself, in one call and in two; the last column alone is seen, of a sequence the first.
+    std::vector<uint8_t> mask(size_t(B * T), 0);
+    for (int64_t b = 0; b < B; ++b) mask[size_t(b * T + (b ? T - 1 : 0))] = 1;
+    call.mask = mask.data(), call.mask_stride_batch = T, call.mask_stride_column = 1;
+    std::vector<float> first(y.size()), second(y.size(), NAN), again(y.size(), NAN);
+    auxkern_layer_call calls[2] = {call, call};
+    calls[0].y = first.data(), calls[1].x = first.data(), calls[1].y = second.data();
+    const auxkern_layer *const layers[2] = {&layer, &layer};
+    differences += auxkern_layers_forward(layers, calls, 2, &execution) != AUXKERN_OK;
+    calls[1].y = again.data();
+    for (const auxkern_layer_call &one : calls) differences += auxkern_layer_forward(&layer, &one, &execution) != AUXKERN_OK;
+    differences += std::memcmp(second.data(), again.data(), sizeof(float) * again.size()) != 0;
+
     // Refused, and nothing written.
     const std::vector<float> before = y;
     call.rotary = 3;
@@ -96,4 +111,28 @@ int layer_differences(int32_t isa, int32_t threads, int32_t kind, int64_t B, int
     layer.inner -= 1;
     differences += auxkern_layer_forward(&layer, &call, &execution) != AUXKERN_BAD_ARGUMENT;
     return differences + (before != y);
+}
+
+int cache_columns_left_out() {
+    constexpr int64_t B = 3, P = 21, STRIDE = WIDTH;
+    const std::vector<float> keys(size_t(B * KEYS * P * STRIDE)), values(keys.size());
+    auxkern_layer_call call{};
+    call.B = B, call.P = P, call.key = keys.data(), call.value = values.data();
+    call.key_stride_batch = call.value_stride_batch = KEYS * P * STRIDE;
+    call.key_stride_head = call.value_stride_head = P * STRIDE;
+    call.key_stride_column = call.value_stride_column = STRIDE;
+    auxkern::NextCache cache{&call, KEYS, {0, 5, P - 1}};
+    std::vector<int> asked(size_t(2 * B * KEYS * P));
+    int wrong = 0;
+    for (int64_t i = 0; i < cache.chunks(); ++i) {
+        const auxkern::NextCache::Chunk chunk = cache.chunk(i);
+        const float *at = reinterpret_cast<const float *>(chunk.at);
+        const bool of_keys = i / auxkern::NextCache::CHUNKS % 2 == 0;
+        const int64_t column = (at - (of_keys ? keys.data() : values.data())) / STRIDE + (of_keys ? 0 : B * KEYS * P);
+        for (int64_t c = 0; c < chunk.bytes / int64_t(sizeof(float)) / STRIDE; ++c)
+            if (column + c >= 0 && column + c < int64_t(asked.size())) ++asked[size_t(column + c)];
+            else ++wrong;
+    }
+    for (int64_t i = 0; i < 2 * B * KEYS * P; ++i) wrong += asked[size_t(i)] != (i % P >= cache.first[i / P / KEYS % B]);
+    return wrong;
 }
