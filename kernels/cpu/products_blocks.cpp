@@ -85,6 +85,7 @@ struct Q4_1 : Fours {
 
 template <class Block>
 struct Stored {
+    static constexpr int64_t STEP = AUXKERN_BLOCK;  // k of a step
     static constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 2;
     static constexpr int64_t BYTES = Block::VALUES + (Block::MINIMA ? 4 : 2) * PANEL;
 
