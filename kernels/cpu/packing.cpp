@@ -76,9 +76,9 @@ const char *stored_row(const PackingTask &task, int64_t n) {
 
 // Puts a row's blocks into its lane of a panel, as they are. Returns whether scales and minima are finite.
 bool pack_blocks(const auxkern_product &product, const char *row, int64_t lane, char *to) {
-    const int64_t bytes = block_bytes(product.kind), halves = product.kind == AUXKERN_PACKED_Q4_1 ? 2 : 1;
+    const int64_t bytes = block_bytes(product.kind), halves = bytes == block_bytes(AUXKERN_PACKED_Q4_1) ? 2 : 1;
     const int64_t values = bytes - 2 * halves;
-    const uint32_t flip = product.kind == AUXKERN_PACKED_Q8_0 ? 0x80808080u : 0;  // q + 128 in each byte
+    const uint32_t flip = bytes == block_bytes(AUXKERN_PACKED_Q8_0) ? 0x80808080u : 0;  // q + 128 in each byte
     bool finite = true;
     for (int64_t block = 0; block < product.K / AUXKERN_BLOCK; ++block, row += bytes, to += PANEL * bytes) {
         for (int64_t at = 0; at < values; at += 4) {

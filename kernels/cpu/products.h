@@ -16,14 +16,15 @@ constexpr int64_t ROW_BYTES = 512 << 10;   // of a piece: its rows stay in the s
 static inline int64_t rounded_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
 // Whether a weight stands in the blocks of a GGUF file, which are not turned into other numbers.
-static inline bool is_stored(int32_t kind) { return kind >= AUXKERN_PACKED_Q8_0 && kind <= AUXKERN_PACKED_Q4_1; }
+static inline bool is_stored(int32_t kind) { return kind >= AUXKERN_PACKED_Q8_0 && kind <= AUXKERN_PACKED_Q4_1_WIDENED; }
 
 // Whether rows are rounded to bytes, and products are of bytes.
-static inline bool is_bytes(int32_t kind) { return kind == AUXKERN_PACKED_I8 || is_stored(kind); }
+static inline bool is_bytes(int32_t kind) { return kind >= AUXKERN_PACKED_I8 && kind <= AUXKERN_PACKED_Q4_1; }
 
 // Bytes of a block of AUXKERN_BLOCK values, in a file and in a panel.
 static inline int64_t block_bytes(int32_t kind) {
-    return kind == AUXKERN_PACKED_Q8_0 ? 34 : kind == AUXKERN_PACKED_Q4_0 ? 18 : 20;
+    if (kind == AUXKERN_PACKED_Q8_0 || kind == AUXKERN_PACKED_Q8_0_WIDENED) return 34;
+    return kind == AUXKERN_PACKED_Q4_0 || kind == AUXKERN_PACKED_Q4_0_WIDENED ? 18 : 20;
 }
 
 // k that one element of a panel's row holds.
@@ -157,6 +158,9 @@ bool is_bad(const auxkern_product &product, const auxkern_product_call &call);
     void multiply_q8_0(const ProductTask &, int64_t begin, int64_t end, float *);        \
     void multiply_q4_0(const ProductTask &, int64_t begin, int64_t end, float *);        \
     void multiply_q4_1(const ProductTask &, int64_t begin, int64_t end, float *);        \
+    void multiply_q8_0_widened(const ProductTask &, int64_t begin, int64_t end, float *); \
+    void multiply_q4_0_widened(const ProductTask &, int64_t begin, int64_t end, float *); \
+    void multiply_q4_1_widened(const ProductTask &, int64_t begin, int64_t end, float *); \
     }
 
 AUXKERN_DECLARE_PRODUCTS(generic)

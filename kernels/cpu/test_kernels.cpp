@@ -230,7 +230,7 @@ void packed_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int6
 }
 
 // Weights in a file's blocks, of random bytes but for their scales, against what the format says that they are.
-void stored_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int64_t K, int64_t N) {
+void stored_products(int32_t isa, int32_t threads, int32_t kind, bool widened, int64_t M, int64_t K, int64_t N) {
     std::mt19937 random(17);
     std::normal_distribution<float> normal;
     const int64_t bytes = kind == AUXKERN_PACKED_Q8_0 ? 34 : kind == AUXKERN_PACKED_Q4_0 ? 18 : 20, blocks = K / 32;
@@ -253,6 +253,7 @@ void stored_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int6
         }
     }
     auxkern_product product = {N, K, 32, nullptr, nullptr, nullptr, kind, 1};
+    if (widened) product.kind += AUXKERN_PACKED_Q8_0_WIDENED - AUXKERN_PACKED_Q8_0;
     const auxkern_execution execution = {threads, isa, nullptr};
     auxkern_packed_sizes sizes = {};
     auxkern_packed_size(&product, &sizes);
@@ -264,7 +265,7 @@ void stored_products(int32_t isa, int32_t threads, int32_t kind, int64_t M, int6
     const auxkern_product_call call = {M, x.data(), y.data(), K, N, N, 32, AUXKERN_STORE, AUXKERN_IDENTITY};
     check(auxkern_product_forward(&product, &call, &execution) == AUXKERN_OK, "stored product status", isa, kind, 0);
     for (int64_t m = 0; m < M; ++m) {
-        const std::vector<double> row = in_bytes(&x[m * K], K, 32);
+        const std::vector<double> row = widened ? std::vector<double>(&x[m * K], &x[m * K] + K) : in_bytes(&x[m * K], K, 32);
         for (int64_t n = 0; n < N; ++n) {
             double want = 0, size = 0;
             for (int64_t k = 0; k < K; ++k) {
@@ -449,8 +450,10 @@ int main() {
             if (kind != AUXKERN_PACKED_BF16) gated_products(isa, kind, 14, 37, 21);
         }
         for (int32_t kind : {AUXKERN_PACKED_Q8_0, AUXKERN_PACKED_Q4_0, AUXKERN_PACKED_Q4_1}) {
-            stored_products(isa, 1, kind, 1, 32, 3);
-            stored_products(isa, 2, kind, 29, 672, 83);
+            for (const bool widened : {false, true}) {
+                stored_products(isa, 1, kind, widened, 1, 32, 3);
+                stored_products(isa, 2, kind, widened, 29, 672, 83);
+            }
         }
         attends(isa, 1, 1, 1, 16);
         attends(isa, 3, 3, 37, 80);

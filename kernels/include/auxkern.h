@@ -219,6 +219,10 @@ enum auxkern_packed_kind {
     AUXKERN_PACKED_Q4_0 = 6, /* [panel][block]{[4][16][4] bytes, of k in the lower four bits and k + 16 in the
                               * upper; d}: d (q - 8) */
     AUXKERN_PACKED_Q4_1 = 7, /* the same and m: d q + m */
+    /* The same bytes, widened; products and sums in float32. */
+    AUXKERN_PACKED_Q8_0_WIDENED = 8,
+    AUXKERN_PACKED_Q4_0_WIDENED = 9,
+    AUXKERN_PACKED_Q4_1_WIDENED = 10,
 };
 
 #define AUXKERN_BLOCK 32 /* values of a block */

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from auxkern.core.packed import StoredRows
+from auxkern.core.packed import STORED_COMPUTES, StoredRows
 from auxkern.model import fingerprint, load_base, use_native_kernels
 from auxkern.model.base import output_head
 from auxkern.model.native import explain, native_refusal
@@ -56,6 +56,17 @@ def test_int8_multiplies_what_the_file_holds(file):
     assert "widened" not in text
 
 
+def test_float32_reads_what_the_file_holds(file):
+    lm, plain = base(file), base(file, native=False)
+    # Both sum the same products in float32, in different orders.
+    assert error(lm, plain) < 1e-5
+    text = explain(lm)
+    assert "3 decoder layers run as one native step each, in float32" in text
+    assert f"{PACKED} packed weights are as stored in the file (1 Q8_0, 3 Q4_0, 9 Q4_1)" in text
+    steps = sum(layer.native_step.nbytes for layer in lm.model.layers)
+    assert steps < sum(p.nbytes for layer in lm.model.layers for p in layer.parameters()) / 5
+
+
 def test_the_head_has_the_files_integers(file):
     gguf = pytest.importorskip("gguf")
     tensor = next(one for one in gguf.GGUFReader(file).tensors if one.name == "token_embd.weight")
@@ -64,7 +75,7 @@ def test_the_head_has_the_files_integers(file):
     assert packed is not None
     assert packed.kind == "Q8_0"
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(packed_linear(x, packed), packed_linear(x, pack_stored(blocks)))
+    assert torch.equal(packed_linear(x, packed), packed_linear(x, pack_stored(blocks, "int8")))
 
 
 def test_rows_are_told_in_any_order(file):
@@ -85,8 +96,9 @@ def test_rows_are_told_in_any_order(file):
         assert stored.rows_of(changed) is None
 
 
-def test_a_row_does_not_depend_on_its_batch(file):
-    lm = base(file, compute="int8")
+@pytest.mark.parametrize("compute", STORED_COMPUTES)
+def test_a_row_does_not_depend_on_its_batch(file, compute):
+    lm = base(file, compute=compute)
     ids = torch.randint(3, 97, (9, 6), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         together = lm(ids).logits
@@ -144,11 +156,14 @@ def test_the_fingerprint_is_that_of_its_numbers(file, compute):
 def test_small_layers_of_a_file_are_not_joined(file):
     mlp = base(file, compute="int8").model.layers[0].mlp
     layers = [mlp.gate_proj, mlp.up_proj]
+    for layer in layers:
+        layer.bias = torch.nn.Parameter(torch.ones(96), requires_grad=False)  # without one none is joined
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     for layer, y in zip(layers, JoinedLinears().of(layers, x), strict=True):
         assert torch.equal(layer(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # transformers widens it first
 def test_a_damaged_file_is_refused(file):
     broken = damaged(file, "broken.gguf", "blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"the Q4_1 tensor blk\.1\.ffn_up\.weight has scales or minima"):

@@ -52,8 +52,8 @@ class PackedProducts(Native):
         packed, is_finite = self._pack(rows, like)
         if not is_finite:
             raise ValueError(
-                f"a {like.kind} weight has scales or minima that are NaN or infinite; its file is damaged, "
-                "read it again from where it came"
+                f"a {stored[0].kind} weight has scales or minima that are NaN or infinite; "
+                "its file is damaged, get it again"
             )
         return packed
 

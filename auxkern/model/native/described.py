@@ -119,7 +119,7 @@ def _packed(linears: list[_Linear], compute: str, *, gated: bool = False) -> Pro
     stored = [one.stored for one in linears if one.stored is not None]
     # Blocks of several kinds make no panel.
     if len(stored) == len(linears) and len({rows.kind for rows in stored}) == 1:
-        return Projection(pack_stored(stored, gated=gated), bias)
+        return Projection(pack_stored(stored, compute, gated=gated), bias)
     return Projection(pack(weights, compute, gated=gated), bias)
 
 

@@ -85,7 +85,7 @@ def explain(model: nn.Module) -> str:
     """Which decoder layers of a model run as one native step, which stay torch's and why, and the memory."""
     steps: dict[str, list[int]] = {}
     beside: list[int] = []
-    kinds: list[str] = []
+    kinds: list[str | None] = []
     inside: set[int] = set()
     reasons: dict[str, list[str]] = {}
     for path, layer in model.named_modules():
@@ -102,7 +102,7 @@ def explain(model: nn.Module) -> str:
             )
             if packed is not None:
                 beside.append(packed.nbytes)
-                kinds.append(packed.kind)
+                kinds.append(packed.stored_kind)
         if reason is not None:
             reasons.setdefault(f"{type(layer).__name__}: {reason}", []).append(path or "the model")
     lines = [
@@ -119,7 +119,7 @@ def explain(model: nn.Module) -> str:
     return "\n".join(lines or ["no decoder layers run as one native step; see use_native_kernels"])
 
 
-def _stored(kinds: list[str]) -> list[str]:
+def _stored(kinds: list[str | None]) -> list[str]:
     """How many packed weights are as a model's GGUF file has them, and why the others are not."""
     counts = {kind: kinds.count(kind) for kind in BLOCK_BYTES if kind in kinds}
     as_stored, rest = sum(counts.values()), len(kinds) - sum(counts.values())

@@ -47,8 +47,8 @@ def use_native_kernels(
         module: such as a base or an auxiliary; changed in place.
         compute: the arithmetic of products: "float32"; "bfloat16", whose products are of bfloat16
             and summed in float32; or "int8", whose products are of bytes with a scale for each 64.
-        stored: the file that the model was loaded from: in int8 weights that it has are packed as they stand
-            there, and multiplied with rows of bytes with a scale for each 32.
+        stored: the file that the model was loaded from: weights that it has are packed as they stand there,
+            and widened in float32's products, or multiplied in int8 with rows that have a scale for each 32.
 
     Returns:
         The same module.

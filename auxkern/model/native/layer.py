@@ -121,8 +121,8 @@ class LayerStep:
         return 0 if self.packed is None else self.packed.nbytes
 
     @property
-    def kinds(self) -> list[str]:
-        """How each of the packed weights is kept."""
+    def kinds(self) -> list[str | None]:
+        """The blocks of a GGUF file that each of the packed weights is kept in; None: of none."""
         return [] if self.packed is None else self.packed.kinds
 
     def run(self, layer: nn.Module, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -91,7 +91,7 @@ class PackedLayer:
         self.index = int(attention.layer_idx)
         weights = [one.weight for one in (parts.qkv, parts.output, parts.up, parts.down)]
         self.nbytes = sum(weight.nbytes for weight in weights)
-        self.kinds = [weight.kind for weight in weights]
+        self.kinds = [weight.stored_kind for weight in weights]
         self.kernel = cpu_backend().decoder_layer(parts)
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]
         children = [child for _, child in parts_of(layer, structure)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from auxkern.core.packed import BLOCK_BYTES, StoredRows
+from auxkern.core.packed import BLOCK_BYTES, STORED_COMPUTES, StoredRows
 from auxkern.ops.packed import pack_stored, packed_linear
 from tests.support.cases import FLOAT32_ULP, generator
 from tests.support.instruction_sets import EACH, substituted
@@ -108,7 +108,7 @@ def test_blocks_are_those_of_the_gguf_package(kind):
 def test_products_are_exact(kernels, shape, kind):
     M, K, N = shape
     x, bias, of = normal(M, K, seed=1), normal(N, seed=3), numbers(kind, N, K)
-    packed = pack_stored(stored(kind, *of))
+    packed = pack_stored(stored(kind, *of), "int8")
     assert (packed.kind, packed.compute, packed.N, packed.K) == (kind, "int8", N, K)
     expected = by_integers(x, kind, of)
     assert torch.equal(packed_linear(x, packed), expected)
@@ -116,10 +116,31 @@ def test_products_are_exact(kernels, shape, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_multiplies_the_widened_numbers(kernels, shape, kind):
+    M, K, N = shape
+    x, bias, of = normal(M, K, seed=1), normal(N, seed=3), weight(kind, N, K)
+    packed = pack_stored(of)
+    assert (packed.stored_kind, packed.compute, packed.nbytes % of.blocks.shape[1]) == (kind, "float32", 0)
+    widened = of.widened().double()
+    exact, size = x.double() @ widened.T, x.double().abs() @ widened.abs().T
+    # Sums of 128 terms and of their sums, whose rounding errors partly cancel, as of a float32 weight.
+    assert ((packed_linear(x, packed) - exact).abs() <= 8 * FLOAT32_ULP * size).all()
+    assert torch.equal(packed_linear(x, packed, bias), packed_linear(x, packed) + bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_widens_as_the_format_says(kernels, kind):
+    """One product a sum: the file's numbers themselves, to the last bit."""
+    of = weight(kind, 40, 96)
+    assert torch.equal(packed_linear(torch.eye(96), pack_stored(of)), of.widened().T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row_group", [64, 96, 0])
 def test_wider_groups_of_rows(kernels, kind, row_group):
     x, of = normal(7, 224, seed=1), numbers(kind, 33, 224)
-    packed = pack_stored(stored(kind, *of), row_group=row_group)
+    packed = pack_stored(stored(kind, *of), "int8", row_group=row_group)
     assert torch.equal(packed_linear(x, packed), by_integers(x, kind, of, row_group))
 
 
@@ -131,7 +152,7 @@ def test_the_largest_integers(kernels, kind):
     q, one = torch.full((2, 64), high), torch.ones(2, 2, dtype=torch.float16)
     q[1] = -128 if kind == "Q8_0" else 0
     expected = by_integers(x, kind, (q, one, one))
-    assert torch.equal(packed_linear(x, pack_stored(stored(kind, q, one, one))), expected)
+    assert torch.equal(packed_linear(x, pack_stored(stored(kind, q, one, one), "int8")), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,38 +160,41 @@ def test_only_rows_are_rounded(kernels, kind):
     x, of = normal(32, 576, seed=1), weight(kind, 96, 576)
     widened = of.widened()
     exact = x.double() @ widened.double().T
-    error = (packed_linear(x, pack_stored(of)) - exact).square().mean().sqrt()
+    error = (packed_linear(x, pack_stored(of, "int8")) - exact).square().mean().sqrt()
     step = rounded(x, 32)[1].square().mean()
     # A rounding error of a row is uniform over a step, and meets the weight's numbers; 1.1 for luck.
     assert error <= 1.1 * (576 / 12 * step * widened.square().mean()).sqrt()
 
 
+@pytest.mark.parametrize("compute", STORED_COMPUTES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("M", "inner"), [(1, 5), (14, 50), (25, 72)])
-def test_gates(kernels, kind, M, inner):
+def test_gates(kernels, compute, kind, M, inner):
     x, bias, of = normal(M, 64, seed=1), normal(2 * inner, seed=3), weight(kind, 2 * inner, 64)
     halves = [of.of(slice(inner)), of.of(slice(inner, None))]
-    y = packed_linear(x, pack_stored(halves, gated=True), bias)
-    apart = packed_linear(x, pack_stored(of), bias)
+    y = packed_linear(x, pack_stored(halves, compute, gated=True), bias)
+    apart = packed_linear(x, pack_stored(of, compute), bias)
     assert torch.equal(y, apart[:, :inner] * apart[:, inner:])
 
 
+@pytest.mark.parametrize("compute", STORED_COMPUTES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_follow_each_other_wherever_they_stand(kernels, kind):
+def test_weights_follow_each_other_wherever_they_stand(kernels, compute, kind):
     x, of = normal(9, 96, seed=1), weight(kind, 50, 96)
-    expected = packed_linear(x, pack_stored(of))
+    expected = packed_linear(x, pack_stored(of, compute))
     parts = [of.of(slice(3)), of.of(torch.arange(3, 20)), of.of(slice(20, None))]
-    assert torch.equal(packed_linear(x, pack_stored(parts)), expected)
+    assert torch.equal(packed_linear(x, pack_stored(parts, compute)), expected)
     wide = torch.zeros(50, 3 * of.blocks.shape[1], dtype=torch.uint8)
     wide[:, : of.blocks.shape[1]] = of.blocks
     apart = StoredRows(kind, wide[:, : of.blocks.shape[1]])
-    assert torch.equal(packed_linear(x, pack_stored(apart)), expected)
+    assert torch.equal(packed_linear(x, pack_stored(apart, compute)), expected)
 
 
+@pytest.mark.parametrize("compute", STORED_COMPUTES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("columns", [1, 16, 30, 95])
-def test_the_first_columns_alone_and_added(kernels, kind, columns):
-    x, packed, bias = normal(14, 64, seed=1), pack_stored(weight(kind, 99, 64)), normal(99, seed=3)
+def test_the_first_columns_alone_and_added(kernels, compute, kind, columns):
+    x, packed, bias = normal(14, 64, seed=1), pack_stored(weight(kind, 99, 64), compute), normal(99, seed=3)
     whole, y = packed_linear(x, packed, bias)[:, :columns], torch.full((14, columns), torch.nan)
     kernels.packed_linear(x, packed, bias, y, False)
     assert torch.equal(y, whole)
@@ -178,9 +202,14 @@ def test_the_first_columns_alone_and_added(kernels, kind, columns):
     assert torch.equal(y, whole + whole)
 
 
+@pytest.mark.parametrize("compute", STORED_COMPUTES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_the_batch_its_order_or_the_threads(kernels, kind, threads):
-    x, packed, bias = normal(197, 320, seed=1), pack_stored(weight(kind, 150, 320)), normal(150, seed=3)
+def test_a_row_does_not_depend_on_the_batch_its_order_or_the_threads(kernels, compute, kind, threads):
+    x, packed, bias = (
+        normal(197, 320, seed=1),
+        pack_stored(weight(kind, 150, 320), compute),
+        normal(150, seed=3),
+    )
     torch.set_num_threads(2)
     together = packed_linear(x, packed, bias)
     for some in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 29, 100):
@@ -194,7 +223,7 @@ def test_a_row_does_not_depend_on_the_batch_its_order_or_the_threads(kernels, ki
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_spoils_itself_alone(kernels, kind, value):
-    x, packed = normal(15, 160, seed=1), pack_stored(weight(kind, 33, 160))
+    x, packed = normal(15, 160, seed=1), pack_stored(weight(kind, 33, 160), "int8")
     clean = packed_linear(x, packed)
     x[4, 77] = value
     y = packed_linear(x, packed)
@@ -203,11 +232,12 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(kernels, kind, value):
     assert torch.equal(y[rest], clean[rest])
 
 
+@pytest.mark.parametrize("compute", STORED_COMPUTES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_give_the_bias(kernels, kind):
+def test_zeros_give_the_bias(kernels, compute, kind):
     x, bias, (q, d, m) = normal(9, 96, seed=1), normal(33, seed=3), numbers(kind, 33, 96)
     x[4], d[20], m[20] = 0, 0, 0
-    y = packed_linear(x, pack_stored(stored(kind, q, d, m)), bias)
+    y = packed_linear(x, pack_stored(stored(kind, q, d, m), compute), bias)
     assert torch.equal(y[4], bias)
     assert torch.equal(y[:, 20], bias[20].expand(9))
 
@@ -224,7 +254,7 @@ def test_a_damaged_scale_is_refused(kernels, kind, value):
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_that_of_the_file(kind):
     of = weight(kind, 160, 640)
-    assert pack_stored(of).nbytes == of.blocks.numel()
+    assert pack_stored(of, "int8").nbytes == of.blocks.numel()
 
 
 def test_tiny_scales_keep_their_places(kernels):
@@ -233,7 +263,7 @@ def test_tiny_scales_keep_their_places(kernels):
     d[:, 0] = torch.arange(1, 17) * 2.0**-24
     x = normal(3, 32, seed=1)
     expected = by_integers(x, "Q8_0", (q, d, m))
-    assert torch.equal(packed_linear(x, pack_stored(stored("Q8_0", q, d, m))), expected)
+    assert torch.equal(packed_linear(x, pack_stored(stored("Q8_0", q, d, m), "int8")), expected)
     assert (expected != 0).all()
 
 
@@ -257,15 +287,22 @@ def test_refusals(change, error, message):
 
 
 def test_refusals_of_options():
+    with pytest.raises(
+        ValueError, match="compute is 'bfloat16'; stored blocks are multiplied in float32 or int8"
+    ):
+        pack_stored(weight("Q4_1", 7, 64), "bfloat16")
+    with pytest.raises(ValueError, match="row_group goes with compute='int8'"):
+        pack_stored(weight("Q4_1", 7, 64), row_group=32)
     with pytest.raises(ValueError, match="row_group is 48; it must be a multiple of 32"):
-        pack_stored(weight("Q4_1", 7, 64), row_group=48)
+        pack_stored(weight("Q4_1", 7, 64), "int8", row_group=48)
     with pytest.raises(ValueError, match="as many rows of gate"):
         pack_stored(weight("Q4_1", 7, 64), gated=True)
 
 
+@pytest.mark.parametrize("compute", STORED_COMPUTES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_knows_it_as_an_operator(kind):
-    x, packed = normal(4, 64, seed=1), pack_stored(weight(kind, 8, 64), gated=True)
+def test_torch_knows_it_as_an_operator(compute, kind):
+    x, packed = normal(4, 64, seed=1), pack_stored(weight(kind, 8, 64), compute, gated=True)
 
     def product(rows: Tensor) -> Tensor:
         return packed_linear(rows, packed, activation="silu")
@@ -273,7 +310,7 @@ def test_torch_knows_it_as_an_operator(kind):
     compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), product(x))
-        gate, up = packed_linear(x, pack_stored(weight(kind, 8, 64))).chunk(2, 1)
+        gate, up = packed_linear(x, pack_stored(weight(kind, 8, 64), compute)).chunk(2, 1)
     exact = F.silu(gate.double()) * up
     # A sigmoid has an exponential within 2 ulp and two divisions' and products' roundings behind it.
     assert ((product(x) - exact).abs() <= 4 * FLOAT32_ULP * exact.abs() + 1e-36).all()
