@@ -10,6 +10,7 @@ template <int32_t KIND>
 struct Widened {
     static constexpr bool EIGHTS = KIND == AUXKERN_PACKED_Q8_0_WIDENED, MINIMA = KIND == AUXKERN_PACKED_Q4_1_WIDENED;
     static constexpr int64_t VALUES = (EIGHTS ? 32 : 16) * PANEL, BYTES = VALUES + (MINIMA ? 4 : 2) * PANEL;
+    static constexpr int64_t STEP = AUXKERN_BLOCK;  // k of a step
     static constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 3;
 
     // Sums of one panel would load a number of a row for each product.
