@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from auxkern.core.coverage import Coverage, CoverageStep
 from auxkern.core.decoder import DecoderLayer, DecoderParts, DecoderStack
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
@@ -203,4 +204,8 @@ class Backend(ABC):
 
     def decoder_stack(self, layers: Sequence[DecoderLayer]) -> DecoderStack:
         """Layers that this backend has made, one or more, as one step."""
+        raise NotImplementedError(self.pack_refusal())
+
+    def coverage(self, step: CoverageStep) -> Coverage:
+        """What of the conditions stands in the texts after one more token each; T is 1."""
         raise NotImplementedError(self.pack_refusal())

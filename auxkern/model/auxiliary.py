@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, EncoderDecoderCache
 
+from auxkern.core.coverage import Coverage
 from auxkern.model.base import cache_argument, counts_positions, mask_with_cache, positions_of
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput, AuxiliaryTraits
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.native import final_states
-from auxkern.model.pointer import Coverage, Pointer
+from auxkern.model.pointer import Pointer
 
 
 class InputVectors(nn.Module):
@@ -124,7 +125,7 @@ class TransformerAuxiliary(AuxiliaryTraits, nn.Module):
         if self.pointer is None:
             return self.inputs.text(inputs, None), None
         coverage = self.pointer.coverage(inputs, None if inputs.cache is None else inputs.cache.stretches)
-        return self.inputs.text(inputs, self.pointer.marks(coverage)), coverage
+        return self.inputs.text(inputs, coverage.marks), coverage
 
     def _keys(self, condition: Tensor) -> Tensor | None:
         """The pointer's keys of the condition's states (B, K, D)."""

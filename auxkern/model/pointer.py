@@ -8,31 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from auxkern.core.coverage import Coverage, CoverageStep
 from auxkern.model.interface import AuxiliaryInputs
 from auxkern.model.layers import ZeroLinear, row_products
-from auxkern.nn import JoinedLinears
+from auxkern.model.native.packed_layers import cpu_backend
+from auxkern.nn import FrozenLinear, JoinedLinears
+from auxkern.ops.packed import pack_refusal
+from auxkern.ops.torch_ops import is_differentiated
 
 # Logits of language models lie around 10, and differ by about as much.
 _LM_LOGIT, _SPREAD = 10.0, 10.0
-
-
-class Coverage(NamedTuple):
-    """What of the condition stands in the text (See et al. 2017), in stretches: tokens in a row in both.
-
-    Attributes:
-        share: (B, T, 1) longest stretch in x[..t], over K; 0 without a condition.
-        lacking: (B, T, 1) what is missing to 1; 0 without a condition.
-        written: (B, T, 1) 1 where x[..t] ends with the whole condition, else 0.
-        begun: (B, T, K) 1 where x[..t] ends with c[..j - 1] and j > 0, else 0.
-        stretches: (B, K, 2) int64, the longest stretch of the text that ends with token j of the condition,
-            and the one that the text ends with now.
-    """
-
-    share: Tensor
-    lacking: Tensor
-    written: Tensor
-    begun: Tensor
-    stretches: Tensor
 
 
 class Pointed(NamedTuple):
@@ -58,10 +43,10 @@ class Pointer(nn.Module):
         end[t]      = 10 e(h'[t]) lacking[t]
 
     share, written, begun and lacking are ``Coverage``'s; the auxiliary's own transformer is told of them
-    too, as part of its input (``marks``). A condition is written from its first token on, the second part
-    of a score; the third writes what was begun to its end. The fourth knows how far the base is from
-    writing the token itself: what has to be added to make a token likely differs by ten nats and more
-    between one that fits and one that does not. The end's score keeps a text from ending before the
+    too, as part of its input (``Coverage.marks``). A condition is written from its first token on, the
+    second part of a score; the third writes what was begun to its end. The fourth knows how far the base
+    is from writing the token itself: what has to be added to make a token likely differs by ten nats and
+    more between one that fits and one that does not. The end's score keeps a text from ending before the
     condition is written. The factors of ten let parts that all examples agree on be learnt in few steps.
 
     Args:
@@ -98,6 +83,9 @@ class Pointer(nn.Module):
             inputs: of this call; padding stands before a text or after it.
             past: (B, K, 2) ``Coverage.stretches`` of the past tokens; None if there are none.
         """
+        step = self._step(inputs, past)
+        if step is not None:
+            return cpu_backend().coverage(step)
         ids, condition = inputs.input_ids[:, :, None], inputs.condition_ids[:, None, :]
         T, K = ids.shape[1], condition.shape[2]
         real = (inputs.condition_mask != 0)[:, None, :]
@@ -105,7 +93,7 @@ class Pointer(nn.Module):
         if past is None:
             past = condition.new_zeros(len(ids), K, 2)
         equal = (ids == condition) & real & text
-        # Most calls are of one token, and there every operation counts.
+        # On a GPU most calls are of one token, and there every operation counts.
         runs, longest, kept = _of_one(equal, text, past) if T == 1 else _of_many(equal, text, past)
         count = real.sum(-1, keepdim=True)
         place = torch.arange(1, K + 1, device=ids.device)
@@ -113,19 +101,33 @@ class Pointer(nn.Module):
         dtype = self.covered.dtype
         # Without a condition a column of zeros, so that there is a largest one.
         longest = longest if K else longest.new_zeros(*longest.shape[:2], 1)
-        share = (longest.amax(-1, keepdim=True) / count.clamp_min(1)).to(dtype)
-        return Coverage(
-            share,
-            count.clamp_max(1) - share,
-            (whole & (place == count)).any(-1, keepdim=True).to(dtype),
-            nn.functional.pad(whole, (1, 0))[:, :, :-1].to(dtype),
-            kept,
-        )
+        # In float32 whatever the program's default dtype, so that a native step agrees.
+        share = (longest.amax(-1, keepdim=True).float() / count.clamp_min(1)).to(dtype)
+        lacking = count.clamp_max(1) - share
+        written = (whole & (place == count)).any(-1, keepdim=True).to(dtype)
+        begun = nn.functional.pad(whole, (1, 0))[:, :, :-1].to(dtype)
+        marks = share * self.mark_share + lacking * self.mark_lacking + written * self.mark_written
+        return Coverage(share, lacking, written, begun, marks, kept)
 
-    def marks(self, coverage: Coverage) -> Tensor:
-        """(B, T, D) to add to the input vectors of the text."""
-        marks = coverage.share * self.mark_share + coverage.lacking * self.mark_lacking
-        return marks + coverage.written * self.mark_written
+    def _step(self, inputs: AuxiliaryInputs, past: Tensor | None) -> CoverageStep | None:
+        """The inputs of one native call; None where torch makes the coverage.
+
+        A native call is of one token, after ``use_native_kernels``, and nothing is trained.
+        """
+        query = self.query
+        if inputs.input_ids.shape[1] != 1 or not isinstance(query, FrozenLinear) or query.compute is None:
+            return None
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or pack_refusal() is not None:
+            return None
+        step = CoverageStep(
+            inputs.input_ids,
+            inputs.attention_mask[:, -1:],
+            inputs.condition_ids,
+            inputs.condition_mask,
+            past,
+            (self.mark_share, self.mark_lacking, self.mark_written),
+        )
+        return step if step.fits() and not is_differentiated((*step[:5], *step.weights)) else None
 
     def forward(self, hidden: Tensor, keys: Tensor, inputs: AuxiliaryInputs, coverage: Coverage) -> Pointed:
         """What is added to logits.

@@ -1,5 +1,6 @@
 // The kernels against the formula in float64, for every instruction set of this CPU: random and
 // hard logits, each dtype, both ways of making the gradient, outputs poisoned with NaN.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -411,6 +412,37 @@ void refused_packing() {
     check(auxkern_packed_size(&product, &sizes) == AUXKERN_BAD_ARGUMENT, "group of 6", 0, 0, 1);
 }
 
+// The text 7 8 8 9 against the condition 8 9 and one of padding; a second text without a condition.
+void covers() {
+    const int64_t text[4] = {7, 8, 8, 9}, condition[6] = {8, 9, 9, 7, 8, 9}, mask[6] = {1, 1, 0, 0, 0, 0};
+    const int64_t real = 1;
+    const float weights[3] = {2, 3, 5};
+    const float shares[4] = {0, 0.5f, 0.5f, 1}, begun[4] = {0, 1, 1, 0}, written[4] = {0, 0, 0, 1};
+    int64_t past[12], stretches[12];
+    float results[6], begun_of[6], marks[2];
+    auxkern_coverage call = {2, 3, 1, text, 0, &real, 0, condition, 3, 1, mask, 3, 1, nullptr, weights, weights + 1,
+                             weights + 2, results, results + 2, results + 4, begun_of, marks, stretches};
+    for (int t = 0; t < 4; ++t) {
+        call.ids = text + t;
+        check(auxkern_coverage_step(&call) == AUXKERN_OK, "coverage", 0, t, 0);
+        const float mark = 2 * shares[t] + 3 * (1 - shares[t]) + 5 * written[t];
+        check(call.share[0] == shares[t] && call.lacking[0] == 1 - shares[t], "share", t, call.share[0], shares[t]);
+        check(call.written[0] == written[t], "written", t, call.written[0], written[t]);
+        check(begun_of[0] == 0 && begun_of[1] == begun[t], "begun", t, begun_of[1], begun[t]);
+        check(marks[0] == mark, "marks", t, marks[0], mark);
+        check(call.share[1] == 0 && call.lacking[1] == 0 && marks[1] == 0, "no condition", t, marks[1], 0);
+        std::copy(stretches, stretches + 12, past);
+        call.past = past;
+    }
+    check(stretches[0] == 1 && stretches[1] == 0 && stretches[2] == 2 && stretches[3] == 2, "stretches", 0, 0, 0);
+    call.K = -1;
+    check(auxkern_coverage_step(&call) == AUXKERN_BAD_ARGUMENT, "K of -1", 0, 0, 1);
+    call.K = 3, call.ids = nullptr;
+    check(auxkern_coverage_step(&call) == AUXKERN_BAD_ARGUMENT, "no ids", 0, 0, 1);
+    call.B = 0;
+    check(auxkern_coverage_step(&call) == AUXKERN_OK, "no texts", 0, 0, 0);
+}
+
 void refusals() {
     const float x[2] = {0, 0};
     const int64_t y = 0;
@@ -464,6 +496,7 @@ int main() {
         }
     }
     check(cache_columns_left_out() == 0, "cache asked for ahead", 0, cache_columns_left_out(), 0);
+    covers();
     refusals();
     refused_products();
     refused_packing();

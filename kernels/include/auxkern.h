@@ -390,6 +390,36 @@ AUXKERN_EXPORT int32_t auxkern_layer_forward(const auxkern_layer *layer, const a
 AUXKERN_EXPORT int32_t auxkern_layers_forward(const auxkern_layer *const *layers, const auxkern_layer_call *calls,
                                               int64_t count, const auxkern_execution *execution);
 
+/* ---- what of a condition stands in a text ------------------------------------------------------
+ *
+ * One more token of each of B texts. A stretch is tokens in a row in both a text and its condition. All
+ * float32 results are rounded once for each operation.
+ */
+typedef struct {
+    int64_t B, K, D;    /* texts, tokens of a condition, width of marks */
+    const int64_t *ids; /* (B,) the new tokens */
+    int64_t ids_stride;
+    const int64_t *mask; /* (B,) 0 where a new token is padding: it ends no stretch */
+    int64_t mask_stride;
+    const int64_t *condition_ids; /* (B, K) */
+    int64_t condition_ids_stride_batch, condition_ids_stride_token;
+    const int64_t *condition_mask; /* (B, K) 0 for padding */
+    int64_t condition_mask_stride_batch, condition_mask_stride_token;
+    const int64_t *past; /* (B, K, 2) contiguous: `stretches` after the token before; NULL: all 0 */
+    const float *share_weight; /* (D,) each */
+    const float *lacking_weight;
+    const float *written_weight;
+    float *share;   /* (B,) longest stretch by now, over the condition's length; 0 without a condition */
+    float *lacking; /* (B,) 1 - share; 0 without a condition */
+    float *written; /* (B,) 1 where the text ends with the whole condition, else 0 */
+    float *begun;   /* (B, K) 1 where it ends with all tokens of the condition before j, j > 0, else 0 */
+    float *marks;   /* (B, D) share share_weight + lacking lacking_weight + written written_weight */
+    int64_t *stretches; /* (B, K, 2), no part of past: the longest that ends with token j of the condition,
+                         * and the one that the text ends with now */
+} auxkern_coverage;
+
+AUXKERN_EXPORT int32_t auxkern_coverage_step(const auxkern_coverage *coverage);
+
 /* ---- sampling ------------------------------------------------------------------------------- */
 
 enum auxkern_row_status {

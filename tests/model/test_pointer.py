@@ -85,7 +85,7 @@ def test_scores_follow_the_formula_with_padding_on_either_side(reads_lm):
         torch.testing.assert_close(found.hidden[row, start:stop], states)
         torch.testing.assert_close(found.scores[row, start:stop, :K], scores)
         torch.testing.assert_close(found.end[row, start:stop], end)
-        torch.testing.assert_close(pointer.marks(coverage)[row, start:stop], marks)
+        torch.testing.assert_close(coverage.marks[row, start:stop], marks)
     longest = [[1, 2, 3, 4], [1, 0, 0, 0], [0] * 4]
     ending = [[0, 1, 0, 0], [0] * 4, [0] * 4]
     assert coverage.stretches.unbind(-1)[0].tolist() == longest
@@ -102,7 +102,7 @@ def test_a_text_in_two_calls_is_the_text_in_one(cut):
     def call(first, last, past):
         inputs = _inputs(ids[:, first:last], one[:, :last], condition, one[:, :3], lm_scores[:, first:last])
         coverage = pointer.coverage(inputs, past)
-        return *pointer(hidden[:, first:last], keys, inputs, coverage), pointer.marks(coverage), coverage
+        return *pointer(hidden[:, first:last], keys, inputs, coverage), coverage.marks, coverage
 
     whole, begun = call(0, 7, None), call(0, cut, None)
     rest = call(cut, 7, begun[-1].stretches)
@@ -177,4 +177,4 @@ def test_a_new_pointer_adds_nothing():
         assert torch.equal(found.hidden, hidden)
         assert not found.scores.any()
         assert not found.end.any()
-        assert pointer.marks(coverage).any() != exact
+        assert coverage.marks.any() != exact

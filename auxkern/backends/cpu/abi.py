@@ -169,6 +169,22 @@ class CLayerCall(Structure):
     ]
 
 
+class CCoverage(Structure):
+    _fields_ = [
+        *_each(c_int64, "B K D"),
+        ("ids", c_void_p),
+        ("ids_stride", c_int64),
+        ("mask", c_void_p),
+        ("mask_stride", c_int64),
+        ("condition_ids", c_void_p),
+        *_each(c_int64, "condition_ids_batch condition_ids_token"),
+        ("condition_mask", c_void_p),
+        *_each(c_int64, "condition_mask_batch condition_mask_token"),
+        *_each(c_void_p, "past share_weight lacking_weight written_weight"),
+        *_each(c_void_p, "share lacking written begun marks stretches"),
+    ]
+
+
 class CRowIds(Structure):
     _fields_ = [("ids", c_void_p), ("width", c_int64)]
 
@@ -290,6 +306,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
         raise OSError(f"{path} has ABI version {version}, this auxkern needs {ABI_VERSION}; build it again")
     functions = {name: [*arguments, POINTER(CExecution)] for name, arguments in _kernels().items()}
     functions["auxkern_packed_size"] = [POINTER(CProduct), POINTER(CPackedSizes)]
+    functions["auxkern_coverage_step"] = [POINTER(CCoverage)]
     for name, arguments in functions.items():
         function = getattr(library, name)
         function.restype, function.argtypes, function.errcheck = c_int32, arguments, _check
