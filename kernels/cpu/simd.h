@@ -24,7 +24,8 @@ typedef int32_t vi __attribute__((vector_size(4 * AUXKERN_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * AUXKERN_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * AUXKERN_LANES)));
 
-inline vf splat(float x) { return vf{} + x; }
+// Minus zero, which changes no number: plus zero would, -0, and be an instruction of its own.
+inline vf splat(float x) { return x - vf{}; }
 inline vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 inline void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 
