@@ -62,7 +62,7 @@ struct LayerTask {
     float *scratch;
     int64_t threads, scratch_floats;
     NextCache cache;
-    bool has_next;
+    bool has_next;  // whether `cache` is that of a layer that follows
 
     const float *x(int64_t m) const { return rows.call->x + (rows.first + m) * rows.layer->D; }
     float *y(int64_t m) const { return rows.call->y + (rows.first + m) * rows.layer->D; }
@@ -344,7 +344,8 @@ int32_t forward(const auxkern_layer *layer, const auxkern_layer_call *call, cons
     task.output.kernels = product_kernels(layer->output.weight.kind, isa);
     task.up.kernels = product_kernels(layer->up.weight.kind, isa);
     task.down.kernels = product_kernels(layer->down.weight.kind, isa);
-    if (next && next_layer && call->T == 1 && !is_bad(*next_layer) && !is_bad(*next, *next_layer)) look_ahead(task, *next_layer, *next);
+    if (next && next_layer && call->T == 1 && !is_bad(*next_layer) && !is_bad(*next, *next_layer))
+        look_ahead(task, *next_layer, *next);
     char *memory = kept.grown(lay_out(task, nullptr));
     if (!memory) return AUXKERN_OUT_OF_MEMORY;
     if (block == rows) {
@@ -371,7 +372,8 @@ extern "C" int32_t auxkern_layers_forward(const auxkern_layer *const *layers, co
     if (!layers || !calls || count < 0) return AUXKERN_BAD_ARGUMENT;
     for (int64_t i = 0; i < count; ++i) {
         const bool last = i + 1 == count;
-        const int32_t status = forward(layers[i], calls + i, last ? nullptr : layers[i + 1], last ? nullptr : calls + i + 1, execution);
+        const int32_t status =
+            forward(layers[i], calls + i, last ? nullptr : layers[i + 1], last ? nullptr : calls + i + 1, execution);
         if (status != AUXKERN_OK) return status;
     }
     return AUXKERN_OK;

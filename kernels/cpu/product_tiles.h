@@ -178,11 +178,14 @@ struct Piece {
     Ahead ahead(const ProductTask &task, int64_t at, int64_t width, int64_t steps) const {
         const int64_t bytes = panel_bytes(*task.product), panels = end - panel;
         const char *next = static_cast<const char *>(task.product->values) + end * bytes;
-        Ahead result{next + (panels * tile + at - panel) * bytes / tiles, (63 + tiles) / tiles, next, 0};
+        // Where there is nothing else to ask for, it is what is near already.
+        const char *near = reinterpret_cast<const char *>(task.call);
+        Ahead result{next + (panels * tile + at - panel) * bytes / tiles, (63 + tiles) / tiles, near, 0};
         if (!task.cache) return result;
-        const int64_t turn = (number * tiles + tile) * PIECE_PANELS + at - panel, turns = task.pieces() * tiles * PIECE_PANELS;
-        const int64_t chunks = task.cache_end - task.cache_begin;
-        const int64_t first = task.cache_begin + chunks * turn / turns, last = task.cache_begin + chunks * (turn + width) / turns;
+        const int64_t turn = (number * tiles + tile) * PIECE_PANELS + at - panel;
+        const int64_t turns = task.pieces() * tiles * PIECE_PANELS, chunks = task.cache_end - task.cache_begin;
+        const int64_t first = task.cache_begin + chunks * turn / turns;
+        const int64_t last = task.cache_begin + chunks * (turn + width) / turns;
         if (first >= smaller(last, task.cache_end)) return result;
         const NextCache::Chunk chunk = task.cache->chunk(first);
         result.cache = chunk.at;
@@ -197,8 +200,9 @@ void row_tile(const ProductTask &task, int64_t row, const Piece &piece) {
     constexpr int P = Kind::panels(R);
     alignas(64) float sums[R * SUMS];
     int64_t panel = piece.panel;
+    const int64_t steps = task.product->K / Kind::STEP + 1;
     auto place = [&](int64_t width) {
-        return Place{panel, row, sums + (panel - piece.panel) * PANEL, piece.ahead(task, panel, width, task.product->K / Kind::STEP + 1)};
+        return Place{panel, row, sums + (panel - piece.panel) * PANEL, piece.ahead(task, panel, width, steps)};
     };
     for (; panel + P <= piece.end; panel += P) Kind::template tile<R, P>(task, place(P));
     for (; panel < piece.end; ++panel) Kind::template tile<R, 1>(task, place(1));
