@@ -324,7 +324,7 @@ class Engine:
             problem = "the logits are NaN or infinite; look at the models' weights and aux_scale"
             return text.completion("error", problem)
         logprob = drawn.logprobs[row] if sequence.request.logprobs else None
-        reason = text.take(drawn.tokens[row], logprob)
+        reason = text.take(drawn.tokens[row], logprob, awaited=self.on_text is not None)
         self.stats.new_tokens += 1
         return None if reason is None else text.completion(reason)
 

@@ -28,15 +28,20 @@ class Text:
         self._pushed = 0  # tokens that the stream has seen
         self._stream = self._new_stream()
 
-    def take(self, token: int, logprob: Logprob | None) -> FinishReason | None:
-        """Adds a token; why the text ends with it, None if it goes on."""
+    def take(self, token: int, logprob: Logprob | None, *, awaited: bool = True) -> FinishReason | None:
+        """Adds a token; why the text ends with it, None if it goes on.
+
+        Args:
+            token, logprob: as drawn.
+            awaited: whether somebody wants to be told of the text before its end.
+        """
         request, generated = self.sequence.request, self.sequence.generated
         if logprob is not None:
             self._logprobs.append(logprob)
         generated.append(token)
         if token in self._ends:
             return "end"
-        if self._stream.stop:
+        if self._stream.stop or awaited:
             self._catch_up()
         if self._stream.stopped is not None or token in self._stops:
             return "stop"
@@ -51,12 +56,12 @@ class Text:
         del self.sequence.generated[self._kept :]
         del self._logprobs[self._kept :]
         self._stream, self._pushed = self._new_stream(), 0
-        self._catch_up()
+        if self._stream.stop or self._told:
+            self._catch_up()
 
     @property
     def has_news(self) -> bool:
         """Whether there is text that was not told yet."""
-        self._catch_up()
         return len(self._stream.text) > self._told
 
     def news(self) -> Iterator[Any]:
