@@ -187,7 +187,8 @@ def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
     return {name: tensor.to(work.model.device) for name, tensor in tensors.items()}
 
 
-Way = Callable[["Work", int], dict[str, float]]  # (work, batch) -> shares of the time, {} if not known
+Shares = Callable[[], dict[str, float]]  # of the time, {} if not known; what they ask for is not timed
+Way = Callable[["Work", int], Shares]  # (work, batch), by which the texts are written
 
 
 def _options(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
@@ -234,13 +235,13 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
         mask = torch.cat([mask, torch.ones_like(new)], 1)
 
 
-def in_batches(write: Callable[[Work, list[int]], None], work: Work, batch: int) -> dict[str, float]:
+def in_batches(write: Callable[[Work, list[int]], None], work: Work, batch: int) -> Shares:
     """All requests, batch after batch, each until its longest text is done."""
     # In the order of arrival: how long a text will be is not known before it is written.
     rows = list(range(len(work.lengths)))
     for first in range(0, len(rows), batch):
         write(work, rows[first : first + batch])
-    return {}
+    return dict
 
 
 def continuous_refusal(work: Work) -> str | None:
@@ -250,7 +251,7 @@ def continuous_refusal(work: Work) -> str | None:
     return "it needs a GPU" if work.model.device.type == "cpu" else None
 
 
-def continuous(work: Work, batch: int) -> dict[str, float]:
+def continuous(work: Work, batch: int) -> Shares:
     """Transformers' continuous batching of the LM alone; it chooses its batches itself.
 
     ``work`` has one length for all, for its call takes no length of each request.
@@ -269,7 +270,7 @@ def continuous(work: Work, batch: int) -> dict[str, float]:
         raise RuntimeError(
             f"generate_batch wrote {whole} texts of {length} tokens, not {len(prompts)}: see its log"
         )
-    return {}
+    return dict
 
 
 class ComputeError(RuntimeError):
@@ -466,8 +467,8 @@ def _measured(run: tuple[str, int, Work, Way], progress: Progress) -> Throughput
     progress(0.0, "writing")
     other, began = OtherWork(), time.perf_counter()
     shares = way(work, batch)
-    seconds = time.perf_counter() - began
-    return Throughput(name, batch, len(work.lengths), sum(work.lengths), seconds, shares, other.cores())
+    seconds, busy = time.perf_counter() - began, other.cores()
+    return Throughput(name, batch, len(work.lengths), sum(work.lengths), seconds, shares(), busy)
 
 
 def _profiled(
@@ -477,20 +478,24 @@ def _profiled(
     run.kernels[title] = _kernel_shares(work, batch, auxiliary)
 
 
-def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> dict[str, float]:
+def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> Shares:
     drawn = [0]  # tokens until each step
     # Made before anything is counted: an engine runs its models once to see how large their caches are.
     running = engine(work, min(batch, len(work.lengths)))
     with forward_counts(_forward_passes(work)) as forward:
         whole = _written(work, running, auxiliary, drawn)
     if work.model.device.type != "cpu":
-        return {}
-    drawing = running.stats.seconds["sampling"]
-    sampling = min(drawing, _sampling_seconds(work, [b - a for a, b in pairwise(drawn)]))
-    seconds = {name: counts[SECONDS] for name, counts in forward.items()}
-    seconds |= {"heads": drawing - sampling, "sampling": sampling}
-    seconds["rest"] = whole - sum(seconds.values())
-    return {name: seconds[name] / whole for name in SHARES}
+        return dict
+
+    def shares() -> dict[str, float]:
+        drawing = running.stats.seconds["sampling"]
+        sampling = min(drawing, _sampling_seconds(work, [b - a for a, b in pairwise(drawn)]))
+        seconds = {name: counts[SECONDS] for name, counts in forward.items()}
+        seconds |= {"heads": drawing - sampling, "sampling": sampling}
+        seconds["rest"] = whole - sum(seconds.values())
+        return {name: seconds[name] / whole for name in SHARES}
+
+    return shares
 
 
 def _kernel_shares(work: Work, batch: int, auxiliary: str | None) -> dict[str, float]:

@@ -143,7 +143,7 @@ def test_what_is_finished_is_kept(tiny_work, monkeypatch, tmp_path, capsys, erro
 
 def test_time_of_draws_is_the_products_beyond_what_sampling_takes(tiny_work, monkeypatch):
     monkeypatch.setattr(generate, "_sampling_seconds", lambda work, rows: 1e9)
-    shares = generate._engine(tiny_work, 2)
+    shares = generate._engine(tiny_work, 2)()
     assert shares["heads"] == 0
     assert 0 < shares["sampling"] < 1
     assert sum(shares.values()) == pytest.approx(1)
@@ -452,3 +452,11 @@ def test_other_work_does_not_count_programs_that_this_one_ran():
     burn = "import time\nwhile time.process_time() < 0.4: pass"
     subprocess.run([sys.executable, "-c", burn], check=True)
     assert OtherWork._seconds()[1] - before[1] >= 0.35
+
+
+def test_what_is_done_for_shares_of_the_time_is_not_timed(tiny_work):
+    shares = {"LM": 1.0}
+    run = ("x", 2, tiny_work, lambda work, batch: lambda: time.sleep(0.5) or shares)
+    measured = generate._measured(run, lambda *told: None)
+    assert measured.seconds < 0.5
+    assert measured.shares == shares
