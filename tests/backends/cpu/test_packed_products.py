@@ -14,6 +14,7 @@ from auxkern.ops import packed as ops
 from auxkern.ops.packed import pack, packed_linear
 from tests.support.cases import DTYPES, FLOAT32_ULP, generator
 from tests.support.instruction_sets import EACH, substituted
+from tests.support.packed_rows import assert_rows_stand_alone
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -235,16 +236,7 @@ def test_activations(kernels, activation):
 
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_a_row_does_not_depend_on_the_batch_its_order_or_the_threads(kernels, compute, threads):
-    x, weight, bias = normal(197, 330, seed=1), normal(150, 330, seed=2), normal(150, seed=3)
-    packed = pack(weight, compute)
-    torch.set_num_threads(2)
-    together = packed_linear(x, packed, bias)
-    for some in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 29, 100):
-        torch.set_num_threads(1 + some % 2)
-        apart = torch.cat([packed_linear(part, packed, bias) for part in x.split(some)])
-        assert torch.equal(apart, together)
-    order = torch.randperm(197, generator=generator(5))
-    assert torch.equal(packed_linear(x[order], packed, bias), together[order])
+    assert_rows_stand_alone(pack(normal(150, 330, seed=2), compute), normal(150, seed=3))
 
 
 def test_every_instruction_set_has_the_same_bytes_and_results_of_bytes():

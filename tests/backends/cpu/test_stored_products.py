@@ -11,6 +11,7 @@ from auxkern.core.packed import BLOCK_BYTES, STORED_COMPUTES, StoredRows
 from auxkern.ops.packed import pack_stored, packed_linear
 from tests.support.cases import FLOAT32_ULP, generator
 from tests.support.instruction_sets import EACH, substituted
+from tests.support.packed_rows import assert_rows_stand_alone
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -205,19 +206,7 @@ def test_the_first_columns_alone_and_added(kernels, compute, kind, columns):
 @pytest.mark.parametrize("compute", STORED_COMPUTES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_batch_its_order_or_the_threads(kernels, compute, kind, threads):
-    x, packed, bias = (
-        normal(197, 320, seed=1),
-        pack_stored(weight(kind, 150, 320), compute),
-        normal(150, seed=3),
-    )
-    torch.set_num_threads(2)
-    together = packed_linear(x, packed, bias)
-    for some in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 29, 100):
-        torch.set_num_threads(1 + some % 2)
-        apart = torch.cat([packed_linear(part, packed, bias) for part in x.split(some)])
-        assert torch.equal(apart, together)
-    order = torch.randperm(197, generator=generator(5))
-    assert torch.equal(packed_linear(x[order], packed, bias), together[order])
+    assert_rows_stand_alone(pack_stored(weight(kind, 150, 320), compute), normal(150, seed=3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
