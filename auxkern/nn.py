@@ -123,8 +123,9 @@ class FrozenLinear(torch.nn.Linear):
 
     def stored_rows(self, compute: str) -> StoredRows | None:
         """The weight as its file has it; None if none has these numbers, or ``compute`` widens them."""
-        wanted = self.stored is not None and compute in STORED_COMPUTES
-        return self.stored(self.weight) if wanted and self.stored is not None else None
+        if self.stored is None or compute not in STORED_COMPUTES:
+            return None
+        return self.stored(self.weight)
 
     def weight_state(self) -> tuple[str, object] | None:
         """The compute, and what changes with the weight; None if that is not packed."""

@@ -84,12 +84,12 @@ class TokenStep:
         children = {
             name: child for name, child in model.named_children() if not isinstance(child, SILENT_MODULES)
         }
-        self._parts = [
+        self._embedding, _, self._norm, self._rotary = (
             next((children.pop(name) for name in names if name in children), None)
             for names in (_EMBEDDINGS, _LAYERS, _NORMS, _ROTARY)
-        ]
+        )
         self.refusal = f"it has {', '.join(children)}, too" if children else None
-        if self.refusal is None and self._parts[2] is None:
+        if self.refusal is None and self._norm is None:
             self.refusal = "it has no norm behind its layers"
 
     def run(self, inputs: Mapping[str, Any], cache_name: str | None, every: bool) -> FinalStates:
@@ -113,7 +113,7 @@ class TokenStep:
         cache = None if cache_name is None else inputs.get(cache_name)
         vectors, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
         new = inputs.get("input_ids") if vectors is None else vectors
-        embedding, _, norm, rotary = self._parts
+        embedding, norm, rotary = self._embedding, self._norm, self._rotary
         if new is None or new.shape[1] != 1 or type(mask) is not Tensor or mask.dim() != 2 or norm is None:
             return None
         if not isinstance(cache, WindowedCache) or not self._may_run(mask):
