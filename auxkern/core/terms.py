@@ -270,7 +270,8 @@ def rows_of(term: Term, rows: slice | Tensor) -> Term:
 def unchecked(kind: type[_Kind], **fields: object) -> _Kind:
     """A term of fields that fit each other, which are not looked at again."""
     term = object.__new__(kind)
-    term.__dict__.update(fields)
+    for name, value in fields.items():
+        object.__setattr__(term, name, value)  # torch.compile of PyTorch 2.11 knows no __dict__ of such a class
     return term
 
 
