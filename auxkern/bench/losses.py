@@ -194,13 +194,13 @@ class CrossEntropy(LossOperator):
         if dtype != torch.float32:
             call = "F.cross_entropy(lm + aux, y): loss in the terms' dtype"
             eager.append(("eager half", call, _of_sum(F.cross_entropy)))
-        mean = ({"reduction": "mean"}, "")
-        known: list[_Known] = [
-            ("Liger", "liger_kernel.transformers.functional", "liger_cross_entropy", *mean),
-            ("QuACK", "quack.cross_entropy", "cross_entropy", *mean),
-        ]
-        others = _installed(known if device.type == "cuda" else [], "lm + aux, y", _of_sum)
-        return ours + operators.peers(device, eager, others)
+        module = "liger_kernel.transformers.functional"
+        liger: _Known = ("Liger", module, "liger_cross_entropy", {"reduction": "mean"}, "")
+        quack: _Known = ("QuACK", "quack.cross_entropy", "cross_entropy", {"reduction": "none"}, ', "none"')
+        others = _installed([liger], "lm + aux, y", _of_sum) + _installed(
+            [quack], "lm + aux, y", _mean_of_rows
+        )
+        return ours + operators.peers(device, eager, others if device.type == "cuda" else [])
 
     def floors(self, inputs: LossInputs) -> dict[str, Floor]:
         """Forward reads every term once; a backward reads them again and writes one gradient.
@@ -334,6 +334,16 @@ def _installed(known: Iterable[_Known], arguments: str, adapt: Callable[..., Any
 
 def _of_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *tensors: function(reduce(add, tensors[:-1]), tensors[-1])
+
+
+def _mean_of_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of a loss of each row, 0 where it is ignored; the gradient that it gets has a stride, as QuACK asks."""
+
+    def mean(*tensors: Tensor) -> Tensor:
+        counted = tensors[-1] >= 0
+        return function(reduce(add, tensors[:-1]), tensors[-1]) @ (counted / counted.sum())
+
+    return mean
 
 
 def _evenly_spaced(size: int, count: int, device: torch.device) -> Tensor:

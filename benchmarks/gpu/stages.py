@@ -87,14 +87,14 @@ def stages(folder: Path) -> list[Stage]:
     # Blocks of PyTorch's cache would hide a read or write beyond the end of a tensor.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Stage("device", (python, "-m", "benchmarks.gpu.device"), 25, read_device),
+        Stage("device", (python, "-m", "benchmarks.gpu.device"), 20, read_device),
         Stage("ceilings", (python, "-m", "benchmarks.gpu.ceilings"), 30, read_ceilings),
         tests_stage(python),
         *(
             Stage(
                 tool,
                 (sanitizer(), "--tool", tool, "--launch-timeout", "60", *selection),
-                50,
+                80,
                 read_sanitizer,
                 environment=uncached,
             )
@@ -103,7 +103,7 @@ def stages(folder: Path) -> list[Stage]:
         Stage(
             "bench",
             (python, "-m", "auxkern.bench", "--device", "cuda", "--json", str(shown)),
-            130,
+            110,
             read_bench,
             needs=("rich",),
             writes=bench,
@@ -125,7 +125,7 @@ def tests_stage(python: str) -> Stage:
         options += ("-n", str(processes), "--dist", "worksteal")
         environment["OMP_NUM_THREADS"] = "2"
     needs = ("pytest", "hypothesis")
-    return Stage("tests", (python, "-m", "pytest", *options), 190, read_tests, needs, environment)
+    return Stage("tests", (python, "-m", "pytest", *options), 160, read_tests, needs, environment)
 
 
 def sanitizer() -> str:
