@@ -37,7 +37,7 @@ NEWEST ?= transformers torch triton
 ENDS := tests/model/test_pair.py tests/model/test_pair_generation.py tests/model/test_pointer.py \
 	tests/model/test_generate_options.py tests/generation/test_generate_and_engine.py \
 	tests/generation/test_engine.py tests/generation/test_engine_families.py \
-	tests/generation/test_engine_faults.py tests/training/test_pair_trainer.py tests/training/test_training_loop.py
+	tests/generation/test_engine_faults.py tests/training/test_pair_trainer.py tests/training/test_training_loop.py tests/ops/test_integration.py
 
 test-oldest: PACKAGES = $(OLDEST)
 test-newest: PACKAGES = $(NEWEST)

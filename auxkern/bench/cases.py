@@ -61,9 +61,9 @@ _STANDARD: dict[tuple[str, str], list[tuple[Any, ...]]] = {
 }
 _QUICK: dict[tuple[str, str], list[tuple[Any, ...]]] = {
     ("cross_entropy", "cpu"): [("gpt2", 256, "float32"), ("gpt2", 256, "bfloat16")],
-    ("cross_entropy", "cuda"): [("gpt2", 4096, "bfloat16"), ("llama3", 64, "bfloat16")],
+    ("cross_entropy", "cuda"): [("llama3", 8192, "bfloat16"), ("gpt2", 8192, "bfloat16")],
     ("linear", "cpu"): [("smollm2", 256, "float32")],
-    ("linear", "cuda"): [("gpt2", 4096, "bfloat16")],
+    ("linear", "cuda"): [("smollm2", 8192, "bfloat16")],
     ("sample", "cpu"): _draws("gpt2", [64]),
     ("sample", "cuda"): _draws("gpt2", [64]),
 }

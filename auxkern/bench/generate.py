@@ -212,6 +212,8 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
     model, inputs = work.model, encoded(work, rows)
     embedding = work.plain_lm.get_input_embeddings().weight
     project = work.plain_lm.get_output_embeddings()
+    from transformers.generation import logits_process
+
     new = inputs["input_ids"]
     mask, lm_cache, aux_cache = inputs["attention_mask"], None, None
     for _ in range(max(work.lengths[i] for i in rows)):
@@ -230,7 +232,7 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
         pointer = aux.pointer[:, -1] * inputs["condition_mask"]
         aux_logits = project(model.head(aux.hidden[:, -1])).scatter_add(1, inputs["condition_ids"], pointer)
         aux_logits[:, model.config.eos_token_id] += aux.end[:, -1]
-        scores = warped(lm.logits[:, -1] + aux_logits, **FILTERS)
+        scores = warped(logits_process, lm.logits[:, -1] + aux_logits, **FILTERS)
         new = torch.multinomial(scores.softmax(-1), 1)
         mask = torch.cat([mask, torch.ones_like(new)], 1)
 

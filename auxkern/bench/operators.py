@@ -167,10 +167,14 @@ def imported(module: str, function: str, **options: Any) -> Callable[..., Tensor
     return call
 
 
-def warped(z: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Logits after those of Hugging Face's filters for one step that are on."""
-    from transformers.generation import logits_process as hf
+def warped(
+    hf: Any, z: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Logits after those of Hugging Face's filters for one step that are on.
 
+    Args:
+        hf: ``transformers.generation.logits_process``; torch.compile of PyTorch 2.11 cannot import it.
+    """
     none: Any = None  # token ids so far, which these warpers ignore
     z = hf.TemperatureLogitsWarper(temperature)(none, z)
     if top_k:

@@ -76,8 +76,11 @@ class Sample(Operator):
     ) -> list[Implementation]:
         """Eager is one step of transformers' ``generate``, with the filters that are on."""
 
+        known = is_installed("transformers")
+        hf = importlib.import_module("transformers.generation.logits_process") if known else None
+
         def pipeline(terms: list[Tensor], top_k: int, top_p: float, min_p: float) -> Tensor:
-            z = warped(reduce(add, terms).float(), TEMPERATURE, top_k, top_p, min_p)
+            z = warped(hf, reduce(add, terms).float(), TEMPERATURE, top_k, top_p, min_p)
             return torch.multinomial(z.softmax(-1), 1)[:, 0]
 
         logits = "(lm + aux).float()" if dtype != torch.float32 else "lm + aux"
@@ -86,7 +89,7 @@ class Sample(Operator):
         there = device.type == "cuda" and is_installed("flashinfer")
         return [ours(backend) for backend in backends] + operators.peers(
             device,
-            [("eager", steps, pipeline)] if is_installed("transformers") else [],
+            [("eager", steps, pipeline)] if known else [],
             [("FlashInfer", call, _flashinfer)] if there else [],
         )
 

@@ -84,6 +84,7 @@ def stages(folder: Path) -> list[Stage]:
     # The command ends up in records: no more of this machine's paths there than must be.
     shown = bench.relative_to(ROOT) if bench.is_relative_to(ROOT) else bench
     selection = (python, "-m", "benchmarks.gpu.selection")
+    operators = [word for op in ("cross_entropy", "sample", "linear") for word in ("--op", op)]
     # Blocks of PyTorch's cache would hide a read or write beyond the end of a tensor.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
@@ -102,7 +103,8 @@ def stages(folder: Path) -> list[Stage]:
         ),
         Stage(
             "bench",
-            (python, "-m", "auxkern.bench", "--device", "cuda", "--json", str(shown)),
+            # The short lists: torch.compile and other peers tune themselves for half a minute in every case.
+            (python, "-m", "auxkern.bench", "--device", "cuda", "--quick", *operators, "--json", str(shown)),
             110,
             read_bench,
             needs=("rich",),

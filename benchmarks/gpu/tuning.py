@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+import auxkern
 from auxkern.backends.triton import tuned
 from auxkern.backends.triton.configs import Configs
 from auxkern.backends.triton.gpu import Gpu, described
@@ -31,7 +32,7 @@ from benchmarks.gpu.works import Call, Trial
 
 WORTH = 0.98  # of the default's time, at the most: less is noise from run to run
 RECORD = "tuning.json"
-_VERSIONS = ("auxkern", "torch", "triton")
+_VERSIONS = ("torch", "triton")
 _EFFORT = Effort(seconds=0.4, min_rounds=8, max_rounds=60)
 _BUSY_CYCLES = 600_000  # of the device, while Python launches what is measured: 0.3 ms
 # Results of other tiles are sums in another order: a few units in the last place of what they are made of.
@@ -341,7 +342,12 @@ def main(folder: Path, command: str, seconds: float) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    tuning = Tuning(gpu.name, gpu.capability, {name: version(name) for name in _VERSIONS}, command)
+    tuning = Tuning(
+        gpu.name,
+        gpu.capability,
+        {"auxkern": auxkern.__version__} | {name: version(name) for name in _VERSIONS},
+        command,
+    )
     try:
         tuning = tuning.resumed(folder)
     except ValueError as error:

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import auxkern.backends.triton as package  # noqa: E402
-from auxkern.backends.triton import cases, kernels  # noqa: E402
+from auxkern.backends.triton import cases, kernels, tuned  # noqa: E402
 from auxkern.backends.triton.logits_loss import launches as logits_loss  # noqa: E402
 from auxkern.backends.triton.logits_loss.kernels import forward_kernel  # noqa: E402
 from auxkern.core.loss import Loss  # noqa: E402
@@ -82,6 +82,36 @@ def test_default_configuration(target, kernel, case):
         # A draw with log-probabilities stores two numbers of each part of a row.
         stores = kernel.name in ("backward_kernel", "fused_kernel", "sum_kernel") or "logprob" in case.label
         assert bool(made.store_bytes) == stores
+
+
+def _measured() -> Iterator[tuple[str, cases.Case, cases.Kernel]]:
+    """What a file that comes with the package has otherwise than the defaults."""
+    for path in sorted(tuned.PACKAGED.glob("*.json")):
+        file = tuned.Tuned.read(path)
+        target = next(name for name, gpu in TARGETS.items() if gpu.capability == file.capability)
+        usual = cases.gpu_of(file.capability)
+        chosen = dataclasses.replace(usual, configs=tuned.configs_for(file.device, file.capability)[0])
+        for kernel in kernels.KERNELS:
+            pairs = zip(kernel.cases("Llama-3", usual), kernel.cases("Llama-3", chosen), strict=True)
+            for before, case in pairs:
+                if (before.launch.constants, before.launch.options) != (
+                    case.launch.constants,
+                    case.launch.options,
+                ):
+                    yield target, case, kernel
+
+
+@pytest.mark.parametrize(
+    ("target", "case", "kernel"),
+    [
+        pytest.param(target, case, kernel, id=f"{target}-{kernel.name}-{case.label}")
+        for target, case, kernel in _measured()
+    ],
+)
+def test_choices_that_were_measured_obey_the_rules(target, case, kernel):
+    problems = rules.judge(kernel, case, TARGETS[target], assembly.read(_compiled(target, case))).problems
+    # A measured time outranks a model's.
+    assert [problem for problem in problems if "in a model" not in problem] == []
 
 
 @pytest.mark.parametrize("name", ["finish_kernel", "heads_combine_kernel"])
