@@ -271,9 +271,8 @@ def unchecked(kind: type[_Kind], **fields: object) -> _Kind:
     """A term of fields that fit each other, which are not looked at again."""
     term = object.__new__(kind)
     for name, value in fields.items():
-        object.__setattr__(
-            term, name, value
-        )  # torch.compile of PyTorch 2.11 knows no __dict__ of such a class
+        # torch.compile of PyTorch 2.11 knows no __dict__ of such a class.
+        object.__setattr__(term, name, value)
     return term
 
 
