@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from auxkern.model.native.ahead import Stack, stack_of
+from auxkern.model.native.angles import Angles
 from auxkern.model.native.inputs import converted
 from auxkern.model.native.packed_layers import hooks_of
 from auxkern.model.native.structures import SILENT_MODULES
@@ -84,10 +85,11 @@ class TokenStep:
         children = {
             name: child for name, child in model.named_children() if not isinstance(child, SILENT_MODULES)
         }
-        self._embedding, _, self._norm, self._rotary = (
+        self._embedding, _, self._norm, rotary = (
             next((children.pop(name) for name in names if name in children), None)
             for names in (_EMBEDDINGS, _LAYERS, _NORMS, _ROTARY)
         )
+        self._rotary = None if rotary is None else Angles(rotary)
         self.refusal = f"it has {', '.join(children)}, too" if children else None
         if self.refusal is None and self._norm is None:
             self.refusal = "it has no norm behind its layers"
@@ -131,7 +133,7 @@ class TokenStep:
             positions = inputs.get("position_ids")
             if rotary is None or positions is None:
                 return None
-            angles = rotary(vectors, positions)
+            angles = rotary.of(vectors, positions, mask.shape[1])
         layer_inputs = converted(
             packed.packed[0].kernel, (mask.shape[0], 1), mask.bool()[:, None, None], angles
         )
