@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from auxkern.core.memory import GradientMemory
     from auxkern.core.terms import Head, Logits, Sparse
     from auxkern.ops.cross_entropy import CrossEntropyStats, cross_entropy
+    from auxkern.ops.mixtures import mixed_probabilities, plausible
     from auxkern.ops.parallel.vocabulary import VocabularyShard
     from auxkern.ops.sample import Sample, sample
     from auxkern.ops.sampling_params import SamplingParams
@@ -35,7 +36,9 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "explain",
+    "mixed_probabilities",
     "nn",
+    "plausible",
     "sample",
 ]
 
@@ -52,6 +55,8 @@ _MODULES = {
     "VocabularyShard": "ops.parallel.vocabulary",
     "cross_entropy": "ops.cross_entropy",
     "explain": "backends.choice",
+    "mixed_probabilities": "ops.mixtures",
+    "plausible": "ops.mixtures",
     "sample": "ops.sample",
 }
 

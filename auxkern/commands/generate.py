@@ -143,7 +143,7 @@ def _check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespac
 
 
 def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for_input = ("output", "max_length", "max_condition", "stop_on_error", "retry_errors")
+    for_input = ("output", "max_length", "max_condition", "mixture", "stop_on_error", "retry_errors")
     if options.input is None:
         for name in for_input:
             if getattr(options, name):
@@ -208,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--repetition-penalty", float, "X", "above 1: tokens of prompt and text so far are less likely"),
         ("--seed", natural, "N", "of the draws (default 0)"),
         ("--output", _file, "FILE.jsonl", "with --input: the texts"),
+        ("--mixture", _file, "FILE.yaml", "with --input: models beside the pair's own; see docs/mixtures.md"),
         ("--max-length", positive, "N", "with --input: most tokens of a text and its prompt (default 512)"),
         ("--max-condition", positive, "N", "with --input: most tokens of a condition (default 64)"),
     ):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from auxkern.commands.mixture import MixtureFile
 from auxkern.commands.ranks import Launched
 from auxkern.generation import BadLine, CompletionWriter, Engine, Request, file_fingerprint, read_requests
 from auxkern.model import fingerprint
@@ -48,9 +49,12 @@ def answer_file(
         OSError, ValueError: a file cannot be read or written, or is of another run; a line is bad and
             ``options.stop_on_error`` is set.
     """
+    mixture = None if options.mixture is None else MixtureFile.read(options.mixture)
+    models = {} if mixture is None else mixture.load(model, text_format.tokenizer, options)
     engine = Engine(
         model,
         text_format,
+        models=models,
         slots=options.batch_size,
         max_length=options.max_length,
         max_condition=options.max_condition,
@@ -63,6 +67,7 @@ def answer_file(
         aux_scale=options.aux_scale,
         samples=options.number,
     )
+    defaults = defaults if mixture is None else mixture.defaults(defaults)
     run = {  # what makes another output if it changes
         "input": file_fingerprint(options.input),
         "auxiliary": fingerprint(model),
@@ -72,6 +77,8 @@ def answer_file(
         "max_length": options.max_length,
         "max_condition": options.max_condition,
     }
+    if mixture is not None:
+        run["mixture"] = mixture.record(models)
     work = _FileRun(options, engine, defaults, launched)
     return work.lead(run) if launched.rank == 0 else work.follow(run)
 

@@ -1,7 +1,8 @@
-"""Batch generation: requests in, texts out, two models behind them."""
+"""Batch generation: requests in, texts out, two models or a mixture of more behind them."""
 
 from auxkern.generation.batch_mapper import BatchMapper
 from auxkern.generation.engine import Engine
+from auxkern.generation.members import Member, Mixture, context, contrast, experts, guidance
 from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
 from auxkern.generation.scheduler import Move, Plan, Scheduler
 from auxkern.generation.stats import EngineStats
@@ -15,6 +16,8 @@ __all__ = [
     "CompletionWriter",
     "Engine",
     "EngineStats",
+    "Member",
+    "Mixture",
     "Move",
     "Plan",
     "Request",
@@ -22,6 +25,10 @@ __all__ = [
     "Sequence",
     "TextStream",
     "TokenLogprobs",
+    "context",
+    "contrast",
+    "experts",
     "file_fingerprint",
+    "guidance",
     "read_requests",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as AnySequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from auxkern.generation.rows import BIASES, Rows
 from auxkern.generation.transfers import HostCopy, to_device
 from auxkern.model.mixing import Alone
 from auxkern.ops.dense import dense_logits
+from auxkern.ops.mixtures import plausible
 from auxkern.ops.sample import Sample, sample
 from auxkern.ops.sampling_params import SamplingParams
 
@@ -94,9 +95,23 @@ class Pending:
         logprobs: dict[int, Logprob] = {}
         for first, numbers in self._logprobs.items():
             for row, (raw, processed, lm, auxiliary) in enumerate(numbers.tolist(), first):
-                own = None if self.sequences[row].request.auxiliary is None else auxiliary
+                own = auxiliary if self.sequences[row].has_auxiliary else None
                 logprobs[row] = raw, processed, lm, own
         return Drawn(tokens[:n], status[:n], logprobs)
+
+
+class Said(NamedTuple):
+    """What the models say of the next tokens.
+
+    Attributes:
+        terms: of the sum, rows (n,).
+        sides: of either side, where log-probabilities are wanted.
+        judge: of each sequence's first member of the base alone, where a plausibility is asked for.
+    """
+
+    terms: list[Term]
+    sides: Alone | None = None
+    judge: list[Term] | None = None
 
 
 class _Known(NamedTuple):
@@ -162,13 +177,12 @@ class Drawer:
             return None
         return to_device([self.scale(one) for one in sequences], self.model.device)
 
-    def draw(self, terms: list[Term], rows: slice, sides: Alone | None = None) -> Tensor | None:
+    def draw(self, said: Said, rows: slice) -> Tensor | None:
         """One token for each of these slots, which fills ``results`` and is fed to ``rows``.
 
         Args:
-            terms: of rows (n,).
+            said: by the models, of rows (n,).
             rows: the slots, all taken.
-            sides: the terms of the base and of the auxiliary, where log-probabilities are wanted.
 
         Returns:
             (n, 4) float64: raw, processed, LM alone, auxiliary alone; None if not wanted.
@@ -176,8 +190,43 @@ class Drawer:
         sequences, (acts, params) = self._sequences[rows], self._of(rows)
         # The token that the host has not seen yet may be one more.
         seen = 1 + max(len(one.generated) for one in sequences), max(len(one.prompt_ids) for one in sequences)
-        drawn = self._drawn(terms, rows, params, seen if acts.penalties else None, sides is not None)
-        return None if sides is None else self._logprobs(sides, drawn)
+        counted, wanted = seen if acts.penalties else None, said.sides is not None
+        drawn = self._sampled(said.terms, rows, params, counted, wanted)
+        shares = [one.request.plausibility for one in sequences]
+        if said.judge is not None and any(shares):
+            drawn = self._judged(said.terms, said.judge, drawn, shares, rows, params, counted)
+        self._take(drawn, rows)
+        return None if said.sides is None else self._logprobs(said.sides, drawn)
+
+    def _judged(
+        self,
+        terms: list[Term],
+        judge: list[Term],
+        drawn: Sample,
+        shares: AnySequence[float],
+        rows: slice,
+        params: SamplingParams,
+        seen: tuple[int, int] | None,
+    ) -> Sample:
+        """With the tokens of rows that have a ``plausibility`` drawn among what the judge finds plausible.
+
+        All rows are drawn again, and the others' are left as they are: a row's token is its own.
+        """
+        V, device = self.model.config.vocab_size, self.model.device
+        share = to_device(shares, device, torch.float32)
+        among = plausible(terms, judge, share, vocab_size=V)
+        other = self._sampled([among], rows, params, seen, drawn.logprob is not None)
+        own = share > 0
+        values: dict[str, Any] = {}
+        for name in ("tokens", "status", "processed_logprob"):
+            ours, theirs = getattr(drawn, name), getattr(other, name)
+            values[name] = None if ours is None else torch.where(own, theirs, ours)
+        if drawn.logprob is not None:
+            # Of the whole sum, as everybody's.
+            z = dense_logits(terms, vocab_size=V).log_softmax(-1)
+            raw = z.gather(1, values["tokens"].clamp_min(0)[:, None])[:, 0]
+            values["logprob"] = torch.where(own, raw, drawn.logprob)
+        return replace(drawn, **values, term_logprobs=None)
 
     def draw_recorded(self, terms: list[Term], rows: slice, acts: Acts) -> None:
         """``draw`` for whatever sequences may stand in these slots, taken or not; nothing depends on which.
@@ -192,7 +241,8 @@ class Drawer:
         if acts.biases:
             settings["logit_bias"] = Sparse(self.rows["bias_ids"][rows], self.rows["bias"][rows].float())
         length = self.rows["history"].shape[1]
-        self._drawn(terms, rows, SamplingParams(**settings), (length, length) if acts.penalties else None)
+        seen = (length, length) if acts.penalties else None
+        self._take(self._sampled(terms, rows, SamplingParams(**settings), seen), rows)
 
     def _of(self, rows: slice) -> _Known:
         key = rows.start, rows.stop
@@ -202,7 +252,7 @@ class Drawer:
             self._known[key] = _Known(Acts.of(sequences), params)
         return self._known[key]
 
-    def _drawn(
+    def _sampled(
         self,
         terms: list[Term],
         rows: slice,
@@ -211,7 +261,7 @@ class Drawer:
         logprobs: bool = False,
     ) -> Sample:
         """``seen``: columns of the history and of the prompt that penalties count; None without them."""
-        drawn = sample(
+        return sample(
             terms,
             params,
             seed=self.rows["seed"][rows],
@@ -221,10 +271,12 @@ class Drawer:
             vocab_size=self.model.config.vocab_size,
             return_logprobs=logprobs,
         )
+
+    def _take(self, drawn: Sample, rows: slice) -> None:
+        """Keeps what was drawn, and has it read next."""
         self.results[0, rows].copy_(drawn.tokens)
         self.results[1, rows].copy_(drawn.status)
         self.rows.feed(rows, drawn.tokens)
-        return drawn
 
     def _logprobs(self, sides: Alone, drawn: Sample) -> Tensor:
         """(n, 4): of the draw, and of either side."""

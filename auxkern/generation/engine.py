@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from auxkern.generation import limits
 from auxkern.generation.drawing import Drawn, Pending, check_drawable
 from auxkern.generation.graphs import CudaRecorder, Record
+from auxkern.generation.members import BASE, Part
 from auxkern.generation.request import Completion, Request, Sequence, Sequences
 from auxkern.generation.runner import Room, Runner
 from auxkern.generation.scheduler import Move, Scheduler
@@ -39,6 +40,8 @@ class Engine:
             is made. Decoders and encoder-decoders of the package; the base has attention, full or of
             sliding windows, in every layer.
         text_format: makes ids of requests and text of ids.
+        models: language models beside the base, by the name that members call them; of its vocabulary, on
+            its device.
         slots: most texts that are written at a time.
         max_length: most tokens of a text with its prompt.
         max_condition: most tokens of a condition.
@@ -62,6 +65,7 @@ class Engine:
         model: Any,
         text_format: TextFormat,
         *,
+        models: Mapping[str, Any] | None = None,
         slots: int = 32,
         max_length: int = 512,
         max_condition: int = 64,
@@ -73,14 +77,17 @@ class Engine:
         limits.check_slots_of_base(model, max_length)
         for name in model.auxiliary_names:
             limits.check_slots_of_auxiliary(model, name, max_length + max_condition)
+        self._others = dict(models or {})
+        limits.check_members(model, self._others, max_length)
         self.model, self.text_format, self.on_text = model, text_format, on_text
         self.stats = EngineStats()
         self._texts: dict[Sequence, Text] = {}  # of what runs, and of what ended and was not told yet
         self._told = True
         self._flying: Pending | None = None  # a step whose tokens the host has not looked at
-        model.eval()
+        for one in (model, *self._others.values()):
+            one.eval()
         room = Room(slots, max_length, max_condition)
-        self._runner = Runner(model, room, text_format.start_id, self._recorder(graphs))
+        self._runner = Runner(model, self._others, room, text_format.start_id, self._recorder(graphs))
 
     # ------------------------------------------------------------------------------------- asking
 
@@ -240,9 +247,10 @@ class Engine:
     def _fail_unloaded(self) -> None:
         """Ends what an auxiliary was to write that the model has no longer."""
         unloaded = self._runner.lanes.keys() - {*self.model.auxiliary_names}
-        gone = [one for one in self.scheduler.sequences if one.request.auxiliary in unloaded]
+        gone = [one for one in self.scheduler.sequences if any(p.model in unloaded for p in one.parts)]
         for one in gone:
-            problem = f"auxiliary {one.request.auxiliary!r} has been unloaded"
+            name = next(part.model for part in one.parts if part.model in unloaded)
+            problem = f"auxiliary {name!r} has been unloaded"
             self.scheduler.unanswered.append(Completion.failed(one.request, one.sample, problem))
         self._end(gone)
 
@@ -339,7 +347,9 @@ class Engine:
         try:
             sequences = self._sequences(request, samples)
             for one in sequences[:1]:
-                refusal = self.scheduler.refusal(one) or limits.sequence_refusal(self.model, one)
+                refusal = self.scheduler.refusal(one) or limits.sequence_refusal(
+                    self.model, self._others, one
+                )
                 if refusal is not None:
                     raise ValueError(refusal)
         except ValueError as error:
@@ -347,7 +357,37 @@ class Engine:
         return sequences, []
 
     def _sequences(self, request: Request, samples: Iterable[int]) -> list[Sequence]:
-        name, names = request.auxiliary, self.model.auxiliary_names
+        check_drawable(request, self.model.config.vocab_size)
+        if not request.members:
+            prompt, condition = self._ids(request.auxiliary, request.prompt, request.condition)
+            return request.sequences(prompt, condition, samples)
+        members: list[Part] = []
+        first = next(place for place, one in enumerate(request.members) if one.model == BASE)
+        own = request.members[first].prompt
+        prompt, _ = self._ids(None, request.prompt if own is None else own, "")
+        for member in request.members:
+            name = member.model
+            if name in self._runner.lanes:
+                if member.prompt is not None:
+                    raise ValueError(
+                        f"member {name!r} is an auxiliary, which reads the prompt of the first base; leave "
+                        "its prompt out"
+                    )
+                _, condition = self._ids(name, "", member.condition or "")
+                members.append(Part(name, tuple(prompt), tuple(condition), member.weight, first))
+                continue
+            if member.condition is not None:
+                raise ValueError(f"member {name!r} reads no condition; leave it out, or name an auxiliary")
+            if name not in self._runner.names:
+                can = ", ".join(self._runner.names)
+                raise ValueError(f"there is no model {name!r} for a member; choose one of {can}")
+            ids, _ = self._ids(None, request.prompt if member.prompt is None else member.prompt, "")
+            members.append(Part(name, tuple(ids), weight=member.weight))
+        return request.sequences(prompt, (), samples, members)
+
+    def _ids(self, name: str | None, prompt: str, condition: str) -> tuple[list[int], list[int]]:
+        """Of a prompt, and of a condition for an auxiliary; none without one."""
+        names = self.model.auxiliary_names
         if name in self._runner.lanes and name not in names:
             raise ValueError(f"auxiliary {name!r} has been unloaded; choose one of {names}")
         if name is not None and name not in self._runner.lanes:
@@ -355,15 +395,14 @@ class Engine:
             raise ValueError(
                 f"there is no auxiliary {name!r}; choose one of {can}, or null for the base alone"
             )
-        check_drawable(request, self.model.config.vocab_size)
-        inputs = self.text_format.prompts([request.condition], [request.prompt])
-        condition = inputs["condition_ids"][0].tolist() if name is not None else []
-        if name is not None and not condition and self.model.auxiliary_traits(name).needs_condition:
+        inputs = self.text_format.prompts([condition], [prompt])
+        ids = inputs["condition_ids"][0].tolist() if name is not None else []
+        if name is not None and not ids and self.model.auxiliary_traits(name).needs_condition:
             raise ValueError(
                 f"the condition has no tokens, but the encoder of auxiliary {name!r} needs one; give a "
                 "condition"
             )
-        return request.sequences(inputs["input_ids"][0].tolist(), condition, samples)
+        return inputs["input_ids"][0].tolist(), ids
 
     def _recorder(self, graphs: bool | None) -> Record | None:
         window = limits.window_of(self.model)

@@ -6,7 +6,7 @@ instead of thousands, and nothing is compiled or recorded while texts are writte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from auxkern.core.terms import rows_of
 from auxkern.generation.drawing import RECORDED_ACTS, Acts, Drawer
-from auxkern.generation.lanes import Lane
+from auxkern.generation.lanes import AuxiliaryLane
 from auxkern.generation.slots import SlotTable
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
@@ -53,7 +53,6 @@ class DecodeGraphs:
         model: an ``AuxTunedForCausalLM``.
         table: of the base's keys and values, fixed.
         lanes: of the auxiliaries whose steps are recorded, by name; their tables fixed.
-        condition: (2, slots, K) int64, ids and mask of the running sequences' conditions.
         drawer: of the slots.
         record: records a call.
     """
@@ -62,14 +61,13 @@ class DecodeGraphs:
         self,
         model: Any,
         table: SlotTable,
-        lanes: dict[str, Lane],
-        condition: Tensor,
+        lanes: dict[str, AuxiliaryLane],
         drawer: Drawer,
         record: Record,
     ) -> None:
         self._model, self._table, self._lanes = model, table, lanes
-        self._condition, self._drawer = condition, drawer
-        self._slots = condition.shape[1]
+        self._drawer = drawer
+        self._slots = table.mask.shape[0]
         self._recorded: dict[tuple[str | None, int, Acts], Callable[[], None]] = {}
         for name in (None, *lanes):
             # The largest first: the others find room in its memory.
@@ -91,12 +89,17 @@ class DecodeGraphs:
         return None if kind is None else self._recorded.get((name, size, kind))
 
     def _step(self, name: str | None, size: int, acts: Acts) -> None:
-        rows, numbers, K = slice(0, size), self._drawer.rows, self._condition.shape[2]
+        rows, numbers = slice(0, size), self._drawer.rows
         ids = numbers["last"][rows, None]
         mask = torch.cat([self._table.mask[rows], torch.ones_like(ids)], 1)
-        parts = [] if name is None else [AuxiliaryRows(name, None, self._lanes[name].cache(K, size))]
+        parts: list[AuxiliaryRows] = []
+        condition: Iterable[Tensor] = ()
+        if name is not None:
+            lane = self._lanes[name]
+            parts = [AuxiliaryRows(name, None, lane.cache(lane.max_condition, size))]
+            condition = lane.condition[:, rows]
         terms, cache, _ = self._model.terms(
-            PairInputs(ids, mask, *self._condition[:, rows]),
+            PairInputs(ids, mask, *condition),
             cache=PairCache(self._table.cache, parts),
             use_cache=True,
             keep=1,

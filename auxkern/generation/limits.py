@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from auxkern.generation.members import BASE, Part
 from auxkern.generation.request import Sequence
-from auxkern.model.base import counts_positions, run_base
+from auxkern.model.base import counts_positions, output_head, run_base
 
 _USE = "use model.generate for this model"
 _NO_SLOTS = f"whose state cannot be kept in slots; {_USE}"
@@ -26,31 +28,72 @@ def check_slots_of_base(model: Any, max_length: int) -> None:
         max_length: most tokens of a text with its prompt.
 
     Raises:
-        ValueError: the base has too few positions, computes its own logits, has layers other than of
-            attention, or its states depend on what else is in a batch.
+        ValueError: it computes its own logits, or as ``check_slots_of_lm``.
     """
-    lm, name = model.lm, type(model.lm).__name__
-    config = model.transformer_config(None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ValueError(f"max_length is {max_length}, but the base has positions for {positions} tokens")
     if model.config.lm_term == "logits":
         raise ValueError('lm_term is "logits"; the engine draws from output embeddings. Use model.generate')
+    check_slots_of_lm("the base", model.lm, model.transformer_config(None), max_length)
+
+
+def check_members(model: Any, others: Mapping[str, Any], max_length: int) -> None:
+    """Refuses language models that cannot write texts with a pair.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        others: language models by name.
+        max_length: most tokens of a text with its prompt.
+
+    Raises:
+        ValueError: a name is taken, a model has other ids or is on another device, or as
+            ``check_slots_of_lm``.
+    """
+    V, device = model.config.vocab_size, model.device
+    for name, lm in others.items():
+        if name == BASE or name in model.auxiliary_names:
+            raise ValueError(f"models has {name!r}, which names a model of the pair; choose another name")
+        size = output_head(lm).weight.shape[0]
+        if size < V:
+            raise ValueError(
+                f"model {name!r}, a {type(lm).__name__}, has {size} ids, but the base, a "
+                f"{type(model.lm).__name__}, draws from {V}; members of a mixture share one vocabulary"
+            )
+        if lm.device != device:
+            raise ValueError(f"model {name!r} is on {lm.device} but the base on {device}; move it there")
+        check_slots_of_lm(f"model {name!r}", lm, lm.config.get_text_config(), max_length)
+
+
+def check_slots_of_lm(who: str, lm: Any, config: Any, max_length: int) -> None:
+    """Refuses a language model that cannot be kept in slots.
+
+    Args:
+        who: it is, for the message.
+        lm: a causal LM of transformers.
+        config: of its transformer.
+        max_length: most tokens of a text with its prompt.
+
+    Raises:
+        ValueError: it has too few positions, has layers other than of attention, or its states depend on
+            what else is in a batch.
+    """
+    name = type(lm).__name__
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ValueError(f"max_length is {max_length}, but {who} has positions for {positions} tokens")
     cache = DynamicCache(config=config)
     kinds = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in cache.layers]
     for kind, layer in zip(kinds, cache.layers, strict=False):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(f"the base, a {name}, has layers of type {kind!r}, {_NO_SLOTS}")
+            raise ValueError(f"{who}, a {name}, has layers of type {kind!r}, {_NO_SLOTS}")
         window = getattr(layer, "sliding_window", None)
         if kind == "chunked_attention" and window is not None and window < max_length:
             raise ValueError(
-                f"the base, a {name}, has layers of type {kind!r} over {window} positions, less than "
+                f"{who}, a {name}, has layers of type {kind!r} over {window} positions, less than "
                 f"max_length, {max_length}; lower max_length, or {_USE}"
             )
-    _check_rotary("the base", config, max_length)
-    if not counts_positions(lm) and not _ignores_padding(lm, model.device):
+    _check_rotary(who, config, max_length)
+    if not counts_positions(lm) and not _ignores_padding(lm, lm.device):
         raise ValueError(
-            f"the base, a {name}, tells positions by columns of its cache, so that a text would depend on "
+            f"{who}, a {name}, tells positions by columns of its cache, so that a text would depend on "
             f"the others in its batch; {_USE}, one text at a time"
         )
 
@@ -90,22 +133,36 @@ def window_of(model: Any) -> int | None:
     return min(windows, default=None)
 
 
-def sequence_refusal(model: Any, sequence: Sequence) -> str | None:
-    """Why models cannot read a sequence, whatever room there is; None if they can."""
-    name = sequence.request.auxiliary
-    size = int(model.lm.get_input_embeddings().weight.shape[0])
-    if name is not None:
+def sequence_refusal(model: Any, others: Mapping[str, Any], sequence: Sequence) -> str | None:
+    """Why models cannot read a sequence, whatever room there is; None if they can.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        others: language models by name.
+    """
+    for part in sequence.parts:
+        refusal = _part_refusal(model, others.get(part.model, model.lm), sequence, part)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def _part_refusal(model: Any, lm: Any, sequence: Sequence, part: Part) -> str | None:
+    size = int(lm.get_input_embeddings().weight.shape[0])
+    of_auxiliary = part.base >= 0
+    if of_auxiliary:
         size = min(size, model.config.vocab_size)
-    for what, ids in (("prompt", sequence.prompt_ids), ("condition", sequence.condition_ids)):
+    for what, ids in (("prompt", part.prompt_ids), ("condition", part.condition_ids)):
         if ids and max(ids) >= size:
             return (
                 f"the {what} has the id {max(ids)}, but the models have {size} ids; the tokenizer is "
                 "another model's, or has tokens that they lack"
             )
-    if name is None:
+    if not of_auxiliary:
         return None
+    name = part.model
     positions = getattr(model.transformer_config(name), "max_position_embeddings", None)
-    text, condition = len(sequence.prompt_ids) + sequence.max_new_tokens, len(sequence.condition_ids)
+    text, condition = len(part.prompt_ids) + sequence.max_new_tokens, len(part.condition_ids)
     # An encoder-decoder reads the condition apart.
     needed = text + condition if not model.auxiliary_traits(name).needs_condition else max(text, condition)
     if positions is not None and needed > positions:

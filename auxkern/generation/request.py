@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import abc
+from collections import Counter, abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.seeds import mixed_seed
 from auxkern.core.terms import Sparse, as_number
+from auxkern.generation.members import BASE, SHORTHANDS, Member, Part, members_from
 from auxkern.model.text import check_unicode
 from auxkern.ops.sampling_params import SamplingParams
 
@@ -38,6 +40,10 @@ class Request:
         max_new_tokens: most tokens of a text, the end token counted.
         stop: a text ends before the first of these strings; special tokens count as they are spelled.
         auxiliary: name of the auxiliary; None for the language model alone.
+        members: of a mixture of several models or contexts, in place of condition, auxiliary and aux_scale;
+            empty for the pair. The first language model must be the base.
+        plausibility: of a mixture: only tokens are drawn whose probability under the first member of the base
+            alone is at least this share of the largest, in [0, 1]; see ``auxkern.plausible``.
         aux_scale: weight of the auxiliary's logits; None for the one that it was trained with.
         samples: texts that are wanted.
         logprobs: whether the answer holds log-probabilities.
@@ -63,9 +69,11 @@ class Request:
     logprobs: bool = False
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    members: tuple[Member, ...] = ()
+    plausibility: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("id", "seed", "max_new_tokens", "samples", "aux_scale"):
+        for name in ("id", "seed", "max_new_tokens", "samples", "aux_scale", "plausibility"):
             object.__setattr__(self, name, as_number(getattr(self, name)))
         check_id(self.id)
         for name in ("condition", "prompt"):
@@ -95,6 +103,7 @@ class Request:
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0)
         self._check_auxiliary()
+        self._check_members()
         if self.samples > 1 and self.params.temperature == 0:
             raise ValueError(
                 f"samples is {self.samples} but temperature is 0, which always finds the same text; "
@@ -108,7 +117,9 @@ class Request:
         """The request that a JSON object stands for.
 
         Its fields are those of ``Request``, with the fields of ``SamplingParams`` in place of params.
-        A field that is absent or null has the default's value, but an auxiliary of null is none.
+        A field that is absent or null has the default's value, but an auxiliary of null is none. In place of
+        members there may be a shorthand, such as "guidance": {"scale": 1.5, "negative_prompt": "..."}, with
+        the arguments of the function of that name in ``auxkern.generation.members``.
         ``stop`` may be one str, ``stop_token_ids`` one int. A "text" is not read, so a file of training
         examples will do.
 
@@ -144,6 +155,9 @@ class Request:
             given["stop"] = _as_tuple("stop", given["stop"], str)
         if "stop_token_ids" in given:
             given["stop_token_ids"] = _as_tuple("stop_token_ids", given["stop_token_ids"], int)
+        given |= _mixture_of(given, defaults.prompt)
+        if "members" not in given and any(name in given for name in ("condition", "auxiliary", "aux_scale")):
+            given |= {"members": (), "plausibility": 0.0}  # the record means a pair
         if "seed" not in given:
             given["seed"] = mixed_seed(defaults.seed, f"request {given['id']!r}")
         if "auxiliary" in given and given["auxiliary"] is None:
@@ -154,6 +168,9 @@ class Request:
         """The same as a JSON object, which ``from_record`` reads."""
         record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "params"}
         record |= {name: list(getattr(self, name)) for name in ("stop", "stop_token_ids")}
+        del record["members"]
+        if self.members:
+            record["members"] = [member.as_record() for member in self.members]
         record |= {name: getattr(self.params, name) for name in _SAMPLING}
         if self.params.logit_bias is not None:
             biases = self.params.logit_bias
@@ -161,7 +178,11 @@ class Request:
         return record
 
     def sequences(
-        self, prompt_ids: Iterable[int], condition_ids: Iterable[int], samples: Iterable[int] | None = None
+        self,
+        prompt_ids: Iterable[int],
+        condition_ids: Iterable[int],
+        samples: Iterable[int] | None = None,
+        members: Iterable[Part] = (),
     ) -> list[Sequence]:
         """The request's samples as sequences to be scheduled.
 
@@ -169,13 +190,42 @@ class Request:
             prompt_ids: (T), the start token and the prompt.
             condition_ids: (K) of the condition; none where there is no auxiliary.
             samples: numbers of the samples that are wanted; all of them if None.
+            members: of a mixture, what each reads.
 
         Raises:
             ValueError: there are no prompt_ids, or no such sample.
         """
         prompt, condition = tuple(prompt_ids), tuple(condition_ids)
         wanted = range(self.samples) if samples is None else samples
-        return [Sequence(self, index, prompt, condition) for index in wanted]
+        parts = tuple(members)
+        return [Sequence(self, index, prompt, condition, parts) for index in wanted]
+
+    def _check_members(self) -> None:
+        if not isinstance(self.members, tuple) or any(not isinstance(one, Member) for one in self.members):
+            raise TypeError("members must be a tuple of Member; write (Member(...), ...)")
+        share = self.plausibility
+        if isinstance(share, bool) or not isinstance(share, (int, float)):
+            raise TypeError(f"plausibility must be a number, got {type(share).__name__}: {share!r:.60}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"plausibility is {share}; it must be in [0, 1]")
+        if not self.members:
+            if share:
+                raise ValueError(
+                    f"plausibility is {share}, but there are no members that could judge; give members"
+                )
+            return
+        for name, default in (("condition", ""), ("aux_scale", None)):
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is of a pair, and members say it themselves; leave one of them out")
+        if self.auxiliary not in (None, "default"):
+            raise ValueError(
+                f"auxiliary is {self.auxiliary!r} beside members; name it among them, or leave members out"
+            )
+        if all(one.model != BASE for one in self.members):
+            named = ", ".join(one.model for one in self.members)
+            raise ValueError(f"members are {named}, without the base; add a member of the model {BASE!r}")
+        if all(one.weight == 0 for one in self.members):
+            raise ValueError("every member's weight is 0; give one of them some")
 
     def _check_auxiliary(self) -> None:
         if self.auxiliary is not None:
@@ -194,7 +244,11 @@ class Request:
 
 
 # What ``Request.from_record`` reads, beside a "text" that it passes over.
-REQUEST_FIELDS = (*(one.name for one in fields(Request) if one.name != "params"), *_SAMPLING)
+REQUEST_FIELDS = (
+    *(one.name for one in fields(Request) if one.name != "params"),
+    *_SAMPLING,
+    *SHORTHANDS,
+)
 
 
 @dataclass(frozen=True)
@@ -349,6 +403,7 @@ class Sequence:
         sample: its number among the request's samples.
         prompt_ids: (T), the start token and the prompt.
         condition_ids: (K).
+        members: of a mixture: what each reads; empty for a pair, of which ``parts`` makes them.
         generated: what was drawn so far.
         state: "new", "waiting", "running" or "ended"; the scheduler's to change.
         slot: where it runs, or None; the scheduler's to change.
@@ -361,6 +416,7 @@ class Sequence:
     sample: int
     prompt_ids: tuple[int, ...]
     condition_ids: tuple[int, ...] = ()
+    members: tuple[Part, ...] = ()
     generated: list[int] = field(default_factory=list)
     state: State = "new"
     slot: int | None = None
@@ -375,6 +431,37 @@ class Sequence:
                 f"request {self.request.id!r} has {self.request.samples} samples, "
                 f"none with number {self.sample}"
             )
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What each model that writes it reads, the base first where there is no mixture."""
+        if self.members:
+            return self.members
+        request = self.request
+        base = Part(BASE, self.prompt_ids)
+        if request.auxiliary is None:
+            return (base,)
+        return base, Part(request.auxiliary, self.prompt_ids, self.condition_ids, request.aux_scale, 0)
+
+    @cached_property
+    def width(self) -> int:
+        """Rows that it takes of the model of which it takes most."""
+        return max(Counter(part.model for part in self.parts).values())
+
+    @cached_property
+    def has_auxiliary(self) -> bool:
+        """Whether an auxiliary is among its members."""
+        return any(part.base >= 0 for part in self.parts)
+
+    @property
+    def widest_prompt(self) -> int:
+        """Tokens of the longest prompt of any model."""
+        return max(len(part.prompt_ids) for part in self.parts)
+
+    @property
+    def widest_condition(self) -> int:
+        """Tokens of the longest condition."""
+        return max(len(part.condition_ids) for part in self.parts)
 
     @property
     def key(self) -> tuple[str | int, int]:
@@ -440,6 +527,23 @@ def _check_field_names(record: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(str(name), REQUEST_FIELDS, n=1)
             remedy = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(REQUEST_FIELDS)}"
             raise ValueError(f"a request has no field {name!r}; {remedy}")
+
+
+def _mixture_of(given: dict[str, Any], prompt: str) -> dict[str, Any]:
+    """The fields of a mixture, of "members" or of a shorthand, which is taken out of ``given``."""
+    named = [name for name in (*SHORTHANDS, "members") if name in given]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} each say what the members are; give one of them")
+    found: dict[str, Any] = {}
+    for name, make in SHORTHANDS.items():
+        options = given.pop(name, None)
+        if options is not None:
+            found = make(given.get("prompt", prompt), options)
+    if "members" in given:
+        found = {"members": members_from(given["members"])}
+    if found:
+        given.setdefault("aux_scale", None)  # the default's is about a pair
+    return found
 
 
 def _merged_params(given: dict[str, Any], defaults: SamplingParams) -> SamplingParams:

@@ -1,7 +1,8 @@
-"""Both models over the slots: what the running sequences' caches hold, and the terms of their next tokens."""
+"""The models over the slots: what the running sequences' caches hold, and the terms of their next tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +11,28 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from auxkern.core.terms import Term, rows_of
-from auxkern.generation.drawing import Drawer, Pending
+from auxkern.generation.drawing import Drawer, Pending, Said
 from auxkern.generation.graphs import DecodeGraphs, Record
-from auxkern.generation.lanes import Lane
+from auxkern.generation.lanes import AuxiliaryLane, Lane, readers_of
+from auxkern.generation.members import BASE
+from auxkern.generation.reading import (
+    Auxiliaries,
+    AuxiliaryPass,
+    LmPass,
+    added_of,
+    first_alone,
+    first_pass,
+    next_pass,
+)
 from auxkern.generation.request import Sequences
 from auxkern.generation.scheduler import Move
 from auxkern.generation.slots import SlotTable
 from auxkern.generation.stats import EngineStats
-from auxkern.generation.transfers import HostCopy, to_device
+from auxkern.generation.transfers import HostCopy
+from auxkern.model import base
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
-from auxkern.model.mixing import Alone
-from auxkern.model.text import padded
+from auxkern.model.mixing import Alone, alone, mixed
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Room:
     """How much an engine holds at a time.
 
     Attributes:
-        slots: most sequences.
+        slots: most sequences, and most members of one model.
         length: most tokens of a text with its prompt.
         condition: most tokens of a condition.
     """
@@ -44,6 +55,7 @@ class Runner:
 
     Args:
         model: an ``AuxTunedForCausalLM``.
+        others: language models beside its base, by name.
         room: for caches.
         start_id: a token that the models can read.
         record: records decoding steps; None to run each anew.
@@ -53,30 +65,46 @@ class Runner:
         RuntimeError: the caches do not fit the GPU's free memory.
     """
 
-    def __init__(self, model: Any, room: Room, start_id: int, record: Record | None) -> None:
+    def __init__(
+        self, model: Any, others: Mapping[str, Any], room: Room, start_id: int, record: Record | None
+    ) -> None:
         self.model, self._room = model, room
+        self._lms: dict[str, Any] = {BASE: model.lm, **others}
         fixed, columns = record is not None, room.length + room.condition
-        self._table = SlotTable(room.slots, room.length, model.device, fixed=fixed)
-        self.lanes: dict[str, Lane] = {}
+        self._of_lms = {
+            name: Lane(name, SlotTable(room.slots, room.length, model.device, fixed=fixed and name == BASE))
+            for name in self._lms
+        }
+        self.lanes: dict[str, AuxiliaryLane] = {}
         for name in model.auxiliary_names:
             recordable = fixed and model.auxiliary_traits(name).counts_positions
             table = SlotTable(room.slots, columns, model.device, fixed=recordable)
-            self.lanes[name] = Lane(name, table, room.condition)
-        self._condition = torch.zeros(2, room.slots, room.condition, dtype=torch.int64, device=model.device)
+            self.lanes[name] = AuxiliaryLane(name, table, room.condition)
         self._drawer = Drawer(model, room.slots, room.length)
         self._reserve(start_id)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             with torch.no_grad():
                 lanes = {name: lane for name, lane in self.lanes.items() if lane.table.fixed}
-                self._graphs = DecodeGraphs(model, self._table, lanes, self._condition, self._drawer, record)
+                self._graphs = DecodeGraphs(model, self._base.table, lanes, self._drawer, record)
+
+    @property
+    def _base(self) -> Lane:
+        return self._of_lms[BASE]
+
+    @property
+    def _every_lane(self) -> list[Lane]:
+        return [*self._of_lms.values(), *self.lanes.values()]
+
+    @property
+    def names(self) -> list[str]:
+        """What a member's model may be called."""
+        return [*self._lms, *self.lanes]
 
     def clear(self) -> None:
         """All sequences leave."""
-        for table in (self._table, *(lane.table for lane in self.lanes.values())):
-            table.clear()
-        for lane in self.lanes.values():
-            lane.members.clear()
+        for lane in self._every_lane:
+            lane.clear()
         self._drawer.clear()
 
     @property
@@ -93,44 +121,56 @@ class Runner:
             stats: counts time and tokens read.
         """
         logprobs: dict[int, HostCopy] = {}
-        for first, sequences, draw in ((0, running, self._decode), (len(running), newcomers, self._prefill)):
-            numbers = draw(sequences, stats) if sequences else None
-            if numbers is not None:
-                logprobs[first] = HostCopy(numbers)
+        numbers = self._decode(running, stats) if running else None
+        if numbers is not None:
+            logprobs[0] = HostCopy(numbers)
+        numbers = self._prefill(newcomers, len(running), stats) if newcomers else None
+        if numbers is not None:
+            logprobs[len(running)] = HostCopy(numbers)
         return Pending((*running, *newcomers), HostCopy(self._drawer.results), logprobs)
 
     def _decode(self, sequences: Sequences, stats: EngineStats) -> Tensor | None:
         """Draws the next tokens; their log-probabilities (n, 4) if any of them wants them."""
         n, wanted, logprobs = len(sequences), _wants_logprobs(sequences), None
-        lanes = [lane for lane in self.lanes.values() if lane.members]
+        lanes = [lane for lane in self._every_lane if lane.readers]
+        pair = self._is_pair(sequences)
         replay = None
-        if self._graphs is not None and not wanted and all(lane.serves_all(sequences) for lane in lanes):
-            name = lanes[0].name if lanes else None
+        if self._graphs is not None and pair and not wanted:
+            name = next((name for name, lane in self.lanes.items() if lane.readers), None)
             replay = self._graphs.replay(name, n, self._drawer.acts(slice(0, n)))
         with stats.timed("models"):
-            if replay is None:
-                terms, sides = self._computed(sequences, lanes)
-            else:
+            if replay is not None:
                 replay()
+            else:
+                said = self._of_pair(sequences) if pair else self._of_members(sequences)
         if replay is None:
             with stats.timed("sampling"):
-                logprobs = self._drawer.draw(terms, slice(0, n), sides)
-        for table in (self._table, *(lane.table for lane in lanes)):
-            table.advance(opened=replay is not None)
+                logprobs = self._drawer.draw(said, slice(0, n))
+        for lane in lanes:
+            lane.table.advance(opened=replay is not None)
         return logprobs
 
-    def _computed(self, sequences: Sequences, lanes: list[Lane]) -> tuple[list[Term], Alone | None]:
-        """The terms of the next tokens, rows (n,), as models of which nothing is recorded make them.
+    def _is_pair(self, sequences: Sequences) -> bool:
+        """Whether the base and at most one auxiliary have one member of each, in the batch's order."""
+        lanes = [lane for lane in self.lanes.values() if lane.readers]
+        others = any(lane.readers for name, lane in self._of_lms.items() if name != BASE)
+        one_each = all(lane.serves_all(sequences) for lane in (self._base, *lanes))
+        return one_each and len(lanes) < 2 and not others and not any(one.members for one in sequences)
+
+    def _of_pair(self, sequences: Sequences) -> Said:
+        """The terms of the next tokens, rows (n,), where ``_is_pair``.
 
         Also those of either side, if a sequence wants log-probabilities.
         """
-        n, table = len(sequences), self._table
+        n, table = len(sequences), self._base.table
         ids = self._drawer.rows["last"][:n, None]
         mask = torch.cat([table.window, torch.ones_like(ids)], 1)
         width = max(len(s.condition_ids) for s in sequences)
-        parts = [AuxiliaryRows(lane.name, lane.rows(sequences), lane.cache(width)) for lane in lanes]
+        lane = next((lane for lane in self.lanes.values() if lane.readers), None)
+        parts = [] if lane is None else [AuxiliaryRows(lane.name, None, lane.cache(width))]
+        condition: Iterable[Tensor] = () if lane is None else lane.condition[:, :n, :width]
         terms, cache, sides = self.model.terms(
-            PairInputs(ids, mask, *self._condition[:, :n, :width]),
+            PairInputs(ids, mask, *condition),
             cache=PairCache(table.cache, parts),
             use_cache=True,
             keep=1,
@@ -139,87 +179,94 @@ class Runner:
         )
         for part in cache.auxiliaries:
             self.lanes[part.name].keep(part.cache)
-        return _taken(terms, sides, slice(n))
+        return _flat(terms, sides)
 
-    def _prefill(self, newcomers: Sequences, stats: EngineStats) -> Tensor | None:
-        """Reads prompts and conditions, takes slots, and draws the first tokens; returns as ``_decode``."""
-        start = self._table.count
+    def _of_members(self, sequences: Sequences) -> Said:
+        """As ``_of_pair``, of any members."""
+        last = self._drawer.rows["last"][: len(sequences)]
+        layers = self.model.layers_read(name for name, lane in self.lanes.items() if lane.readers)
+        reads = {
+            name: next_pass(self._lms[name], lane, sequences, last, layers if name == BASE else [])
+            for name, lane in self._of_lms.items()
+            if lane.readers
+        }
+        auxiliaries = Auxiliaries(self.model, reads[BASE], layers)
+        passes = []
+        for name, lane in self.lanes.items():
+            if lane.readers:
+                passes.append((name, auxiliaries.next(lane, sequences)))
+                lane.keep(passes[-1][1].cache)
+        return self._summed(sequences, reads, passes)
+
+    def _summed(
+        self, sequences: Sequences, reads: Mapping[str, LmPass], passes: list[tuple[str, AuxiliaryPass]]
+    ) -> Said:
+        N, V = len(sequences), self.model.config.vocab_size
+        own, *others = (read.side(self._lms[name]).term(N, V) for name, read in reads.items())
+        added = added_of(passes, N, self.model.device)
+        judged, sides = any(one.request.plausibility for one in sequences), None
+        wanted = _wants_logprobs(sequences)
+        first = first_alone(reads[BASE], self.model.lm, N) if wanted or judged else None
+        if wanted and first is not None:
+            sides = alone(first, added, V)
+        return _flat(mixed(own, added, V, others), sides, first if judged else None)
+
+    def _prefill(self, newcomers: Sequences, start: int, stats: EngineStats) -> Tensor | None:
+        """Reads prompts and conditions, takes slots from ``start`` on, and draws; returns as ``_decode``."""
         with stats.timed("models"):
-            terms, sides = self._joined(newcomers, stats)
+            said = self._joined(newcomers, stats)
         with stats.timed("sampling"):
             self._drawer.join(newcomers)
-            return self._drawer.draw(terms, slice(start, start + len(newcomers)), sides)
+            return self._drawer.draw(said, slice(start, start + len(newcomers)))
 
-    def _joined(self, newcomers: Sequences, stats: EngineStats) -> tuple[list[Term], Alone | None]:
-        """As ``_computed``, of the first tokens; what was read is in the slots' caches."""
+    def _joined(self, newcomers: Sequences, stats: EngineStats) -> Said:
+        """As ``_of_members``, of the first tokens; what was read is in the slots' caches."""
         device = self.model.device
-        # Samples of one request read their prompt once.
-        keys = [(s.request.auxiliary, s.ids, s.condition_ids, s.request.aux_scale) for s in newcomers]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        unique = sorted(first.values())
-        place = {keys[i]: row for row, i in enumerate(unique)}
-        read_in = [place[key] for key in keys]
-        of = to_device(read_in, device)
-        readers = [newcomers[i] for i in unique]
-        names = [s.request.auxiliary for s in readers]
-        prompts = padded([s.ids for s in readers], 0, side="left")
-        conditions = padded([s.condition_ids for s in readers], 0)
-        inputs = PairInputs(*(to_device(ids, device) for ids in (*prompts, *conditions)))
-        terms, cache, sides = self.model.terms(
-            inputs,
-            # Layers with sliding windows keep all columns too, as the table does.
-            cache=PairCache(DynamicCache(), self._readers(names)),
-            use_cache=True,
-            keep=1,
-            aux_scale=self._drawer.scales(readers),
-            separate=_wants_logprobs(newcomers),
-        )
-        cache.lm.reorder_cache(of)
-        self._table.join(cache.lm, inputs.attention_mask[of], [s.length for s in newcomers])
-        self._keep_conditions(inputs, of)
-        for part in cache.auxiliaries:
-            here = {
-                row: i for i, row in enumerate(row for row, name in enumerate(names) if name == part.name)
-            }
-            joining = [(s, here[row]) for s, row in zip(newcomers, read_in, strict=True) if row in here]
-            self.lanes[part.name].join(joining, part.cache)
-        stats.prefill_tokens += sum(s.length + len(s.condition_ids) for s in readers)
-        return _taken(terms, sides, of)
-
-    def _keep_conditions(self, inputs: PairInputs, of: Tensor) -> None:
-        """Of newcomers that have just taken their slots; ``of`` (n,) are their rows of ``inputs``."""
-        slots, width = slice(self._table.count - len(of), self._table.count), inputs.condition_ids.shape[1]
-        self._condition[:, slots] = 0
-        for side, ids in zip(self._condition, (inputs.condition_ids, inputs.condition_mask), strict=True):
-            side[slots, :width] = ids[of]
+        readers = {name: readers_of(newcomers, name) for name in self.names}
+        layers = self.model.layers_read(name for name in self.lanes if readers[name])
+        reads: dict[str, LmPass] = {}
+        for name, lm in self._lms.items():
+            if readers[name]:
+                read = first_pass(lm, readers[name], newcomers, layers if name == BASE else [], device)
+                reads[name] = read
+                stats.prefill_tokens += int(read.lengths)
+                self._of_lms[name].join(readers[name], read.output.cache, read.inputs[1], read.readings.of)
+        auxiliaries = Auxiliaries(self.model, reads[BASE], layers)
+        passes = []
+        for name, lane in self.lanes.items():
+            if readers[name]:
+                made = auxiliaries.first(name, readers[name], newcomers)
+                passes.append((name, made))
+                stats.prefill_tokens += made.condition_tokens
+                lane.join_auxiliary(readers[name], made.condition, made.cache, made.readings.of)
+        return self._summed(newcomers, reads, passes)
 
     def leave(self, ended: Sequences, moves: list[Move], left: int) -> None:
         """Sequences have ended; ``left`` go on, after these moves."""
         if not ended:
             return
-        self._table.leave(moves, left)
         self._drawer.leave(moves, left)
-        for source, destination in moves:
-            self._condition[:, destination] = self._condition[:, source]
-        for lane in self.lanes.values():
+        for lane in self._every_lane:
             lane.leave(ended)
 
     @torch.no_grad()
     def _reserve(self, start_id: int) -> None:
         """Takes the memory of all caches before the first request, as large as one token shows it to be."""
         token = torch.tensor([[start_id]], device=self.model.device)
-        caches = []
-        for lane in self.lanes.values():
+        caches: list[tuple[Lane, Any, Any]] = []
+        for name, lane in self.lanes.items():
             _, cache, _ = self.model.terms(
                 PairInputs(token, None, token, None),
-                cache=PairCache(DynamicCache(), self._readers([lane.name])),
+                cache=PairCache(DynamicCache(), [AuxiliaryRows(name, None, None)]),
                 use_cache=True,
                 keep=1,
             )
-            caches.append((lane, cache.auxiliaries[0].cache))
-            lm_cache = cache.lm
-        needed = self._table.needed_bytes(lm_cache)
-        needed += sum(lane.table.needed_bytes(lane.attention_of(cache)) for lane, cache in caches)
+            made = cache.auxiliaries[0].cache
+            caches.append((lane, lane.attention_of(made), made))
+        for name, of_lm in self._of_lms.items():
+            made = base.run_base(self._lms[name], token, cache=DynamicCache(), use_cache=True).cache
+            caches.append((of_lm, made, made))
+        needed = sum(one.table.needed_bytes(attention) for one, attention, _ in caches)
         if self.model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.model.device)
             if needed > free:
@@ -228,25 +275,21 @@ class Runner:
                     f"{needed / 1e9:.1f} GB, but the GPU has {free / 1e9:.1f} GB free; lower slots or "
                     "max_length"
                 )
-        self._table.reserve(lm_cache)
-        for lane, cache in caches:
-            lane.reserve(cache)
-
-    def _readers(self, names: list[str | None]) -> list[AuxiliaryRows]:
-        """Who reads which rows of a first pass, of an auxiliary each."""
-        parts = []
-        for name in self.lanes:
-            rows = [row for row, one in enumerate(names) if one == name]
-            if len(rows) == len(names):
-                return [AuxiliaryRows(name, None, None)]
-            if rows:
-                parts.append(AuxiliaryRows(name, to_device(rows, self.model.device), None))
-        return parts
+        for one, _, made in caches:
+            one.reserve(made)
 
 
-def _taken(terms: list[Term], sides: Alone | None, rows: slice | Tensor) -> tuple[list[Term], Alone | None]:
-    some = None if sides is None else Alone(*[[rows_of(term, rows) for term in side] for side in sides])
-    return [rows_of(term, rows) for term in terms], some
+def _flat(terms: list[Term], sides: Alone | None, judge: Term | None = None) -> Said:
+    """Of terms of rows (n, 1)."""
+
+    def rows(some: list[Term]) -> list[Term]:
+        return [rows_of(term, slice(None)) for term in some]
+
+    return Said(
+        rows(terms),
+        None if sides is None else Alone(*map(rows, sides)),
+        None if judge is None else rows([judge]),
+    )
 
 
 def _wants_logprobs(sequences: Sequences) -> bool:

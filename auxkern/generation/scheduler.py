@@ -124,13 +124,18 @@ class Scheduler:
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Why the sequence can never run here; None if it can."""
-        prompt, new = len(sequence.prompt_ids), sequence.max_new_tokens
+        if sequence.width > self.slots:
+            return (
+                f"it has {sequence.width} members of one model, and there are {self.slots} slots; take more "
+                "slots, or fewer members"
+            )
+        prompt, new = sequence.widest_prompt, sequence.max_new_tokens
         if prompt + new > self.max_length:
             return (
                 f"the prompt has {prompt} tokens and max_new_tokens is {new}, together {prompt + new}, but a "
                 f"sequence has room for {self.max_length}; shorten the prompt, or lower max_new_tokens"
             )
-        condition = len(sequence.condition_ids)
+        condition = sequence.widest_condition
         if self.max_condition is not None and condition > self.max_condition:
             room = self.max_condition
             return f"the condition has {condition} tokens, but there is room for {room}; shorten it"
@@ -178,7 +183,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Moves newcomers from the queue into free slots, and says what the next step does."""
         before = len(self._running)
-        newcomers = self._admitted(self.slots - before)
+        newcomers = self._admitted(self.slots - sum(sequence.width for sequence in self._running))
         for sequence in newcomers:
             sequence.state = "running"
             sequence.slot = len(self._running)
@@ -267,22 +272,30 @@ class Scheduler:
         del self._known[sequence.key]
 
     def _admitted(self, free: int) -> list[Sequence]:
-        """Takes the head of the queue and those that go well with it out of the queue."""
-        if not free or not self._queue:
+        """Takes the head of the queue and those that go well with it out of the queue.
+
+        Args:
+            free: slots; a sequence takes as many as it has members of one model.
+        """
+        if not self._queue or self._queue[0].width > free:
             return []
         seen = [self._queue.popleft() for _ in range(min(self.look_ahead, len(self._queue)))]
         head = _width(seen[0])
         # sorted() keeps the order of arrival among those that are equally near.
         nearest = sorted(range(1, len(seen)), key=lambda i: abs(_width(seen[i]) - head))
         chosen, longest, total = {0}, head, head
+        free -= seen[0].width
         for i in nearest:
-            if len(chosen) == free:
+            if not free:
                 break
+            if seen[i].width > free:
+                continue
             width = _width(seen[i])
             padded = (len(chosen) + 1) * max(longest, width)
             real = total + width
             if padded <= self.prefill_tokens and padded - real <= self.max_padding * padded:
                 chosen.add(i)
+                free -= seen[i].width
                 longest, total = max(longest, width), real
         self._queue.extendleft(reversed([one for i, one in enumerate(seen) if i not in chosen]))
         return [seen[i] for i in sorted(chosen)]
@@ -307,4 +320,4 @@ def closing_moves(count: int, ended: Iterable[int]) -> list[Move]:
 
 def _width(sequence: Sequence) -> int:
     """Tokens that are read before the first one is drawn, at most, in either model."""
-    return sequence.length + len(sequence.condition_ids)
+    return sequence.widest_prompt + len(sequence.generated) + sequence.widest_condition

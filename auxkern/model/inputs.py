@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from auxkern.model.base import OutputHead
 from auxkern.model.interface import AuxiliaryInputs
 
 
@@ -60,6 +61,22 @@ class PairInputs:
             cache=cache,
             use_cache=use_cache,
         )
+
+
+class BaseSide(NamedTuple):
+    """What the base made of some rows, for an auxiliary.
+
+    Attributes:
+        states: (R, T, 1 + L, D) its final hidden states, then those of the layers.
+        layers: which these are.
+        logits: (R, T, V) its own, with ``lm_term="logits"``; else None.
+        head: its output embedding; None with ``lm_term="logits"``.
+    """
+
+    states: Tensor
+    layers: list[int]
+    logits: Tensor | None
+    head: OutputHead | None
 
 
 def _conditions(input_ids: Tensor, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -26,7 +27,7 @@ class Alone(NamedTuple):
     auxiliary: list[Term]
 
 
-def mixed(lm_term: Term, added: Added, V: int) -> list[Term]:
+def mixed(lm_term: Term, added: Added, V: int, others: Sequence[Term] = ()) -> list[Term]:
     """The sum's terms, rows (B, T).
 
     What goes through the base's embedding is one product with it: hidden states are added up. A row's numbers
@@ -34,30 +35,33 @@ def mixed(lm_term: Term, added: Added, V: int) -> list[Term]:
 
     Args:
         lm_term: of all rows.
-        added: a row is served by one at most.
+        added: a row may be served by several.
         V: ids.
+        others: of other language models, of all rows.
     """
-    terms: list[Term] = []
     sparse: list[tuple[Tensor | None, Sparse]] = []
-    total: Tensor | None = None
-    for part, (first, *others) in added:
-        sparse += [(part.rows, term) for term in others if isinstance(term, Sparse)]
+    apart: list[tuple[Tensor | None, Term]] = []
+    for part, (first, *rest) in added:
+        sparse += [(part.rows, term) for term in rest if isinstance(term, Sparse)]
         if isinstance(first, Head) and isinstance(first.scale, Tensor):
             first = like(first, hidden=first.scale[..., None] * first.hidden.float(), scale=1.0)
         if _takes_hidden(lm_term) and isinstance(first, Head) and lm_term.weight is first.weight:
             hidden, more = lm_term.hidden.float(), first.scale * first.hidden.float()
             hidden = hidden + more if part.rows is None else hidden.index_add(0, part.rows, more)
             lm_term = like(lm_term, hidden=hidden)
-        elif part.rows is None:
-            terms.append(first)
         else:
-            if isinstance(first, Head):
+            apart.append((part.rows, first))
+    terms = [term for _, term in apart]
+    if apart and (others or len(apart) > 1 or apart[0][0] is not None):
+        # One sum, so that a row's is made in one order, whichever rows stand beside it.
+        total: Tensor | None = None
+        for rows, term in apart:
+            if isinstance(term, Head):
                 # As a product that is added to the base's takes it.
-                first = like(first, hidden=first.hidden * first.scale, scale=1.0)
-            total = _written(total, part.rows, [first], lm_term.leading, V)
-    if total is not None:
-        terms.append(Logits(total))
-    return [lm_term, *terms, *_spread(sparse, lm_term.leading)]
+                term = like(term, hidden=term.hidden * term.scale, scale=1.0)
+            total = _written(total, rows, [term], lm_term.leading, V)
+        terms = [] if total is None else [Logits(total)]
+    return [lm_term, *terms, *_spread(sparse, lm_term.leading), *others]
 
 
 def alone(lm_term: Term, added: Added, V: int) -> Alone:
@@ -76,8 +80,8 @@ def _written(
     """Logits (B, T, V) with those of some rows, or of all, written out; zeros where there were none."""
     z = dense_logits(terms, vocab_size=V).float()
     if rows is None:
-        return z
-    return (z.new_zeros(*leading, V) if total is None else total).index_copy(0, rows, z)
+        return z if total is None else total + z
+    return (z.new_zeros(*leading, V) if total is None else total).index_add(0, rows, z)
 
 
 def _takes_hidden(lm_term: Term) -> TypeGuard[Head]:
@@ -89,12 +93,24 @@ def _takes_hidden(lm_term: Term) -> TypeGuard[Head]:
 
 def _spread(sparse: list[tuple[Tensor | None, Sparse]], leading: torch.Size) -> list[Sparse]:
     """Those of some rows each as one of all rows (B, T), where what is left adds 0."""
-    if all(rows is None for rows, _ in sparse):
+    if not sparse or (len(sparse) == 1 and sparse[0][0] is None):
         return [term for _, term in sparse]
-    first, widest = sparse[0][1], max(term.ids.shape[-1] for _, term in sparse)
-    ids = first.ids.new_zeros(*leading, widest)
-    values = first.values.new_zeros(*leading, widest)
+    first, width = sparse[0][1], sum(term.ids.shape[-1] for _, term in sparse)
+    ids = first.ids.new_zeros(*leading, width)
+    values = first.values.new_zeros(*leading, width)
+    begin = 0
     for rows, term in sparse:
-        K = term.ids.shape[-1]
-        ids[rows, :, :K], values[rows, :, :K] = term.ids, term.values
+        own = slice(begin, begin + term.ids.shape[-1])
+        begin, some = own.stop, slice(None) if rows is None else rows
+        ids[some, :, own], values[some, :, own] = term.ids, term.values
     return [Sparse(ids, values)]
+
+
+def sequences_of(term: Term, rows: Tensor) -> Term:
+    """A term of some sequences, (R,) int64, of rows (B, T)."""
+    if isinstance(term, Sparse):
+        return like(term, ids=term.ids[rows], values=term.values[rows])
+    scale = term.scale[rows] if isinstance(term.scale, Tensor) else term.scale
+    if isinstance(term, Logits):
+        return like(term, values=term.values[rows], scale=scale)
+    return like(term, hidden=term.hidden[rows], scale=scale)

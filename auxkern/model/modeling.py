@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,7 +20,7 @@ from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.generation import PairGeneration
-from auxkern.model.inputs import PairInputs
+from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.mixing import Alone, alone, mixed
@@ -441,8 +442,7 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
         its hidden states. With ``separate`` the terms of either side are wanted, too.
         """
         parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
-        models = {part.name: self._named(part.name) for part in parts}
-        layers = sorted({layer for model in models.values() for layer in model.config.lm_layers})
+        layers = self.layers_read(part.name for part in parts)
         if isinstance(lm_states, Tensor):
             self._check_states(lm_states, batch, layers, use_cache)
             lm_states = base.LmOutput(lm_states, None, None)
@@ -457,28 +457,58 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             lm_term: Term = Head(hidden, *head)
         else:
             lm_term = Logits(logits[:, -keep:])
-        embedding: Tensor = self.lm.get_input_embeddings().weight
         caches: list[AuxiliaryRows] = []
         added: list[tuple[AuxiliaryRows, list[Term]]] = []
         for part in parts:
-            model = models[part.name]
-            here = batch if part.rows is None else batch.rows(part.rows)
             rows = slice(None) if part.rows is None else part.rows
-            chosen = states if part.rows is None else states[rows]
-            read = model.config.lm_layers
-            chosen = chosen[:, :, 1:] if read == layers else chosen[:, :, [1 + layers.index(i) for i in read]]
-            own = None if logits is None else logits[rows]
-            scores = model.lm_scores(states[rows, :, 0], own, here.condition_ids)
-            output = model.auxiliary(here.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
-            caches.append(AuxiliaryRows(part.name, part.rows, output.cache))
-            scale = model.config.aux_scale if aux_scale is None else aux_scale
-            scale = scale[rows] if isinstance(scale, Tensor) else scale
-            output = output.positions(lambda values: values[:, -keep:])
-            added.append((part, model.auxiliary_terms(output, here, scale, head)))
+            here = batch if part.rows is None else batch.rows(part.rows)
+            side = BaseSide(states[rows], layers, None if logits is None else logits[rows], head)
+            scale = aux_scale[rows] if isinstance(aux_scale, Tensor) else aux_scale
+            cache_of_part, terms = self.auxiliary_part(
+                part, here, side, scale, use_cache=use_cache, keep=keep
+            )
+            caches.append(cache_of_part)
+            added.append((part, terms))
         pair_cache = PairCache(lm, caches) if use_cache else None
         V: Any = self.config.vocab_size
         sides = alone(lm_term, added, V) if separate else None
         return PairTerms(mixed(lm_term, added, V), pair_cache, sides)
+
+    def layers_read(self, names: Iterable[str]) -> list[int]:
+        """Hidden states of the base that some auxiliaries read, in order."""
+        return sorted({layer for name in names for layer in self._named(name).config.lm_layers})
+
+    def auxiliary_part(
+        self,
+        part: AuxiliaryRows,
+        batch: PairInputs,
+        side: BaseSide,
+        scale: float | Tensor | None,
+        *,
+        use_cache: bool,
+        keep: int,
+    ) -> tuple[AuxiliaryRows, list[Term]]:
+        """What one auxiliary adds to the logits of the last ``keep`` (0: all) positions, and its new cache.
+
+        Args:
+            part: which auxiliary, and its cache; R are its rows.
+            batch: what these rows read.
+            side: what the base made of them.
+            scale: its mixing weight, or (R,) weights; None for the one that it was trained with.
+            use_cache: whether a cache is wanted.
+            keep: positions.
+        """
+        model = self._named(part.name)
+        embedding: Tensor = self.lm.get_input_embeddings().weight
+        read, layers = model.config.lm_layers, side.layers
+        states = side.states
+        chosen = states[:, :, 1:] if read == layers else states[:, :, [1 + layers.index(i) for i in read]]
+        scores = model.lm_scores(states[:, :, 0], side.logits, batch.condition_ids)
+        output = model.auxiliary(batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
+        cache = AuxiliaryRows(part.name, part.rows, output.cache)
+        scale = model.config.aux_scale if scale is None else scale
+        output = output.positions(lambda values: values[:, -keep:])
+        return cache, model.auxiliary_terms(output, batch, scale, side.head)
 
     def auxiliary_terms(
         self,

@@ -19,7 +19,9 @@ def rotary_of(kind: str) -> LlamaRotaryEmbedding:
     }
     scaling = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, **more.get(kind, {})}
     return LlamaRotaryEmbedding(
-        LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64, rope_parameters=scaling)
+        LlamaConfig(
+            hidden_size=32, num_attention_heads=2, max_position_embeddings=64, rope_parameters=scaling
+        )
     )
 
 

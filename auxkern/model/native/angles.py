@@ -39,7 +39,7 @@ class Angles:
             positions: (B, 1) int64, each below ``columns``.
         """
         rotary = self._rotary
-        frequencies = getattr(rotary, "inv_freq", None)
+        frequencies: Any = getattr(rotary, "inv_freq", None)
         fixed = getattr(rotary, "rope_type", None) in _FIXED and type(frequencies) is Tensor
         if not fixed or any(hooks_of(rotary)):
             return rotary(vectors, positions)

@@ -1,0 +1,269 @@
+"""What models read in one step, members of many sequences in one pass, and the sum of what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as AnySequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from auxkern.core.terms import Head, Logits, Term
+from auxkern.generation.lanes import AuxiliaryLane, Lane, Reader
+from auxkern.generation.request import Sequences
+from auxkern.generation.transfers import to_device
+from auxkern.model import base
+from auxkern.model.caches import AuxiliaryRows
+from auxkern.model.inputs import BaseSide, PairInputs
+from auxkern.model.mixing import Added, sequences_of
+from auxkern.model.text import padded
+from auxkern.ops.dense import dense_logits
+
+
+class LmSide(NamedTuple):
+    """What one language model adds to a mixture.
+
+    Attributes:
+        head: how it makes logits of hidden states.
+        hidden: (R, 1, D) of R members.
+        rows: whose each one is, of N.
+        turns: how many members of that row stand before it.
+        weights: of each.
+    """
+
+    head: base.OutputHead
+    hidden: Tensor
+    rows: AnySequence[int]
+    turns: AnySequence[int]
+    weights: AnySequence[float]
+
+    def term(self, N: int, V: int) -> Term:
+        """The weighted sum as one term, rows (N, 1): of hidden states where logits are linear in them.
+
+        A row's numbers are made of its own members, one after the other, whatever the rows beside it are.
+        """
+        if list(self.rows) == list(range(N)) and all(weight == 1.0 for weight in self.weights):
+            return Head(self.hidden, *self.head)
+        linear = self.head.softcap is None and self.head.bias is None
+        z = self.hidden if linear else dense_logits([Head(self.hidden, *self.head)], vocab_size=V)
+        z = z.float()
+        total = z.new_zeros(N, *z.shape[1:])
+        for turn in range(max(self.turns) + 1):
+            of = [i for i, one in enumerate(self.turns) if one == turn]
+            rows, own = (to_device(which, z.device) for which in ([self.rows[i] for i in of], of))
+            weights = to_device([self.weights[i] for i in of], z.device, torch.float32)
+            total = total.index_add(0, rows, z[own] * weights[:, None, None])
+        return Head(total, *self.head) if linear else Logits(total)
+
+
+class Readings(NamedTuple):
+    """Readers of one model, and the passes that were made for them.
+
+    Attributes:
+        readers: R of them.
+        rows: (R,) int64, the sequence of each in the batch.
+        of: each one's row of the pass; readers with one context share it.
+    """
+
+    readers: list[Reader]
+    rows: list[int]
+    of: list[int]
+
+
+class LmPass(NamedTuple):
+    """What a language model made of some contexts.
+
+    Attributes:
+        readings: of whom.
+        output: of the pass.
+        inputs: (U, T) ids and (U, P + T) mask of the pass.
+    """
+
+    readings: Readings
+    output: base.LmOutput
+    inputs: tuple[Tensor, Tensor]
+
+    @property
+    def lengths(self) -> int:
+        """Tokens of all contexts."""
+        known = dict(zip(self.readings.of, self.readings.readers, strict=True))
+        return sum(len(reader.ids) for reader in known.values())
+
+    def side(self, lm: Any) -> LmSide:
+        """Its part of the sum."""
+        device = self.output.states.device
+        hidden = self.output.states[:, -1:, 0]
+        readings = self.readings
+        if readings.of != list(range(hidden.shape[0])):
+            hidden = hidden[to_device(readings.of, device)]
+        turns = [reader.turn for reader in readings.readers]
+        weights = [1.0 if r.part.weight is None else r.part.weight for r in readings.readers]
+        return LmSide(base.output_head(lm), hidden, readings.rows, turns, weights)
+
+
+def unique_readings(readers: list[Reader], sequences: Sequences, key: Any) -> tuple[Readings, list[Reader]]:
+    """Readers, of whom those with one key are read once; and the first of each key, in order."""
+    place = {id(sequence): row for row, sequence in enumerate(sequences)}
+    known: dict[Hashable, int] = {}
+    first: list[Reader] = []
+    of = []
+    for reader in readers:
+        mine = key(reader)
+        if mine not in known:
+            known[mine] = len(first)
+            first.append(reader)
+        of.append(known[mine])
+    return Readings(readers, [place[id(reader.sequence)] for reader in readers], of), first
+
+
+def first_pass(
+    lm: Any, readers: list[Reader], sequences: Sequences, layers: list[int], device: torch.device
+) -> LmPass:
+    """Reads the contexts of newcomers, each once."""
+    readings, first = unique_readings(readers, sequences, lambda reader: reader.ids)
+    ids, mask = (to_device(one, device) for one in padded([reader.ids for reader in first], 0, side="left"))
+    # Layers with sliding windows keep all columns too, as the table does.
+    output = base.run_base(lm, ids, mask, layers=layers, cache=DynamicCache(), use_cache=True)
+    return LmPass(readings, output, (ids, mask))
+
+
+def next_pass(lm: Any, lane: Lane, sequences: Sequences, last: Tensor, layers: list[int]) -> LmPass:
+    """One more token of every member of a lane.
+
+    Args:
+        sequences: the whole batch.
+        last: (N,) int64, the tokens that they read.
+    """
+    rows = lane.rows(sequences)
+    ids = (last if rows is None else last[rows])[:, None]
+    mask = torch.cat([lane.table.window, torch.ones_like(ids)], 1)
+    output = base.run_base(lm, ids, mask, layers=layers, cache=lane.table.cache, use_cache=True)
+    place = {id(sequence): row for row, sequence in enumerate(sequences)}
+    readings = Readings(
+        lane.readers,
+        [place[id(reader.sequence)] for reader in lane.readers],
+        list(range(len(lane.readers))),
+    )
+    return LmPass(readings, output, (ids, mask))
+
+
+class AuxiliaryPass(NamedTuple):
+    """What an auxiliary made of some members.
+
+    Attributes:
+        readings: of whom.
+        terms: of the rows of the pass, (U, 1).
+        cache: that it returned.
+        condition: (U, K) ids and mask that it read.
+    """
+
+    readings: Readings
+    terms: list[Term]
+    cache: Any
+    condition: tuple[Tensor, Tensor]
+
+    @property
+    def condition_tokens(self) -> int:
+        """Of all conditions that were read."""
+        known = dict(zip(self.readings.of, self.readings.readers, strict=True))
+        return sum(len(reader.part.condition_ids) for reader in known.values())
+
+
+class Auxiliaries:
+    """Passes of a model's auxiliaries behind one of its base.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        read: what the base made.
+        layers: whose hidden states it returned.
+    """
+
+    def __init__(self, model: Any, read: LmPass, layers: list[int]) -> None:
+        self._model, self._read, self._layers = model, read, layers
+        readings = read.readings
+        self._row = {
+            (id(reader.sequence), reader.place): row
+            for reader, row in zip(readings.readers, readings.of, strict=True)
+        }
+
+    def first(self, name: str, readers: list[Reader], sequences: Sequences) -> AuxiliaryPass:
+        """Of newcomers: conditions and prompts, those that are alike once."""
+        device = self._read.inputs[0].device
+        readings, first = unique_readings(
+            readers, sequences, lambda one: (one.ids, one.part.condition_ids, one.part.weight)
+        )
+        conditions = padded([reader.part.condition_ids for reader in first], 0)
+        condition = (to_device(conditions[0], device), to_device(conditions[1], device))
+        part = AuxiliaryRows(name, None, None)
+        return self._made(part, readings, first, condition, self._of_base(first))
+
+    def next(self, lane: AuxiliaryLane, sequences: Sequences) -> AuxiliaryPass:
+        """One more token of every member of a lane."""
+        place = {id(sequence): row for row, sequence in enumerate(sequences)}
+        readers, n = lane.readers, len(lane.readers)
+        readings = Readings(readers, [place[id(one.sequence)] for one in readers], list(range(n)))
+        K = max(len(one.part.condition_ids) for one in readers)
+        ids, mask = lane.condition[:, :n, :K]
+        part = AuxiliaryRows(lane.name, None, lane.cache(K))
+        return self._made(part, readings, readers, (ids, mask), self._of_base(readers))
+
+    def _of_base(self, readers: list[Reader]) -> list[int]:
+        return [self._row[id(one.sequence), one.part.base] for one in readers]
+
+    def _made(
+        self,
+        part: AuxiliaryRows,
+        readings: Readings,
+        readers: list[Reader],
+        condition: tuple[Tensor, Tensor],
+        of_base: list[int],
+    ) -> AuxiliaryPass:
+        (ids, mask), states = self._read.inputs, self._read.output.states
+        if of_base != list(range(len(ids))):
+            rows = to_device(of_base, ids.device)
+            ids, mask, states = ids[rows], mask[rows], states[rows]
+        model = self._model
+        weights = [
+            model.auxiliary_scale(part.name) if one.part.weight is None else one.part.weight
+            for one in readers
+        ]
+        side = BaseSide(states, self._layers, None, base.output_head(model.lm))
+        returned, terms = model.auxiliary_part(
+            part,
+            PairInputs(ids, mask, *condition),
+            side,
+            to_device(weights, ids.device, torch.float32),
+            use_cache=True,
+            keep=1,
+        )
+        return AuxiliaryPass(readings, terms, returned.cache, condition)
+
+
+def added_of(passes: AnySequence[tuple[str, AuxiliaryPass]], N: int, device: torch.device) -> Added:
+    """The passes' terms, one entry for each time that a sequence has the auxiliary."""
+    added: Added = []
+    for name, made in passes:
+        readings = made.readings
+        turns: dict[int, list[int]] = {}
+        for place, reader in enumerate(readings.readers):
+            turns.setdefault(reader.turn, []).append(place)
+        for turn in sorted(turns):
+            rows, of = ([one[i] for i in turns[turn]] for one in (readings.rows, readings.of))
+            whole = rows == list(range(N))
+            same = of == list(range(made.terms[0].leading[0]))
+            terms = made.terms if same else [sequences_of(term, to_device(of, device)) for term in made.terms]
+            added.append((AuxiliaryRows(name, None if whole else to_device(rows, device), None), terms))
+    return added
+
+
+def first_alone(read: LmPass, lm: Any, N: int) -> Head:
+    """The logits of each sequence's first member of the base, rows (N, 1)."""
+    readers, rows, of = read.readings
+    place = {row: of[i] for i, (reader, row) in enumerate(zip(readers, rows, strict=True)) if not reader.turn}
+    states, of_row = read.output.states, [place[row] for row in range(N)]
+    hidden = states[:, -1:, 0]
+    if of_row != list(range(hidden.shape[0])):
+        hidden = hidden[to_device(of_row, states.device)]
+    return Head(hidden, *base.output_head(lm))
