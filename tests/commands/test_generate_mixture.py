@@ -71,17 +71,9 @@ def test_another_file_is_another_run(folder, capsys):
 
 def test_a_model_of_other_tokens_is_refused_by_name(folder, capsys):
     word_tokenizer(("a", "b")).save_pretrained(folder / "small")
-    status = generate.main(
-        [
-            str(folder / "pair"),
-            "--mixture",
-            str(folder / "mixture.yaml"),
-            "--input",
-            str(folder / "lines.jsonl"),
-            "--output",
-            str(folder / "texts.jsonl"),
-        ]
-    )
+    arguments = [str(folder / "pair"), "--mixture", str(folder / "mixture.yaml")]
+    arguments += ["--input", str(folder / "lines.jsonl"), "--output", str(folder / "texts.jsonl")]
+    status = generate.main(arguments)
     assert status == 2
     said = capsys.readouterr().err
     assert "model 'small'" in said
