@@ -32,6 +32,7 @@ from auxkern.bench.results import (
     GenerateRun,
     Throughput,
 )
+from auxkern.bench.rounds import round_jobs, spread_notes
 from auxkern.bench.runner import Progress
 from auxkern.machine import OtherWork
 from auxkern.terminal import command_parser, device_from, natural, positive
@@ -91,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     run.machine |= versions
     run.sentences = len(work.sentences)
     jobs = _jobs(work, options, run)
-    return session.carry_out(run, jobs, options, lambda: busy_notes(run.results, os.cpu_count() or 1))
+    return session.carry_out(
+        run, jobs, options, lambda: busy_notes(run.results, os.cpu_count() or 1) + spread_notes(run)
+    )
 
 
 def _check_options(
@@ -135,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compute", nargs="+", choices=COMPUTES, default=[_PLAIN], help=computes)
     peer: dict[str, Any] = {"default": [], "type": peers.peer_from, "metavar": "NAME=PYTHON"}
     parser.add_argument("--peer", action="append", help="another program to measure (repeatable)", **peer)
+    again = "times that the engine's and the peers' lines are measured, one after the other (default 1)"
+    parser.add_argument("--rounds", type=positive, default=1, metavar="N", help=again)
     scored = "held-out sentences that each LM is scored on (default 500; 0: none)"
     parser.add_argument("--sentences", type=natural, default=500, metavar="N", help=scored)
     profile = "run the engine a second time, with a clock around each native call"
@@ -432,8 +437,14 @@ def _jobs(work: Work, options: argparse.Namespace, run: GenerateRun) -> list[ses
             peer_jobs.Line(one, precision, task) for one in options.peer for precision in one.kind.precisions
         ]
         texts += peer_jobs.text_jobs(lines, {batch: asked[:count] for batch, count in counts.items()}, run)
-        texts.sort(key=lambda job: job[0])
-    jobs: list[session.Job] = [(title, measure) for _, title, measure in texts]
+    ours = {name for name, *_ in _engine_lines(work)}
+    first = len(runs)
+    jobs: list[session.Job] = []
+    for batch in sorted(counts):
+        own = [(title, job) for size, title, job in texts if size == batch]
+        jobs += own
+        repeated = {f"{name}, batch {batch}" for name in ours} | {title for _, title, _ in texts[first:]}
+        jobs += round_jobs([one for one in own if one[0] in repeated], options.rounds, run)
     if work.sentences:
         jobs += quality.nll_jobs(_scored_lms(work, {one[0] for one in runs}), work.sentences, run)
         jobs += peer_jobs.nll_jobs(lines, work.sentences, run) if options.peer else []

@@ -147,6 +147,7 @@ class Throughput:
     seconds: float
     shares: dict[str, float]  # of the time, in [0, 1], by ``SHARES``; empty if not known
     busy_cores: float | None  # by other programs meanwhile; None where it cannot be read
+    rounds: list[float] = field(default_factory=list)  # seconds of each, whose median ``seconds`` is
 
     timed: ClassVar[bool] = True
 

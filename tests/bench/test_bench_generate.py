@@ -208,7 +208,7 @@ def test_wrong_texts_are_not_timed(tiny_work, monkeypatch, tmp_path, capsys):
 
     def wrong(work, slots):
         made = real(work, slots)
-        table = made._runner._table
+        table = made._runner._base.table
         assert callable(table.advance)
         table.advance = lambda *, opened: None  # columns are written over
         return made
