@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer", action="append", help="another program to measure (repeatable)", **peer)
     again = "times that the engine's and the peers' lines are measured, one after the other (default 1)"
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help=again)
+    without = "leave out the loops and Hugging Face's generate, which take most of a run's time"
+    parser.add_argument("--no-loops", action="store_true", help=without)
     scored = "held-out sentences that each LM is scored on (default 500; 0: none)"
     parser.add_argument("--sentences", type=natural, default=500, metavar="N", help=scored)
     profile = "run the engine a second time, with a clock around each native call"
@@ -193,7 +195,21 @@ def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
 
 
 Shares = Callable[[], dict[str, float]]  # of the time, {} if not known; what they ask for is not timed
-Way = Callable[["Work", int], Shares]  # (work, batch), by which the texts are written
+
+
+class Written(NamedTuple):
+    """All texts of a work, written.
+
+    Attributes:
+        seconds: that it took, without the making of an engine, which a program keeps; None: the call's.
+        shares: of the time.
+    """
+
+    seconds: float | None = None
+    shares: Shares = dict
+
+
+Way = Callable[["Work", int], Written]  # (work, batch), by which the texts are written
 
 
 def _options(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
@@ -242,13 +258,13 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
         mask = torch.cat([mask, torch.ones_like(new)], 1)
 
 
-def in_batches(write: Callable[[Work, list[int]], None], work: Work, batch: int) -> Shares:
+def in_batches(write: Callable[[Work, list[int]], None], work: Work, batch: int) -> Written:
     """All requests, batch after batch, each until its longest text is done."""
     # In the order of arrival: how long a text will be is not known before it is written.
     rows = list(range(len(work.lengths)))
     for first in range(0, len(rows), batch):
         write(work, rows[first : first + batch])
-    return dict
+    return Written()
 
 
 def continuous_refusal(work: Work) -> str | None:
@@ -258,7 +274,7 @@ def continuous_refusal(work: Work) -> str | None:
     return "it needs a GPU" if work.model.device.type == "cpu" else None
 
 
-def continuous(work: Work, batch: int) -> Shares:
+def continuous(work: Work, batch: int) -> Written:
     """Transformers' continuous batching of the LM alone; it chooses its batches itself.
 
     ``work`` has one length for all, for its call takes no length of each request.
@@ -277,7 +293,7 @@ def continuous(work: Work, batch: int) -> Shares:
         raise RuntimeError(
             f"generate_batch wrote {whole} texts of {length} tokens, not {len(prompts)}: see its log"
         )
-    return dict
+    return Written()
 
 
 class ComputeError(RuntimeError):
@@ -427,6 +443,8 @@ def _engine_lines(work: Work) -> list[tuple[str, Work, str | None]]:
 def _jobs(work: Work, options: argparse.Namespace, run: GenerateRun) -> list[session.Job]:
     """Everything that is measured: texts, batch after batch; then what is scored, and what is profiled."""
     runs = _runs(work, sorted(set(options.batch)), run.notes)
+    ours = {name for name, *_ in _engine_lines(work)}
+    runs = [one for one in runs if one[0] in ours or not options.no_loops]
     texts = [(one[1], f"{one[0]}, batch {one[1]}", partial(_measured, one)) for one in runs]
     counts = {batch: len(one.lengths) for _, batch, one, _ in runs}
     if options.peer:
@@ -437,7 +455,6 @@ def _jobs(work: Work, options: argparse.Namespace, run: GenerateRun) -> list[ses
             peer_jobs.Line(one, precision, task) for one in options.peer for precision in one.kind.precisions
         ]
         texts += peer_jobs.text_jobs(lines, {batch: asked[:count] for batch, count in counts.items()}, run)
-    ours = {name for name, *_ in _engine_lines(work)}
     first = len(runs)
     jobs: list[session.Job] = []
     for batch in sorted(counts):
@@ -479,9 +496,10 @@ def _measured(run: tuple[str, int, Work, Way], progress: Progress) -> Throughput
     name, batch, work, way = run
     progress(0.0, "writing")
     other, began = OtherWork(), time.perf_counter()
-    shares = way(work, batch)
-    seconds, busy = time.perf_counter() - began, other.cores()
-    return Throughput(name, batch, len(work.lengths), sum(work.lengths), seconds, shares(), busy)
+    written = way(work, batch)
+    whole, busy = time.perf_counter() - began, other.cores()
+    seconds = whole if written.seconds is None else written.seconds
+    return Throughput(name, batch, len(work.lengths), sum(work.lengths), seconds, written.shares(), busy)
 
 
 def _profiled(
@@ -491,14 +509,14 @@ def _profiled(
     run.kernels[title] = _kernel_shares(work, batch, auxiliary)
 
 
-def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> Shares:
+def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> Written:
     drawn = [0]  # tokens until each step
     # Made before anything is counted: an engine runs its models once to see how large their caches are.
     running = engine(work, min(batch, len(work.lengths)))
     with forward_counts(_forward_passes(work)) as forward:
         whole = _written(work, running, auxiliary, drawn)
     if work.model.device.type != "cpu":
-        return dict
+        return Written(whole)
 
     def shares() -> dict[str, float]:
         drawing = running.stats.seconds["sampling"]
@@ -508,7 +526,7 @@ def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> Shares
         seconds["rest"] = whole - sum(seconds.values())
         return {name: seconds[name] / whole for name in SHARES}
 
-    return shares
+    return Written(whole, shares)
 
 
 def _kernel_shares(work: Work, batch: int, auxiliary: str | None) -> dict[str, float]:

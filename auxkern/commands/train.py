@@ -201,7 +201,14 @@ def _pair(
     device = device or ("cuda" if torch.cuda.is_available() else None)
     with _saying(base, OSError, ValueError, RuntimeError, SafetensorError):
         native = False if settings.shard_base else None
-        lm = load_base(settings.base, dtype=settings.dtype, device=device, native=native, **source)
+        lm = load_base(
+            settings.base,
+            dtype=settings.dtype,
+            device=device,
+            native=native,
+            compute=settings.compute,
+            **source,
+        )
     fields |= {"condition_template": chosen.condition_template, "text_prefix": chosen.text_prefix}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(settings.seed, "weights"))
@@ -259,7 +266,8 @@ def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     root = Path(settings.states_folder) if settings.states_folder else cache_folder() / "states"
     plans = []
     for kind, encoded in (("training", job.training), ("validation", job.validation)):
-        folder = states_folder(root, data_fingerprint(encoded), config.base_fingerprint, layers, dtype)
+        data, base = data_fingerprint(encoded), config.base_fingerprint
+        folder = states_folder(root, data, base, layers, dtype, settings.compute)
         plans.append((kind, encoded, folder, announce_size(encoded, job.model.lm, layers, dtype)))
     needed = sum(size for _, _, folder, size in plans if not folder.is_dir())
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())

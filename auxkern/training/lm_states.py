@@ -29,6 +29,7 @@ from auxkern.core.files import replace_file
 from auxkern.core.terms import Head
 from auxkern.model.base import check_output_head, hidden_width, output_head, run_base
 from auxkern.model.fingerprints import fingerprint
+from auxkern.model.native import compute_of
 from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.examples import Items, data_fingerprint, packed_ids
@@ -39,6 +40,7 @@ FORMAT = 1
 INDEX = "index.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _STALE_SECONDS = 3600
+_EXACT = "float32"  # of the computes
 
 
 @dataclass
@@ -82,10 +84,12 @@ def states_folder(
     base_fp: str,
     layers: Sequence[int],
     dtype: torch.dtype | str = torch.float16,
+    compute: str = _EXACT,
 ) -> Path:
-    """A folder below ``root`` whose name differs where data set, base, layers or dtype do."""
+    """A folder below ``root`` whose name differs where data set, base, layers, dtype or compute do."""
     chosen = "-".join(str(layer) for layer in layers) or "none"
-    return Path(root) / f"{data_fp[:16]}_{base_fp[:16]}_layers-{chosen}_{_dtype_name(dtype)}"
+    narrow = "" if compute == _EXACT else f"_{compute}"
+    return Path(root) / f"{data_fp[:16]}_{base_fp[:16]}_layers-{chosen}_{_dtype_name(dtype)}{narrow}"
 
 
 def cache_lm_states(
@@ -107,7 +111,8 @@ def cache_lm_states(
     at a time may write into a folder.
 
     Args:
-        lm: a causal LM of transformers, frozen, in its own precision and on its own device.
+        lm: a causal LM of transformers, frozen, in its own precision and on its own device. What a narrow
+            compute of ``load_base`` makes is kept apart from what float32 does.
         encoded: examples with "input_ids" (T), of any length the base can take.
         folder: made where it is missing; see ``states_folder``.
         layers: L hidden states beside the final ones, numbered as in ``run_base``.
@@ -147,6 +152,8 @@ def cache_lm_states(
     folder.mkdir(parents=True, exist_ok=True)
     base = base_fingerprint or fingerprint(lm)
     header = _header(data_fingerprint(encoded), base, layers, _dtype_name(dtype), hidden_width(lm))
+    compute = compute_of(lm) or _EXACT
+    header |= {} if compute == _EXACT else {"compute": compute}
     if (folder / INDEX).is_file():
         shard_tokens = _read_index(folder, header).get("shard_tokens", shard_tokens)
     layout = _layout(encoded, shard_tokens)

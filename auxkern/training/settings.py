@@ -19,6 +19,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from auxkern.core.packed import COMPUTES
 from auxkern.model.text import check_unicode
 from auxkern.tasks.registry import TASKS, load_task
 from auxkern.training.yaml_values import parsed_yaml, written_yaml
@@ -178,6 +179,11 @@ class TrainSettings(LoopSettings):
         resumable=True,
     )
     states_dtype: str = _setting("precision in which they are kept", "float16", choices=DTYPES)
+    compute: str = _setting(
+        "how a CPU multiplies the base: float32, or bfloat16 or int8, which are faster and less exact",
+        "float32",
+        choices=COMPUTES,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -143,7 +143,9 @@ def test_what_is_finished_is_kept(tiny_work, monkeypatch, tmp_path, capsys, erro
 
 def test_time_of_draws_is_the_products_beyond_what_sampling_takes(tiny_work, monkeypatch):
     monkeypatch.setattr(generate, "_sampling_seconds", lambda work, rows: 1e9)
-    shares = generate._engine(tiny_work, 2)()
+    written = generate._engine(tiny_work, 2)
+    shares = written.shares()
+    assert written.seconds > 0
     assert shares["heads"] == 0
     assert 0 < shares["sampling"] < 1
     assert sum(shares.values()) == pytest.approx(1)
@@ -456,7 +458,21 @@ def test_other_work_does_not_count_programs_that_this_one_ran():
 
 def test_what_is_done_for_shares_of_the_time_is_not_timed(tiny_work):
     shares = {"LM": 1.0}
-    run = ("x", 2, tiny_work, lambda work, batch: lambda: time.sleep(0.5) or shares)
-    measured = generate._measured(run, lambda *told: None)
+    late = generate.Written(None, lambda: time.sleep(0.5) or shares)
+    measured = generate._measured(("x", 2, tiny_work, lambda work, batch: late), lambda *told: None)
     assert measured.seconds < 0.5
     assert measured.shares == shares
+
+
+def test_what_an_engine_is_made_of_is_not_timed(tiny_work, monkeypatch):
+    make = generate.engine
+
+    def slowly(*given):
+        made = make(*given)
+        time.sleep(1.0)
+        return made
+
+    monkeypatch.setattr(generate, "engine", slowly)
+    began = time.perf_counter()
+    measured = generate._measured(("x", 2, tiny_work, generate._engine), lambda *told: None)
+    assert measured.seconds < time.perf_counter() - began - 1.0

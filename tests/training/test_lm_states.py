@@ -21,6 +21,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from auxkern.model.base import check_output_head, freeze
 from auxkern.model.fingerprints import fingerprint
+from auxkern.model.native import native_refusal, use_native_kernels
 from auxkern.training import lm_states
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, data_fingerprint
@@ -95,6 +96,19 @@ def test_states_are_those_of_each_sequence_alone(tmp_path, batch_tokens):
     for outside in (40, -41):
         with pytest.raises(IndexError, match=f"no sequence {outside} among 40"):
             states[outside]
+
+
+@pytest.mark.skipif(native_refusal() is not None, reason=str(native_refusal()))
+@pytest.mark.parametrize("compute", ["bfloat16", "int8"])
+def test_states_of_a_narrow_compute_are_near_and_kept_apart(tmp_path, compute):
+    exact = cached(tmp_path / "exact", dtype=torch.float32)
+    narrow = cached(tmp_path / compute, freeze(use_native_kernels(frozen_lm(), compute)), dtype=torch.float32)
+    off = max(float((narrow[i] - exact[i]).abs().max()) for i in range(len(exact)))
+    assert 0 < off < 0.1  # of states of the order of 1
+    with pytest.raises(ValueError, match="compute of the states"):
+        cached(tmp_path / "exact", freeze(use_native_kernels(frozen_lm(), compute)), dtype=torch.float32)
+    with pytest.raises(ValueError, match="delete"):
+        cached(tmp_path / compute, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, "bfloat16"])
@@ -392,7 +406,8 @@ def test_folders_differ_where_states_do(tmp_path):
     asked = [(a, b, [1, 2]), (b, b, [1, 2]), (a, a, [1, 2]), (a, b, [2, 1]), (a, b, [12]), (a, b, [])]
     folders = {states_folder(tmp_path, *arguments) for arguments in asked}
     folders.add(states_folder(tmp_path, a, b, [], torch.bfloat16))
-    assert len(folders) == 7
+    folders.add(states_folder(tmp_path, a, b, [], compute="int8"))
+    assert len(folders) == 8
     assert {folder.parent for folder in folders} == {tmp_path}
     assert states_folder(tmp_path, a, b, [], "float16") == states_folder(tmp_path, a, b, [])
 
