@@ -43,8 +43,9 @@ def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, an_h100: None) -> Path:
-    """Where dispatch looks for choices; nothing is there."""
+    """Where dispatch looks for choices; nothing is there, and nothing came with the package."""
     monkeypatch.setenv(tuned.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuned, "PACKAGED", tmp_path / "nothing")
     return tmp_path / "NVIDIA_H100_80GB_HBM3.json"
 
 
@@ -81,6 +82,13 @@ def test_without_a_file_for_the_device_the_defaults_hold(file, monkeypatch, tmp_
     assert Triton().gpu(GPU).configs.recomputed_width == 99
     file.write_text(json.dumps(measured({"recomputed_width": 7})))
     assert Triton().gpu(GPU).configs.recomputed_width == 7
+
+
+def test_what_came_with_the_package_holds_for_its_gpu(an_h100, monkeypatch):
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    gpu = Triton().gpu(GPU)
+    assert gpu.configs.draw_tiles != Configs.of(9).draw_tiles
+    assert str(tuned.PACKAGED / tuned.file_name(NAME)) in gpu.origin
 
 
 def test_every_choice_has_a_key_and_comes_back_from_it():
