@@ -188,7 +188,8 @@ def _draw_texts(head: SubFigure, body: SubFigure, run: GenerateRun) -> str:
     _draw_shares(share_axes, [one for one in run.results if one.shares])
     counts = sorted({(one.batch, one.requests) for one in run.results if one.requests != run.requests})
     fewer = "".join(f" Batch {batch}: the first {requests} requests." for batch, requests in counts)
-    return f"Each measured once.{fewer}"
+    once = "Medians of rounds." if any(one.rounds for one in run.results) else "Each measured once."
+    return once + fewer
 
 
 def _draw_speed(axes: Axes, speeds: list[Throughput]) -> None:
