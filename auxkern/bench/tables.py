@@ -49,8 +49,8 @@ _NLL_CAPTION = (
     "{sentences} held-out sentences of WordNet, in nats a token; -: it was not measured."
 )
 _SPEED_CAPTION = (
-    "Each was measured once, but for lines that a note gives rounds. tokens/s: tokens that were asked for over "
-    "the time of all requests of that row. "
+    "Each was measured once, but for lines that a note gives rounds. tokens/s: tokens that were asked for "
+    "over the time of all requests of that row. "
     "vs loop, vs LM alone: how many times faster than the two-model loop and than Hugging Face's generate of "
     "the LM alone, each at the batch that suits it best. LM, auxiliary: their forward passes; heads: product "
     "with the output embedding; rest: scheduler, caches, text. Outside the models: sampling and rest."
