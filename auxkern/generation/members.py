@@ -46,22 +46,39 @@ class Member:
             value = getattr(self, name)
             if value is None and name != "model":
                 continue
-            if not isinstance(value, str):
-                raise TypeError(f"a member's {name} must be a str, got {type(value).__name__}: {value!r:.60}")
-            check_unicode(name, value)
+            check_text(f"a member's {name}", value)
         if not self.model:
             raise ValueError(f"a member's model is empty; name one, such as {BASE!r}")
-        weight = self.weight
-        if weight is None:
-            return
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"a member's weight must be a number or None, got {type(weight).__name__}")
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of member {self.model!r} is {weight}; it must be finite")
+        check_weight(f"the weight of member {self.model!r}", self.weight)
 
     def as_record(self) -> dict[str, Any]:
         """The same as a JSON object, which ``members_from`` reads; without what is None."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def check_text(name: str, value: Any) -> None:
+    """Refuses what is no str, or no Unicode text.
+
+    Raises:
+        TypeError, ValueError: so it is.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}: {value!r:.60}")
+    check_unicode(name, value)
+
+
+def check_weight(name: str, value: Any) -> None:
+    """Refuses what is neither None nor a finite number.
+
+    Raises:
+        TypeError, ValueError: so it is.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
 
 
 class Part(NamedTuple):
@@ -174,7 +191,8 @@ def context(prompt: str, text: str, alpha: float = 0.5) -> Mixture:
 
 def _shorthand(make: Callable[..., Mixture]) -> Callable[[str, Any], dict[str, Any]]:
     """Of a prompt and of the other arguments, as JSON has them."""
-    known = [name for name in inspect.signature(make).parameters if name != "prompt"]
+    known = {name: one for name, one in inspect.signature(make).parameters.items() if name != "prompt"}
+    needed = [name for name, one in known.items() if one.default is inspect.Parameter.empty]
 
     def fields_of(prompt: str, options: Any) -> dict[str, Any]:
         if not isinstance(options, Mapping):
@@ -185,24 +203,15 @@ def _shorthand(make: Callable[..., Mixture]) -> Callable[[str, Any], dict[str, A
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{make.__name__} has no field {name!r}; known are {', '.join(known)}")
-            number = not isinstance(value, bool) and isinstance(value, (int, float))
-            wanted = (str,) if inspect.signature(make).parameters[name].annotation == "str" else (int, float)
-            if not (isinstance(value, wanted) and (number or wanted == (str,))):
-                kind = "a str" if wanted == (str,) else "a number"
+            is_text = known[name].annotation == "str"
+            if isinstance(value, bool) or not isinstance(value, str if is_text else (int, float)):
+                kind = "a str" if is_text else "a number"
                 raise TypeError(f"{make.__name__}'s {name} must be {kind}, got {type(value).__name__}")
-        try:
-            return make(prompt, **options)._asdict()
-        except TypeError as error:
-            missing = [name for name in known if name not in options and _needed(make, name)]
-            if not missing:
-                raise
-            raise ValueError(f"{make.__name__} has no {' and no '.join(missing)}; give each") from error
+        if missing := [name for name in needed if name not in options]:
+            raise ValueError(f"{make.__name__} has no {' and no '.join(missing)}; give each")
+        return make(prompt, **options)._asdict()
 
     return fields_of
-
-
-def _needed(make: Callable[..., Mixture], name: str) -> bool:
-    return inspect.signature(make).parameters[name].default is inspect.Parameter.empty
 
 
 # Objects that a JSON line may have in place of "members", and the fields that they stand for.

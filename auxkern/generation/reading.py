@@ -22,42 +22,6 @@ from auxkern.model.text import padded
 from auxkern.ops.dense import dense_logits
 
 
-class LmSide(NamedTuple):
-    """What one language model adds to a mixture.
-
-    Attributes:
-        head: how it makes logits of hidden states.
-        hidden: (R, 1, D) of R members.
-        rows: whose each one is, of N.
-        turns: how many members of that row stand before it.
-        weights: of each.
-    """
-
-    head: base.OutputHead
-    hidden: Tensor
-    rows: AnySequence[int]
-    turns: AnySequence[int]
-    weights: AnySequence[float]
-
-    def term(self, N: int, V: int) -> Term:
-        """The weighted sum as one term, rows (N, 1): of hidden states where logits are linear in them.
-
-        A row's numbers are made of its own members, one after the other, whatever the rows beside it are.
-        """
-        if list(self.rows) == list(range(N)) and all(weight == 1.0 for weight in self.weights):
-            return Head(self.hidden, *self.head)
-        linear = self.head.softcap is None and self.head.bias is None
-        z = self.hidden if linear else dense_logits([Head(self.hidden, *self.head)], vocab_size=V)
-        z = z.float()
-        total = z.new_zeros(N, *z.shape[1:])
-        for turn in range(max(self.turns) + 1):
-            of = [i for i, one in enumerate(self.turns) if one == turn]
-            rows, own = (to_device(which, z.device) for which in ([self.rows[i] for i in of], of))
-            weights = to_device([self.weights[i] for i in of], z.device, torch.float32)
-            total = total.index_add(0, rows, z[own] * weights[:, None, None])
-        return Head(total, *self.head) if linear else Logits(total)
-
-
 class Readings(NamedTuple):
     """Readers of one model, and the passes that were made for them.
 
@@ -70,6 +34,18 @@ class Readings(NamedTuple):
     readers: list[Reader]
     rows: list[int]
     of: list[int]
+
+    @classmethod
+    def each(cls, readers: list[Reader], sequences: Sequences, of: list[int] | None = None) -> Readings:
+        """Of a batch, each reader by itself where nothing else is said."""
+        place = {id(sequence): row for row, sequence in enumerate(sequences)}
+        rows = [place[id(reader.sequence)] for reader in readers]
+        return cls(readers, rows, list(range(len(readers))) if of is None else of)
+
+    @property
+    def read(self) -> list[Reader]:
+        """One reader of each row of the pass."""
+        return list(dict(zip(self.of, self.readers, strict=True)).values())
 
 
 class LmPass(NamedTuple):
@@ -88,24 +64,48 @@ class LmPass(NamedTuple):
     @property
     def lengths(self) -> int:
         """Tokens of all contexts."""
-        known = dict(zip(self.readings.of, self.readings.readers, strict=True))
-        return sum(len(reader.ids) for reader in known.values())
+        return sum(len(reader.ids) for reader in self.readings.read)
 
-    def side(self, lm: Any) -> LmSide:
-        """Its part of the sum."""
-        device = self.output.states.device
-        hidden = self.output.states[:, -1:, 0]
-        readings = self.readings
-        if readings.of != list(range(hidden.shape[0])):
-            hidden = hidden[to_device(readings.of, device)]
-        turns = [reader.turn for reader in readings.readers]
-        weights = [1.0 if r.part.weight is None else r.part.weight for r in readings.readers]
-        return LmSide(base.output_head(lm), hidden, readings.rows, turns, weights)
+    @property
+    def hidden(self) -> Tensor:
+        """(U, 1, D) final hidden states of the last tokens."""
+        return self.output.states[:, -1:, 0]
+
+    def term(self, lm: Any, N: int, V: int) -> Term:
+        """The weighted sum of the members, rows (N, 1): of hidden states where logits are linear in them.
+
+        A row's numbers are made of its own members, one after the other, whatever the rows beside it are.
+        """
+        readers, rows, of = self.readings
+        head, hidden = base.output_head(lm), _rows_of(self.hidden, of)
+        weights = [1.0 if one.part.weight is None else one.part.weight for one in readers]
+        if rows == list(range(N)) and all(weight == 1.0 for weight in weights):
+            return Head(hidden, *head)
+        linear = head.softcap is None and head.bias is None
+        z = (hidden if linear else dense_logits([Head(hidden, *head)], vocab_size=V)).float()
+        total = z.new_zeros(N, *z.shape[1:])
+        for own in _turns(readers):
+            some = to_device([weights[i] for i in own], z.device, torch.float32)
+            into = to_device([rows[i] for i in own], z.device)
+            total = total.index_add(0, into, z[to_device(own, z.device)] * some[:, None, None])
+        return Head(total, *head) if linear else Logits(total)
+
+
+def _rows_of(x: Tensor, rows: list[int]) -> Tensor:
+    """Rows of a tensor; itself where that is all of them, in order."""
+    return x if rows == list(range(x.shape[0])) else x[to_device(rows, x.device)]
+
+
+def _turns(readers: list[Reader]) -> list[list[int]]:
+    """Places of the readers whose sequence has none of the model before them, has one, and so on."""
+    turns: dict[int, list[int]] = {}
+    for place, reader in enumerate(readers):
+        turns.setdefault(reader.turn, []).append(place)
+    return [turns[turn] for turn in sorted(turns)]
 
 
 def unique_readings(readers: list[Reader], sequences: Sequences, key: Any) -> tuple[Readings, list[Reader]]:
     """Readers, of whom those with one key are read once; and the first of each key, in order."""
-    place = {id(sequence): row for row, sequence in enumerate(sequences)}
     known: dict[Hashable, int] = {}
     first: list[Reader] = []
     of = []
@@ -115,7 +115,7 @@ def unique_readings(readers: list[Reader], sequences: Sequences, key: Any) -> tu
             known[mine] = len(first)
             first.append(reader)
         of.append(known[mine])
-    return Readings(readers, [place[id(reader.sequence)] for reader in readers], of), first
+    return Readings.each(readers, sequences, of), first
 
 
 def first_pass(
@@ -140,13 +140,7 @@ def next_pass(lm: Any, lane: Lane, sequences: Sequences, last: Tensor, layers: l
     ids = (last if rows is None else last[rows])[:, None]
     mask = torch.cat([lane.table.window, torch.ones_like(ids)], 1)
     output = base.run_base(lm, ids, mask, layers=layers, cache=lane.table.cache, use_cache=True)
-    place = {id(sequence): row for row, sequence in enumerate(sequences)}
-    readings = Readings(
-        lane.readers,
-        [place[id(reader.sequence)] for reader in lane.readers],
-        list(range(len(lane.readers))),
-    )
-    return LmPass(readings, output, (ids, mask))
+    return LmPass(Readings.each(lane.readers, sequences), output, (ids, mask))
 
 
 class AuxiliaryPass(NamedTuple):
@@ -167,8 +161,7 @@ class AuxiliaryPass(NamedTuple):
     @property
     def condition_tokens(self) -> int:
         """Of all conditions that were read."""
-        known = dict(zip(self.readings.of, self.readings.readers, strict=True))
-        return sum(len(reader.part.condition_ids) for reader in known.values())
+        return sum(len(reader.part.condition_ids) for reader in self.readings.read)
 
 
 class Auxiliaries:
@@ -201,9 +194,8 @@ class Auxiliaries:
 
     def next(self, lane: AuxiliaryLane, sequences: Sequences) -> AuxiliaryPass:
         """One more token of every member of a lane."""
-        place = {id(sequence): row for row, sequence in enumerate(sequences)}
         readers, n = lane.readers, len(lane.readers)
-        readings = Readings(readers, [place[id(one.sequence)] for one in readers], list(range(n)))
+        readings = Readings.each(readers, sequences)
         K = max(len(one.part.condition_ids) for one in readers)
         ids, mask = lane.condition[:, :n, :K]
         part = AuxiliaryRows(lane.name, None, lane.cache(K))
@@ -220,10 +212,8 @@ class Auxiliaries:
         condition: tuple[Tensor, Tensor],
         of_base: list[int],
     ) -> AuxiliaryPass:
-        (ids, mask), states = self._read.inputs, self._read.output.states
-        if of_base != list(range(len(ids))):
-            rows = to_device(of_base, ids.device)
-            ids, mask, states = ids[rows], mask[rows], states[rows]
+        given = (*self._read.inputs, self._read.output.states)
+        ids, mask, states = (_rows_of(one, of_base) for one in given)
         model = self._model
         weights = [
             model.auxiliary_scale(part.name) if one.part.weight is None else one.part.weight
@@ -246,11 +236,8 @@ def added_of(passes: AnySequence[tuple[str, AuxiliaryPass]], N: int, device: tor
     added: Added = []
     for name, made in passes:
         readings = made.readings
-        turns: dict[int, list[int]] = {}
-        for place, reader in enumerate(readings.readers):
-            turns.setdefault(reader.turn, []).append(place)
-        for turn in sorted(turns):
-            rows, of = ([one[i] for i in turns[turn]] for one in (readings.rows, readings.of))
+        for turn in _turns(readings.readers):
+            rows, of = ([one[i] for i in turn] for one in (readings.rows, readings.of))
             whole = rows == list(range(N))
             same = of == list(range(made.terms[0].leading[0]))
             terms = made.terms if same else [sequences_of(term, to_device(of, device)) for term in made.terms]
@@ -262,8 +249,4 @@ def first_alone(read: LmPass, lm: Any, N: int) -> Head:
     """The logits of each sequence's first member of the base, rows (N, 1)."""
     readers, rows, of = read.readings
     place = {row: of[i] for i, (reader, row) in enumerate(zip(readers, rows, strict=True)) if not reader.turn}
-    states, of_row = read.output.states, [place[row] for row in range(N)]
-    hidden = states[:, -1:, 0]
-    if of_row != list(range(hidden.shape[0])):
-        hidden = hidden[to_device(of_row, states.device)]
-    return Head(hidden, *base.output_head(lm))
+    return Head(_rows_of(read.hidden, [place[row] for row in range(N)]), *base.output_head(lm))

@@ -15,8 +15,15 @@ from torch import Tensor
 from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.seeds import mixed_seed
 from auxkern.core.terms import Sparse, as_number
-from auxkern.generation.members import BASE, SHORTHANDS, Member, Part, members_from
-from auxkern.model.text import check_unicode
+from auxkern.generation.members import (
+    BASE,
+    SHORTHANDS,
+    Member,
+    Part,
+    check_text,
+    check_weight,
+    members_from,
+)
 from auxkern.ops.sampling_params import SamplingParams
 
 FinishReason = Literal["end", "stop", "length", "error"]
@@ -77,7 +84,7 @@ class Request:
             object.__setattr__(self, name, as_number(getattr(self, name)))
         check_id(self.id)
         for name in ("condition", "prompt"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         if not isinstance(self.params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {type(self.params).__name__}")
         for name in _SAMPLING:
@@ -94,7 +101,7 @@ class Request:
         if not isinstance(self.stop, tuple):
             raise TypeError(f"stop must be a tuple of str, got {type(self.stop).__name__}; write (text,)")
         for text in self.stop:
-            _check_text("stop", text)
+            check_text("stop", text)
             if not text:
                 raise ValueError("stop holds an empty str, which would end every text at once; leave it out")
         if not isinstance(self.stop_token_ids, tuple):
@@ -229,17 +236,12 @@ class Request:
 
     def _check_auxiliary(self) -> None:
         if self.auxiliary is not None:
-            _check_text("auxiliary", self.auxiliary)
+            check_text("auxiliary", self.auxiliary)
             if not self.auxiliary:
                 raise ValueError("auxiliary is empty; name one, or pass None for the language model alone")
         scale = self.aux_scale
-        if scale is None:
-            return
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"aux_scale must be a number or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"aux_scale is {scale}; it must be finite")
-        if self.auxiliary is None:
+        check_weight("aux_scale", scale)
+        if scale is not None and self.auxiliary is None:
             raise ValueError(f"aux_scale is {scale} but auxiliary is None; leave one of them out")
 
 
@@ -502,15 +504,9 @@ def check_id(id: Any) -> None:
     if isinstance(id, bool) or not isinstance(id, (str, int)):
         raise TypeError(f"id must be a str or an int, got {type(id).__name__}: {id!r:.60}")
     if isinstance(id, str):
-        _check_text("id", id)
+        check_text("id", id)
         if not id:
             raise ValueError("id is empty; leave it out, or name the request")
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}: {value!r:.60}")
-    check_unicode(name, value)
 
 
 def _check_integer(name: str, value: Any, least: int, below: int | None = None) -> None:

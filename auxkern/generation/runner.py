@@ -202,7 +202,7 @@ class Runner:
         self, sequences: Sequences, reads: Mapping[str, LmPass], passes: list[tuple[str, AuxiliaryPass]]
     ) -> Said:
         N, V = len(sequences), self.model.config.vocab_size
-        own, *others = (read.side(self._lms[name]).term(N, V) for name, read in reads.items())
+        own, *others = (read.term(self._lms[name], N, V) for name, read in reads.items())
         added = added_of(passes, N, self.model.device)
         judged, sides = any(one.request.plausibility for one in sequences), None
         wanted = _wants_logprobs(sequences)

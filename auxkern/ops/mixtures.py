@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -90,14 +91,12 @@ def mixed_probabilities(
     whole = torch.stack(torch.broadcast_tensors(*shares)).sum(0)
     if whole.device.type == "cpu" and bool((whole == 0).any()):
         raise ValueError("weights are all 0 in a row; give one member some")
-    total: Tensor | None = None
-    for z, share in zip(each, shares, strict=True):
-        # What a member without a weight says, NaN too, must not count.
-        part = torch.where(share > 0, z.log_softmax(-1) + (share / whole).log(), -torch.inf)
-        total = part if total is None else torch.logaddexp(total, part)
-    if total is None:
-        raise ValueError("there are no groups; give at least one")
-    return Logits(total)
+    # What a member without a weight says, NaN too, must not count.
+    parts = [
+        torch.where(share > 0, z.log_softmax(-1) + (share / whole).log(), -torch.inf)
+        for z, share in zip(each, shares, strict=True)
+    ]
+    return Logits(reduce(torch.logaddexp, parts))
 
 
 def _common(groups: Sequence[list[Term]], vocab_size: int | None) -> int:

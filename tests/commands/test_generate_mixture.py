@@ -37,10 +37,16 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def arguments(folder: Path, output: str) -> list[str]:
+    files = {"--mixture": "mixture.yaml", "--input": "lines.jsonl", "--output": output}
+    return [
+        str(folder / "pair"),
+        *(word for flag, name in files.items() for word in (flag, str(folder / name))),
+    ]
+
+
 def written(folder: Path, output: str = "texts.jsonl", *more: str) -> tuple[int, dict[int, dict[str, Any]]]:
-    arguments = [str(folder / "pair"), "--mixture", str(folder / "mixture.yaml")]
-    arguments += ["--input", str(folder / "lines.jsonl"), "--output", str(folder / output)]
-    status = generate.main([*arguments, "--max-new-tokens", "6", "--max-length", "32", *more])
+    status = generate.main([*arguments(folder, output), "--max-new-tokens", "6", "--max-length", "32", *more])
     texts = [json.loads(line) for line in (folder / output).read_text().splitlines()]
     return status, {text["id"]: text for text in texts if "id" in text}
 
@@ -71,9 +77,7 @@ def test_another_file_is_another_run(folder, capsys):
 
 def test_a_model_of_other_tokens_is_refused_by_name(folder, capsys):
     word_tokenizer(("a", "b")).save_pretrained(folder / "small")
-    arguments = [str(folder / "pair"), "--mixture", str(folder / "mixture.yaml")]
-    arguments += ["--input", str(folder / "lines.jsonl"), "--output", str(folder / "texts.jsonl")]
-    status = generate.main(arguments)
+    status = generate.main(arguments(folder, "texts.jsonl"))
     assert status == 2
     said = capsys.readouterr().err
     assert "model 'small'" in said
