@@ -3,54 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from auxkern.core.terms import Head, Logits, Sparse, Term, rows_of
+from auxkern.core.terms import Term, rows_of
 from auxkern.model import base, fitting, refusals
 from auxkern.model.auxiliary import build_auxiliary
-from auxkern.model.caches import CACHE_NAME, AuxiliaryRows, PairCache
+from auxkern.model.caches import CACHE_NAME, PairCache
 from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.generation import PairGeneration
-from auxkern.model.inputs import BaseSide, PairInputs
-from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
+from auxkern.model.inputs import PairInputs
+from auxkern.model.interface import traits_of
 from auxkern.model.layers import ZeroLinear
-from auxkern.model.mixing import Alone, alone, mixed
 from auxkern.model.native import compute_of, use_native_kernels
+from auxkern.model.pair_terms import DEFAULT, PairSum
 from auxkern.model.saving import check_complete, tied_weights
 from auxkern.model.text import IGNORED
-from auxkern.nn import FrozenLinear
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 
-DEFAULT = "default"
 # A causal LM of transformers, by the name of its class.
 _KNOWN_CAUSAL_LM = "GPT2LMHeadModel"
 
 
-class PairTerms(NamedTuple):
-    """What ``terms`` returns.
-
-    Attributes:
-        terms: of the sum, rows (B, T).
-        cache: None unless asked for.
-        alone: the terms of either side; None unless asked for.
-    """
-
-    terms: list[Term]
-    cache: PairCache | None
-    alone: Alone | None
-
-
-class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
+class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMixin):
     """softmax(logits_LM + aux_scale * logits_aux), the LM frozen (Zeldes et al. 2020, eq. 1).
 
     ``parameters()``, ``state_dict()`` and a checkpoint hold the auxiliary alone. The LM, ``model.lm``,
@@ -264,19 +247,6 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             use_native_kernels(module, compute)
         return self
 
-    def auxiliary_scale(self, name: str) -> float:
-        """The mixing weight that an auxiliary was trained with."""
-        return float(self._named(name).config.aux_scale)
-
-    def auxiliary_traits(self, name: str) -> AuxiliaryTraits:
-        """What an auxiliary says of itself."""
-        return traits_of(self._named(name).auxiliary)
-
-    @property
-    def auxiliary_names(self) -> list[str]:
-        """Names for ``generate(auxiliary=...)``."""
-        return [DEFAULT, *self._others]
-
     def _get_name(self) -> str:
         # The Trainer's label smoothing asks for it, and shifts the labels of names that transformers lists.
         return _KNOWN_CAUSAL_LM
@@ -423,184 +393,6 @@ class AuxTunedForCausalLM(PairGeneration, PreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_NAME: new_cache}
         )
         return output.to_tuple() if return_dict is False else output
-
-    def terms(
-        self,
-        batch: PairInputs,
-        *,
-        lm_states: Tensor | base.LmOutput | None = None,
-        cache: PairCache | None = None,
-        use_cache: bool = False,
-        auxiliary_ids: Tensor | None = None,
-        aux_scale: float | Tensor | None = None,
-        keep: int = 0,
-        separate: bool = False,
-    ) -> PairTerms:
-        """The terms of the last ``keep`` (0: all) positions' logits, rows (B, T), and the caches.
-
-        Arguments as in ``forward``; for ``lm_states`` also what the base has made of the batch, with all of
-        its hidden states. With ``separate`` the terms of either side are wanted, too.
-        """
-        parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
-        layers = self.layers_read(part.name for part in parts)
-        if isinstance(lm_states, Tensor):
-            self._check_states(lm_states, batch, layers, use_cache)
-            lm_states = base.LmOutput(lm_states, None, None)
-        elif lm_states is None:
-            lm_states = self._run_lm(batch, layers, cache, use_cache)
-        else:
-            layers = list(range(lm_states.states.shape[2] - 1))
-        states, logits, lm = lm_states
-        hidden, head = states[:, -keep:, 0], None
-        if logits is None:
-            head = base.output_head(self.lm)
-            lm_term: Term = Head(hidden, *head)
-        else:
-            lm_term = Logits(logits[:, -keep:])
-        caches: list[AuxiliaryRows] = []
-        added: list[tuple[AuxiliaryRows, list[Term]]] = []
-        for part in parts:
-            rows = slice(None) if part.rows is None else part.rows
-            here = batch if part.rows is None else batch.rows(part.rows)
-            side = BaseSide(states[rows], layers, None if logits is None else logits[rows], head)
-            scale = aux_scale[rows] if isinstance(aux_scale, Tensor) else aux_scale
-            cache_of_part, terms = self.auxiliary_part(
-                part, here, side, scale, use_cache=use_cache, keep=keep
-            )
-            caches.append(cache_of_part)
-            added.append((part, terms))
-        pair_cache = PairCache(lm, caches) if use_cache else None
-        V: Any = self.config.vocab_size
-        sides = alone(lm_term, added, V) if separate else None
-        return PairTerms(mixed(lm_term, added, V), pair_cache, sides)
-
-    def layers_read(self, names: Iterable[str]) -> list[int]:
-        """Hidden states of the base that some auxiliaries read, in order."""
-        return sorted({layer for name in names for layer in self._named(name).config.lm_layers})
-
-    def auxiliary_part(
-        self,
-        part: AuxiliaryRows,
-        batch: PairInputs,
-        side: BaseSide,
-        scale: float | Tensor | None,
-        *,
-        use_cache: bool,
-        keep: int,
-    ) -> tuple[AuxiliaryRows, list[Term]]:
-        """What one auxiliary adds to the logits of the last ``keep`` (0: all) positions, and its new cache.
-
-        Args:
-            part: which auxiliary, and its cache; R are its rows.
-            batch: what these rows read.
-            side: what the base made of them.
-            scale: its mixing weight, or (R,) weights; None for the one that it was trained with.
-            use_cache: whether a cache is wanted.
-            keep: positions.
-        """
-        model = self._named(part.name)
-        embedding: Tensor = self.lm.get_input_embeddings().weight
-        read, layers = model.config.lm_layers, side.layers
-        states = side.states
-        chosen = states[:, :, 1:] if read == layers else states[:, :, [1 + layers.index(i) for i in read]]
-        scores = model.lm_scores(states[:, :, 0], side.logits, batch.condition_ids)
-        output = model.auxiliary(batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
-        cache = AuxiliaryRows(part.name, part.rows, output.cache)
-        scale = model.config.aux_scale if scale is None else scale
-        output = output.positions(lambda values: values[:, -keep:])
-        return cache, model.auxiliary_terms(output, batch, scale, side.head)
-
-    def auxiliary_terms(
-        self,
-        output: AuxiliaryOutput,
-        batch: PairInputs,
-        scale: float | Tensor,
-        head: base.OutputHead | None = None,
-    ) -> list[Term]:
-        """What this model's own auxiliary adds to the logits of its rows (B, T).
-
-        ``head`` is the base's, where it is known already.
-        """
-        hidden = output.hidden
-        scales = scale[:, None].expand(hidden.shape[:2]) if isinstance(scale, Tensor) else scale
-        if self.config.head == "shared":
-            head = base.output_head(self.lm) if head is None else head
-            terms: list[Term] = [Head(self.head(hidden), head.weight, scale=scales, packed=head.packed)]
-        else:
-            packed = self.head.packed() if isinstance(self.head, FrozenLinear) else None
-            terms = [Head(hidden, self.head.weight, scale=scales, packed=packed)]
-        if output.pointer is not None and batch.condition_ids.shape[1]:
-            factor = scale[:, None, None] if isinstance(scale, Tensor) else scale
-            mask = batch.condition_mask[:, None, :] != 0
-            values = torch.where(mask, output.pointer * factor, 0.0)
-            ids = batch.condition_ids[:, None, :] * mask
-            ends = self.config.end_ids()
-            if output.end is not None and ends:
-                added = output.end[:, :, None] * factor
-                values = torch.cat([values, *[added] * len(ends)], -1)
-                # Filled on the device: a recorded CUDA graph takes nothing from the host.
-                ids = torch.cat([ids, *(ids.new_full((len(ids), 1, 1), end) for end in ends)], -1)
-            terms.append(Sparse(ids.expand(values.shape), values))
-        return terms
-
-    def lm_scores(self, hidden: Tensor, logits: Tensor | None, condition_ids: Tensor) -> Tensor | None:
-        """(B, T, K) float32 logits that the base gives the condition's tokens; None if nothing reads them.
-
-        Args:
-            hidden: (B, T, D_lm) the base's final hidden states.
-            logits: (B, T, V) its own logits, with ``lm_term="logits"``.
-            condition_ids: (B, K).
-        """
-        if not (self.config.pointer and self.config.pointer_reads_lm):
-            return None
-        return base.logits_of_ids(self.lm, hidden, logits, condition_ids)
-
-    def _named(self, name: str) -> AuxTunedForCausalLM:
-        return self if name == DEFAULT else self._others[name]
-
-    def _parts(self, auxiliary_ids: Tensor | None) -> list[AuxiliaryRows]:
-        if auxiliary_ids is None:
-            return [AuxiliaryRows(DEFAULT, None, None)]
-        names, listed = self.auxiliary_names, auxiliary_ids.tolist()
-        if not all(-1 <= i < len(names) for i in listed):
-            raise ValueError(
-                f"auxiliary_ids is {listed}; each is an index into {names}, or -1 for the base alone"
-            )
-        if len(set(listed)) == 1 and listed[0] >= 0:
-            return [AuxiliaryRows(names[listed[0]], None, None)]
-        return [
-            AuxiliaryRows(name, (auxiliary_ids == i).nonzero()[:, 0], None)
-            for i, name in enumerate(names)
-            if i in listed
-        ]
-
-    def _run_lm(
-        self, batch: PairInputs, layers: list[int], cache: PairCache | None, use_cache: bool
-    ) -> base.LmOutput:
-        return base.run_base(
-            self.lm,
-            batch.input_ids,
-            batch.attention_mask,
-            layers=layers,
-            cache=None if cache is None else cache.lm,
-            use_cache=use_cache,
-            want_logits=self.config.lm_term == "logits",
-        )
-
-    def _check_states(self, states: Tensor, batch: PairInputs, layers: list[int], use_cache: bool) -> None:
-        wanted = (*batch.input_ids.shape, 1 + len(self.config.lm_layers), self.config.lm_hidden_size)
-        if use_cache or self.config.lm_term == "logits":
-            raise ValueError('lm_states are for training and scoring with lm_term="head", not with caches')
-        if tuple(states.shape) != wanted:
-            raise ValueError(
-                f"lm_states has shape {tuple(states.shape)} but it must be {wanted}: (B, T, 1 + L, D_lm) for "
-                f"lm_layers {self.config.lm_layers}"
-            )
-        if layers != self.config.lm_layers:
-            raise ValueError(
-                f"lm_states are for lm_layers {self.config.lm_layers}, but another auxiliary reads {layers}; "
-                "they serve the model's own auxiliary only"
-            )
 
     def _loss(self, terms: list[Term], labels: Tensor, num_items: int | Tensor | None) -> Tensor:
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from auxkern.model.base import positions_for
-from auxkern.model.modeling import DEFAULT, AuxTunedForCausalLM
+from auxkern.model.modeling import AuxTunedForCausalLM
+from auxkern.model.pair_terms import DEFAULT
 from auxkern.model.text import IGNORED
 from auxkern.training.examples import Items
 
