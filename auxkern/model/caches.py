@@ -22,11 +22,30 @@ class AuxiliaryRows:
         name: of the auxiliary.
         rows: (R,) int64 indices of the batch; None for all of it.
         cache: what the auxiliary returned.
+        places: (R,) int64, where it stands among the auxiliaries of each; None where a sequence has one
+            condition and one weight.
     """
 
     name: str
     rows: Tensor | None
     cache: Any
+    places: Tensor | None = None
+
+    def of(self, values: Tensor, per_auxiliary: bool) -> Tensor:
+        """What its sequences have of values (B, ...), or (B, A, ...) with one for each auxiliary.
+
+        Raises:
+            ValueError: there is one for each, but nothing says which auxiliaries a sequence has.
+        """
+        if not per_auxiliary:
+            return values if self.rows is None else values[self.rows]
+        if self.places is None:
+            raise ValueError(
+                f"shape {tuple(values.shape)} has several conditions or weights for a sequence; give "
+                "auxiliary_ids (B, A) that say which auxiliaries they are for"
+            )
+        rows = torch.arange(len(values), device=values.device) if self.rows is None else self.rows
+        return values[rows, self.places]
 
 
 class PairCache:

@@ -22,7 +22,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from auxkern.core.terms import rows_of
 from auxkern.model.caches import PairCache
-from auxkern.model.inputs import PairInputs
+from auxkern.model.inputs import PairInputs, checked_weights
+from auxkern.model.text import padded
 from auxkern.ops.sample import sample
 from auxkern.ops.sampling_params import SamplingParams
 
@@ -65,7 +66,7 @@ class _FromConfig(LogitsProcessorList):
 
 
 class PairGeneration(GenerationMixin):
-    """transformers' ``generate``, with a condition, a seed, an auxiliary and a mixing weight per sequence."""
+    """transformers' ``generate``, with conditions, a seed, auxiliaries and mixing weights per sequence."""
 
     @torch.no_grad()
     def generate(
@@ -74,8 +75,8 @@ class PairGeneration(GenerationMixin):
         generation_config: Any = None,
         *args: Any,
         seeds: Sequence[int] | Tensor | None = None,
-        auxiliary: str | Sequence[str | None] | None = "default",
-        aux_scale: float | Sequence[float] | Tensor | None = None,
+        auxiliary: str | Sequence[str | Sequence[str] | None] | None = "default",
+        aux_scale: float | Sequence[float | Sequence[float] | None] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Token ids; arguments as in transformers' ``generate``, and these.
@@ -87,11 +88,14 @@ class PairGeneration(GenerationMixin):
 
         Args:
             inputs: (B, T) ids, left-padded; or ``input_ids`` and ``attention_mask`` by name.
-            condition_ids, condition_mask: (B, K), by name.
+            condition_ids, condition_mask: (B, K), by name; (B, A, K) where each of a text's auxiliaries
+                has its own, in their order (``TextFormat.prompts`` makes them).
             seeds: one int for each returned sequence, B * num_return_sequences of them; drawn from
                 torch's global generator if None.
-            auxiliary: name of an auxiliary, None for the base alone, or one of these for each input.
-            aux_scale: mixing weight instead of the config's; a float, or one for each input.
+            auxiliary: name of an auxiliary, None for the base alone, or one of these for each input; a list
+                of names for an input adds up several.
+            aux_scale: mixing weight instead of those of the configs; a float, one for each input, or a list
+                of one for each of its auxiliaries.
 
         Raises:
             ValueError: there is no such auxiliary, an argument has the wrong number of entries, or an
@@ -100,10 +104,20 @@ class PairGeneration(GenerationMixin):
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         ids = _checked_ids(ids, kwargs.get("attention_mask"))
         B = ids.shape[0]
+        counts = None
         if auxiliary != "default":
-            kwargs["auxiliary_ids"] = self._auxiliary_ids(auxiliary, B).to(ids.device)
+            indices = self._auxiliary_ids(auxiliary, B)
+            if _is_nested(auxiliary):
+                counts = [len(row) for row in indices]
+                rows, _ = padded(indices, -1)
+            else:
+                rows = torch.tensor([row[0] if row else -1 for row in indices])
+            kwargs["auxiliary_ids"] = rows.to(ids.device)
         if aux_scale is not None:
-            kwargs["aux_scale"] = _mixing(aux_scale, B, ids.device)
+            if _is_nested(aux_scale):
+                aux_scale = _weights_of(aux_scale, counts, B)
+            shape = (B,) if counts is None else (B, max(counts))
+            kwargs["aux_scale"] = checked_weights(aux_scale, shape, ids.device)
         if seeds is not None:
             kwargs["seeds"] = tuple(map(int, seeds))  # a tuple is not repeated for return sequences
         return super().generate(inputs, generation_config, *args, **kwargs)
@@ -114,17 +128,23 @@ class PairGeneration(GenerationMixin):
             return self.lm.config.get_text_config()
         return self.auxiliary_traits(auxiliary).transformer_config
 
-    def _auxiliary_ids(self, auxiliary: str | Sequence[str | None] | None, B: int) -> Tensor:
-        names: list[str | None] = [None, *self.auxiliary_names]
+    def _auxiliary_ids(self, auxiliary: Any, B: int) -> list[list[int]]:
+        """Indices of the auxiliaries of each input."""
         asked = [auxiliary] * B if auxiliary is None or isinstance(auxiliary, str) else list(auxiliary)
         if len(asked) != B:
             raise ValueError(f"auxiliary has {len(asked)} names but there are {B} inputs; give each one")
-        for name in asked:
-            if name not in names:
-                raise ValueError(
-                    f"there is no auxiliary {name!r}; choose one of {names}, or load_auxiliary it"
-                )
-        return torch.tensor([names.index(name) - 1 for name in asked])
+        names = [[] if one is None else list(one) if _is_list(one) else [one] for one in asked]
+        known = self.auxiliary_names
+        for place, row in enumerate(names):
+            for name in row:
+                if name not in known:
+                    can = [None, *known]
+                    raise ValueError(
+                        f"there is no auxiliary {name!r}; choose one of {can}, or load_auxiliary it"
+                    )
+            if len(set(row)) < len(row):
+                raise ValueError(f"auxiliary[{place}] is {row}; name an auxiliary once for a text")
+        return [[known.index(name) for name in row] for row in names]
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, seeds: Any = None, **kwargs: Any
@@ -183,12 +203,12 @@ class PairGeneration(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         condition = model_kwargs.get("condition_ids")
-        K = 0 if condition is None else condition.shape[1]
+        K = 0 if condition is None else condition.shape[-1]
         names: list[str | None] = [None]
         if model_kwargs.get("auxiliary_ids") is None:
             names.append("default")
         else:
-            used = set(model_kwargs["auxiliary_ids"].tolist())
+            used = set(model_kwargs["auxiliary_ids"].flatten().tolist())
             names += [name for i, name in enumerate(self.auxiliary_names) if i in used]
         for name in names:
             needed = generation_config.max_length + (0 if name is None else K)
@@ -332,13 +352,35 @@ def _is_known(processor: Any) -> bool:
     return type(processor) in _SETTINGS
 
 
-def _mixing(aux_scale: float | Sequence[float] | Tensor, B: int, device: torch.device) -> float | Tensor:
-    if isinstance(aux_scale, (int, float)) and not isinstance(aux_scale, bool):
-        return float(aux_scale)
-    scale = torch.as_tensor(aux_scale, dtype=torch.float32, device=device)
-    if scale.shape != (B,):
-        raise ValueError(f"aux_scale has shape {tuple(scale.shape)} but there are {B} inputs; give each one")
-    return scale
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether inputs have lists of their own."""
+    return _is_list(value) and any(_is_list(one) for one in value)
+
+
+def _weights_of(aux_scale: Any, counts: list[int] | None, B: int) -> Tensor:
+    """(B, A) of lists, 0 where an input has fewer auxiliaries.
+
+    Args:
+        aux_scale: a number, a list, or None for no auxiliary, for each input.
+        counts: how many auxiliaries each has; None where they have no lists of names.
+    """
+    if counts is None:
+        raise ValueError("aux_scale has lists, but auxiliary has none; give each input a list of names")
+    if len(aux_scale) != B:
+        raise ValueError(f"aux_scale has {len(aux_scale)} entries but there are {B} inputs; give each one")
+    weights = torch.zeros(B, max(counts))
+    for place, (one, count) in enumerate(zip(aux_scale, counts, strict=True)):
+        row = [] if one is None else one if _is_list(one) else [one] * count
+        if len(row) != count:
+            raise ValueError(
+                f"aux_scale[{place}] is {one} but auxiliary[{place}] names {count}; give each a weight"
+            )
+        weights[place, :count] = torch.tensor([float(weight) for weight in row])
+    return weights
 
 
 def _seed_tensor(seeds: tuple[int, ...] | None, B: int) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from auxkern.model.base import OutputHead
+from auxkern.model.caches import AuxiliaryRows
 from auxkern.model.interface import AuxiliaryInputs
 
 
@@ -16,7 +20,8 @@ class PairInputs:
     Args:
         input_ids: (B, T) int64 new tokens.
         attention_mask: (B, P + T) int64, 1 for real tokens; all are if None.
-        condition_ids, condition_mask: (B, K) int64; no condition if None.
+        condition_ids, condition_mask: (B, K) int64, or (B, A, K), one for each of a sequence's
+            auxiliaries; no condition if None.
         past: P, tokens that came before.
 
     Raises:
@@ -49,6 +54,15 @@ class PairInputs:
         """The same for some sequences, (R,) int64 indices."""
         return PairInputs(*(tensor[rows] for tensor in vars(self).values()))
 
+    def of(self, part: AuxiliaryRows) -> PairInputs:
+        """What one auxiliary reads, with one condition for each of its sequences."""
+        several = self.condition_ids.dim() == 3
+        if part.rows is None and not several:
+            return self
+        text = (part.of(one, False) for one in (self.input_ids, self.attention_mask))
+        conditions = (part.of(one, several) for one in (self.condition_ids, self.condition_mask))
+        return PairInputs(*text, *conditions)
+
     def for_auxiliary(
         self, lm_states: Tensor, lm_embedding: Tensor, lm_scores: Tensor | None, cache: Any, use_cache: bool
     ) -> AuxiliaryInputs:
@@ -61,6 +75,35 @@ class PairInputs:
             cache=cache,
             use_cache=use_cache,
         )
+
+
+def checked_weights(aux_scale: Any, shape: Sequence[int], device: torch.device) -> float | Tensor:
+    """A mixing weight, or a float32 tensor of them.
+
+    Args:
+        aux_scale: one for all, (B,) for each sequence, or (B, A) for each of its auxiliaries.
+        shape: (B,), or (B, A) where sequences have several.
+        device: of the sequences.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it has another shape, or is not finite.
+    """
+    if isinstance(aux_scale, (bool, str)):
+        raise TypeError(f"aux_scale must be a number, or one for each, got {aux_scale!r}")
+    if isinstance(aux_scale, (int, float)):
+        if not math.isfinite(aux_scale):
+            raise ValueError(f"aux_scale is {aux_scale}; it must be finite")
+        return float(aux_scale)
+    scale = torch.as_tensor(aux_scale, device=device).float()
+    if scale.shape not in (shape[:1], shape):
+        raise ValueError(
+            f"aux_scale has shape {tuple(scale.shape)} but there are {shape[0]} inputs; give each one, or "
+            "each of their auxiliaries one"
+        )
+    if not bool(scale.isfinite().all()):
+        raise ValueError(f"aux_scale is {scale.tolist()}; each must be finite")
+    return scale
 
 
 class BaseSide(NamedTuple):
@@ -85,10 +128,10 @@ def _conditions(input_ids: Tensor, ids: Tensor | None, mask: Tensor | None) -> t
         if mask is not None:
             raise ValueError("condition_mask is given without condition_ids; pass both")
         ids = input_ids.new_zeros(B, 0)
-    if ids.dim() != 2 or ids.shape[0] != B:
+    if ids.dim() not in (2, 3) or ids.shape[0] != B:
         raise ValueError(
             f"condition_ids has shape {tuple(ids.shape)} but input_ids {tuple(input_ids.shape)}; give each "
-            "sequence its condition, (B, K)"
+            "sequence its condition, (B, K), or each of its auxiliaries one, (B, A, K)"
         )
     mask = input_ids.new_ones(ids.shape) if mask is None else mask
     if mask.shape != ids.shape:

@@ -19,7 +19,7 @@ from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.generation import PairGeneration
-from auxkern.model.inputs import PairInputs
+from auxkern.model.inputs import PairInputs, checked_weights
 from auxkern.model.interface import traits_of
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.native import compute_of, use_native_kernels
@@ -341,13 +341,15 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
             attention_mask: (B, P + T) int64, 1 for real tokens; padding on either side.
             labels: (B, T) int64: the ids at the same positions, -100 where nothing is to be learnt;
                 position t is scored against label t + 1.
-            condition_ids, condition_mask: (B, K) int64; no condition if None.
+            condition_ids, condition_mask: (B, K) int64, or (B, A, K) where each of a sequence's auxiliaries
+                has its own; no condition if None.
             lm_states: (B, T, 1 + L, D_lm) what the base computes for these ids, from a cache of LM
                 states: the final hidden states, then those of ``config.lm_layers``.
             past_key_values, cache: what an earlier call returned, under either of transformers' names.
             use_cache: whether to return caches.
-            auxiliary_ids: (B,) int64 indices into ``auxiliary_names``, -1 for the base alone.
-            aux_scale: mixing weight instead of the config's; a float, or (B,) without labels.
+            auxiliary_ids: (B,) int64 indices into ``auxiliary_names``, -1 for the base alone; or (B, A),
+                several that are added up, with -1 where a sequence has fewer.
+            aux_scale: mixing weight instead of those of the configs; a float, (B,), or (B, A).
             num_items_in_batch: what divides the summed loss, instead of the number of labels.
             logits_to_keep: how many of the last positions' logits are wanted; 0 for all.
             return_logits: whether logits are wanted. By default without labels, and beside the loss where
@@ -368,6 +370,9 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         cache_wanted = use_cache and labels is None
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch = PairInputs(input_ids, attention_mask, condition_ids, condition_mask, past=past)
+        if aux_scale is not None:
+            shape = batch.input_ids.shape[:1] if auxiliary_ids is None else auxiliary_ids.shape
+            aux_scale = checked_weights(aux_scale, shape, input_ids.device)
         known: Tensor | base.LmOutput | None = lm_states
         hidden_states = None
         if output_hidden_states:

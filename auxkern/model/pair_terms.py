@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class PairSum:
         Arguments as in ``forward``; for ``lm_states`` also what the base has made of the batch, with all of
         its hidden states. With ``separate`` the terms of either side are wanted, too.
         """
-        parts = self._parts(auxiliary_ids) if cache is None else cache.auxiliaries
+        parts = self._parts(auxiliary_ids, batch) if cache is None else cache.auxiliaries
         layers = self.layers_read(part.name for part in parts)
         if isinstance(lm_states, Tensor):
             self._check_states(lm_states, batch, layers, use_cache)
@@ -96,12 +97,13 @@ class PairSum:
         caches: list[AuxiliaryRows] = []
         added: list[tuple[AuxiliaryRows, list[Term]]] = []
         for part in parts:
-            rows = slice(None) if part.rows is None else part.rows
-            here = batch if part.rows is None else batch.rows(part.rows)
-            side = BaseSide(states[rows], layers, None if logits is None else logits[rows], head)
-            scale = aux_scale[rows] if isinstance(aux_scale, Tensor) else aux_scale
+            own = None if logits is None else part.of(logits, False)
+            side = BaseSide(part.of(states, False), layers, own, head)
+            scale = aux_scale
+            if isinstance(scale, Tensor):
+                scale = part.of(scale, scale.dim() == 2)
             cache_of_part, terms = self.auxiliary_part(
-                part, here, side, scale, use_cache=use_cache, keep=keep
+                part, batch.of(part), side, scale, use_cache=use_cache, keep=keep
             )
             caches.append(cache_of_part)
             added.append((part, terms))
@@ -141,7 +143,7 @@ class PairSum:
         chosen = states[:, :, 1:] if read == layers else states[:, :, [1 + layers.index(i) for i in read]]
         scores = model.lm_scores(states[:, :, 0], side.logits, batch.condition_ids)
         output = model.auxiliary(batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
-        cache = AuxiliaryRows(part.name, part.rows, output.cache)
+        cache = replace(part, cache=output.cache)
         scale = model.config.aux_scale if scale is None else scale
         output = output.positions(lambda values: values[:, -keep:])
         return cache, model.auxiliary_terms(output, batch, scale, side.head)
@@ -194,21 +196,36 @@ class PairSum:
     def _named(self, name: str) -> Any:
         return self if name == DEFAULT else self._others[name]
 
-    def _parts(self, auxiliary_ids: Tensor | None) -> list[AuxiliaryRows]:
+    def _parts(self, auxiliary_ids: Tensor | None, batch: PairInputs) -> list[AuxiliaryRows]:
         if auxiliary_ids is None:
             return [AuxiliaryRows(DEFAULT, None, None)]
-        names, listed = self.auxiliary_names, auxiliary_ids.tolist()
-        if not all(-1 <= i < len(names) for i in listed):
+        names, B, conditions = self.auxiliary_names, len(batch.input_ids), batch.condition_ids
+        several, listed = auxiliary_ids.dim() == 2, auxiliary_ids.tolist()
+        if auxiliary_ids.dim() not in (1, 2) or len(listed) != B:
+            raise ValueError(
+                f"auxiliary_ids has shape {tuple(auxiliary_ids.shape)} but there are {B} sequences; give "
+                "each one index, (B,), or several, (B, A)"
+            )
+        if several and conditions.dim() == 3 and conditions.shape[1] != auxiliary_ids.shape[1]:
+            raise ValueError(
+                f"condition_ids has shape {tuple(conditions.shape)} but auxiliary_ids "
+                f"{tuple(auxiliary_ids.shape)}; give each auxiliary of a sequence its condition"
+            )
+        every = [set(row) if several else {row} for row in listed]
+        if not all(-1 <= i < len(names) for row in every for i in row):
             raise ValueError(
                 f"auxiliary_ids is {listed}; each is an index into {names}, or -1 for the base alone"
             )
-        if len(set(listed)) == 1 and listed[0] >= 0:
-            return [AuxiliaryRows(names[listed[0]], None, None)]
-        return [
-            AuxiliaryRows(name, (auxiliary_ids == i).nonzero()[:, 0], None)
-            for i, name in enumerate(names)
-            if i in listed
-        ]
+        parts = []
+        for i, name in enumerate(names):
+            if not any(i in row for row in every):
+                continue
+            rows, *places = (auxiliary_ids == i).nonzero(as_tuple=True)
+            if len(rows) > sum(i in row for row in every):
+                raise ValueError(f"auxiliary_ids has {name!r} twice for a sequence; name an auxiliary once")
+            whole = len(rows) == B
+            parts.append(AuxiliaryRows(name, None if whole else rows, None, *places))
+        return parts
 
     def _run_lm(
         self, batch: PairInputs, layers: list[int], cache: PairCache | None, use_cache: bool

@@ -180,19 +180,22 @@ class TextFormat:
             for example, condition, prompt, text in zip(examples, conditions, prompts, texts, strict=True)
         ]
 
-    def prompts(self, conditions: Sequence[str], prompts: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def prompts(
+        self, conditions: Sequence[str | Sequence[str]], prompts: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """What ``generate`` takes: the beginning of B sequences, and their conditions.
 
         Args:
-            conditions: B of them.
+            conditions: B of them; or B lists, with one for each of a text's auxiliaries.
             prompts: B of them, or None for empty ones.
 
         Returns:
             int64 tensors: input_ids and attention_mask (B, T), [start] prompt, padded on the left, so
-            that new tokens follow; condition_ids and condition_mask (B, K), padded on the right.
+            that new tokens follow; condition_ids and condition_mask (B, K), padded on the right, or (B, A, K)
+            of lists.
 
         Raises:
-            TypeError: a str stands where a sequence of them belongs.
+            TypeError: a str stands where a sequence of them belongs, or beside lists.
             ValueError: there are no conditions, or not as many prompts.
         """
         for name, value in (("conditions", conditions), ("prompts", prompts)):
@@ -209,8 +212,7 @@ class TextFormat:
         begun = [self._begun(ids) for ids in self._ids(prompts)]
         inputs: dict[str, Tensor] = {}
         inputs["input_ids"], inputs["attention_mask"] = padded(begun, self.pad_id, side="left")
-        condition_ids = self._condition_ids(conditions)
-        inputs["condition_ids"], inputs["condition_mask"] = padded(condition_ids, self.pad_id)
+        inputs["condition_ids"], inputs["condition_mask"] = self._conditions(conditions)
         return inputs
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
@@ -241,6 +243,19 @@ class TextFormat:
         if self.max_length is not None:
             learned = learned[: self.max_length - len(begun)]
         return {"input_ids": begun + learned, "labels": [IGNORED] * len(begun) + learned}
+
+    def _conditions(self, conditions: Sequence[str | Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (B, K), or (B, A, K) of lists."""
+        single = [isinstance(one, str) for one in conditions]
+        if any(single) and not all(single):
+            raise TypeError("conditions mix str and lists; give each text a list, or each a str")
+        lists = [[one] if isinstance(one, str) else list(one) for one in conditions]
+        each = iter(self._condition_ids([one for row in lists for one in row]))
+        A = max(map(len, lists))
+        filled = [next(each) if place < len(row) else [] for row in lists for place in range(A)]
+        ids, mask = padded(filled, self.pad_id)
+        shape = (-1,) if all(single) else (A, ids.shape[1])
+        return ids.reshape(len(lists), *shape), mask.reshape(len(lists), *shape)
 
     def _condition_ids(self, conditions: Sequence[str]) -> list[list[int]]:
         return self._ids([self.condition_template.format(condition=condition) for condition in conditions])
