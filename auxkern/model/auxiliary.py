@@ -61,7 +61,7 @@ class InputVectors(nn.Module):
         return self.dropout(self._vectors(inputs.condition_ids, inputs) + self.condition_type)
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """Positions of a batch with all padding first: windows, convolutions and states then meet none between.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Order(NamedTuple):
         return hidden.take_along_dim(self.places[:, :, None], 1)
 
 
-def _padding_first(mask: Tensor) -> _Order:
+def padding_first(mask: Tensor) -> Order:
     """The order for a mask (B, S)."""
     real = (mask != 0).long()
     positions = real.argsort(dim=1, stable=True)
@@ -91,7 +91,7 @@ def _padding_first(mask: Tensor) -> _Order:
     # Columns that are padding in every row; on a GPU a host would have to wait for their number.
     counted = mask.device.type == "cpu" and mask.numel() > 0
     spare = mask.shape[1] - max(1, int(real.sum(1).max())) if counted else 0
-    return _Order(real.sort(1).values[:, spare:], positions[:, spare:], (places - spare).clamp_min(0))
+    return Order(real.sort(1).values[:, spare:], positions[:, spare:], (places - spare).clamp_min(0))
 
 
 class TransformerAuxiliary(AuxiliaryTraits, nn.Module):
@@ -155,7 +155,7 @@ class DecoderAuxiliary(TransformerAuxiliary):
         mask = inputs.attention_mask[:, -T:]
         if first:
             vectors = torch.cat([self.inputs.condition(inputs), vectors], 1)
-            order = _padding_first(torch.cat([inputs.condition_mask, mask], 1))
+            order = padding_first(torch.cat([inputs.condition_mask, mask], 1))
             vectors, mask = order.take(vectors), order.mask
         else:
             mask = torch.cat([inputs.cache.mask, mask], 1)

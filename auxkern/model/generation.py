@@ -1,4 +1,4 @@
-"""``generate`` for a pair: drawn by ``auxkern.sample`` where it can, by transformers elsewhere."""
+"""``generate`` for a sum of models: drawn by ``auxkern.sample`` where it can, by transformers elsewhere."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from auxkern.core.terms import rows_of
-from auxkern.model.caches import PairCache
+from auxkern.core.terms import Term, rows_of
 from auxkern.model.inputs import PairInputs, checked_weights
 from auxkern.model.text import padded
 from auxkern.ops.sample import sample
@@ -39,12 +38,10 @@ _SETTINGS: dict[type, Callable[[Any], dict[str, Any]]] = {
         "logit_bias": {int(ids[0]): float(bias) for ids, bias in one.sequence_bias.items()}
     },
 }
-_TENSORS = ("input_ids", "attention_mask", "condition_ids", "condition_mask")
-_INPUTS = (*_TENSORS, "auxiliary_ids", "aux_scale", "seeds", "output_hidden_states")
-_ROLLS_BACK = "assisted generation takes tokens back, which the caches of a pair cannot"
-_ON_THE_HUB = "transformers has moved that search to code on the Hub, which knows no pairs"
-_TWO_MODELS = "a pair is two models; ask model.lm for its own"
-# Fields of a GenerationConfig that a pair cannot honour, with the reason.
+_ROLLS_BACK = "assisted generation takes tokens back, which the caches of several models cannot"
+_ON_THE_HUB = "transformers has moved that search to code on the Hub, which knows one model"
+_SEVERAL = "there are several models; ask one of them for its own"
+# Fields of a GenerationConfig that several models cannot honour, with the reason.
 _REFUSED = {
     "prompt_lookup_num_tokens": _ROLLS_BACK,
     "assistant_early_exit": _ROLLS_BACK,
@@ -54,9 +51,9 @@ _REFUSED = {
     "constraints": _ON_THE_HUB,
     "force_words_ids": _ON_THE_HUB,
     "num_beam_groups": _ON_THE_HUB,
-    "output_attentions": _TWO_MODELS,
-    "cache_implementation": "a pair makes the caches of its models itself",
-    "prefill_chunk_size": "a pair reads its prompt at once",
+    "output_attentions": _SEVERAL,
+    "cache_implementation": "several models make their caches themselves",
+    "prefill_chunk_size": "several models read a prompt at once",
     "token_healing": "a prompt would end in other tokens than its mask says",
 }
 
@@ -65,8 +62,14 @@ class _FromConfig(LogitsProcessorList):
     """Processors that a GenerationConfig alone asks for; a user's own are of any order and any kind."""
 
 
-class PairGeneration(GenerationMixin):
-    """transformers' ``generate``, with conditions, a seed, auxiliaries and mixing weights per sequence."""
+class SumGeneration(GenerationMixin):
+    """transformers' ``generate`` for a model whose logits are a sum of terms: it draws them where it can.
+
+    Attributes:
+        generates_from: names of what its ``generate`` takes beside the fields of a GenerationConfig.
+    """
+
+    generates_from: tuple[str, ...] = ("input_ids", "attention_mask", "seeds")
 
     @torch.no_grad()
     def generate(
@@ -75,76 +78,45 @@ class PairGeneration(GenerationMixin):
         generation_config: Any = None,
         *args: Any,
         seeds: Sequence[int] | Tensor | None = None,
-        auxiliary: str | Sequence[str | Sequence[str] | None] | None = "default",
-        aux_scale: float | Sequence[float | Sequence[float] | None] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Token ids; arguments as in transformers' ``generate``, and these.
+        """Token ids; arguments as in transformers' ``generate``, and ``seeds``.
 
         Drawing and greedy search go through ``auxkern.sample``: the noise of a sequence comes from its
         seed, the position and the token, so its text is the same alone and in any batch. Beam search,
         processors of your own and every option that ``SamplingParams`` does not know are transformers'
-        own code on the summed logits. What a pair cannot do, such as assisted generation, is refused.
+        own code on the summed logits. What several models cannot do, such as assisted generation, is
+        refused.
 
         Args:
             inputs: (B, T) ids, left-padded; or ``input_ids`` and ``attention_mask`` by name.
-            condition_ids, condition_mask: (B, K), by name; (B, A, K) where each of a text's auxiliaries
-                has its own, in their order (``TextFormat.prompts`` makes them).
             seeds: one int for each returned sequence, B * num_return_sequences of them; drawn from
                 torch's global generator if None.
-            auxiliary: name of an auxiliary, None for the base alone, or one of these for each input; a list
-                of names for an input adds up several.
-            aux_scale: mixing weight instead of those of the configs; a float, one for each input, or a list
-                of one for each of its auxiliaries.
 
         Raises:
-            ValueError: there is no such auxiliary, an argument has the wrong number of entries, or an
-                option is unknown or not for pairs.
+            ValueError: an argument has the wrong number of entries, or an option is unknown or refused.
         """
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        ids = _checked_ids(ids, kwargs.get("attention_mask"))
-        B = ids.shape[0]
-        counts = None
-        if auxiliary != "default":
-            indices = self._auxiliary_ids(auxiliary, B)
-            if _is_nested(auxiliary):
-                counts = [len(row) for row in indices]
-                rows, _ = padded(indices, -1)
-            else:
-                rows = torch.tensor([row[0] if row else -1 for row in indices])
-            kwargs["auxiliary_ids"] = rows.to(ids.device)
-        if aux_scale is not None:
-            if _is_nested(aux_scale):
-                aux_scale = _weights_of(aux_scale, counts, B)
-            shape = (B,) if counts is None else (B, max(counts))
-            kwargs["aux_scale"] = checked_weights(aux_scale, shape, ids.device)
+        checked_ids(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask"))
         if seeds is not None:
             kwargs["seeds"] = tuple(map(int, seeds))  # a tuple is not repeated for return sequences
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def transformer_config(self, auxiliary: str | None) -> Any:
-        """The config of the base's transformer (None) or of an auxiliary's; None for a custom module."""
-        if auxiliary is None:
-            return self.lm.config.get_text_config()
-        return self.auxiliary_traits(auxiliary).transformer_config
+    def next_terms(
+        self, ids: Tensor, mask: Tensor, cache: Any, inputs: dict[str, Any]
+    ) -> tuple[list[Term], Any]:
+        """Terms of the next tokens, rows (B, 1), and the cache.
 
-    def _auxiliary_ids(self, auxiliary: Any, B: int) -> list[list[int]]:
-        """Indices of the auxiliaries of each input."""
-        asked = [auxiliary] * B if auxiliary is None or isinstance(auxiliary, str) else list(auxiliary)
-        if len(asked) != B:
-            raise ValueError(f"auxiliary has {len(asked)} names but there are {B} inputs; give each one")
-        names = [[] if one is None else list(one) if _is_list(one) else [one] for one in asked]
-        known = self.auxiliary_names
-        for place, row in enumerate(names):
-            for name in row:
-                if name not in known:
-                    can = [None, *known]
-                    raise ValueError(
-                        f"there is no auxiliary {name!r}; choose one of {can}, or load_auxiliary it"
-                    )
-            if len(set(row)) < len(row):
-                raise ValueError(f"auxiliary[{place}] is {row}; name an auxiliary once for a text")
-        return [[known.index(name) for name in row] for row in names]
+        Args:
+            ids: (B, T) new tokens.
+            mask: (B, P + T) of these and of those before.
+            cache: of the call before; None at first.
+            inputs: what else ``generate`` was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no next_terms")
+
+    def prompt_read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, P) ids that a text goes on from, -1 for padding: penalties and positions count them."""
+        return ids.masked_fill(mask == 0, -1)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, seeds: Any = None, **kwargs: Any
@@ -170,14 +142,14 @@ class PairGeneration(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         for name, value in model_kwargs.items():
-            if name in _INPUTS or value is None:
+            if name in self.generates_from or value is None:
                 continue
             if name in ("past_key_values", "cache"):
                 raise ValueError(f"{name} is given to generate, which starts anew; pass the whole text")
-            close = difflib.get_close_matches(name, _INPUTS, 1)
-            known = f"{', '.join(_INPUTS)} and the fields of GenerationConfig"
+            close = difflib.get_close_matches(name, self.generates_from, 1)
+            known = f"{', '.join(self.generates_from)} and the fields of GenerationConfig"
             hint = f"did you mean {close[0]!r}?" if close else f"it takes {known}"
-            raise ValueError(f"generate of a pair does not take {name}; {hint}")
+            raise ValueError(f"generate of {type(self).__name__} does not take {name}; {hint}")
         super()._validate_model_kwargs(model_kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +159,7 @@ class PairGeneration(GenerationMixin):
             ValueError: always.
         """
         raise ValueError(
-            "transformers' continuous batching keeps the cache of one model, and a pair has several; use "
+            "transformers' continuous batching keeps the cache of one model, and there are several; use "
             "auxkern.generation.Engine"
         )
 
@@ -199,33 +171,9 @@ class PairGeneration(GenerationMixin):
         )
         return processors if logits_processor else _FromConfig(processors)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        condition = model_kwargs.get("condition_ids")
-        K = 0 if condition is None else condition.shape[-1]
-        names: list[str | None] = [None]
-        if model_kwargs.get("auxiliary_ids") is None:
-            names.append("default")
-        else:
-            used = set(model_kwargs["auxiliary_ids"].flatten().tolist())
-            names += [name for i, name in enumerate(self.auxiliary_names) if i in used]
-        for name in names:
-            needed = generation_config.max_length + (0 if name is None else K)
-            config = self.transformer_config(name)
-            positions = getattr(config, "max_position_embeddings", None)
-            # Refuses what a table of learned positions does not hold; rotary embeddings have no end.
-            if positions is not None and not getattr(config, "rope_parameters", None) and needed > positions:
-                who = "the base" if name is None else f"auxiliary {name!r}"
-                raise ValueError(
-                    f"prompt, max_new_tokens and condition take {needed} positions, but {who} has "
-                    f"{positions}; shorten them"
-                )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the pair makes its own caches, see PairCache
+        return False  # each model has its own
 
     def _sample(
         self,
@@ -277,27 +225,25 @@ class PairGeneration(GenerationMixin):
         seed = _seed_tensor(seeds, B).to(device)
         mask = inputs.pop("attention_mask", None)  # transformers drops one that is all ones
         mask = torch.ones_like(ids) if mask is None else mask
-        conditions = (inputs.get("condition_ids"), inputs.get("condition_mask"))
-        options = {name: inputs.get(name) for name in ("auxiliary_ids", "aux_scale")}
-        options |= {"use_cache": inputs.get("use_cache", True), "keep": 1}
         penalised = params.repetition_penalty != 1.0
-        prompt = ids.masked_fill(mask == 0, -1) if penalised else None
+        prompt = self.prompt_read(ids, mask)
+        # Positions count real tokens, so that padding does not change the noise.
+        position = (prompt >= 0).sum(-1)
         start = ids.shape[1]
         unfinished = torch.ones(B, dtype=torch.bool, device=device)
         pad = _padding(generation_config, stopping_criteria)
-        cache: PairCache | None = None
+        cache: Any = None
         while True:
             new = ids if cache is None else ids[:, -1:]
-            terms, cache, _ = self.terms(PairInputs(new, mask, *conditions), cache=cache, **options)
+            terms, cache = self.next_terms(new, mask, cache, inputs)
             terms = [rows_of(term, rows) for term in terms]
             history = ids[:, start:] if penalised else None
-            # Positions count real tokens, so that padding does not change the noise.
             drawn = sample(
                 terms,
                 params,
                 seed=seed,
-                position=mask.sum(-1),
-                prompt=prompt,
+                position=position + (ids.shape[1] - start),
+                prompt=prompt if penalised else None,
                 history=history,
                 vocab_size=self.config.vocab_size,
             )
@@ -320,7 +266,117 @@ class PairGeneration(GenerationMixin):
         return ids
 
 
-def _checked_ids(ids: Any, mask: Any) -> Tensor:
+class PairGeneration(SumGeneration):
+    """``generate`` with conditions, auxiliaries and mixing weights per sequence."""
+
+    generates_from = (
+        *SumGeneration.generates_from,
+        *("condition_ids", "condition_mask", "auxiliary_ids", "aux_scale", "output_hidden_states"),
+    )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        seeds: Sequence[int] | Tensor | None = None,
+        auxiliary: str | Sequence[str | Sequence[str] | None] | None = "default",
+        aux_scale: float | Sequence[float | Sequence[float] | None] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids; as of ``SumGeneration``, and with these arguments.
+
+        Args:
+            inputs: (B, T) ids, left-padded; or ``input_ids`` and ``attention_mask`` by name.
+            condition_ids, condition_mask: (B, K), by name; (B, A, K) where each of a text's auxiliaries
+                has its own, in their order (``TextFormat.prompts`` makes them).
+            seeds: as there.
+            auxiliary: name of an auxiliary, None for the base alone, or one of these for each input; a list
+                of names for an input adds up several.
+            aux_scale: mixing weight instead of those of the configs; a float, one for each input, or a list
+                of one for each of its auxiliaries.
+
+        Raises:
+            ValueError: there is no such auxiliary, an argument has the wrong number of entries, or an
+                option is unknown or not for pairs.
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        ids = checked_ids(ids, kwargs.get("attention_mask"))
+        B = ids.shape[0]
+        counts = None
+        if auxiliary != "default":
+            indices = self._auxiliary_ids(auxiliary, B)
+            if _is_nested(auxiliary):
+                counts = [len(row) for row in indices]
+                rows, _ = padded(indices, -1)
+            else:
+                rows = torch.tensor([row[0] if row else -1 for row in indices])
+            kwargs["auxiliary_ids"] = rows.to(ids.device)
+        if aux_scale is not None:
+            if _is_nested(aux_scale):
+                aux_scale = _weights_of(aux_scale, counts, B)
+            shape = (B,) if counts is None else (B, max(counts))
+            kwargs["aux_scale"] = checked_weights(aux_scale, shape, ids.device)
+        return super().generate(inputs, generation_config, *args, seeds=seeds, **kwargs)
+
+    def next_terms(
+        self, ids: Tensor, mask: Tensor, cache: Any, inputs: dict[str, Any]
+    ) -> tuple[list[Term], Any]:
+        batch = PairInputs(ids, mask, inputs.get("condition_ids"), inputs.get("condition_mask"))
+        options = {name: inputs.get(name) for name in ("auxiliary_ids", "aux_scale")}
+        use_cache = inputs.get("use_cache", True)
+        terms, cache, _ = self.terms(batch, cache=cache, use_cache=use_cache, keep=1, **options)
+        return terms, cache
+
+    def transformer_config(self, auxiliary: str | None) -> Any:
+        """The config of the base's transformer (None) or of an auxiliary's; None for a custom module."""
+        if auxiliary is None:
+            return self.lm.config.get_text_config()
+        return self.auxiliary_traits(auxiliary).transformer_config
+
+    def _auxiliary_ids(self, auxiliary: Any, B: int) -> list[list[int]]:
+        """Indices of the auxiliaries of each input."""
+        asked = [auxiliary] * B if auxiliary is None or isinstance(auxiliary, str) else list(auxiliary)
+        if len(asked) != B:
+            raise ValueError(f"auxiliary has {len(asked)} names but there are {B} inputs; give each one")
+        names = [[] if one is None else list(one) if _is_list(one) else [one] for one in asked]
+        known = self.auxiliary_names
+        for place, row in enumerate(names):
+            for name in row:
+                if name not in known:
+                    can = [None, *known]
+                    raise ValueError(
+                        f"there is no auxiliary {name!r}; choose one of {can}, or load_auxiliary it"
+                    )
+            if len(set(row)) < len(row):
+                raise ValueError(f"auxiliary[{place}] is {row}; name an auxiliary once for a text")
+        return [[known.index(name) for name in row] for row in names]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        condition = model_kwargs.get("condition_ids")
+        K = 0 if condition is None else condition.shape[-1]
+        names: list[str | None] = [None]
+        if model_kwargs.get("auxiliary_ids") is None:
+            names.append("default")
+        else:
+            used = set(model_kwargs["auxiliary_ids"].flatten().tolist())
+            names += [name for i, name in enumerate(self.auxiliary_names) if i in used]
+        for name in names:
+            needed = generation_config.max_length + (0 if name is None else K)
+            who = "the base" if name is None else f"auxiliary {name!r}"
+            check_positions(who, self.transformer_config(name), needed)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def checked_ids(ids: Any, mask: Any) -> Tensor:
+    """The prompts of a ``generate``.
+
+    Raises:
+        ValueError: they are no ids (B, T), or padded on the right.
+    """
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
@@ -332,6 +388,25 @@ def _checked_ids(ids: Any, mask: Any) -> Tensor:
             "attention_mask is 0 at the end of a row, where new tokens follow; pad prompts on the left"
         )
     return ids
+
+
+def check_positions(who: str, config: Any, needed: int) -> None:
+    """Refuses what a table of learned positions does not hold; rotary embeddings have no end.
+
+    Args:
+        who: has the table, for the message.
+        config: of its transformer; None for a module that says nothing.
+        needed: tokens of a text with all that stands before it.
+
+    Raises:
+        ValueError: it does not hold them.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and not getattr(config, "rope_parameters", None) and needed > positions:
+        raise ValueError(
+            f"prompt, max_new_tokens and condition take {needed} positions, but {who} has {positions}; "
+            "shorten them"
+        )
 
 
 def _drawing_refusal(processors: LogitsProcessorList, config: Any, synced_gpus: bool) -> str | None:

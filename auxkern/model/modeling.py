@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from auxkern.core.terms import Term, rows_of
 from auxkern.model import base, fitting, refusals
 from auxkern.model.auxiliary import build_auxiliary
 from auxkern.model.caches import CACHE_NAME, PairCache
@@ -23,10 +22,8 @@ from auxkern.model.inputs import PairInputs, checked_weights
 from auxkern.model.interface import traits_of
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.native import compute_of, use_native_kernels
-from auxkern.model.pair_terms import DEFAULT, PairSum
+from auxkern.model.pair_terms import DEFAULT, PairSum, label_loss
 from auxkern.model.saving import check_complete, tied_weights
-from auxkern.model.text import IGNORED
-from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.ops.dense import dense_logits
 
 # A causal LM of transformers, by the name of its class.
@@ -390,7 +387,9 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
             aux_scale=aux_scale,
             keep=0 if labels is not None else logits_to_keep,
         )
-        loss = None if labels is None else self._loss(terms, labels, num_items_in_batch)
+        loss = (
+            None if labels is None else label_loss(terms, labels, self.config.vocab_size, num_items_in_batch)
+        )
         if return_logits is None:
             return_logits = labels is None or not (self.training or torch.is_grad_enabled())
         logits = dense_logits(terms, vocab_size=self.config.vocab_size) if return_logits else None
@@ -398,18 +397,3 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
             loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_NAME: new_cache}
         )
         return output.to_tuple() if return_dict is False else output
-
-    def _loss(self, terms: list[Term], labels: Tensor, num_items: int | Tensor | None) -> Tensor:
-        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            # A ragged batch is half padding; looking for it would stop a GPU, and costs nothing here.
-            rows = (target != IGNORED).flatten().nonzero()[:, 0]
-            terms, target = [rows_of(term, rows) for term in terms], target.flatten()[rows]
-        loss: Tensor = cross_entropy(
-            terms,
-            target,
-            normalizer=num_items,
-            reduction="mean" if num_items is None else "sum",
-            vocab_size=self.config.vocab_size,
-        )
-        return loss

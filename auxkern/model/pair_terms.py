@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from auxkern.core.terms import Head, Logits, Sparse, Term
+from auxkern.core.terms import Head, Logits, Sparse, Term, rows_of
 from auxkern.model import base
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.mixing import Alone, alone, mixed
+from auxkern.model.text import IGNORED
 from auxkern.nn import FrozenLinear
+from auxkern.ops.cross_entropy import cross_entropy
 
 DEFAULT = "default"
 
@@ -254,3 +256,22 @@ class PairSum:
                 f"lm_states are for lm_layers {self.config.lm_layers}, but another auxiliary reads {layers}; "
                 "they serve the model's own auxiliary only"
             )
+
+
+def label_loss(terms: list[Term], labels: Tensor, V: int, num_items: int | Tensor | None) -> Tensor:
+    """0-d float32 mean over the labels that count, or their sum over ``num_items``.
+
+    Args:
+        terms: of a sum, rows (B, T).
+        labels: (B, T) int64 ids at the same positions; position t is scored against label t + 1.
+        V: ids.
+        num_items: what divides the sum.
+    """
+    target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A ragged batch is half padding; looking for it would stop a GPU, and costs nothing here.
+        rows = (target != IGNORED).flatten().nonzero()[:, 0]
+        terms, target = [rows_of(term, rows) for term in terms], target.flatten()[rows]
+    reduction = "mean" if num_items is None else "sum"
+    loss: Tensor = cross_entropy(terms, target, normalizer=num_items, reduction=reduction, vocab_size=V)
+    return loss
