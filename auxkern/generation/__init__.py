@@ -3,6 +3,7 @@
 from auxkern.generation.batch_mapper import BatchMapper
 from auxkern.generation.engine import Engine
 from auxkern.generation.members import Member, Mixture, context, contrast, experts, guidance
+from auxkern.generation.mixture_model import MixtureForCausalLM
 from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
 from auxkern.generation.scheduler import Move, Plan, Scheduler
 from auxkern.generation.stats import EngineStats
@@ -18,6 +19,7 @@ __all__ = [
     "EngineStats",
     "Member",
     "Mixture",
+    "MixtureForCausalLM",
     "Move",
     "Plan",
     "Request",

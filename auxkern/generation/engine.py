@@ -10,7 +10,7 @@ import torch
 from auxkern.generation import limits
 from auxkern.generation.drawing import Drawn, Pending, check_drawable
 from auxkern.generation.graphs import CudaRecorder, Record
-from auxkern.generation.members import BASE, Part
+from auxkern.generation.members import BASE, Part, check_reads
 from auxkern.generation.request import Completion, Request, Sequence, Sequences
 from auxkern.generation.runner import Room, Runner
 from auxkern.generation.scheduler import Move, Scheduler
@@ -367,20 +367,11 @@ class Engine:
         prompt, _ = self._ids(None, request.prompt if own is None else own, "")
         for member in request.members:
             name = member.model
+            check_reads(member, [BASE, *self._others], self._runner.lanes)
             if name in self._runner.lanes:
-                if member.prompt is not None:
-                    raise ValueError(
-                        f"member {name!r} is an auxiliary, which reads the prompt of the first base; leave "
-                        "its prompt out"
-                    )
                 _, condition = self._ids(name, "", member.condition or "")
                 members.append(Part(name, tuple(prompt), tuple(condition), member.weight, first))
                 continue
-            if member.condition is not None:
-                raise ValueError(f"member {name!r} reads no condition; leave it out, or name an auxiliary")
-            if name not in self._runner.names:
-                can = ", ".join(self._runner.names)
-                raise ValueError(f"there is no model {name!r} for a member; choose one of {can}")
             ids, _ = self._ids(None, request.prompt if member.prompt is None else member.prompt, "")
             members.append(Part(name, tuple(ids), weight=member.weight))
         return request.sequences(prompt, (), samples, members)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from auxkern.generation.members import BASE, Part
 from auxkern.generation.request import Sequence
-from auxkern.model.base import counts_positions, output_head, run_base
+from auxkern.model.base import counts_positions, output_device, run_base, vocabulary
 
 _USE = "use model.generate for this model"
 _NO_SLOTS = f"whose state cannot be kept in slots; {_USE}"
@@ -47,19 +47,35 @@ def check_members(model: Any, others: Mapping[str, Any], max_length: int) -> Non
         ValueError: a name is taken, a model has other ids or is on another device, or as
             ``check_slots_of_lm``.
     """
-    V, device = model.config.vocab_size, model.device
     for name, lm in others.items():
-        if name == BASE or name in model.auxiliary_names:
-            raise ValueError(f"models has {name!r}, which names a model of the pair; choose another name")
-        size = output_head(lm).weight.shape[0]
-        if size < V:
-            raise ValueError(
-                f"model {name!r}, a {type(lm).__name__}, has {size} ids, but the base, a "
-                f"{type(model.lm).__name__}, draws from {V}; members of a mixture share one vocabulary"
-            )
-        if lm.device != device:
-            raise ValueError(f"model {name!r} is on {lm.device} but the base on {device}; move it there")
+        check_beside(name, lm, model.lm, model.config.vocab_size, [BASE, *model.auxiliary_names])
         check_slots_of_lm(f"model {name!r}", lm, lm.config.get_text_config(), max_length)
+
+
+def check_beside(name: str, lm: Any, own: Any, V: int, taken: Collection[str]) -> None:
+    """Refuses a language model that cannot be a member beside a base.
+
+    Args:
+        name: what members call it.
+        lm: the model.
+        own: the base.
+        V: ids that are drawn from.
+        taken: names of the base and of its auxiliaries.
+
+    Raises:
+        ValueError: the name is taken, or it has fewer ids or is on another device.
+    """
+    if name in taken:
+        raise ValueError(f"models has {name!r}, which names a model of the pair; choose another name")
+    size = vocabulary(lm)
+    if size < V:
+        raise ValueError(
+            f"model {name!r}, a {type(lm).__name__}, has {size} ids, but the base, a "
+            f"{type(own).__name__}, draws from {V}; members of a mixture share one vocabulary"
+        )
+    device, where = output_device(own), output_device(lm)
+    if where != device:
+        raise ValueError(f"model {name!r} is on {where} but the base on {device}; move it there")
 
 
 def check_slots_of_lm(who: str, lm: Any, config: Any, max_length: int) -> None:

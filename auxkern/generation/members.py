@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -79,6 +79,31 @@ def check_weight(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be finite")
+
+
+def check_reads(member: Member, lms: Collection[str], auxiliaries: Collection[str]) -> None:
+    """Refuses a member of an unknown model, or one that does not read what the member has for it.
+
+    Args:
+        member: of a mixture.
+        lms, auxiliaries: names of the models that there are.
+
+    Raises:
+        ValueError: so it is.
+    """
+    name = member.model
+    if name in auxiliaries:
+        if member.prompt is not None:
+            raise ValueError(
+                f"member {name!r} is an auxiliary, which reads the prompt of the first base; leave its "
+                "prompt out"
+            )
+        return
+    if member.condition is not None:
+        raise ValueError(f"member {name!r} reads no condition; leave it out, or name an auxiliary")
+    if name not in lms:
+        can = ", ".join([*lms, *auxiliaries])
+        raise ValueError(f"there is no model {name!r} for a member; choose one of {can}")
 
 
 class Part(NamedTuple):
