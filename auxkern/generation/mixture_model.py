@@ -141,10 +141,7 @@ class MixtureForCausalLM(SumGeneration, PreTrainedModel, GenerationMixin):
         if not mixture.members:
             raise ValueError("the mixture has no members; give it some, such as those of guidance(...)")
         Request("mixture", **mixture._asdict())  # refuses what contradicts itself
-        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        text = model.config.get_text_config()
-        config = PreTrainedConfig(vocab_size=V, **{name: getattr(text, name, None) for name in tokens})
-        super().__init__(config)
+        super().__init__(PreTrainedConfig(vocab_size=V, **_special_ids(model)))
         self.post_init()  # before there are modules, whose weights are made already
         self.models = nn.ModuleList([model, *others.values()])
         self.mixture, self.start_id = mixture, text_format.start_id
@@ -163,7 +160,12 @@ class MixtureForCausalLM(SumGeneration, PreTrainedModel, GenerationMixin):
             weight = 1.0 if member.weight is None else member.weight
             self._weights[context] = self._weights.get(context, 0.0) + weight
         self._layers = model.layers_read(one.name for one in self._steered) if self._steered else []
-        self.config.max_position_embeddings = min(self._rooms(), default=None)
+        rooms = [
+            config.max_position_embeddings - before
+            for _, config, before in self._readers()
+            if getattr(config, "max_position_embeddings", None) is not None
+        ]
+        self.config.max_position_embeddings = min(rooms, default=None)
         self.eval()
 
     # ----------------------------------------------------------------------------- what it computes
@@ -314,16 +316,22 @@ class MixtureForCausalLM(SumGeneration, PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        for context in self._weights:
-            config = self._lms[context.model].config.get_text_config()
-            needed = generation_config.max_length + len(context.begin or ())
-            check_positions(f"model {context.model!r}", config, needed)
+        for who, config, before in self._readers():
+            check_positions(who, config, generation_config.max_length + before)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _rooms(self) -> list[int]:
-        """Positions that each context leaves to a text, where they have an end."""
-        each = ((base.positions_for(self._lms[one.model]), len(one.begin or ())) for one in self._weights)
-        return [positions - length for positions, length in each if positions is not None]
+    def _readers(self) -> list[tuple[str, Any, int]]:
+        """Who reads the text, the config of its transformer, and the tokens that it reads before."""
+        readers = [
+            (f"model {one.model!r}", self._lms[one.model].config.get_text_config(), len(one.begin or ()))
+            for one in self._weights
+        ]
+        pair: Any = self.models[0]
+        before = len(self._first.begin or ())
+        for one in self._steered:
+            config = pair.transformer_config(one.name)
+            readers.append((f"auxiliary {one.name!r}", config, before + len(one.condition)))
+        return readers
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses.
@@ -332,6 +340,15 @@ class MixtureForCausalLM(SumGeneration, PreTrainedModel, GenerationMixin):
             NotImplementedError: always.
         """
         raise NotImplementedError("a mixture has no weights of its own; save its models")
+
+
+def _special_ids(model: Any) -> dict[str, Any]:
+    """Of the start, the end and padding; a chat model names its several ends for ``generate`` alone."""
+    ids = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        known = getattr(model.generation_config, name, None)
+        ids[name] = getattr(model.config.get_text_config(), name, None) if known is None else known
+    return ids
 
 
 def _computes_logits(lm: Any) -> bool:

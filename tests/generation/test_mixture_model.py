@@ -254,6 +254,24 @@ def test_a_mixture_says_how_long_a_text_may_be():
         written(model, ["abcdefg"], do_sample=False)
 
 
+def test_an_auxiliary_has_room_for_its_condition_too():
+    body = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 20}
+    pair = tiny_pair("own head", tiny_lm_for(TOKENIZER), auxiliary_config=body)
+    members = (Member(prompt="abc"), Member("default", condition="de"))
+    model = MixtureForCausalLM(pair, TEXT, Mixture(members))
+    assert model.config.max_position_embeddings == 20 - 4 - 2
+    with pytest.raises(ValueError, match="take 21 positions, but auxiliary 'default' has 20"):
+        written(model, ["abcde"], do_sample=False)
+
+
+def test_texts_end_where_the_bases_do():
+    lm = tiny_lm_for(TOKENIZER)
+    lm.generation_config.eos_token_id = [7, TEXT.end_id]
+    model = MixtureForCausalLM(lm, TEXT, Mixture((Member(),)))
+    assert TEXT.end_ids(model) == [7, TEXT.end_id]
+    assert model.generation_config.pad_token_id == TEXT.pad_id
+
+
 @pytest.mark.parametrize(
     ("members", "words"),
     [
