@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.terms import Sparse, Term
+from auxkern.generation.reading import AloneTerms
 from auxkern.generation.request import Request, Sequence, Sequences
 from auxkern.generation.rows import BIASES, Rows
 from auxkern.generation.transfers import HostCopy, to_device
@@ -25,7 +26,15 @@ _NUMBERS = tuple(one.name for one in fields(SamplingParams) if one.name != "logi
 
 _FLOAT32 = torch.finfo(torch.float32)
 
-Logprob = tuple[float, float, float, float | None]
+
+class Logprob(NamedTuple):
+    """Of one token; as ``TokenLogprobs``, of many."""
+
+    raw: float
+    processed: float
+    lm: float
+    auxiliary: float | None
+    members: tuple[float, ...] = ()
 
 
 class Acts(NamedTuple):
@@ -67,7 +76,7 @@ class Drawn:
     Attributes:
         tokens: ids.
         status: 0 where all is well, see ``auxkern.Sample``.
-        logprobs: (raw, processed, LM alone, auxiliary alone) of a row's token, by row, where they are known.
+        logprobs: of a row's token, by row, where they are known.
     """
 
     tokens: list[int]
@@ -81,7 +90,8 @@ class Pending:
     Args:
         sequences: n that they are for, by row.
         numbers: (2, at least n) tokens and statuses.
-        logprobs: (n', 4) of some rows, by the first one's number; NaN where there is no auxiliary.
+        logprobs: (n', 4 + M) of some rows, by the first one's number: those of ``Logprob`` with at most M
+            members; NaN where there is no auxiliary or no such member.
     """
 
     def __init__(self, sequences: Sequences, numbers: HostCopy, logprobs: dict[int, HostCopy]) -> None:
@@ -94,9 +104,11 @@ class Pending:
         tokens, status = self._numbers.tolist()
         logprobs: dict[int, Logprob] = {}
         for first, numbers in self._logprobs.items():
-            for row, (raw, processed, lm, auxiliary) in enumerate(numbers.tolist(), first):
-                own = auxiliary if self.sequences[row].has_auxiliary else None
-                logprobs[row] = raw, processed, lm, own
+            for row, (raw, processed, lm, auxiliary, *alone) in enumerate(numbers.tolist(), first):
+                sequence = self.sequences[row]
+                own = auxiliary if sequence.has_auxiliary else None
+                members = tuple(alone[: len(sequence.members)])
+                logprobs[row] = Logprob(raw, processed, lm, own, members)
         return Drawn(tokens[:n], status[:n], logprobs)
 
 
@@ -107,11 +119,13 @@ class Said(NamedTuple):
         terms: of the sum, rows (n,).
         sides: of either side, where log-probabilities are wanted.
         judge: of each sequence's first member of the base alone, where a plausibility is asked for.
+        members: of each by itself, model by model, of sequences that want log-probabilities.
     """
 
     terms: list[Term]
     sides: Alone | None = None
     judge: list[Term] | None = None
+    members: AnySequence[AloneTerms] = ()
 
 
 class _Known(NamedTuple):
@@ -185,7 +199,7 @@ class Drawer:
             rows: the slots, all taken.
 
         Returns:
-            (n, 4) float64: raw, processed, LM alone, auxiliary alone; None if not wanted.
+            (n, 4 + M) float64 as ``Pending`` takes them; None if not wanted.
         """
         sequences, (acts, params) = self._sequences[rows], self._of(rows)
         # The token that the host has not seen yet may be one more.
@@ -196,7 +210,7 @@ class Drawer:
         if said.judge is not None and any(shares):
             drawn = self._judged(said.terms, said.judge, drawn, shares, rows, params, counted)
         self._take(drawn, rows)
-        return None if said.sides is None else self._logprobs(said.sides, drawn)
+        return None if said.sides is None else self._logprobs(said.sides, said.members, drawn)
 
     def _judged(
         self,
@@ -278,20 +292,26 @@ class Drawer:
         self.results[1, rows].copy_(drawn.status)
         self.rows.feed(rows, drawn.tokens)
 
-    def _logprobs(self, sides: Alone, drawn: Sample) -> Tensor:
-        """(n, 4): of the draw, and of either side."""
-        V = self.model.config.vocab_size
+    def _logprobs(self, sides: Alone, members: AnySequence[AloneTerms], drawn: Sample) -> Tensor:
+        """(n, 4 + M): of the draw, of either side, and of members."""
+        V, device = self.model.config.vocab_size, self.model.device
         picked = drawn.tokens.clamp_min(0)[:, None]  # a failed row has token -1
 
-        def alone(some: list[Term]) -> Tensor:
+        def alone(some: list[Term], ids: Tensor) -> Tensor:
             z = dense_logits(some, vocab_size=V).log_softmax(-1)
-            return z.gather(1, picked)[:, 0].double()
+            return z.gather(1, ids)[:, 0].double()
 
-        lm = alone(sides.lm)
-        auxiliary = alone(sides.auxiliary) if sides.auxiliary else torch.full_like(lm, math.nan)
+        lm = alone(sides.lm, picked)
+        auxiliary = alone(sides.auxiliary, picked) if sides.auxiliary else torch.full_like(lm, math.nan)
         if drawn.logprob is None or drawn.processed_logprob is None:
             raise RuntimeError("sample returned no log-probabilities although they were asked for")
-        return torch.stack([drawn.logprob.double(), drawn.processed_logprob.double(), lm, auxiliary], 1)
+        both = torch.stack([drawn.logprob.double(), drawn.processed_logprob.double(), lm, auxiliary], 1)
+        M = 1 + max((max(one.places) for one in members), default=-1)
+        each = both.new_full((len(both), M), math.nan)
+        for one in members:
+            rows, places = to_device(one.rows, device), to_device(one.places, device)
+            each[rows, places] = alone(one.terms, picked[rows])
+        return torch.cat([both, each], 1)
 
 
 def check_drawable(request: Request, V: int) -> None:

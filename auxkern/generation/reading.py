@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from auxkern.core.terms import Head, Logits, Term
+from auxkern.core.terms import Head, Logits, Sparse, Term, like, rows_of
 from auxkern.generation.lanes import AuxiliaryLane, Lane, Reader
 from auxkern.generation.request import Sequences
 from auxkern.generation.transfers import to_device
@@ -48,6 +48,38 @@ class Readings(NamedTuple):
         return list(dict(zip(self.of, self.readers, strict=True)).values())
 
 
+class AloneTerms(NamedTuple):
+    """What members of one model say by themselves, without their weights.
+
+    Attributes:
+        terms: of rows (R,).
+        rows: (R,) the sequence of each in the batch.
+        places: (R,) of each among its sequence's members.
+    """
+
+    terms: list[Term]
+    rows: list[int]
+    places: list[int]
+
+    @classmethod
+    def of(cls, readings: Readings, terms: list[Term], device: torch.device) -> AloneTerms:
+        """Of the readers whose sequence is a mixture that wants log-probabilities.
+
+        Args:
+            readings: of a pass.
+            terms: of its rows, (U, 1).
+            device: of the terms.
+        """
+        asked = [
+            (reader.place, row, of)
+            for reader, row, of in zip(*readings, strict=True)
+            if reader.sequence.members and reader.sequence.request.logprobs
+        ]
+        read = to_device([of for _, _, of in asked], device) if asked else None
+        own = [] if read is None else [rows_of(term, read) for term in terms]
+        return cls(own, [row for _, row, _ in asked], [place for place, _, _ in asked])
+
+
 class LmPass(NamedTuple):
     """What a language model made of some contexts.
 
@@ -70,6 +102,11 @@ class LmPass(NamedTuple):
     def hidden(self) -> Tensor:
         """(U, 1, D) final hidden states of the last tokens."""
         return self.output.states[:, -1:, 0]
+
+    def alone(self, lm: Any) -> AloneTerms:
+        """What members say by themselves whose requests ask for it."""
+        head = Head(self.hidden, *base.output_head(lm))
+        return AloneTerms.of(self.readings, [head], self.hidden.device)
 
     def term(self, lm: Any, N: int, V: int) -> Term:
         """The weighted sum of the members, rows (N, 1): of hidden states where logits are linear in them.
@@ -148,13 +185,15 @@ class AuxiliaryPass(NamedTuple):
 
     Attributes:
         readings: of whom.
-        terms: of the rows of the pass, (U, 1).
+        terms: of the rows of the pass, (U, 1), without their weights.
+        weights: (U,) float32.
         cache: that it returned.
         condition: (U, K) ids and mask that it read.
     """
 
     readings: Readings
     terms: list[Term]
+    weights: Tensor
     cache: Any
     condition: tuple[Tensor, Tensor]
 
@@ -162,6 +201,22 @@ class AuxiliaryPass(NamedTuple):
     def condition_tokens(self) -> int:
         """Of all conditions that were read."""
         return sum(len(reader.part.condition_ids) for reader in self.readings.read)
+
+    @property
+    def alone(self) -> AloneTerms:
+        """What members say by themselves whose requests ask for it."""
+        return AloneTerms.of(self.readings, self.terms, self.weights.device)
+
+    @property
+    def weighted(self) -> list[Term]:
+        """The terms with their weights."""
+        scale = self.weights[:, None]
+        return [
+            like(term, values=term.values * scale[..., None])
+            if isinstance(term, Sparse)
+            else like(term, scale=scale)
+            for term in self.terms
+        ]
 
 
 class Auxiliaries:
@@ -221,26 +276,22 @@ class Auxiliaries:
         ]
         side = BaseSide(states, self._layers, None, base.output_head(model.lm))
         returned, terms = model.auxiliary_part(
-            part,
-            PairInputs(ids, mask, *condition),
-            side,
-            to_device(weights, ids.device, torch.float32),
-            use_cache=True,
-            keep=1,
+            part, PairInputs(ids, mask, *condition), side, 1.0, use_cache=True, keep=1
         )
-        return AuxiliaryPass(readings, terms, returned.cache, condition)
+        scale = to_device(weights, ids.device, torch.float32)
+        return AuxiliaryPass(readings, terms, scale, returned.cache, condition)
 
 
 def added_of(passes: AnySequence[tuple[str, AuxiliaryPass]], N: int, device: torch.device) -> Added:
     """The passes' terms, one entry for each time that a sequence has the auxiliary."""
     added: Added = []
     for name, made in passes:
-        readings = made.readings
+        readings, weighted = made.readings, made.weighted
         for turn in _turns(readings.readers):
             rows, of = ([one[i] for i in turn] for one in (readings.rows, readings.of))
             whole = rows == list(range(N))
-            same = of == list(range(made.terms[0].leading[0]))
-            terms = made.terms if same else [sequences_of(term, to_device(of, device)) for term in made.terms]
+            same = of == list(range(weighted[0].leading[0]))
+            terms = weighted if same else [sequences_of(term, to_device(of, device)) for term in weighted]
             added.append((AuxiliaryRows(name, None if whole else to_device(rows, device), None), terms))
     return added
 

@@ -260,28 +260,31 @@ class TokenLogprobs:
     Attributes:
         raw: log softmax(z), z the sum of both models' logits, before bias, penalties and filters.
         processed: among what bias, penalties, temperature and filters left; 0 for temperature 0.
-        lm: of the language model alone.
-        auxiliary: of the auxiliary alone, times its scale; None where there is none.
+        lm: of the language model alone; of a mixture, of the first member of the base alone.
+        auxiliary: of the auxiliary alone, times its scale, or of all auxiliaries' weighted sum; None where
+            there is none.
+        members: of a request with members, those of each member in the request's order: log softmax of its
+            model's own logits, which its weight does not enter; None for a pair.
     """
 
     raw: tuple[float, ...]
     processed: tuple[float, ...]
     lm: tuple[float, ...]
     auxiliary: tuple[float, ...] | None = None
+    members: tuple[tuple[float, ...], ...] | None = None
 
     def as_record(self) -> dict[str, Any]:
-        """The same as a JSON object, with null for -infinity.
+        """The same as a JSON object, with null for -infinity; without members where there are none.
 
         Raises:
             ValueError: a number is NaN or infinity.
         """
         record: dict[str, Any] = {}
-        for name, values in vars(self).items():
-            for value in values or ():
-                if not value < math.inf:
-                    raise ValueError(f"logprobs.{name} holds {value}, which is no log-probability")
-            finite = (None if value == -math.inf else value for value in values or ())
-            record[name] = None if values is None else list(finite)
+        for name in ("raw", "processed", "lm", "auxiliary"):
+            values = getattr(self, name)
+            record[name] = None if values is None else _finite(name, values)
+        if self.members is not None:
+            record["members"] = [_finite(f"members[{i}]", values) for i, values in enumerate(self.members)]
         return record
 
     @classmethod
@@ -291,15 +294,28 @@ class TokenLogprobs:
         Raises:
             ValueError: a field is missing.
         """
-        values = {}
-        for one in fields(cls):
-            if one.name not in record:
-                raise ValueError(f"logprobs has no field {one.name!r}")
-            numbers = record[one.name]
-            if numbers is not None:
-                numbers = tuple(-math.inf if number is None else float(number) for number in numbers)
-            values[one.name] = numbers
-        return cls(**values)
+        values: dict[str, Any] = {}
+        for name in ("raw", "processed", "lm", "auxiliary"):
+            if name not in record:
+                raise ValueError(f"logprobs has no field {name!r}")
+            values[name] = None if record[name] is None else _numbers(record[name])
+        members = record.get("members")
+        return cls(**values, members=None if members is None else tuple(map(_numbers, members)))
+
+
+def _finite(name: str, values: Iterable[float]) -> list[float | None]:
+    """As JSON has them."""
+    listed: list[float | None] = []
+    for value in values:
+        if not value < math.inf:
+            raise ValueError(f"logprobs.{name} holds {value}, which is no log-probability")
+        listed.append(None if value == -math.inf else value)
+    return listed
+
+
+def _numbers(listed: Iterable[float | None]) -> tuple[float, ...]:
+    """Of JSON."""
+    return tuple(-math.inf if number is None else float(number) for number in listed)
 
 
 @dataclass(frozen=True)

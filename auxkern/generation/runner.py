@@ -16,6 +16,7 @@ from auxkern.generation.graphs import DecodeGraphs, Record
 from auxkern.generation.lanes import AuxiliaryLane, Lane, readers_of
 from auxkern.generation.members import BASE
 from auxkern.generation.reading import (
+    AloneTerms,
     Auxiliaries,
     AuxiliaryPass,
     LmPass,
@@ -207,9 +208,13 @@ class Runner:
         judged, sides = any(one.request.plausibility for one in sequences), None
         wanted = _wants_logprobs(sequences)
         first = first_alone(reads[BASE], self.model.lm, N) if wanted or judged else None
+        members: list[AloneTerms] = []
         if wanted and first is not None:
             sides = alone(first, added, V)
-        return _flat(mixed(own, added, V, others), sides, first if judged else None)
+            members = [read.alone(self._lms[name]) for name, read in reads.items()]
+            members += [made.alone for _, made in passes]
+        said = _flat(mixed(own, added, V, others), sides, first if judged else None)
+        return said._replace(members=[one for one in members if one.rows])
 
     def _prefill(self, newcomers: Sequences, start: int, stats: EngineStats) -> Tensor | None:
         """Reads prompts and conditions, takes slots from ``start`` on, and draws; returns as ``_decode``."""

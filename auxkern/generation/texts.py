@@ -82,8 +82,9 @@ class Text:
             reason = "stop"  # what was held back may have held a stop string
         logprobs = None
         if sequence.request.logprobs and error is None:
-            raw, processed, lm, auxiliary = (tuple(column) for column in zip(*self._logprobs, strict=True))
-            logprobs = TokenLogprobs(raw, processed, lm, None if None in auxiliary else auxiliary)
+            raw, processed, lm, auxiliary, each = zip(*self._logprobs, strict=True)
+            members = tuple(zip(*each, strict=True)) or None
+            logprobs = TokenLogprobs(raw, processed, lm, None if None in auxiliary else auxiliary, members)
         return Completion(
             sequence.request.id,
             sequence.sample,

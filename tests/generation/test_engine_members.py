@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,38 @@ def test_log_probabilities_of_a_mixture(model, models):
             want = logits.log_softmax(-1)[0, token].item()
             assert getattr(done.logprobs, name)[place] == pytest.approx(want, abs=1e-4)
         drawn.append(token)
+
+
+@torch.no_grad()
+def test_each_member_has_log_probabilities_of_its_own(model, models):
+    """Those of its model's logits, computed in float64; beside texts that ask for none."""
+    weightless = (
+        Member(prompt="ab"),
+        Member("expert", weight=0.0),
+        Member("second", condition="a", weight=0.0),
+    )
+    asked = [
+        *requests(logprobs=True),
+        Request("weightless", prompt="dx", seed=1, members=weightless, max_new_tokens=5, logprobs=True),
+    ]
+    beside = [*requests()[3:6], Request("pair", prompt="a", condition="b", max_new_tokens=9, logprobs=True)]
+    beside = [replace(one, id=f"beside {one.id}") for one in beside]
+    *done, pair = Engine(model, TEXT, models=models, slots=9, **ROOM).generate([*asked, *beside])
+    assert pair.logprobs.members is None
+    exact = copy.deepcopy(model).double()
+    exact.lm.double()
+    wide = {name: copy.deepcopy(lm).double() for name, lm in models.items()}
+    for request, text in zip(asked, done, strict=False):
+        assert len(text.logprobs.members) == len(request.members)
+        first = next(one for one in request.members if one.model == "base")
+        first_prompt = request.prompt if first.prompt is None else first.prompt
+        for member, own in zip(request.members, text.logprobs.members, strict=True):
+            assert len(own) == len(text.token_ids)
+            for place, token in enumerate(text.token_ids):
+                drawn = list(text.token_ids[:place])
+                z = logits_of(member, request.prompt, first_prompt, drawn, exact, wide)
+                # float32's models against float64's; their logits are around 10.
+                assert own[place] == pytest.approx(z.log_softmax(-1)[0, token].item(), abs=1e-4)
 
 
 def test_a_text_of_many_members_takes_as_many_slots(model, models):

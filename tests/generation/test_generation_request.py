@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,8 +156,11 @@ def test_parameters_are_of_one_row() -> None:
 
 
 def test_a_completion_survives_json() -> None:
-    written = json.dumps(COMPLETION.as_record(), allow_nan=False)
-    assert Completion.from_record(json.loads(written)) == COMPLETION
+    assert "members" not in LOGPROBS.as_record()
+    mixture = replace(LOGPROBS, members=((-1.0, -math.inf), (-0.5, 0.0)))
+    for one in (COMPLETION, replace(COMPLETION, logprobs=mixture)):
+        written = json.dumps(one.as_record(), allow_nan=False)
+        assert Completion.from_record(json.loads(written)) == one
     failed = Completion.failed(Request("b"), 0, "too long")
     assert Completion.from_record(json.loads(json.dumps(failed.as_record()))) == failed
     assert (failed.finish_reason, failed.error, failed.new_tokens) == ("error", "too long", 0)
@@ -179,6 +183,8 @@ def test_what_is_no_log_probability_is_refused() -> None:
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"logprobs.lm holds (nan|inf)"):
             TokenLogprobs((0.0,), (0.0,), (value,)).as_record()
+        with pytest.raises(ValueError, match=r"logprobs.members\[1\] holds (nan|inf)"):
+            TokenLogprobs((0.0,), (0.0,), (0.0,), members=((0.0,), (value,))).as_record()
 
 
 @pytest.mark.parametrize(
