@@ -10,7 +10,7 @@ from typing import Any
 
 from auxkern.generation import Request
 from auxkern.generation.members import Member, members_from
-from auxkern.model import load_base, load_tokenizer
+from auxkern.model import open_models
 from auxkern.model.fingerprints import fingerprint
 from auxkern.training.yaml_values import parsed_yaml
 
@@ -71,16 +71,8 @@ class MixtureFile:
         """
         for name, source in self.auxiliaries.items():
             model.load_auxiliary(name, self._place(source), allow_other_base=options.allow_other_base)
-        loaded = {}
-        for name, source in self.models.items():
-            place = self._place(source)
-            own, other = tokenizer.get_vocab(), load_tokenizer(place).get_vocab()
-            if other != own:
-                raise ValueError(
-                    f"{self.path}: model {name!r} ({source}) has another tokenizer than the base "
-                    f"({len(other):,} and {len(own):,} tokens); members share one vocabulary"
-                )
-            loaded[name] = load_base(place, device=model.device, dtype=options.dtype, compute=options.compute)
+        places = {name: self._place(source) for name, source in self.models.items()}
+        loaded = open_models(places, model, tokenizer, dtype=options.dtype, compute=options.compute)
         if model.device.type == "cpu" and self.auxiliaries:
             model.use_native_kernels(options.compute)
         return loaded

@@ -10,7 +10,7 @@ import numpy as np
 
 from auxkern.generation.engine import Engine
 from auxkern.generation.request import REQUEST_FIELDS, Completion, Request, check_id
-from auxkern.model.opening import open_pair
+from auxkern.model.opening import open_models, open_pair
 
 _WRITTEN = ("sample", "text", "finish_reason", "prompt_tokens", "new_tokens", "seed", "token_ids", "error")
 
@@ -33,12 +33,14 @@ class BatchMapper:
     Args:
         pair: folder or Hub name of an ``AuxTunedForCausalLM``.
         defaults: what rows leave out, as ``Request.from_record`` reads it; seed 0 unless it says.
+        models: folder or Hub name of language models that members of rows name, as
+            ``auxkern.model.open_models`` takes them.
         carry: names of columns that are handed through with each text; they are no fields of requests.
         slots, max_length, max_condition: of the ``Engine``.
         opening: more for ``auxkern.model.open_pair``, such as base, device or dtype.
 
     Raises:
-        OSError, ValueError: the pair cannot be loaded, or a default is out of range.
+        OSError, ValueError: the pair or one of the models cannot be loaded, or a default is out of range.
         TypeError: a default has the wrong type.
     """
 
@@ -47,6 +49,7 @@ class BatchMapper:
         pair: str,
         *,
         defaults: Mapping[str, Any] | None = None,
+        models: Mapping[str, str] | None = None,
         carry: Sequence[str] = (),
         slots: int = 32,
         max_length: int = 512,
@@ -59,8 +62,14 @@ class BatchMapper:
         if taken:
             raise ValueError(f"carry names {taken[0]!r}, which is a field of requests or texts; leave it out")
         model, text_format = open_pair(pair, **opening)
+        alike = {name: opening[name] for name in ("dtype", "compute") if name in opening}
         self._engine = Engine(
-            model, text_format, slots=slots, max_length=max_length, max_condition=max_condition
+            model,
+            text_format,
+            models=open_models(models or {}, model, text_format.tokenizer, **alike),
+            slots=slots,
+            max_length=max_length,
+            max_condition=max_condition,
         )
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Part(NamedTuple):
 
 
 def members_from(records: Any) -> tuple[Member, ...]:
-    """Members of JSON objects.
+    """Members of JSON objects; a field that is null has its default, as tables have it in all rows.
 
     Raises:
         TypeError: they are no list of objects, or a field has the wrong type.
@@ -145,7 +145,7 @@ def members_from(records: Any) -> tuple[Member, ...]:
         for name in record:
             if name not in known:
                 raise ValueError(f"a member has no field {name!r}; known are {', '.join(known)}")
-        members.append(Member(**record))
+        members.append(Member(**{name: value for name, value in record.items() if value is not None}))
     return tuple(members)
 
 
@@ -225,16 +225,18 @@ def _shorthand(make: Callable[..., Mixture]) -> Callable[[str, Any], dict[str, A
                 f"{make.__name__} must be an object with some of {', '.join(known)}, "
                 f"got {type(options).__name__}: {options!r:.60}"
             )
-        for name, value in options.items():
+        for name in options:
             if name not in known:
                 raise ValueError(f"{make.__name__} has no field {name!r}; known are {', '.join(known)}")
+        given = {name: value for name, value in options.items() if value is not None}
+        for name, value in given.items():
             is_text = known[name].annotation == "str"
             if isinstance(value, bool) or not isinstance(value, str if is_text else (int, float)):
                 kind = "a str" if is_text else "a number"
                 raise TypeError(f"{make.__name__}'s {name} must be {kind}, got {type(value).__name__}")
-        if missing := [name for name in needed if name not in options]:
+        if missing := [name for name in needed if name not in given]:
             raise ValueError(f"{make.__name__} has no {' and no '.join(missing)}; give each")
-        return make(prompt, **options)._asdict()
+        return make(prompt, **given)._asdict()
 
     return fields_of
 

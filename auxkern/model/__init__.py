@@ -11,7 +11,7 @@ from auxkern.model.fingerprints import fingerprint
 from auxkern.model.interface import AuxiliaryInputs, AuxiliaryModule, AuxiliaryOutput
 from auxkern.model.modeling import AuxTunedForCausalLM
 from auxkern.model.native import use_native_kernels
-from auxkern.model.opening import open_pair
+from auxkern.model.opening import open_models, open_pair
 from auxkern.model.sharding import shard_auxiliary, shard_base
 from auxkern.model.text import Example, TextFormat
 
@@ -29,6 +29,7 @@ __all__ = [
     "fingerprint",
     "load_base",
     "load_tokenizer",
+    "open_models",
     "open_pair",
     "shard_auxiliary",
     "shard_base",

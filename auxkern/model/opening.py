@@ -1,13 +1,14 @@
-"""A trained pair and what makes its ids, ready to write texts."""
+"""A trained pair and what makes its ids, ready to write texts; and models that write with it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
 import torch
 
-from auxkern.model.base import load_tokenizer
+from auxkern.model.base import load_base, load_tokenizer
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.modeling import AuxTunedForCausalLM
 from auxkern.model.native import native_refusal
@@ -60,3 +61,37 @@ def open_pair(
         model.use_native_kernels(compute)
     text_format = TextFormat(tokenizer, known.condition_template, max_length, known.text_prefix)
     return model.eval(), text_format
+
+
+def open_models(
+    sources: Mapping[str, str],
+    model: AuxTunedForCausalLM,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype | str | None = None,
+    compute: str = "float32",
+) -> dict[str, Any]:
+    """Language models that write texts together with a pair, by name, on its device.
+
+    Args:
+        sources: folder or Hub name of each, by the name that members of a mixture call it.
+        model: the pair.
+        tokenizer: its base's.
+        dtype, compute: as ``load_base`` takes them.
+
+    Raises:
+        ValueError: one cannot be loaded, or has another tokenizer than the base; the message names it.
+    """
+    loaded, own = {}, tokenizer.get_vocab()
+    for name, source in sources.items():
+        try:
+            other = load_tokenizer(source).get_vocab()
+            if other != own:
+                raise ValueError(
+                    f"it has another tokenizer than the base ({len(other):,} and {len(own):,} tokens), and "
+                    "members share one vocabulary"
+                )
+            loaded[name] = load_base(source, device=model.device, dtype=dtype, compute=compute)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"model {name!r} ({source}) cannot be a member: {error}") from error
+    return loaded

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from auxkern.generation import BatchMapper, Engine, Request
-from auxkern.model import open_pair
+from auxkern.model import open_models, open_pair
 from tests.support.launching import ROOT
-from tests.support.tiny import save_tiny_pair
+from tests.support.tiny import save_tiny_pair, word_lm, word_tokenizer
 
 DEFAULTS = {"max_new_tokens": 12, "seed": 3}
 SHAPE: dict[str, Any] = {"slots": 4, "max_length": 40, "max_condition": 8, "device": "cpu"}
@@ -72,6 +73,81 @@ def test_texts_are_the_engines_however_rows_are_cut(folder: str, mapper: BatchMa
         assert given[key].pop("source") == f"file {i}"
         assert given[key].pop("error") is None
         assert given[key] == expected[key]
+
+
+MEMBERS: list[list[dict[str, Any]]] = [
+    [{"model": "base", "prompt": "w1 w2"}, {"model": "base", "prompt": "", "weight": -0.5}],
+    [{"model": "small", "prompt": "w5", "weight": 0.5}, {"prompt": "w3"}],
+    [{"model": "base"}, {"model": "default", "condition": "w4"}, {"model": "small", "weight": -0.25}],
+]
+
+
+def mixtures(count: int) -> list[dict[str, Any]]:
+    """Mixtures and guidance among pairs."""
+    rows = records(count)
+    for i, row in enumerate(rows):
+        if i % 4 < 3:
+            row |= {"members": MEMBERS[i % 4], "condition": None}
+        elif i % 8 == 3:
+            row |= {"guidance": {"negative_prompt": "w9"}, "condition": None}
+    return rows
+
+
+def in_a_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """As Ray gives them: every row has every field, null where it says nothing, and lists are arrays."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    fields = dict.fromkeys(name for row in rows for one in row.get("members", ()) for name in one)
+    table: dict[str, Any] = {name: np.empty(len(rows), object) for name in names}
+    for i, row in enumerate(rows):
+        for name in names:
+            table[name][i] = row.get(name)
+        if "members" in row:
+            listed = [{name: one.get(name) for name in fields} for one in row["members"]]
+            table["members"][i] = np.array(listed, object)
+        if "guidance" in row:
+            table["guidance"][i] = {**row["guidance"], "scale": None}
+    return table
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("small")
+    word_lm(seed=5).save_pretrained(place)
+    word_tokenizer().save_pretrained(place)
+    return str(place)
+
+
+def test_rows_of_members_are_the_engines(folder: str, small: str) -> None:
+    rows = mixtures(24)
+    mapper = BatchMapper(folder, defaults=DEFAULTS, models={"small": small}, **SHAPE)
+    given = found([mapper(in_a_table(rows[first : first + 5])) for first in range(0, 24, 5)])
+    model, text_format = open_pair(folder, device="cpu")
+    others = open_models({"small": small}, model, text_format.tokenizer)
+    engine = Engine(model, text_format, models=others, slots=7, max_length=40, max_condition=8)
+    defaults = Request.from_record(DEFAULTS, id="defaults")
+    done = engine.generate([Request.from_record(row, defaults) for row in rows])
+    assert len(given) == 24
+    for one in done:
+        assert one.error is None
+        assert given[one.id, one.sample] == {**one.as_record(), "error": None}
+
+
+def test_a_row_whose_member_is_not_there_costs_no_other(mapper: BatchMapper) -> None:
+    rows = [{**row, "source": ""} for row in mixtures(4)]
+    batch = mapper(in_a_table(rows))
+    errors = ["no model 'small'" in str(error) for error in batch["error"]]
+    assert errors == [False, True, True, False]
+
+
+def test_models_that_cannot_be_members_are_named(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model 'gone' \(.*nowhere\) cannot be a member"):
+        BatchMapper(folder, models={"gone": str(tmp_path / "nowhere")}, **SHAPE)
+    word_lm().save_pretrained(tmp_path)
+    word_tokenizer(("a", "b")).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"model 'other'.* another tokenizer than the base \(6 and 97 tokens"
+    ):
+        BatchMapper(folder, models={"other": str(tmp_path)}, **SHAPE)
 
 
 def test_rows_may_ask_for_several_texts_and_share_an_id(folder: str, mapper: BatchMapper) -> None:
