@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from auxkern.bench import memory, session
+from auxkern.bench import session
 from auxkern.bench.losses import LINEAR as OPERATOR
 from auxkern.bench.results import CaseResult, Run
 from auxkern.bench.runner import Progress, backends_for, measure_inputs
 from auxkern.bench.timing import Effort
 from auxkern.core.files import replace_file
+from auxkern.core.memory import available_bytes
 from auxkern.terminal import command_parser, device_from
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _measurement(point: Point, dtype_name: str, device: torch.device) -> Any:
         N, V, widths = point
         backends, notes = backends_for(device, dtype, None)
         case = CaseResult("linear", "growth", V, N, dtype_name, 2, notes=notes, widths=list(widths))
-        available = memory.available_bytes(device)
+        available = available_bytes(device)
         # Ours needs the inputs, two gradients and a chunk; the floor one N x V buffer.
         smallest = (V + N) * sum(widths) * (2 * dtype.itemsize + 4) + N * V * dtype.itemsize + 2**30
         if available is not None and smallest > available:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
-_MEMINFO = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _SLACK = 8 * 2**20  # the kernel sums per-CPU page counters lazily
 
@@ -59,18 +58,6 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     call()
     peak, _ = _resident()
     return max(0, peak - before)
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken on ``device``; None where it cannot be read."""
-    if device.type == "cuda":
-        # What PyTorch's allocator keeps for later is free for the next tensor too.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    if not _MEMINFO.exists():
-        return None
-    lines = _MEMINFO.read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _resident() -> tuple[int, int]:

@@ -14,6 +14,7 @@ from auxkern.bench import losses, memory, sample
 from auxkern.bench.operators import Implementation, Operator, step
 from auxkern.bench.results import PASS_TITLES, CaseResult, Measured, Result
 from auxkern.bench.timing import Call, Effort, clock_for, measure_in_turns
+from auxkern.core.memory import available_bytes
 from auxkern.machine import OtherWork
 
 OPERATORS: dict[str, Operator] = {
@@ -68,7 +69,7 @@ def measure_case(
     operator, dtype = OPERATORS[case.op], getattr(torch, case.dtype)
     names, notes = backends_for(device, dtype, backends)
     case.notes += notes
-    needed, available = operator.needed_bytes(case), memory.available_bytes(device)
+    needed, available = operator.needed_bytes(case), available_bytes(device)
     if available is not None and needed > available:
         case.notes.append(
             f"Not run: it needs up to {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free. "

@@ -1,4 +1,4 @@
-"""Memory in large pages: for gradients that are made again and again, and for what stays."""
+"""Memory: what is left of it, and large pages for gradients that are made anew and for what stays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from torch import Tensor
 _LARGE_PAGE = 2 << 20
 _BLOCK = 64 << 20  # of memory that stays; what nobody writes to takes none
 _LINE = 64
+_MEMINFO = Path("/proc/meminfo")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken on ``device``; None where it cannot be read."""
+    if device.type == "cuda":
+        # What PyTorch's allocator keeps for later is free for the next tensor too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if not _MEMINFO.exists():
+        return None
+    lines = _MEMINFO.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _private(size: int) -> mmap.mmap:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from auxkern.core.memory import available_bytes
 from auxkern.core.terms import Term, rows_of
 from auxkern.generation.drawing import Drawer, Pending, Said
 from auxkern.generation.graphs import DecodeGraphs, Record
@@ -63,7 +64,7 @@ class Runner:
 
     Raises:
         ValueError: a cache is of a kind that does not fit.
-        RuntimeError: the caches do not fit the GPU's free memory.
+        RuntimeError: the caches do not fit the free memory.
     """
 
     def __init__(
@@ -271,15 +272,16 @@ class Runner:
         for name, of_lm in self._of_lms.items():
             made = base.run_base(self._lms[name], token, cache=DynamicCache(), use_cache=True).cache
             caches.append((of_lm, made, made))
-        needed = sum(one.table.needed_bytes(attention) for one, attention, _ in caches)
-        if self.model.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.model.device)
-            if needed > free:
-                raise RuntimeError(
-                    f"the caches of {self._room.slots} slots of {self._room.length} tokens take "
-                    f"{needed / 1e9:.1f} GB, but the GPU has {free / 1e9:.1f} GB free; lower slots or "
-                    "max_length"
-                )
+        needed = {one.name: one.table.needed_bytes(attention) for one, attention, _ in caches}
+        total, free = sum(needed.values()), available_bytes(self.model.device)
+        if free is not None and total > free:
+            largest = sorted(needed, key=needed.__getitem__, reverse=True)
+            each = ", ".join(f"of {name!r} {needed[name] / 1e9:.1f}" for name in largest)
+            raise RuntimeError(
+                f"the caches of {self._room.slots} slots of {self._room.length} tokens take "
+                f"{total / 1e9:.1f} GB ({each}), but {free / 1e9:.1f} GB are free on "
+                f"{self.model.device}; lower slots or max_length, or leave a model out"
+            )
         for one, _, made in caches:
             one.reserve(made)
 

@@ -18,7 +18,7 @@ pytest.importorskip("rich")
 
 from auxkern.backends import choice
 from auxkern.bench import __main__ as bench
-from auxkern.bench import memory, real, report, tables
+from auxkern.bench import memory, real, report, runner, tables
 from auxkern.bench.cases import new_case, select_cases
 from auxkern.bench.losses import CROSS_ENTROPY as OPERATOR
 from auxkern.bench.losses import LossInputs
@@ -491,7 +491,7 @@ def test_a_wrong_result_of_ours_is_the_exit_status(monkeypatch):
 
 
 def test_a_case_beyond_the_memory_is_left_out_with_a_note(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 2**20)
     assert bench.main(["--device", "cpu", "--n", "4", "--backend", "reference"]) == 0
     assert "Not run: it needs up to" in capsys.readouterr().out
 

@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("rich")
 
-from auxkern.bench import memory
 from auxkern.bench.results import Run
 from auxkern.bench.timing import Effort
 from benchmarks import growth
@@ -63,7 +62,7 @@ def test_results_of_another_machine_are_left_alone(tmp_path, capsys):
 
 def test_what_does_not_fit_is_left_out_with_a_note(tmp_path, monkeypatch, capsys):
     needed = growth.OPERATOR.needed_bytes
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**31)
+    monkeypatch.setattr(growth, "available_bytes", lambda device: 2**31)
     monkeypatch.setattr(growth.OPERATOR, "needed_bytes", lambda case: 2**40 if case.N == 4 else needed(case))
     path = tmp_path / "growth.json"
     assert measured(path) == 0
