@@ -327,6 +327,8 @@ def check_drawable(request: Request, V: int) -> None:
     params = request.params
     numbers = [(name, getattr(params, name)) for name in _NUMBERS if name != "top_k"]
     numbers.append(("aux_scale", request.aux_scale or 0.0))
+    for place, member in enumerate(request.members):
+        numbers.append((f"the weight of members[{place}] ({member.model!r})", member.weight or 0.0))
     for token, bias in dict(params.logit_bias or {}).items():  # type: ignore[arg-type]
         if token >= V:
             raise ValueError(f"logit_bias has the id {token}, but there are {V} tokens; leave it out")

@@ -45,7 +45,7 @@ class Engine:
         slots: most texts that are written at a time.
         max_length: most tokens of a text with its prompt.
         max_condition: most tokens of a condition.
-        prefill_tokens: most padded tokens of newcomers in one step.
+        prefill_tokens: most padded tokens of newcomers' contexts in one step (see ``Scheduler``).
         graphs: whether steps are recorded as CUDA graphs when the engine is made (see ``DecodeGraphs``);
             on a GPU they are unless it is False. Steps with log-probabilities, with more than 32 biases of a
             request or of several auxiliaries at once run without. What is written is then known to the host
@@ -57,7 +57,7 @@ class Engine:
     Raises:
         ValueError: the base has fewer positions than ``max_length``, a model does not fit, or graphs are
             asked for where they cannot be recorded.
-        RuntimeError: the caches do not fit the GPU's free memory.
+        RuntimeError: the caches do not fit the free memory; the message says what each model's take.
     """
 
     def __init__(

@@ -71,7 +71,8 @@ def check_beside(name: str, lm: Any, own: Any, V: int, taken: Collection[str]) -
     if size < V:
         raise ValueError(
             f"model {name!r}, a {type(lm).__name__}, has {size} ids, but the base, a "
-            f"{type(own).__name__}, draws from {V}; members of a mixture share one vocabulary"
+            f"{type(own).__name__}, draws from {V}; members of a mixture share one vocabulary. "
+            f"Where the rest is padding, make the pair with vocab_size={size}"
         )
     device, where = output_device(own), output_device(lm)
     if where != device:
@@ -171,8 +172,8 @@ def _part_refusal(model: Any, lm: Any, sequence: Sequence, part: Part) -> str | 
     for what, ids in (("prompt", part.prompt_ids), ("condition", part.condition_ids)):
         if ids and max(ids) >= size:
             return (
-                f"the {what} has the id {max(ids)}, but the models have {size} ids; the tokenizer is "
-                "another model's, or has tokens that they lack"
+                f"the {what}{sequence.named(part)} has the id {max(ids)}, but the models have {size} ids; "
+                "the tokenizer is another model's, or has tokens that they lack"
             )
     if not of_auxiliary:
         return None

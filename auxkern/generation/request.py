@@ -471,15 +471,26 @@ class Sequence:
         """Whether an auxiliary is among its members."""
         return any(part.base >= 0 for part in self.parts)
 
-    @property
-    def widest_prompt(self) -> int:
-        """Tokens of the longest prompt of any model."""
-        return max(len(part.prompt_ids) for part in self.parts)
+    @cached_property
+    def contexts(self) -> tuple[int, ...]:
+        """Tokens of each context that is read before the first draw.
 
-    @property
-    def widest_condition(self) -> int:
-        """Tokens of the longest condition."""
-        return max(len(part.condition_ids) for part in self.parts)
+        One for every prompt that a language model reads, with the conditions of the auxiliaries that read it
+        too. Members of one model that read the same do so once.
+        """
+        lengths = {
+            (part.model, part.prompt_ids): len(part.prompt_ids) for part in self.parts if part.base < 0
+        }
+        for part in dict.fromkeys(part for part in self.parts if part.base >= 0):
+            read = self.parts[part.base]
+            lengths[read.model, read.prompt_ids] += len(part.condition_ids)
+        return tuple(lengths.values())
+
+    def named(self, part: Part) -> str:
+        """Which of its members this is, for a message; nothing of a pair, which has one of a kind."""
+        if not self.members:
+            return ""
+        return f" of members[{self.members.index(part)}] ({part.model!r})"
 
     @property
     def key(self) -> tuple[str | int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,11 +51,13 @@ class Scheduler:
     Args:
         slots: most sequences that run at a time.
         max_length: most tokens of a sequence, prompt and new ones together.
-        prefill_tokens: most padded tokens of the newcomers of one step: their number times the longest
-            prompt and condition together. A single one may have more.
+        prefill_tokens: most padded tokens of the newcomers of one step: the number of their contexts times
+            the longest one, prompt and condition together. A text of several contexts counts them all (see
+            ``Sequence.contexts``). A single one may have more.
         max_condition: most tokens of a condition; None for any number.
         look_ahead: places of the queue from which newcomers are taken; None for twice the slots.
-        max_padding: largest share of padding among the padded tokens, in [0, 1).
+        max_padding: largest share of padding among the padded tokens, in [0, 1); a text's contexts are
+            padded to the longest of them without that.
 
     Attributes:
         unanswered: texts that are whole, and that nobody has got yet; the engine's to change.
@@ -124,21 +126,24 @@ class Scheduler:
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Why the sequence can never run here; None if it can."""
-        if sequence.width > self.slots:
-            return (
-                f"it has {sequence.width} members of one model, and there are {self.slots} slots; take more "
-                "slots, or fewer members"
-            )
-        prompt, new = sequence.widest_prompt, sequence.max_new_tokens
-        if prompt + new > self.max_length:
-            return (
-                f"the prompt has {prompt} tokens and max_new_tokens is {new}, together {prompt + new}, but a "
-                f"sequence has room for {self.max_length}; shorten the prompt, or lower max_new_tokens"
-            )
-        condition = sequence.widest_condition
-        if self.max_condition is not None and condition > self.max_condition:
-            room = self.max_condition
-            return f"the condition has {condition} tokens, but there is room for {room}; shorten it"
+        for model, count in Counter(part.model for part in sequence.parts).items():
+            if count > self.slots:
+                return (
+                    f"it has {count} members of model {model!r}, and there are {self.slots} slots; take more "
+                    "slots, or fewer members"
+                )
+        new = sequence.max_new_tokens
+        for part in sequence.parts:
+            prompt, condition, of = len(part.prompt_ids), len(part.condition_ids), sequence.named(part)
+            if prompt + new > self.max_length:
+                return (
+                    f"the prompt{of} has {prompt} tokens and max_new_tokens is {new}, together "
+                    f"{prompt + new}, but a sequence has room for {self.max_length}; shorten the prompt, or "
+                    "lower max_new_tokens"
+                )
+            if self.max_condition is not None and condition > self.max_condition:
+                room = self.max_condition
+                return f"the condition{of} has {condition} tokens, but there is room for {room}; shorten it"
         return None
 
     def add(self, *sequences: Sequence) -> None:
@@ -281,22 +286,23 @@ class Scheduler:
             return []
         seen = [self._queue.popleft() for _ in range(min(self.look_ahead, len(self._queue)))]
         head = _width(seen[0])
+        contexts = len(seen[0].contexts)
         # sorted() keeps the order of arrival among those that are equally near.
         nearest = sorted(range(1, len(seen)), key=lambda i: abs(_width(seen[i]) - head))
-        chosen, longest, total = {0}, head, head
+        chosen, longest, total = {0}, head, contexts * head
         free -= seen[0].width
         for i in nearest:
             if not free:
                 break
             if seen[i].width > free:
                 continue
-            width = _width(seen[i])
-            padded = (len(chosen) + 1) * max(longest, width)
-            real = total + width
+            width, more = _width(seen[i]), len(seen[i].contexts)
+            padded = (contexts + more) * max(longest, width)
+            real = total + more * width
             if padded <= self.prefill_tokens and padded - real <= self.max_padding * padded:
                 chosen.add(i)
                 free -= seen[i].width
-                longest, total = max(longest, width), real
+                contexts, longest, total = contexts + more, max(longest, width), real
         self._queue.extendleft(reversed([one for i, one in enumerate(seen) if i not in chosen]))
         return [seen[i] for i in sorted(chosen)]
 
@@ -319,5 +325,5 @@ def closing_moves(count: int, ended: Iterable[int]) -> list[Move]:
 
 
 def _width(sequence: Sequence) -> int:
-    """Tokens that are read before the first one is drawn, at most, in either model."""
-    return sequence.widest_prompt + len(sequence.generated) + sequence.widest_condition
+    """Tokens of its longest context, with what was drawn."""
+    return max(sequence.contexts) + len(sequence.generated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 import auxkern
-from auxkern.generation import Engine, Request
+from auxkern.generation import Engine, Request, runner
 from auxkern.generation.members import Member, context, contrast, experts, guidance
 from auxkern.model import TextFormat, base, use_native_kernels
 from auxkern.ops.sampling_params import SamplingParams
-from tests.support.tiny import DECODER, KIND, byte_tokenizer, tiny_lm_for, tiny_pair
+from tests.support.tiny import DECODER, KIND, PADDING, byte_tokenizer, tiny_lm_for, tiny_pair
 
 TOKENIZER = byte_tokenizer()
 TEXT = TextFormat(TOKENIZER)
@@ -288,7 +289,7 @@ def test_a_text_of_many_members_takes_as_many_slots(model, models):
     assert most == 1
     too_many = Request("x", members=tuple(Member(prompt="a") for _ in range(4)))
     (failed,) = Engine(model, TEXT, models=models, slots=3, **ROOM).generate([too_many])
-    assert "4 members of one model, and there are 3 slots" in failed.error
+    assert "4 members of model 'base', and there are 3 slots" in failed.error
 
 
 @pytest.mark.parametrize(
@@ -297,8 +298,17 @@ def test_a_text_of_many_members_takes_as_many_slots(model, models):
         ((Member(), Member("nobody")), "no model 'nobody'.*base, expert, anti, default"),
         ((Member(), Member("expert", condition="x")), "reads no condition"),
         ((Member(), Member("default", prompt="x")), "leave its prompt out"),
-        ((Member(prompt="a" * 60),), "prompt has 6. tokens"),
-        ((Member(), Member("default", condition="a" * 9)), "condition has 9 tokens"),
+        (
+            (Member(), Member("anti"), Member("anti", prompt="a" * 60)),
+            r"members\[2\] \('anti'\) has 6. tokens",
+        ),
+        (
+            (Member(), Member("default", condition="a"), Member("second", condition="a" * 9)),
+            r"condition of members\[2\] \('second'\) has 9 tokens",
+        ),
+        ((Member(),) + (Member("expert"),) * 5, "5 members of model 'expert', and there are 4 slots"),
+        ((Member(), Member("expert", weight=1e39)), r"weight of members\[1\] \('expert'\) is 1e\+39"),
+        ((Member(), Member("anti", weight=-1e-40)), r"weight of members\[1\] \('anti'\) is -1e-40"),
     ],
 )
 def test_a_mixture_that_cannot_be_written_fails_alone(model, models, members, words):
@@ -376,6 +386,63 @@ def test_shorthands_in_json_are_their_members():
     ):
         with pytest.raises(error, match=words):
             Request.from_record({"id": 1, **line})
+
+
+def test_tokens_that_a_member_lacks_are_its_own_error(models):
+    """Of padded vocabularies the tokenizer may have more ids than a model has embeddings."""
+    small = tiny_lm_for(TOKENIZER, vocab_size=258, pad_token_id=0)
+    model = tiny_pair("own head", tiny_lm_for(TOKENIZER), vocab_size=258)
+    engine = Engine(model, TEXT, models={"small": small}, **ROOM)
+    members = (Member(prompt=PADDING), Member("small", prompt=PADDING))
+    bad, good = (Request(count, members=members[:count], max_new_tokens=3) for count in (2, 1))
+    failed, done = engine.generate([bad, good])
+    assert re.search(r"prompt of members\[1\] \('small'\) has the id 258, .* have 258 ids", failed.error)
+    assert done.error is None
+
+
+def test_vocabularies_may_be_padded_each_to_a_size_of_its_own(models):
+    lm = tiny_lm_for(TOKENIZER, vocab_size=320, num_attention_heads=2)
+    padded = {
+        "expert": tiny_lm_for(TOKENIZER, vocab_size=288, seed=7).eval(),
+        "anti": tiny_lm_for(TOKENIZER, vocab_size=352, seed=8).eval(),
+    }
+    wide = tiny_pair("own head", lm)
+    with pytest.raises(ValueError, match=r"'expert'.* 288 ids.* draws from 320.*vocab_size=288"):
+        Engine(wide, TEXT, models=padded, **ROOM)
+    model = tiny_pair("own head", lm, vocab_size=len(TOKENIZER))
+    asked = [one for one in requests(logprobs=True) if one.id in ("guidance", "experts")]
+    for request, done in zip(asked, Engine(model, TEXT, models=padded, **ROOM).generate(asked), strict=True):
+        assert list(done.token_ids) == looped(request, model, padded)
+
+
+def test_a_mixture_beyond_the_memory_is_told_before_it_begins(model, models, monkeypatch):
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 10**6)
+    with pytest.raises(RuntimeError, match=r"of 'base' .* of 'anti' .* of 'second' .* leave a model out"):
+        Engine(model, TEXT, models=models, **ROOM)
+
+
+def test_the_prompts_of_all_members_count_for_a_step(model, models):
+    """Five contexts of 11 tokens each: two texts are 110, three would be more than a step takes."""
+    prompts = ["abcdefghi" + end for end in "jklm"]
+    asked = [
+        Request(
+            end,
+            members=(
+                Member(prompt=end),
+                Member(prompt=end[::-1]),
+                Member(prompt=end[1:] + "x"),
+                Member("expert", prompt=end),
+                Member("anti", prompt=end),
+            ),
+            max_new_tokens=2,
+        )
+        for end in prompts
+    ]
+    engine = Engine(model, TEXT, models=models, slots=12, prefill_tokens=120, **ROOM)
+    for request in asked:
+        engine.submit(request)
+    engine.step()
+    assert engine.stats.prefill_tokens == 2 * 5 * 11
 
 
 def test_models_of_other_vocabularies_or_taken_names_are_refused(model):

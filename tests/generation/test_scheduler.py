@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from auxkern.generation.members import Part
 from auxkern.generation.request import Request, Sequence
 from auxkern.generation.scheduler import Move, Plan, Scheduler
 
@@ -222,6 +223,51 @@ def test_the_condition_is_read_with_the_prompt() -> None:
     queue.add(sequence("b", 15))
     queue.add(sequence("c", 15))
     assert ids(queue.schedule().prefill) == ["a", "b"]
+
+
+def mixture(id: int, *contexts: tuple[str, int], conditions: tuple[int, ...] = ()) -> Sequence:
+    """Language models that read so many tokens, and auxiliaries of the first that see such conditions."""
+    parts = [Part(model, tuple(range(i, i + length))) for i, (model, length) in enumerate(contexts)]
+    first = parts[0].prompt_ids
+    parts += [Part(f"aux {i}", first, tuple(range(K)), base=0) for i, K in enumerate(conditions)]
+    return Sequence(Request(id, max_new_tokens=1), 0, first, members=tuple(parts))
+
+
+@pytest.mark.parametrize(
+    ("one", "tokens"),
+    [
+        (mixture(0, ("base", 10)), 10),
+        (mixture(0, ("base", 10), ("base", 8)), 20),
+        (mixture(0, ("base", 10), ("expert", 10), ("anti", 10)), 30),
+        (mixture(0, ("base", 7), conditions=(2, 1)), 10),
+        (mixture(0, ("base", 4), ("expert", 9), conditions=(2, 3)), 18),
+    ],
+)
+def test_a_step_takes_as_many_mixtures_as_it_can_read(one: Sequence, tokens: int) -> None:
+    for room, taken in ((3 * tokens, 3), (3 * tokens - 1, 2)):
+        queue = scheduler(slots=20, prefill_tokens=room)
+        queue.add(
+            *(
+                Sequence(Request(id, max_new_tokens=1), 0, one.prompt_ids, members=one.members)
+                for id in range(4)
+            )
+        )
+        assert len(queue.schedule().prefill) == taken
+
+
+def test_members_that_read_the_same_do_so_once() -> None:
+    alike = Part("base", (1, 2, 3)), Part("base", (1, 2, 3), weight=-0.5), Part("expert", (1, 2, 3))
+    seen = [Part("aux", (1, 2, 3), (4, 5), base=place) for place in (0, 0, 1)]
+    one = Sequence(Request(0), 0, (1, 2, 3), members=(*alike, *seen[:2]))
+    assert one.contexts == (5, 3)
+    # An auxiliary behind another member of the base is read for itself.
+    assert Sequence(Request(0), 0, (1, 2, 3), members=(*alike, *seen)).contexts == (7, 3)
+
+
+def test_contexts_of_unlike_lengths_go_with_others_like_them() -> None:
+    queue = scheduler(slots=20)
+    queue.add(*(mixture(id, ("base", 60), ("base", 2), ("base", 3)) for id in range(4)))
+    assert ids(queue.schedule().prefill) == [0, 1, 2, 3]
 
 
 def test_one_prompt_may_be_longer_than_a_step_takes() -> None:
