@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import pytest
 from auxkern.commands import generate
 from auxkern.commands.mixture import MixtureFile
 from auxkern.generation.members import Member
-from tests.support.tiny import save_tiny_pair, word_lm, word_tokenizer
+from auxkern.model import load_base
+from tests.support.killing import killed_sizes
+from tests.support.tiny import (
+    DECODER,
+    KIND,
+    save_tiny_pair,
+    tiny_lm_for,
+    tiny_pair,
+    word_lm,
+    word_tokenizer,
+)
 
 LINES: list[dict[str, Any]] = [
     {"id": 1, "prompt": "w1 w2", "guidance": {"negative_prompt": "w9", "scale": 2}},
@@ -82,6 +93,80 @@ def test_a_model_of_other_tokens_is_refused_by_name(folder, capsys):
     said = capsys.readouterr().err
     assert "model 'small'" in said
     assert "another tokenizer than the base" in said
+
+
+KILLED = """
+    import contextlib, sys
+    import transformers.models.llama.modeling_llama
+    from auxkern.commands import generate, generate_file
+
+    def run(folder, order):
+        files = {"--mixture": folder.parent / "mixture.yaml", "--input": folder.parent / "lines.jsonl"}
+        words = [str(folder.parent / "pair"), "--output", str(folder / "out"), "--max-length", "40"]
+        for flag, path in files.items():
+            words += [flag, str(path)]
+        with contextlib.redirect_stdout(sys.stderr):
+            assert generate.main([*words, "--batch-size", "8", "--seed", "3"]) == 1  # some lines are errors
+"""
+
+
+def mixed_lines(count: int) -> list[dict[str, Any]]:
+    """Pairs, the LM alone, guidance, two auxiliaries, contrast, experts and plausibility; a few errors."""
+    chosen, lines = random.Random(0), []
+
+    def text() -> str:
+        return " ".join(f"w{chosen.randrange(93)}" for _ in range(chosen.randrange(1, 9)))
+
+    for number in range(count):
+        line: dict[str, Any] = {"id": f"r{number}", "max_new_tokens": chosen.randint(1, 16), "prompt": text()}
+        line |= {"logprobs": chosen.random() < 0.3, "samples": chosen.choice([1, 1, 1, 2])}
+        two = [{"model": name, "condition": text()} for name in ("default", "second")]
+        kinds: list[dict[str, Any]] = [
+            {"condition": text()},
+            {"auxiliary": None},
+            {"guidance": {"negative_prompt": text(), "scale": 1.7}},
+            {"members": [{"model": "base"}, *two]},
+            {"contrast": {"amateur": "small", "alpha": 0.2}},
+            {"experts": {"expert": "small", "anti_expert": "tiny", "alpha": 0.5}},
+            {"members": [{"model": "small", "weight": 0.5}, {"prompt": text()}], "plausibility": 0.05},
+            {},  # the file's own members
+        ]
+        line |= kinds[number % len(kinds)]
+        if chosen.random() < 0.02:
+            line |= {"members": [{"model": "base"}, {"model": "nobody"}]}
+            line = {name: value for name, value in line.items() if name in ("id", "members")}
+        lines.append(line)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"), [(80, 3), pytest.param(2000, 10, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_killed_mixtures_are_those_of_an_uninterrupted_run(tmp_path, count, kills):
+    """To the byte, log-probabilities included: heads and auxiliaries of a width that the kernels take."""
+    words, one_head = word_tokenizer(), {**DECODER, "num_attention_heads": 1}
+    for seed, name in enumerate(("base", "small", "tiny")):
+        lm = tiny_lm_for(words, seed=seed, num_attention_heads=2, num_hidden_layers=3 - seed)
+        lm.save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    for kind, name in ((KIND, "pair"), ("own head", "second")):
+        base = str(tmp_path / "base")
+        pair = tiny_pair(kind, load_base(base), auxiliary_config=one_head, base_model_name_or_path=base)
+        pair.save_pretrained(tmp_path / name)
+    own = "members: [{model: base}, {model: small, weight: 0.25}]\n"
+    names = "models: {small: small, tiny: tiny}\nauxiliaries: {second: second}\n"
+    (tmp_path / "mixture.yaml").write_text(names + own)
+    lines = mixed_lines(count)
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folders = [tmp_path / "once", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    assert len(killed_sizes(KILLED, *folders, kills=kills, seconds=1200)) > kills / 2
+    once, killed = (sorted((folder / "out").read_bytes().splitlines()) for folder in folders)
+    assert len(once) == sum(line.get("samples", 1) for line in lines)
+    assert sum(b'"error"' in line for line in once) == sum("nobody" in str(line) for line in lines)
+    assert sum(b'"members"' in line for line in once) > count / 8
+    assert killed == once
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,6 @@ import errno
 import json
 import random
 import resource
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from auxkern.generation.request import Completion, Request
 from auxkern.generation.stops import TextStream
 from auxkern.generation.stream import BadLine, CompletionWriter, file_fingerprint, read_requests
 from auxkern.model.text import TextFormat
+from tests.support.killing import killed_sizes
 from tests.support.tiny import byte_tokenizer
 
 SENTENCES = [
@@ -553,10 +551,8 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     assert [record["id"] for record in records(path)] == list(range(9))
 
 
-# One process, which imports once, for all runs; each run is a child of it, killed at a random moment.
 KILLED = """
-    import os, random, signal, sys, time
-    from pathlib import Path
+    import time
     from auxkern.generation import Completion, CompletionWriter, Request, read_requests
 
     def run(folder, order):
@@ -574,28 +570,6 @@ KILLED = """
         time.sleep(2e-4)
         text = request.prompt * (request.seed % 50)
         writer.write(Completion(request.id, sample, text, (1, sample), "end", 1, seed=request.seed))
-
-    def child(folder, order):
-        process = os.fork()
-        if process:
-            return process
-        code = 1
-        try:
-            run(folder, order)
-            code = 0
-        finally:
-            os._exit(code)
-
-    order = random.Random(0)
-    for folder, kills in ((Path(sys.argv[1]), 0), (Path(sys.argv[2]), 10)):
-        for left in reversed(range(kills + 1)):
-            process = child(folder, random.Random(order.random()))
-            if left:
-                time.sleep(order.uniform(0.0, 0.15))
-                os.kill(process, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            assert status == (-signal.SIGKILL if left else 0), (left, status)
-            print((folder / "out").stat().st_size if (folder / "out").exists() else 0)
 """
 
 
@@ -611,11 +585,7 @@ def test_killed_runs_write_what_an_uninterrupted_one_does(tmp_path: Path) -> Non
     for folder in folders:
         folder.mkdir()
         write_lines(folder / "in", *lines)
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    once, *killed = map(int, done.stdout.split())
-    assert len([size for size in killed if 0 < size < once]) >= 5  # they were in the middle
+    assert len(killed_sizes(KILLED, *folders, kills=10)) >= 5  # they were in the middle
     outputs = [sorted((folder / "out").read_bytes().splitlines()) for folder in folders]
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) > 2000
