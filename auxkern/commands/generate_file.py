@@ -50,15 +50,6 @@ def answer_file(
             ``options.stop_on_error`` is set.
     """
     mixture = None if options.mixture is None else MixtureFile.read(options.mixture)
-    models = {} if mixture is None else mixture.load(model, text_format.tokenizer, options)
-    engine = Engine(
-        model,
-        text_format,
-        models=models,
-        slots=options.batch_size,
-        max_length=options.max_length,
-        max_condition=options.max_condition,
-    )
     defaults = Request(
         "defaults",
         params=params,
@@ -68,6 +59,15 @@ def answer_file(
         samples=options.number,
     )
     defaults = defaults if mixture is None else mixture.defaults(defaults)
+    models = {} if mixture is None else mixture.load(model, text_format.tokenizer, options)
+    engine = Engine(
+        model,
+        text_format,
+        models=models,
+        slots=options.batch_size,
+        max_length=options.max_length,
+        max_condition=options.max_condition,
+    )
     run = {  # what makes another output if it changes
         "input": file_fingerprint(options.input),
         "auxiliary": fingerprint(model),

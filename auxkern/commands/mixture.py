@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from auxkern.generation import Request
-from auxkern.generation.members import Member, members_from
+from auxkern.generation.members import BASE, Member, members_from
 from auxkern.model import open_models
 from auxkern.model.fingerprints import fingerprint
 from auxkern.training.yaml_values import parsed_yaml
@@ -70,7 +72,17 @@ class MixtureFile:
             OSError, ValueError: one cannot be loaded, or has other tokens than the base.
         """
         for name, source in self.auxiliaries.items():
-            model.load_auxiliary(name, self._place(source), allow_other_base=options.allow_other_base)
+            try:
+                model.load_auxiliary(name, self._place(source), allow_other_base=options.allow_other_base)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise ValueError(f"{self.path}: auxiliary {name!r} ({source}): {error}") from error
+        names = [BASE, *self.models, *model.auxiliary_names]
+        for member in self.members:
+            if member.model not in names:
+                raise ValueError(
+                    f"{self.path}: there is no model {member.model!r} for a member; choose one of "
+                    f"{', '.join(names)}, or name it among models or auxiliaries"
+                )
         places = {name: self._place(source) for name, source in self.models.items()}
         loaded = open_models(places, model, tokenizer, dtype=options.dtype, compute=options.compute)
         if model.device.type == "cpu" and self.auxiliaries:
@@ -83,9 +95,12 @@ class MixtureFile:
         Raises:
             ValueError: they contradict the options.
         """
-        if not self.members:
+        if not self.members and not self.plausibility:
             return request
-        return replace(request, members=self.members, plausibility=self.plausibility)
+        try:
+            return replace(request, members=self.members, plausibility=self.plausibility)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
     def record(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """What makes another output if it changes."""

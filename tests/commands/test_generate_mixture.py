@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,29 @@ def test_killed_mixtures_are_those_of_an_uninterrupted_run(tmp_path, count, kill
     assert sum(b'"error"' in line for line in once) == sum("nobody" in str(line) for line in lines)
     assert sum(b'"members"' in line for line in once) > count / 8
     assert killed == once
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("members: [{model: base}, {model: smal}]", "yaml: there is no model 'smal' .* base, default, or"),
+        ("members: [{model: default}]", "yaml: members are default, without the base"),
+        ("members: [{model: base, weight: 0}]", "yaml: every member's weight is 0"),
+        ("members: [{model: base, weight: .nan}]", "yaml: the weight of member 'base' is nan"),
+        ("members: [{model: base}]\nplausibility: a", "yaml: plausibility must be a number, got str"),
+        ("plausibility: 0.1", "yaml: plausibility is 0.1, but there are no members"),
+        ("models: {far: broken}", r"model 'far' \(.*broken\) cannot be a member"),
+        ("auxiliaries: {far: broken}", r"yaml: auxiliary 'far' \(broken\)"),
+    ],
+)
+def test_a_file_that_no_line_could_use_is_refused_at_start(folder, capsys, content, words):
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "mixture.yaml").write_text(content)
+    status = generate.main(arguments(folder, "texts.jsonl"))
+    assert status == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (folder / "texts.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,13 @@ def columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def alone(folder: str, rows: list[dict[str, Any]]) -> dict[tuple[Any, int], dict[str, Any]]:
+def alone(
+    folder: str, rows: list[dict[str, Any]], models: dict[str, str] | None = None
+) -> dict[tuple[Any, int], dict[str, Any]]:
     """What the engine writes for all of them."""
     model, text_format = open_pair(folder, device="cpu")
-    engine = Engine(model, text_format, slots=7, max_length=40, max_condition=8)
+    others = open_models(models or {}, model, text_format.tokenizer)
+    engine = Engine(model, text_format, models=others, slots=7, max_length=40, max_condition=8)
     defaults = Request.from_record(DEFAULTS, id="defaults")
     done = engine.generate([Request.from_record(row, defaults) for row in rows])
     return {(one.id, one.sample): one.as_record() for one in done}
@@ -93,6 +96,12 @@ def mixtures(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With every field in every row."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
 def in_a_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """As Ray gives them: every row has every field, null where it says nothing, and lists are arrays."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -119,17 +128,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_rows_of_members_are_the_engines(folder: str, small: str) -> None:
     rows = mixtures(24)
-    mapper = BatchMapper(folder, defaults=DEFAULTS, models={"small": small}, **SHAPE)
+    models = {"small": small}
+    mapper = BatchMapper(folder, defaults=DEFAULTS, models=models, **SHAPE)
     given = found([mapper(in_a_table(rows[first : first + 5])) for first in range(0, 24, 5)])
-    model, text_format = open_pair(folder, device="cpu")
-    others = open_models({"small": small}, model, text_format.tokenizer)
-    engine = Engine(model, text_format, models=others, slots=7, max_length=40, max_condition=8)
-    defaults = Request.from_record(DEFAULTS, id="defaults")
-    done = engine.generate([Request.from_record(row, defaults) for row in rows])
+    assert given == {key: {**one, "error": None} for key, one in alone(folder, rows, models).items()}
     assert len(given) == 24
-    for one in done:
-        assert one.error is None
-        assert given[one.id, one.sample] == {**one.as_record(), "error": None}
 
 
 def test_a_row_whose_member_is_not_there_costs_no_other(mapper: BatchMapper) -> None:
@@ -196,21 +199,24 @@ def test_a_mapper_that_makes_no_sense_is_refused(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_local_ray_writes_what_the_engine_writes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [records, mixtures])
+def test_a_local_ray_writes_what_the_engine_writes(
+    folder: str, small: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray = pytest.importorskip("ray", reason="pip install auxkern[ray]")
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    rows = records(500)
+    rows, models = make(500), {"small": small}
     here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # Two more than the mappers hold: what cuts the table up needs some too.
     ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": here})
     try:
         written = (
-            ray.data.from_items(rows)
+            ray.data.from_items(filled(rows))
             .repartition(10)
             .map_batches(
                 BatchMapper,
-                fn_constructor_kwargs={"pair": folder, "defaults": DEFAULTS, **SHAPE},
+                fn_constructor_kwargs={"pair": folder, "models": models, "defaults": DEFAULTS, **SHAPE},
                 batch_size=50,
                 concurrency=2,
                 num_cpus=1,
@@ -219,7 +225,7 @@ def test_a_local_ray_writes_what_the_engine_writes(folder: str, monkeypatch: pyt
         )
     finally:
         ray.shutdown()
-    expected = alone(folder, rows)
+    expected = alone(folder, rows, models)
     given = {(row["id"], row["sample"]): row for row in written}
     assert len(written) == 500
     assert given.keys() == expected.keys()
