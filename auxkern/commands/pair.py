@@ -177,7 +177,7 @@ def load_pair(
     from auxkern.model import AuxTunedConfig, open_pair
 
     device = device_from(parser, options.device)
-    _check_model(options.model)
+    check_model(options.model)
     config = AuxTunedConfig.from_pretrained(options.model)
     base = options.base or config.base_model_name_or_path
     here = base is None or "/" not in base or base.startswith("pip:") or Path(base).is_dir()
@@ -249,8 +249,12 @@ def sample_seeds(seed: int, count: int) -> list[int]:
     return [mixed_seed(seed, "sample", index) for index in range(count)]
 
 
-def _check_model(name: str) -> None:
-    """Says what is wrong with a folder before transformers looks for it on the Hub."""
+def check_model(name: str) -> None:
+    """Says what is wrong with a folder before transformers looks for it on the Hub.
+
+    Raises:
+        ValueError: it holds no auxiliary.
+    """
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():

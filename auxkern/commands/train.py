@@ -17,16 +17,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from auxkern.commands.pair import CommandParser, input_file, quiet, sentence
+from auxkern.commands.pair import CommandParser, check_model, input_file, quiet, sentence
 from auxkern.commands.ranks import Launched
 from auxkern.core.seeds import mixed_seed
 from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
+from auxkern.model.frozen import trained_on_top_of
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
 from auxkern.terminal import INTERRUPTED, command_parser
 from auxkern.training import checkpoint
 from auxkern.training.examples import Items, PlacedExamples, encode
 from auxkern.training.fit import check_fit, check_padding
+from auxkern.training.frozen import frozen_sources, hold_frozen, shared_text_prefix
 from auxkern.training.log import check_unused
 from auxkern.training.loop import ExampleSet, TrainingInterrupted, TrainResult, fingerprint_of, train
 from auxkern.training.progress import duration, progress_for
@@ -36,7 +38,9 @@ from auxkern.training.wording import PLAIN, SPACED, Wording, wording_of
 _EPILOG = """\
 A YAML file has a line NAME: VALUE for each setting, named like the flag with _ for -; a flag beats the
 file. --show prints such a file. `pair` holds fields of AuxTunedConfig, as in --pair pointer=true
---pair lm_layers=[10].
+--pair lm_layers=[10]. `frozen` holds auxiliaries that were trained on the same base, as in --frozen
+keyword=out/keyword:0.7: their logits are in the sum that is trained, with a weight, and stay what they are;
+the condition that each sees is an example's "conditions": {"keyword": "glacier"}.
 Ctrl-C finishes the step and saves; --resume goes on from there, as if nothing had happened.
 Under torchrun (torchrun --nproc-per-node 4 -m auxkern train ...) processes share the batches of a step, of
 which --gradient-accumulation says how many there are; the run is the same, in any number of processes.
@@ -141,7 +145,10 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     sides = _read_examples(settings, launched)
     text_format, model = _pair(settings, device, sides[0].examples)
     check_padding(model, text_format.pad_id)
-    training, validation = (encode(side.examples, text_format, place=side.place) for side in sides)
+    formats = hold_frozen(model, settings.frozen, text_format)
+    training, validation = (
+        encode(side.examples, text_format, place=side.place, frozen=formats) for side in sides
+    )
     for side, encoded in zip(sides, (training, validation), strict=True):
         check_fit(model, encoded, side.place)
     identity = checkpoint.RunIdentity(
@@ -193,7 +200,8 @@ def _pair(
         tokenizer = load_tokenizer(settings.base, **source)
     # Nothing but a pointer compares ids; a task says itself how its conditions are written.
     free = config.pointer and settings.task is None
-    prefix = settings.pair.get("text_prefix", None if free else "")
+    prefix = shared_text_prefix(_frozen_configs(settings), settings.pair.get("text_prefix"))
+    prefix = "" if prefix is None and not free else prefix
     wordings = wording_of(tokenizer, examples, template if template or free else PLAIN, prefix)
     chosen = wordings[0]
     if config.pointer:
@@ -216,6 +224,16 @@ def _pair(
             pair = AuxTunedForCausalLM.from_lm(lm, **fields)
     text_format = TextFormat(tokenizer, chosen.condition_template, settings.max_length, chosen.text_prefix)
     return text_format, pair
+
+
+def _frozen_configs(settings: TrainSettings) -> dict[str, AuxTunedConfig]:
+    """Of the auxiliaries that are held frozen, before anything large is loaded."""
+    configs = {}
+    for name, source in frozen_sources(settings.frozen).items():
+        with _saying(f"frozen {name!r}", OSError, ValueError):
+            check_model(source.path)
+            configs[name] = AuxTunedConfig.from_pretrained(source.path)
+    return configs
 
 
 def _print_wording(wording: Wording) -> None:
@@ -323,6 +341,7 @@ def _print_job(job: _Job) -> None:
     _print_rows(
         ("base", f"{settings.base}: {lm_size:,} parameters, {model.lm.dtype}, {model.lm.device}, frozen"),
         ("auxiliary", f"{model.config.architecture}: {size:,} trainable parameters"),
+        *([("on top of", trained_on_top_of(model.config.on_top_of))] if model.config.on_top_of else []),
         ("training", _size_of(job.training)),
         ("validation", _size_of(job.validation)),
         ("steps", f"{settings.steps:,} of {each:,} examples, {epochs:.1f} epochs"),

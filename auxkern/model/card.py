@@ -9,6 +9,7 @@ import transformers
 
 from auxkern.core.files import replace_file
 from auxkern.model.config import AuxTunedConfig
+from auxkern.model.frozen import trained_on_top_of
 
 _CARD = """---
 library_name: auxkern
@@ -39,6 +40,7 @@ ids = model.generate(**text.prompts(["a condition"]), do_sample=True, max_new_to
 | parameters | {parameters:,} |
 | output head | {head}{pointer} |
 | hidden states of the base that it reads | {layers} |
+| trained on top of | {on_top_of} |
 | vocabulary | {vocabulary:,} ids |
 | fingerprint of the base | `{fingerprint}` |
 | made with | torch {torch}, transformers {transformers} |
@@ -68,6 +70,7 @@ def write_model_card(folder: Path, config: AuxTunedConfig, parameters: int) -> N
         head=config.head,
         pointer=", and a pointer over the condition's tokens" if config.pointer else "",
         layers=", ".join(map(str, config.lm_layers)) or "none",
+        on_top_of=trained_on_top_of(config.on_top_of) or "the base alone",
         vocabulary=config.vocab_size or 0,
         fingerprint=config.base_fingerprint,
         torch=torch.__version__,

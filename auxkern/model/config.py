@@ -67,6 +67,8 @@ class AuxTunedConfig(PreTrainedConfig):
         condition_template: how a condition is written before it is tokenised.
         text_prefix: what is written before every text that is learnt, see ``TextFormat``.
         initializer_range: standard deviation of new weights.
+        on_top_of: auxiliaries that stood in the sum, frozen, while this one was trained, by name: "path",
+            "weight" and "fingerprint"; see ``auxkern.training.frozen.hold_frozen``.
 
     Raises:
         ValueError: a field is unknown or out of range.
@@ -96,6 +98,7 @@ class AuxTunedConfig(PreTrainedConfig):
     condition_template: str = "{condition}"
     text_prefix: str = ""
     initializer_range: float = 0.02
+    on_top_of: dict[str, Any] = field(default_factory=dict)
     # Part of what transformers' generate asks of every config.
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

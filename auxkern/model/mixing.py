@@ -64,6 +64,27 @@ def mixed(lm_term: Term, added: Added, V: int, others: Sequence[Term] = ()) -> l
     return [lm_term, *terms, *_spread(sparse, lm_term.leading), *others]
 
 
+def with_frozen(terms: list[Term], frozen: Sequence[list[Term]]) -> list[Term]:
+    """The terms of ``mixed`` and those of auxiliaries held frozen, all of rows (B, T).
+
+    None is written out, which would take the memory of the logits: what goes through the base's embedding is
+    added to its hidden states, sparse terms become one, and other heads stay terms of their own.
+    """
+    lm_term, *rest = terms
+    sparse: list[Sparse] = []
+    for first, *more in frozen:
+        if _takes_hidden(lm_term) and isinstance(first, Head) and lm_term.weight is first.weight:
+            hidden = lm_term.hidden.float() + first.scale * first.hidden.float()
+            lm_term = like(lm_term, hidden=hidden)
+        else:
+            rest.append(first)
+        sparse += [term for term in more if isinstance(term, Sparse)]
+    if sparse:
+        ids, values = ([getattr(term, name) for term in sparse] for name in ("ids", "values"))
+        rest.append(Sparse(torch.cat(ids, -1), torch.cat(values, -1)))
+    return [lm_term, *rest]
+
+
 def alone(lm_term: Term, added: Added, V: int) -> Alone:
     """The terms of either side, rows (B, T); arguments as of ``mixed``."""
     if len(added) == 1 and added[0][0].rows is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,16 +12,19 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from auxkern.core.terms import Term
 from auxkern.model import base, fitting, refusals
 from auxkern.model.auxiliary import build_auxiliary
 from auxkern.model.caches import CACHE_NAME, PairCache
 from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.fingerprints import fingerprint
+from auxkern.model.frozen import Frozen, frozen_terms, trained_on_top_of
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs, checked_weights
 from auxkern.model.interface import traits_of
 from auxkern.model.layers import ZeroLinear
+from auxkern.model.mixing import with_frozen
 from auxkern.model.native import compute_of, use_native_kernels
 from auxkern.model.pair_terms import DEFAULT, PairSum, label_loss
 from auxkern.model.saving import check_complete, tied_weights
@@ -188,6 +192,12 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         check_complete(pretrained_model_name_or_path, report)
         for name, value in buffers.items():
             model.auxiliary.get_buffer(name).copy_(value)
+        if config.on_top_of:
+            warnings.warn(
+                f"{pretrained_model_name_or_path} was trained in a sum with other auxiliaries, without which "
+                f"it is another mixture: {trained_on_top_of(config.on_top_of)}",
+                stacklevel=2,
+            )
         if "device_map" not in kwargs:
             model = model.to(base.output_device(lm))
         return (model, report) if wants_report else model  # type: ignore[return-value]
@@ -330,6 +340,7 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: PairCache | None = None,
+        frozen: Frozen | None = None,
     ) -> Any:
         """The loss of the pair, or its logits.
 
@@ -353,6 +364,8 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
                 the model is in evaluation mode and no gradient is recorded: the Trainer measures them.
             output_hidden_states: whether the base's hidden states are wanted too.
             return_dict: False for a tuple.
+            frozen: other auxiliaries that are held frozen, with their conditions, for training and scoring:
+                their terms, without gradients, stand in the sum with the weights of ``config.on_top_of``.
 
         Returns:
             ``CausalLMOutputWithPast``: ``loss`` 0-d float32 in nats, ``logits`` (B, T, V) float32,
@@ -370,6 +383,14 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         if aux_scale is not None:
             shape = batch.input_ids.shape[:1] if auxiliary_ids is None else auxiliary_ids.shape
             aux_scale = checked_weights(aux_scale, shape, input_ids.device)
+        added: list[list[Term]] = []
+        if frozen:
+            if cache_wanted or past or output_hidden_states or auxiliary_ids is not None:
+                raise ValueError(
+                    "frozen is for training and scoring the model's own auxiliary; leave out caches, "
+                    "auxiliary_ids and output_hidden_states"
+                )
+            lm_states, added = frozen_terms(self, batch, frozen, lm_states)
         known: Tensor | base.LmOutput | None = lm_states
         hidden_states = None
         if output_hidden_states:
@@ -387,6 +408,8 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
             aux_scale=aux_scale,
             keep=0 if labels is not None else logits_to_keep,
         )
+        if added:
+            terms = with_frozen(terms, added)
         loss = (
             None if labels is None else label_loss(terms, labels, self.config.vocab_size, num_items_in_batch)
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,19 +22,34 @@ class Example:
         condition: what the auxiliary sees beside the text: a keyword, a label, a document.
         text: what the pair learns to write.
         prompt: what the text continues; both models read it, and nothing is learned from it.
+        conditions: what other auxiliaries see, by their names: those that are held frozen in training.
 
     Raises:
-        TypeError: one of them is not a str.
+        TypeError: one of them is not a str, or the conditions are no mapping of them.
     """
 
     condition: str
     text: str
     prompt: str = ""
+    conditions: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, str):
+        if not isinstance(self.conditions, Mapping) or not all(map(_is_str, self.conditions)):
+            raise TypeError(
+                f"conditions must be a mapping from names of auxiliaries to str, got {self.conditions!r:.60}"
+            )
+        for name, value in self.parts().items():
+            if not _is_str(value):
                 raise TypeError(f"{name} must be a str, got {type(value).__name__}: {value!r:.60}")
+
+    def parts(self) -> dict[str, str]:
+        """Every str of it, under what a message calls it."""
+        of_others = {f"conditions[{name!r}]": value for name, value in self.conditions.items()}
+        return {"condition": self.condition, "text": self.text, "prompt": self.prompt, **of_others}
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def check_condition_template(template: str) -> None:
@@ -172,7 +187,7 @@ class TextFormat:
 
     def examples(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
         """Many of ``example``, which tokenizers do several times faster at once."""
-        conditions = self._condition_ids([example.condition for example in examples])
+        conditions = self.condition_ids([example.condition for example in examples])
         prompts = self._ids([example.prompt for example in examples])
         texts = self._ids([self.text_prefix + example.text for example in examples])
         return [
@@ -250,14 +265,15 @@ class TextFormat:
         if any(single) and not all(single):
             raise TypeError("conditions mix str and lists; give each text a list, or each a str")
         lists = [[one] if isinstance(one, str) else list(one) for one in conditions]
-        each = iter(self._condition_ids([one for row in lists for one in row]))
+        each = iter(self.condition_ids([one for row in lists for one in row]))
         A = max(map(len, lists))
         filled = [next(each) if place < len(row) else [] for row in lists for place in range(A)]
         ids, mask = padded(filled, self.pad_id)
         shape = (-1,) if all(single) else (A, ids.shape[1])
         return ids.reshape(len(lists), *shape), mask.reshape(len(lists), *shape)
 
-    def _condition_ids(self, conditions: Sequence[str]) -> list[list[int]]:
+    def condition_ids(self, conditions: Sequence[str]) -> list[list[int]]:
+        """Ids of conditions, each written as the template says, without start and end."""
         return self._ids([self.condition_template.format(condition=condition) for condition in conditions])
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:

@@ -130,6 +130,11 @@ def model_fields(model: Any) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     # A base may move: its fingerprint says whether it is the same.
     free = ("transformers_version", "base_model_name_or_path", "base_revision", "base_gguf_file")
+    # As may an auxiliary that is held frozen.
+    values["on_top_of"] = {
+        name: {key: value for key, value in held.items() if key != "path"}
+        for name, held in (values.get("on_top_of") or {}).items()
+    }
     return {name: value for name, value in values.items() if name not in free and not name.startswith("_")}
 
 

@@ -22,6 +22,7 @@ from auxkern.core.seeds import drawn
 from auxkern.model.text import IGNORED, Example, TextFormat, check_unicode
 
 _KNOWN = tuple(field.name for field in fields(Example))
+_SHAPE = "an example has condition, text and, if you like, prompt and conditions"
 _AT_ONCE = 1024  # examples that a tokenizer gets in one call
 
 
@@ -75,9 +76,10 @@ class PlacedExamples:
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
-    """The examples of a file with one JSON object a line, with condition, text and optional prompt.
+    """The examples of a file with one JSON object a line, with the fields of ``Example``.
 
-    Empty lines count for nothing, a prompt of null is an empty one, and U+FEFF may begin the file.
+    Empty lines count for nothing, a prompt of null is an empty one, conditions of null are none, and U+FEFF
+    may begin the file.
 
     Raises:
         OSError: there is no such file.
@@ -100,7 +102,7 @@ def _numbered_examples(path: str | Path) -> Iterator[tuple[int, Example]]:
 
 
 def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
-    """Writes what ``read_jsonl`` reads, whole or not at all; an empty prompt is left out.
+    """Writes what ``read_jsonl`` reads, whole or not at all; an empty prompt and no conditions are left out.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -110,17 +112,19 @@ def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
     for example in examples:
         if not isinstance(example, Example):
             raise TypeError(f"examples holds a {type(example).__name__}; make it an Example")
-        record = {"condition": example.condition, "text": example.text}
+        record: dict[str, Any] = {"condition": example.condition, "text": example.text}
         if example.prompt:
             record["prompt"] = example.prompt
+        if example.conditions:
+            record["conditions"] = dict(example.conditions)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     replace_file(Path(path), "".join(lines))
 
 
 def _as_example(record: Any) -> Example:
     example = record if isinstance(record, Example) else _example_of(record)
-    for name in _KNOWN:
-        check_unicode(name, getattr(example, name))
+    for name, part in example.parts().items():
+        check_unicode(name, part)
     return example
 
 
@@ -130,33 +134,39 @@ def _example_of(record: Any) -> Example:
     unknown = [name for name in record if name not in _KNOWN]
     if unknown:
         raise ValueError(
-            f"the field {unknown[0]!r} is unknown; an example has condition, text and, if you like, prompt, "
+            f"the field {unknown[0]!r} is unknown; {_SHAPE}, "
             "and no others: take them out (of a dataset: select_columns)"
         )
     missing = [name for name in ("condition", "text") if name not in record]
     if missing:
-        raise ValueError(
-            f"the field {missing[0]!r} is missing; an example has condition, text and, if you like, prompt"
-        )
-    prompt = record.get("prompt")  # tables fill a missing one with None
-    return Example(record["condition"], record["text"], "" if prompt is None else prompt)
+        raise ValueError(f"the field {missing[0]!r} is missing; {_SHAPE}")
+    # Tables fill what is missing with None.
+    prompt, conditions = record.get("prompt"), record.get("conditions")
+    return Example(
+        record["condition"],
+        record["text"],
+        "" if prompt is None else prompt,
+        {} if conditions is None else conditions,
+    )
 
 
-class EncodedExamples(Dataset[dict[str, list[int]]]):
+class EncodedExamples(Dataset[dict[str, Any]]):
     """Encoded examples in a few flat tensors: small, and cheap to hand to a loader's processes.
 
     ``encoded[i]`` is what ``TextFormat.example`` returned: lists of int input_ids (T), labels (T),
-    where -100 stands before the text only, and condition_ids (K).
+    where -100 stands before the text only, and condition_ids (K); and "frozen", the condition_ids (K) of
+    auxiliaries held frozen by their names, if there are any.
 
     Args:
-        items: what ``TextFormat.examples`` returned.
+        items: what ``TextFormat.examples`` returned, each with the same names in "frozen", or without it.
 
     Raises:
         ValueError: an item has -100 after its first label.
     """
 
-    def __init__(self, items: Iterable[Mapping[str, list[int]]]) -> None:
+    def __init__(self, items: Iterable[Mapping[str, Any]]) -> None:
         sequences, conditions, starts = [], [], []
+        frozen: dict[str, list[list[int]]] = {}
         for i, item in enumerate(items):
             ids, labels = item["input_ids"], item["labels"]
             start = sum(label == IGNORED for label in labels)
@@ -165,24 +175,29 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
             sequences.append(ids)
             conditions.append(item["condition_ids"])
             starts.append(start)
+            for name, given in item.get("frozen", {}).items():
+                frozen.setdefault(name, []).append(given["condition_ids"])
         self._sequences = _Ragged(sequences)
         self._conditions = _Ragged(conditions)
+        self._frozen = {name: _Ragged(rows) for name, rows in frozen.items()}
         self._starts = torch.tensor(starts, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         i = operator.index(index)
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no example {index} among {len(self)}")
         i %= len(self)
         ids = self._sequences.row(i)
         start = int(self._starts[i])
+        frozen = {name: {"condition_ids": rows.row(i)} for name, rows in self._frozen.items()}
         return {
             "input_ids": ids,
             "labels": [IGNORED] * start + ids[start:],
             "condition_ids": self._conditions.row(i),
+            **({"frozen": frozen} if frozen else {}),
         }
 
 
@@ -199,33 +214,52 @@ class _Ragged:
 
 
 def encode(
-    examples: Records, text_format: TextFormat, *, place: Callable[[int], str] = "example {}".format
+    examples: Records,
+    text_format: TextFormat,
+    *,
+    place: Callable[[int], str] = "example {}".format,
+    frozen: Mapping[str, TextFormat] | None = None,
 ) -> EncodedExamples:
     """All examples as ids.
 
     Args:
-        examples: a sequence of ``Example``, or of mappings with condition, text and optional prompt
-            (None counts as empty), such as a Hugging Face dataset.
+        examples: a sequence of ``Example``, or of mappings with condition, text and optional prompt and
+            conditions (None counts as empty), such as a Hugging Face dataset.
         text_format: how they become ids.
         place: what a message calls the example of an index.
+        frozen: how the conditions of auxiliaries that are held frozen become ids, by name; see
+            ``auxkern.training.frozen.hold_frozen``. Conditions of others are passed over.
 
     Raises:
         TypeError: a field is not a str.
-        ValueError: there are no examples, a field is unknown or missing, or under max_length a prompt
-            leaves no room for text; the message names the example.
+        ValueError: there are no examples, a field is unknown or missing, the condition of an auxiliary that
+            is held frozen among them, or under max_length a prompt leaves no room for text; the message names
+            the example.
     """
     if len(examples) == 0:
         raise ValueError("examples is empty; there is nothing to learn from")
 
-    def items() -> Iterable[dict[str, list[int]]]:
+    formats = frozen or {}
+
+    def with_frozen(some: list[Example]) -> Iterable[dict[str, Any]]:
+        ids = {
+            name: one.condition_ids([example.conditions[name] for example in some])
+            for name, one in formats.items()
+        }
+        for i, item in enumerate(text_format.examples(some)):
+            of_frozen = {name: {"condition_ids": rows[i]} for name, rows in ids.items()}
+            yield {**item, "frozen": of_frozen} if of_frozen else item
+
+    def items() -> Iterable[dict[str, Any]]:
         for first in range(0, len(examples), _AT_ONCE):
             indices = range(first, min(first + _AT_ONCE, len(examples)))
             some = []
             for i in indices:
                 with _naming_example(place, i):
                     some.append(_as_example(examples[i]))
+                    _check_conditions(some[-1], formats)
             try:
-                yield from text_format.examples(some)
+                yield from with_frozen(some)
             except (ValueError, TypeError):
                 # One of them is to blame, and the error does not say which.
                 for i, example in zip(indices, some, strict=True):
@@ -234,6 +268,15 @@ def encode(
                 raise
 
     return EncodedExamples(items())
+
+
+def _check_conditions(example: Example, frozen: Iterable[str]) -> None:
+    for name in frozen:
+        if name not in example.conditions:
+            raise ValueError(
+                f"there is no condition for {name!r}, which is held frozen, among its conditions "
+                f"{dict(example.conditions)!r:.60}; give it one, if it is an empty one"
+            )
 
 
 @contextmanager

@@ -17,12 +17,13 @@ def check_fit(model: Any, encoded: Items, place: Callable[[int], str]) -> None:
 
     Args:
         model: an ``AuxTunedForCausalLM``; of another module nothing is known but that it needs labels.
-        encoded: with input_ids, labels and condition_ids.
+        encoded: with input_ids, labels and condition_ids, and those of auxiliaries held frozen.
         place: what a message calls the example of an index.
 
     Raises:
         ValueError: an example has ids beyond the vocabulary, more tokens than a model has positions for,
-            or no condition where the auxiliary needs one; or nothing is to be learnt from any.
+            no condition where an auxiliary needs one, or none for one that is held frozen; or nothing is to
+            be learnt from any.
     """
     labels = False
     for i in range(len(encoded)):
@@ -70,17 +71,45 @@ def checked_lengths(lm: Any, encoded: Items) -> list[int]:
 
 def _problem(model: AuxTunedForCausalLM, example: Mapping[str, Any]) -> str | None:
     """Why a pair cannot take an example; None if it can."""
-    ids, condition = _listed(example["input_ids"]), _listed(example.get("condition_ids", ()))
-    V, traits = model.config.vocab_size, model.auxiliary_traits(DEFAULT)
-    for name, some in (("prompt and text", ids), ("the condition", condition)):
-        if some and not (min(some) >= 0 and max(some) < V):
-            worst = max(some) if max(some) >= V else min(some)
-            return f"{name} have the id {worst}, but the base has 0 to {V - 1}; is it its tokenizer?"
+    ids, frozen = _listed(example["input_ids"]), example.get("frozen", {})
+    held = model.config.on_top_of
+    if frozen.keys() != held.keys():
+        return (
+            f"it has conditions for {list(frozen)}, but the auxiliaries held frozen are {list(held)}; pass "
+            "encode what hold_frozen returned"
+        )
+    problem, T, positions = _foreign(model, "prompt and text", ids), len(ids), positions_for(model.lm)
+    if positions is not None and positions < T:
+        problem = (
+            problem
+            or f"{T} tokens, but the base has positions for {positions}; pass max_length (--max-length)"
+        )
+    problem = problem or _of_auxiliary(model, DEFAULT, _listed(example.get("condition_ids", ())), T)
+    for name, given in frozen.items():
+        found = _of_auxiliary(model, name, _listed(given["condition_ids"]), T)
+        problem = problem or (found and f"{name}, held frozen: {found}")
+    return problem
+
+
+def _foreign(model: AuxTunedForCausalLM, what: str, ids: list[int]) -> str | None:
+    V = model.config.vocab_size
+    if not ids or (min(ids) >= 0 and max(ids) < V):
+        return None
+    worst = max(ids) if max(ids) >= V else min(ids)
+    return f"{what} have the id {worst}, but the base has 0 to {V - 1}; is it its tokenizer?"
+
+
+def _of_auxiliary(model: AuxTunedForCausalLM, name: str, condition: list[int], T: int) -> str | None:
+    """Why an auxiliary cannot take a condition before T tokens; None if it can."""
+    foreign, traits, K = (
+        _foreign(model, "the condition", condition),
+        model.auxiliary_traits(name),
+        len(condition),
+    )
+    if foreign:
+        return foreign
     if traits.needs_condition and not condition:
         return "the condition is empty, and the auxiliary's encoder has nothing to read; give it one"
-    T, K, positions = len(ids), len(condition), positions_for(model.lm)
-    if positions is not None and positions < T:
-        return f"{T} tokens, but the base has positions for {positions}; pass max_length (--max-length)"
     # An encoder reads the condition apart, and positions of the T5 family are relative.
     together = None if traits.needs_condition else traits.transformer_config
     positions = getattr(together, "max_position_embeddings", None)

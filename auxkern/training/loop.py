@@ -42,7 +42,7 @@ from auxkern.training.settings import LoopSettings, learning_rate_at
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _IDENTIFYING = ("input_ids", "labels", "condition_ids")
 
-Collate = Callable[[list[Any]], dict[str, Tensor]]
+Collate = Callable[[list[Any]], dict[str, Any]]
 Measure = Callable[[int], Mapping[str, Any]]
 
 
@@ -101,6 +101,9 @@ def train(
     process_group: Any = None,
 ) -> TrainResult:
     """Trains the auxiliary of a pair, evaluates it, saves it, and goes on where it was stopped.
+
+    On top of others where ``auxkern.training.frozen.hold_frozen`` has put some into the model: losses and
+    evaluations are of the whole sum then, and what is trained and saved is the pair's own auxiliary.
 
     AdamW; the loss is the mean nll over the labels of the whole accumulation group, so that groups
     of ragged batches equal one big batch. SIGINT and SIGTERM finish the step and save (in the main
@@ -167,6 +170,8 @@ def fingerprint_of(examples: Items) -> str:
         for name in _IDENTIFYING:
             if name in example:
                 digest.update(f"{name} {[int(one) for one in example[name]]} ".encode())
+        for name, given in example.get("frozen", {}).items():
+            digest.update(f"{name!r} {[int(one) for one in given['condition_ids']]} ".encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -202,9 +207,9 @@ class DataOrder:
 
 
 class _Batch(NamedTuple):
-    """Tensors for the model, their place among the batches of all ranks, and which examples they are."""
+    """Arguments of the model, their place among the batches of all ranks, and which examples they are."""
 
-    tensors: dict[str, Tensor]
+    arguments: dict[str, Any]
     place: int
     indices: Sequence[int]
 
@@ -410,8 +415,7 @@ class _Run:
         """The batches among ``groups`` that are this rank's; one that does not count has no labels."""
         own = []
         for place, group, counts in self.ranks.mine(groups):
-            collated = self.collate([example(i) for i in group])
-            batch = {name: tensor.to(self.device) for name, tensor in collated.items()}
+            batch = _moved(self.collate([example(i) for i in group]), self.device)
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             own.append(_Batch(batch, place, group))
@@ -419,7 +423,7 @@ class _Run:
 
     @torch.no_grad()
     def _validation_mean(
-        self, summed_nll: Callable[[ExampleSet, Sequence[int], dict[str, Tensor]], float], stop: _StopSignals
+        self, summed_nll: Callable[[ExampleSet, Sequence[int], dict[str, Any]], float], stop: _StopSignals
     ) -> float | None:
         """Mean nll over the validation labels; None if a signal came."""
         chosen = self.validation
@@ -439,11 +443,11 @@ class _Run:
         total, labels = self.ranks.total(total, labels)
         return total / max(1, labels)
 
-    def _pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
+    def _pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Any]) -> float:
         one = torch.tensor(1, device=self.device)
         return float(self.model(**batch, num_items_in_batch=one, return_logits=False).loss)
 
-    def _lm_alone(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
+    def _lm_alone(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Any]) -> float:
         if chosen.lm_nll is None:
             return _base_nll(self.model, batch)
         total = 0.0
@@ -534,13 +538,21 @@ def _as_set(examples: ExampleSet | Items) -> ExampleSet:
     return examples if isinstance(examples, ExampleSet) else ExampleSet(examples)
 
 
-def _label_count(batch: Mapping[str, Tensor]) -> int:
+def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same on a device; what is known of auxiliaries held frozen is a mapping of its own."""
+    return {
+        name: _moved(value, device) if isinstance(value, Mapping) else value.to(device)
+        for name, value in batch.items()
+    }
+
+
+def _label_count(batch: Mapping[str, Any]) -> int:
     # Nothing predicts position 0.
     return int((batch["labels"][:, 1:] != IGNORED).sum().item())
 
 
 @torch.no_grad()
-def _base_nll(model: Any, batch: Mapping[str, Tensor]) -> float:
+def _base_nll(model: Any, batch: Mapping[str, Any]) -> float:
     """Summed nll that the base alone gives the labels; it runs unless its states are cached."""
     states, logits = batch.get("lm_states"), None
     own_logits = model.config.lm_term == "logits"

@@ -22,6 +22,7 @@ import numpy as np
 from auxkern.core.packed import COMPUTES
 from auxkern.model.text import check_unicode
 from auxkern.tasks.registry import TASKS, load_task
+from auxkern.training.frozen import frozen_sources
 from auxkern.training.yaml_values import parsed_yaml, written_yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -169,7 +170,15 @@ class TrainSettings(LoopSettings):
         default_factory=dict,
         metadata={"help": "fields of AuxTunedConfig: architecture, sizes, lm_layers", "resumable": False},
     )
-    cache_states: bool = _setting("compute the base's states once and keep them on disk", False)
+    frozen: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "trained auxiliaries of the base that stand in the sum, frozen, by name: PATH[:WEIGHT] "
+            "(default: the weight that each was trained with)",
+            "resumable": True,  # the model's identity says which they are; they may move
+        },
+    )
+    cache_states: bool = _setting("compute the states of what is frozen once and keep them on disk", False)
     states_folder: str | None = _setting(
         "where; default: auxkern's folder in the user's cache", None, resumable=True
     )
@@ -199,12 +208,20 @@ class TrainSettings(LoopSettings):
             )
         if self.task is None and self.validation_file is None:
             raise ValueError("there is no validation data: pass validation_file beside train_file")
-        for name in ("condition_template", "base_model_name_or_path", "base_revision", "base_gguf_file"):
+        remedies = {"base_model_name_or_path": "base", "on_top_of": "frozen"}
+        for name in ("condition_template", "base_revision", "base_gguf_file", *remedies):
             if name in self.pair:
-                remedy = "base" if name == "base_model_name_or_path" else name
+                remedy = remedies.get(name, name)
                 raise ValueError(f"pair holds {name!r}, which is a setting of its own; use {remedy}")
         if self.output == "-":
             raise ValueError("output is '-', but checkpoints need a folder; name one")
+        output = Path(self.output).resolve()
+        for name, source in frozen_sources(self.frozen).items():
+            if output in (Path(source.path).resolve(), *Path(source.path).resolve().parents):
+                raise ValueError(
+                    f"frozen {name!r} is {source.path}, where this run writes to (output {self.output}); "
+                    "name another output"
+                )
         if self.task is not None:
             template = load_task(self.task, self.task_source).condition_template
             object.__setattr__(self, "condition_template", self.condition_template or template)
@@ -237,7 +254,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         kind = _bare(hints[one.name])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif one.name == "pair":
+        elif get_origin(kind) is dict:
             options.update(action="append", type=_assignment, metavar="NAME=VALUE")
         elif get_origin(kind) is tuple:
             options.update(nargs=len(get_args(kind)), type=get_args(kind)[0], metavar="X")
@@ -249,18 +266,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(options: argparse.Namespace, config: Path | None) -> TrainSettings:
-    """Settings of a YAML file, overridden by flags; fields of ``pair`` are overridden one by one.
+    """Settings of a YAML file, overridden by flags; entries of ``pair`` and ``frozen`` one by one.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: see ``read_yaml`` and ``TrainSettings``.
     """
     values = {} if config is None else read_yaml(config)
     flags = {one.name: getattr(options, one.name) for one in fields(TrainSettings) if one.name in options}
-    if "pair" in flags:
-        given = values.get("pair", {})
+    for name in ("pair", "frozen"):
+        if name not in flags:
+            continue
+        given, added = values.get(name, {}), dict(flags[name])
         if not isinstance(given, dict):
-            raise TypeError(f"pair must be a mapping, got {given!r}")
-        flags["pair"] = {**given, **dict(flags["pair"])}
+            raise TypeError(f"{name} must be a mapping, got {given!r}")
+        if name == "frozen" and len(added) < len(flags[name]):
+            names = [each for each, _ in flags[name]]
+            twice = next(each for each in names if names.count(each) > 1)
+            raise ValueError(f"frozen has {twice!r} twice; give each auxiliary a name of its own")
+        flags[name] = {**given, **added}
     return TrainSettings.from_mapping({**values, **flags})
 
 
