@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -262,7 +263,7 @@ def _saying(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def _data(job: _Job) -> tuple[ExampleSet, ExampleSet]:
-    """Both data sets; of several processes the first computes the base's states, and the others find them."""
+    """Both data sets; of several processes the first computes the states, and the others find them."""
     if not job.settings.cache_states:
         known = job.identity
         return ExampleSet(job.training, known.training), ExampleSet(job.validation, known.validation)
@@ -273,46 +274,81 @@ def _data(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     return sets if is_first else _with_states(job)
 
 
-def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
-    """Both data sets with the base's states, computed where they are not on disk yet."""
-    from auxkern.model.smollm2 import cache_folder
+class _Stored(NamedTuple):
+    """What is to be kept on disk of one side of the data.
+
+    Attributes:
+        what: of whom, for people.
+        side: "training" or "validation".
+        folder: where.
+        size: in bytes.
+        cache: computes what is missing, tells ``progress=`` of it, and opens all.
+    """
+
+    what: str
+    side: str
+    folder: Path
+    size: int
+    cache: Callable[..., Any]
+
+
+def _to_store(job: _Job, side: str, root: Path) -> dict[str, _Stored]:
+    """Of one side: the base's states, under "", and what each auxiliary held frozen makes of it."""
     from auxkern.training.examples import data_fingerprint
+    from auxkern.training.frozen_outputs import cache_frozen_outputs, outputs_folder, outputs_size
     from auxkern.training.lm_states import announce_size, cache_lm_states, states_folder
 
-    settings, config = job.settings, job.model.config
-    layers, dtype = list(config.lm_layers), getattr(torch, settings.states_dtype)
+    model, encoded, config = job.model, getattr(job, side), job.model.config
+    layers, dtype = list(config.lm_layers), getattr(torch, job.settings.states_dtype)
+    base = config.base_fingerprint
+    folder = states_folder(root, data_fingerprint(encoded), base, layers, dtype, job.settings.compute)
+    size = announce_size(encoded, model.lm, layers, dtype)
+    options = {"layers": layers, "dtype": dtype, "base_fingerprint": base}
+    of_base = functools.partial(cache_lm_states, model.lm, encoded, folder, **options)
+    stored = {"": _Stored("the base", side, folder, size, of_base)}
+    for name in config.on_top_of:
+        folder = outputs_folder(root, model, name, encoded, dtype)
+        size = outputs_size(model, name, encoded, dtype)
+        of_frozen = functools.partial(cache_frozen_outputs, model, name, encoded, folder, dtype=dtype)
+        stored[name] = _Stored(name, side, folder, size, of_frozen)
+    return stored
+
+
+def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
+    """Both data sets with the states of what is frozen, computed where they are not on disk yet."""
+    from auxkern.model.smollm2 import cache_folder
+
+    settings = job.settings
     root = Path(settings.states_folder) if settings.states_folder else cache_folder() / "states"
-    plans = []
-    for kind, encoded in (("training", job.training), ("validation", job.validation)):
-        data, base = data_fingerprint(encoded), config.base_fingerprint
-        folder = states_folder(root, data, base, layers, dtype, settings.compute)
-        plans.append((kind, encoded, folder, announce_size(encoded, job.model.lm, layers, dtype)))
-    needed = sum(size for _, _, folder, size in plans if not folder.is_dir())
+    sides = {side: _to_store(job, side, root) for side in ("training", "validation")}
+    needed = sum(one.size for side in sides.values() for one in side.values() if not one.folder.is_dir())
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"the base's states need {needed / 1e6:,.0f} MB but {existing} has {free / 1e6:,.0f} MB free; "
-            "name another states_folder, fewer lm_layers, or set cache_states to false"
+            f"the states of what is frozen need {needed / 1e6:,.0f} MB but {existing} has "
+            f"{free / 1e6:,.0f} MB free; name another states_folder, fewer lm_layers, or set cache_states "
+            "to false"
         )
     sets = []
-    for kind, encoded, folder, size in plans:
-        print(f"states of the base for {kind}: {size / 1e6:,.1f} MB in {folder}", flush=True)
-        progress = progress_for()
-        try:
-            states = cache_lm_states(
-                job.model.lm,
-                encoded,
-                folder,
-                layers=layers,
-                dtype=dtype,
-                base_fingerprint=config.base_fingerprint,
-                progress=progress.counting(f"{kind} states, tokens"),
-            )
-        finally:
-            progress.close()
-        sets.append(ExampleSet(states.dataset(encoded), getattr(job.identity, kind), states.lm_nll))
+    for side, stored in sides.items():
+        frozen = {name: _cached(one) for name, one in stored.items()}
+        states = frozen.pop("")
+        dataset = states.dataset(getattr(job, side), frozen)
+        sets.append(ExampleSet(dataset, getattr(job.identity, side), states.lm_nll))
     return sets[0], sets[1]
+
+
+def _cached(stored: _Stored) -> Any:
+    print(
+        f"states of {stored.what} for {stored.side}: {stored.size / 1e6:,.1f} MB in {stored.folder}",
+        flush=True,
+    )
+    progress = progress_for()
+    try:
+        return stored.cache(progress=progress.counting(f"{stored.side} states, tokens"))
+    finally:
+        progress.close()
 
 
 def _train_job(job: _Job, training: ExampleSet, validation: ExampleSet) -> TrainResult:

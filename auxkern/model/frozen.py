@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from auxkern.core.terms import Term
 from auxkern.model import base
-from auxkern.model.caches import AuxiliaryRows
 from auxkern.model.fingerprints import computing_fields, weights_fingerprint
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput
@@ -31,8 +30,6 @@ def frozen_terms(
 ) -> tuple[Tensor | None, list[list[Term]]]:
     """What auxiliaries held frozen add to the logits of all positions, rows (B, T), without gradients.
 
-    The base runs at most once, for them and for the model's own auxiliary.
-
     Args:
         model: has loaded the auxiliaries; ``config.on_top_of`` says with which weights they are held.
         batch: without a cache.
@@ -40,12 +37,13 @@ def frozen_terms(
         lm_states: (B, T, 1 + L, D_lm) as in ``forward``, or None.
 
     Returns:
-        lm_states of the model's own layers, where they are known now, and each auxiliary's terms.
+        lm_states of the model's own layers, where they are known now, so that the base need not run again;
+        and each auxiliary's terms.
 
     Raises:
         ValueError: an auxiliary is not held, or lm_states lack a layer that it reads.
     """
-    held = model.config.on_top_of
+    held, own = model.config.on_top_of, model.config.lm_layers
     for name in frozen:
         if name not in held or name not in model.auxiliary_names:
             raise ValueError(
@@ -54,47 +52,57 @@ def frozen_terms(
             )
     unknown = [name for name, given in frozen.items() if "hidden" not in given]
     side = None
-    if unknown:
-        lm_states, side = _base_side(model, batch, unknown, lm_states)
-    added = []
-    for name, given in frozen.items():
-        inputs = PairInputs(
-            batch.input_ids, batch.attention_mask, given["condition_ids"], given["condition_mask"]
-        )
-        other, weight = model._named(name), float(held[name]["weight"])
-        if side is not None and name in unknown:
-            part = AuxiliaryRows(name, None, None)
-            # In their own precision under the training loop's autocast, as the base is.
-            with torch.autocast(batch.input_ids.device.type, enabled=False):
-                _, terms = model.auxiliary_part(part, inputs, side, weight, use_cache=False, keep=0)
-        else:
-            output = AuxiliaryOutput(given["hidden"].float(), given.get("pointer"), given.get("end"))
-            terms = other.auxiliary_terms(output, inputs, weight)
-        added.append(terms)
-    return lm_states, added
-
-
-def _base_side(
-    model: AuxTunedForCausalLM, batch: PairInputs, names: list[str], lm_states: Tensor | None
-) -> tuple[Tensor | None, BaseSide]:
-    """The model's own lm_states, where they can stand for a pass of the base, and what all of them read."""
-    own = model.config.lm_layers
-    layers = sorted({*own, *model.layers_read(names)})
-    if lm_states is not None:
-        if layers != own:
+    if unknown and lm_states is None:
+        side = base_side(model, batch, {*own, *model.layers_read(unknown)})
+        if side.logits is None:
+            lm_states = side.states[:, :, [0, *(1 + side.layers.index(layer) for layer in own)]]
+    elif unknown and lm_states is not None:
+        if not set(model.layers_read(unknown)) <= set(own):
             raise ValueError(
                 f"lm_states are for lm_layers {own}, but auxiliaries held frozen read "
-                f"{model.layers_read(names)}; cache their outputs, too (cache_frozen_outputs), or nothing"
+                f"{model.layers_read(unknown)}; cache their outputs, too (cache_frozen_outputs), or nothing"
             )
-        return lm_states, BaseSide(lm_states, layers, None, base.output_head(model.lm))
-    want_logits = model.config.lm_term == "logits"
+        side = BaseSide(lm_states, own, None, None)
+    terms = []
+    for name, given in frozen.items():
+        ids, mask = given["condition_ids"], given["condition_mask"]
+        inputs = PairInputs(batch.input_ids, batch.attention_mask, ids, mask)
+        if side is not None and name in unknown:
+            output = frozen_output(model, name, inputs, side)
+        else:
+            output = AuxiliaryOutput(given["hidden"].float(), given.get("pointer"), given.get("end"))
+        terms.append(model._named(name).auxiliary_terms(output, inputs, float(held[name]["weight"])))
+    return lm_states, terms
+
+
+def base_side(model: AuxTunedForCausalLM, batch: PairInputs, layers: Iterable[int]) -> BaseSide:
+    """What the base makes of a batch, for auxiliaries that read these layers."""
+    listed, want_logits = sorted(layers), model.config.lm_term == "logits"
     ids, mask = batch.input_ids, batch.attention_mask
-    states, logits, _ = base.run_base(model.lm, ids, mask, layers=layers, want_logits=want_logits)
-    if want_logits:
-        # Its states do not stand for its logits: it runs once more.
-        return None, BaseSide(states, layers, logits, None)
-    chosen = states[:, :, [0, *(1 + layers.index(layer) for layer in own)]]
-    return chosen, BaseSide(states, layers, None, base.output_head(model.lm))
+    states, logits, _ = base.run_base(model.lm, ids, mask, layers=listed, want_logits=want_logits)
+    return BaseSide(states, listed, logits, None)
+
+
+@torch.no_grad()
+def frozen_output(
+    model: AuxTunedForCausalLM, name: str, batch: PairInputs, side: BaseSide
+) -> AuxiliaryOutput:
+    """What an auxiliary makes of a batch with its own conditions.
+
+    Args:
+        model: has loaded it.
+        name: its name.
+        batch: without a cache.
+        side: what the base made of it, with all layers that the auxiliary reads.
+    """
+    other = model._named(name)
+    embedding: Tensor = model.lm.get_input_embeddings().weight
+    states = side.states[:, :, [1 + side.layers.index(layer) for layer in other.config.lm_layers]]
+    # In its own precision under a training loop's autocast, as the base is.
+    with torch.autocast(batch.input_ids.device.type, enabled=False):
+        scores = other.lm_scores(side.states[:, :, 0], side.logits, batch.condition_ids)
+        output: AuxiliaryOutput = other.auxiliary(batch.for_auxiliary(states, embedding, scores, None, False))
+    return output
 
 
 def auxiliary_fingerprint(model: AuxTunedForCausalLM) -> str:

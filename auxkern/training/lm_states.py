@@ -1,31 +1,20 @@
 """States of the frozen language model for a data set, computed once and read memory-mapped.
 
-A folder holds ``index.json``, which says whose states they are and where each sequence lies, and
-safetensors shards: ``states`` (tokens, 1 + L, D), final hidden states and then those of L chosen
-layers, and ``lm_nll`` (tokens,) float32. The index is written first, each shard when it is whole, and
-every shard carries the digest of its index; so the folder is finished when no shard is missing.
+A folder, as in ``state_shards``, holds ``states`` (tokens, 1 + L, D), final hidden states and then those of L
+chosen layers, and ``lm_nll`` (tokens,) float32.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import time
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from auxkern.core.files import replace_file
 from auxkern.core.terms import Head
 from auxkern.model.base import check_output_head, hidden_width, output_head, run_base
 from auxkern.model.fingerprints import fingerprint
@@ -34,32 +23,21 @@ from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.examples import Items, data_fingerprint, packed_ids
 from auxkern.training.fit import checked_lengths
+from auxkern.training.frozen_outputs import FrozenOutputs
 from auxkern.training.progress import PartsDone
-
-FORMAT = 1
-INDEX = "index.json"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_STALE_SECONDS = 3600
-_EXACT = "float32"  # of the computes
-
-
-@dataclass
-class _Shard:
-    """Consecutive sequences of the longest-first order; their places in the data set, and their tokens."""
-
-    members: list[int] = field(default_factory=list)
-    tokens: int = 0
-
-
-class _Layout(NamedTuple):
-    """Which sequences are computed, and where they go."""
-
-    shards: list[_Shard]
-    places: list[list[int]]  # of every sequence of the data set: shard, first token, number of tokens
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
+from auxkern.training.state_shards import (
+    DTYPES,
+    EXACT,
+    FORMAT,
+    Sequences,
+    Shard,
+    StoredSequences,
+    cheapest_batches,
+    dtype_name,
+    narrowed,
+    whole_index,
+    write_shards,
+)
 
 
 def announce_size(
@@ -73,9 +51,9 @@ def announce_size(
     Raises:
         ValueError: a sequence is empty, or the dtype is another one.
     """
-    per_token = (1 + len(layers)) * hidden_width(lm) * DTYPES[_dtype_name(dtype)].itemsize
+    per_token = (1 + len(layers)) * hidden_width(lm) * DTYPES[dtype_name(dtype)].itemsize
     per_token += torch.float32.itemsize  # lm_nll
-    return sum(len(encoded[i]["input_ids"]) for i in _unique(encoded)[0]) * per_token
+    return _sequences(encoded).tokens * per_token
 
 
 def states_folder(
@@ -84,12 +62,12 @@ def states_folder(
     base_fp: str,
     layers: Sequence[int],
     dtype: torch.dtype | str = torch.float16,
-    compute: str = _EXACT,
+    compute: str = EXACT,
 ) -> Path:
     """A folder below ``root`` whose name differs where data set, base, layers, dtype or compute do."""
     chosen = "-".join(str(layer) for layer in layers) or "none"
-    narrow = "" if compute == _EXACT else f"_{compute}"
-    return Path(root) / f"{data_fp[:16]}_{base_fp[:16]}_layers-{chosen}_{_dtype_name(dtype)}{narrow}"
+    narrow = "" if compute == EXACT else f"_{compute}"
+    return Path(root) / f"{data_fp[:16]}_{base_fp[:16]}_layers-{chosen}_{dtype_name(dtype)}{narrow}"
 
 
 def cache_lm_states(
@@ -149,32 +127,21 @@ def cache_lm_states(
         raise ValueError("encoded is empty; there are no states to compute")
     checked_lengths(lm, encoded)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     base = base_fingerprint or fingerprint(lm)
-    header = _header(data_fingerprint(encoded), base, layers, _dtype_name(dtype), hidden_width(lm))
-    compute = compute_of(lm) or _EXACT
-    header |= {} if compute == _EXACT else {"compute": compute}
-    if (folder / INDEX).is_file():
-        shard_tokens = _read_index(folder, header).get("shard_tokens", shard_tokens)
-    layout = _layout(encoded, shard_tokens)
-    digest = _begin(folder, header, layout, shard_tokens)
-    missing = [s for s, shard in enumerate(layout.shards) if not _is_whole(folder, s, digest, shard.tokens)]
-    if missing:
+    header = _header(data_fingerprint(encoded), base, layers, dtype_name(dtype), hidden_width(lm))
+    compute = compute_of(lm) or EXACT
+    header |= {} if compute == EXACT else {"compute": compute}
+
+    def computed(shard: Shard, report: PartsDone) -> dict[str, Tensor]:
         check_output_head(lm)
-    report = PartsDone(progress, layout.tokens)
-    report.add(layout.tokens - sum(layout.shards[s].tokens for s in missing))
-    for s in missing:
-        tensors = _computed(
-            lm, encoded, layout.shards[s], tuple(layers), batch_tokens, DTYPES[header["dtype"]], report
-        )
-        replace_file(_shard_file(folder, s), safetensors.torch.save(tensors, {"index": digest}))
+        return _computed(lm, encoded, shard, tuple(layers), batch_tokens, DTYPES[header["dtype"]], report)
+
+    write_shards(folder, header, _sequences(encoded), shard_tokens, computed, progress)
     return LMStates.open(folder, encoded, base, layers)
 
 
-class LMStates:
+class LMStates(StoredSequences):
     """The stored states of a data set: ``states[i]`` for its i-th sequence, read from disk when asked for.
-
-    Files are opened when they are first read, in each process anew; so it may go to a loader's workers.
 
     Attributes:
         folder: where they lie.
@@ -185,13 +152,8 @@ class LMStates:
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
         """Use ``LMStates.open``, which checks what the folder holds."""
-        self.folder = folder
+        super().__init__(folder, index)
         self.layers = tuple(index["layers"])
-        self.dtype = DTYPES[index["dtype"]]
-        self.fingerprint = index["data"]
-        self._places = torch.tensor(index["sequences"], dtype=torch.int64).view(-1, 3)
-        self._opened: dict[int, Any] = {}
-        self._process = os.getpid()
 
     @classmethod
     def open(
@@ -210,21 +172,7 @@ class LMStates:
             ValueError: data set, base, layers or format are others, or shards are missing.
         """
         folder = Path(folder)
-        index = _read_index(folder, _header(data_fingerprint(encoded), base_fingerprint, layers))
-        digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
-        tokens: dict[int, int] = {}
-        for shard, first, length in index["sequences"]:
-            tokens[shard] = max(tokens.get(shard, 0), first + length)
-        missing = [s for s in sorted(tokens) if not _is_whole(folder, s, digest, tokens[s])]
-        if missing:
-            raise ValueError(
-                f"{folder} is not finished: {len(missing)} of {len(tokens)} shards are missing; "
-                "call cache_lm_states again, which goes on where it stopped"
-            )
-        return cls(folder, index)
-
-    def __len__(self) -> int:
-        return len(self._places)
+        return cls(folder, whole_index(folder, _header(data_fingerprint(encoded), base_fingerprint, layers)))
 
     def __getitem__(self, index: int) -> Tensor:
         """(T, 1 + L, D) states of a sequence, final hidden states first, on the CPU, in memory of its own."""
@@ -234,100 +182,56 @@ class LMStates:
         """(T,) float32, in nats: at position t what the base alone gives token t + 1; 0 at the last."""
         return self._read("lm_nll", index)
 
-    def dataset(self, encoded: Items) -> StatesDataset:
+    def dataset(self, encoded: Items, frozen: Mapping[str, FrozenOutputs] | None = None) -> StatesDataset:
         """The encoded examples with "lm_states" (T, 1 + L, D) added, for ``AuxCollator``.
+
+        Args:
+            encoded: the examples.
+            frozen: what is stored of auxiliaries held frozen, by name; it is added in "frozen".
 
         Raises:
             ValueError: they are not the examples that these states were computed for.
         """
-        asked = data_fingerprint(encoded)
-        if asked != self.fingerprint:
-            raise ValueError(_other_states("data set", self.fingerprint, asked, self.folder))
-        return StatesDataset(encoded, self)
-
-    def _read(self, name: str, index: int) -> Tensor:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"there is no sequence {index} among {len(self)}")
-        shard, first, length = self._places[index].tolist()
-        if self._process != os.getpid():
-            self._opened, self._process = {}, os.getpid()
-        if shard not in self._opened:
-            self._opened[shard] = safe_open(_shard_file(self.folder, shard), framework="pt")
-        # A slice shares the whole file's mapping; a copy may be sent, saved and written to.
-        return self._opened[shard].get_slice(name)[first : first + length].clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}
+        self.check_data(data_fingerprint(encoded))
+        for outputs in (frozen or {}).values():
+            outputs.check_data(outputs.fingerprint_of(encoded))
+        return StatesDataset(encoded, self, frozen or {})
 
 
 class StatesDataset(Dataset[dict[str, Any]]):
-    """Encoded examples, each with its ``lm_states``; made by ``LMStates.dataset``."""
+    """Encoded examples, each with what is stored of it; made by ``LMStates.dataset``."""
 
-    def __init__(self, encoded: Items, states: LMStates) -> None:
+    def __init__(self, encoded: Items, states: LMStates, frozen: Mapping[str, FrozenOutputs]) -> None:
         self.encoded = encoded
         self.states = states
+        self.frozen = frozen
 
     def __len__(self) -> int:
         return len(self.encoded)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.encoded[index], "lm_states": self.states[index]}
+        item = {**self.encoded[index], "lm_states": self.states[index]}
+        if self.frozen:
+            added = {name: {**item["frozen"][name], **out[index]} for name, out in self.frozen.items()}
+            item["frozen"] = {**item["frozen"], **added}
+        return item
 
 
-def _unique(encoded: Items) -> tuple[list[int], list[int]]:
-    """The first place of every different sequence, and for every sequence the first of its equals."""
-    seen: dict[bytes, int] = {}
-    first_of = []
+def _sequences(encoded: Items) -> Sequences:
+    keys, lengths = [], []
     for i in range(len(encoded)):
         ids = encoded[i]["input_ids"]
         if len(ids) == 0:
             raise ValueError(f"the input_ids of item {i} are empty; a sequence has its start token at least")
-        first_of.append(seen.setdefault(packed_ids(ids), i))
-    return list(seen.values()), first_of
-
-
-def _layout(encoded: Items, shard_tokens: int) -> _Layout:
-    unique, first_of = _unique(encoded)
-    length = {i: len(encoded[i]["input_ids"]) for i in unique}
-    shards: list[_Shard] = []
-    place: dict[int, list[int]] = {}
-    # Longest first: little padding in a batch, and too little memory shows in the first one.
-    for i in sorted(unique, key=lambda i: (-length[i], i)):
-        if not shards or shards[-1].tokens + length[i] > shard_tokens:
-            shards.append(_Shard())
-        place[i] = [len(shards) - 1, shards[-1].tokens, length[i]]
-        shards[-1].members.append(i)
-        shards[-1].tokens += length[i]
-    return _Layout(shards, [place[i] for i in first_of])
-
-
-def _cheapest_batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Rows, longest first, in batches of at most ``batch_tokens`` padded tokens, or of one row.
-
-    Batches that cost least together, a batch costing its padded tokens and what it takes to start it.
-    """
-    lengths = [len(row) for row in rows]
-    n = len(rows)
-    start = batch_tokens // 64  # what it takes to start a batch, in tokens: grows with the device
-    drops = [i for i in range(1, n) if lengths[i] < lengths[i - 1]]
-    cost, stop_of = [0] * (n + 1), [n] * (n + 1)
-    for first in reversed(range(n)):
-        full = min(n, first + max(1, batch_tokens // lengths[first]))
-        # Stopping inside a run of equal lengths gains nothing, unless the batch is full.
-        stops = [full, *drops[bisect_right(drops, first) : bisect_left(drops, full)]]
-        cost[first], stop_of[first] = min(
-            (lengths[first] * (stop - first) + start + cost[stop], stop) for stop in stops
-        )
-    first = 0
-    while first < n:
-        yield rows[first : stop_of[first]]
-        first = stop_of[first]
+        keys.append(packed_ids(ids))
+        lengths.append(len(ids))
+    return Sequences(keys, lengths)
 
 
 def _computed(
     lm: Any,
     encoded: Items,
-    shard: _Shard,
+    shard: Shard,
     layers: tuple[int, ...],
     batch_tokens: int,
     dtype: torch.dtype,
@@ -338,7 +242,7 @@ def _computed(
     lm_nll = torch.empty(shard.tokens, dtype=torch.float32)
     first = 0
     rows = [list(encoded[i]["input_ids"]) for i in shard.members]
-    for batch in _cheapest_batches(rows, batch_tokens):
+    for batch in cheapest_batches(rows, batch_tokens):
         exact, nll = _states_and_nll(lm, batch, layers)
         last = first + len(nll)
         states[first:last] = _stored(exact, layers, dtype)
@@ -365,28 +269,10 @@ def _states_and_nll(lm: Any, batch: list[list[int]], layers: tuple[int, ...]) ->
 
 
 def _stored(states: Tensor, layers: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    stored = states.to(dtype)
-    if not stored.isfinite().all():
-        for k, name in enumerate(["the final hidden states", *(f"layer {layer}" for layer in layers)]):
-            if not states[:, k].isfinite().all():
-                raise ValueError(
-                    f"{name} of the base held NaN or infinity; load it in a dtype that can hold them"
-                )
-            if not stored[:, k].isfinite().all():
-                largest = states[:, k].abs().max().item()
-                wider = "bfloat16" if dtype == torch.float16 else "float32"
-                raise ValueError(
-                    f"{name} of the base reached {largest:.4g}, beyond the {torch.finfo(dtype).max:.4g} of "
-                    f'{_dtype_name(dtype)}; pass dtype="{wider}" and another folder'
-                )
-    return stored.cpu()
-
-
-def _dtype_name(dtype: torch.dtype | str) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name}; states are stored in one of {', '.join(DTYPES)}")
-    return name
+    names = ["the final hidden states", *(f"layer {layer}" for layer in layers)]
+    return torch.stack(
+        [narrowed(states[:, k], dtype, f"{name} of the base") for k, name in enumerate(names)], dim=1
+    )
 
 
 def _header(
@@ -397,66 +283,3 @@ def _header(
     if dtype is not None:
         header |= {"dtype": dtype, "shape": ["tokens", 1 + len(layers), width]}
     return header
-
-
-_NAMES = {"data": "data set", "base": "base's fingerprint", "shape": "shape of the states"}
-
-
-def _other_states(what: str, stored: object, asked: object, folder: Path) -> str:
-    return (
-        f"the {what} of the states in {folder} is {stored}, but yours is {asked}; use another folder "
-        "(states_folder names one) or delete this one"
-    )
-
-
-def _read_index(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; cache_lm_states writes it")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete the folder and cache again") from error
-    stored = index if isinstance(index, dict) else {}
-    for key, value in expected.items():
-        if stored.get(key) != value:
-            raise ValueError(_other_states(_NAMES.get(key, key), stored.get(key), value, folder))
-    return index
-
-
-def _begin(folder: Path, header: dict[str, Any], layout: _Layout, shard_tokens: int) -> str:
-    """Writes the index where there is none, and removes what a killed process left; the index's digest."""
-    path = folder / INDEX
-    places = {"shard_tokens": shard_tokens, "tokens": layout.tokens, "sequences": layout.places}
-    written = json.dumps({**header, **places})
-    if not path.is_file():
-        replace_file(path, written)
-    elif path.read_text(encoding="utf-8") != written:
-        raise ValueError(f"{path} places the sequences in another way; delete {folder} and cache again")
-    for unfinished in (*folder.glob(f".{INDEX}.*"), *folder.glob(".shard-*")):
-        # A younger one may be written at this moment, by a process that should not be at work here.
-        if time.time() - unfinished.stat().st_mtime > _STALE_SECONDS:
-            unfinished.unlink()
-    return hashlib.sha256(written.encode()).hexdigest()
-
-
-def _shard_file(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
-def _is_whole(folder: Path, s: int, digest: str, tokens: int) -> bool:
-    """Whether a shard is there; one that is there but belongs to other states is refused."""
-    path = _shard_file(folder, s)
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as shard:
-            owner = (shard.metadata() or {}).get("index")
-            size = shard.get_slice("lm_nll").get_shape()
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and call cache_lm_states again") from error
-    if owner != digest or size != [tokens]:
-        raise ValueError(
-            f"{path} belongs to another {INDEX} than the one beside it; delete it and cache again"
-        )
-    return True

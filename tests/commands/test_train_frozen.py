@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from auxkern import cli
 from auxkern.commands.train import main
 from auxkern.model import AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.text import TextFormat
@@ -17,6 +19,7 @@ from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import encode, read_jsonl
 from auxkern.training.frozen import hold_frozen
+from tests.support.launching import launch, outputs
 from tests.support.tiny import DECODER, tiny_lm, word_tokenizer
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -148,3 +151,46 @@ def test_a_run_on_top_of_another_is_resumed_where_the_other_has_moved(
     assert "is of another model: on_top_of.first is {'weight': 0.6} but was" in capsys.readouterr().err
     assert main([*on, "--frozen", f"first={moved}:0.5"]) == 0
     assert checkpoint_steps(out)[-1] == 6
+
+
+def test_cached_states_train_the_same_and_run_nothing_that_is_frozen(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config", str(trained / "run.yaml"), "--states-folder", str(tmp_path / "states")]
+    stored = [*flags, "--cache-states", "--states-dtype", "float32"]
+    assert main([*flags, "--output", str(tmp_path / "plain")]) == 0
+    assert main([*stored, "--output", str(tmp_path / "stored")]) == 0
+    said = capsys.readouterr().out
+    for what in ("the base", "first"):
+        for side in ("training", "validation"):
+            assert f"states of {what} for {side}: " in said
+    for a, b in zip(*(evaluations(tmp_path / name) for name in ("plain", "stored")), strict=True):
+        # Batches of other shapes: float32 sums in another order, through four steps of AdamW.
+        assert b["nll"] == pytest.approx(a["nll"], rel=1e-4)
+        assert b["lm_nll"] == pytest.approx(a["lm_nll"], rel=1e-5)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("what is frozen has run")
+
+    for module in ("auxkern.model.frozen.frozen_output", "auxkern.training.lm_states.run_base"):
+        monkeypatch.setattr(module, refused)
+    assert main([*stored, "--output", str(tmp_path / "again")]) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "again"))
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("more", ["--cache-states", "--no-cache-states"])
+def test_processes_that_share_a_run_on_top_of_another_make_the_run_of_one(
+    trained: Path, tmp_path: Path, more: str
+) -> None:
+    batches = ["--batch-size", "2", "--gradient-accumulation", "3", "--device", "cpu"]
+    command = ["train", "--config", str(trained / "run.yaml"), *batches, more]
+    two = ["--output", str(tmp_path / "two"), "--states-folder", str(tmp_path / "states of two")]
+    process = launch(2, ["-m", "auxkern", *command, *two])
+    one = ["--output", str(tmp_path / "one"), "--states-folder", str(tmp_path / "states")]
+    assert cli.main([*command, *one]) == 0
+    outputs(process)
+    nlls = [[line["nll"] for line in evaluations(tmp_path / name)] for name in ("one", "two")]
+    # Sums in another order; AdamW divides by roots of tiny squares.
+    assert nlls[1] == pytest.approx(nlls[0], rel=1e-3)
+    assert len(nlls[0]) == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,62 +25,23 @@ from auxkern.training.examples import encode, read_jsonl, write_jsonl
 from auxkern.training.frozen import hold_frozen
 from auxkern.training.loop import TrainingInterrupted, fingerprint_of, train
 from auxkern.training.settings import LoopSettings, TrainSettings
+from tests.support.on_top import (
+    POINTER,
+    SETTINGS,
+    WEIGHTS,
+    batch_of,
+    examples,
+    on_top,
+    save_auxiliaries,
+)
 from tests.support.stand_in import At, bits
-from tests.support.tiny import PAD, PAIRS, WORDS, tiny_lm, tiny_pair, word_tokenizer
-from tests.training.test_training_loop import interrupt
-
-POINTER, T5 = "shared head, features, pointer", "encoder-decoder"
-WEIGHTS = {"keyword": 0.7, "t5": -0.4, "own": 1.0}
-KINDS = {"keyword": POINTER, "t5": T5, "own": "own head"}
-SETTINGS: dict[str, Any] = {
-    "steps": 4,
-    "batch_size": 3,
-    "gradient_accumulation": 2,
-    "learning_rate": 0.01,
-    "eval_every": 2,
-    "save_every": 1,
-}
+from tests.support.tiny import PAD, PAIRS, tiny_lm, tiny_pair, word_tokenizer
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder with an auxiliary of each of KINDS on ``tiny_lm``."""
-    for seed, (name, kind) in enumerate(KINDS.items()):
-        model = tiny_pair(kind, tiny_lm())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1 + 0.1 * seed)
-        model.save_pretrained(tmp_path / name)
-    return tmp_path
-
-
-def on_top(saved: Path, kind: str = "own head", *, trained: bool = True, lm: Any = None) -> Any:
-    """A pair with all auxiliaries of KINDS held frozen, and how examples become ids."""
-    model = tiny_pair(kind, tiny_lm() if lm is None else lm, trained=trained)
-    text_format = TextFormat(word_tokenizer())
-    sources = {name: f"{saved / name}:{weight}" for name, weight in WEIGHTS.items() if name != "own"}
-    formats = hold_frozen(model, {**sources, "own": str(saved / "own")}, text_format)
-    return model, lambda examples: encode(examples, text_format, frozen=formats)
-
-
-def examples(count: int = 10, seed: int = 0) -> list[Example]:
-    """Texts of 1 to 8 words; the keyword's condition stands in the text, the T5's does not."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words(most: int) -> list[str]:
-        length = int(torch.randint(1, most + 1, (), generator=generator))
-        return [WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator)]
-
-    made = []
-    for _ in range(count):
-        text = words(8)
-        conditions = {"keyword": " ".join(text[:2]), "t5": " ".join(words(4)), "own": ""}
-        made.append(Example(" ".join(words(3)), " ".join(text), conditions=conditions))
-    return made
-
-
-def batch_of(encoded: Any) -> dict[str, Any]:
-    return AuxCollator(PAD)([encoded[i] for i in range(len(encoded))])
+    """A folder with the auxiliaries that are held frozen."""
+    return save_auxiliaries(tmp_path)
 
 
 def in_float64(model: AuxTunedForCausalLM) -> AuxTunedForCausalLM:
@@ -105,6 +68,10 @@ def plain_nll(exact: AuxTunedForCausalLM, encoded: Any, weights: Mapping[str, fl
         nll = nll + F.cross_entropy(z[:-1], labels, reduction="sum")
         count += int((labels != -100).sum())
     return nll / count
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def frozen_values(model: AuxTunedForCausalLM) -> dict[str, Tensor]:

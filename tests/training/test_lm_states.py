@@ -26,6 +26,7 @@ from auxkern.training import lm_states
 from auxkern.training.collator import AuxCollator
 from auxkern.training.examples import EncodedExamples, data_fingerprint
 from auxkern.training.lm_states import LMStates, announce_size, cache_lm_states, states_folder
+from auxkern.training.state_shards import cheapest_batches
 from tests.support.launching import environment
 from tests.support.tiny import tiny_lm
 
@@ -147,14 +148,14 @@ def test_every_sequence_runs_once_and_reading_runs_none(tmp_path, monkeypatch):
 def test_batches_are_full_and_not_padded():
     lengths = [9, 9, 9, 9, 9, 5, 5, 5, 4, 1]
     rows = [[0] * length for length in lengths]
-    batches = list(lm_states._cheapest_batches(rows, 18))
+    batches = list(cheapest_batches(rows, 18))
     assert [row for batch in batches for row in batch] == rows
     assert all(len(batch) * len(batch[0]) <= 18 for batch in batches)
     # Two of the 4 and 1 with three of 5 would pad; alone they cost nothing here.
     assert [len(batch) for batch in batches] == [2, 2, 1, 3, 1, 1]
     # A batch is not free where it may hold much: a little padding is better then.
-    assert len(list(lm_states._cheapest_batches(rows, 2048))) == 1
-    assert [len(batch) for batch in lm_states._cheapest_batches(rows, 4)] == [1] * 10
+    assert len(list(cheapest_batches(rows, 2048))) == 1
+    assert [len(batch) for batch in cheapest_batches(rows, 4)] == [1] * 10
 
 
 def test_the_size_is_announced(tmp_path):
@@ -194,7 +195,7 @@ def test_an_interruption_is_resumed_to_the_same_bits(tmp_path):
         cached(folder, progress=stop)
     written = content(folder)
     assert 1 < len(written) < len(content(tmp_path / "whole"))
-    with pytest.raises(ValueError, match=r"not finished: [23] of 5 shards .* call cache_lm_states again"):
+    with pytest.raises(ValueError, match=r"not finished: [23] of 5 shards .* cache the states again"):
         LMStates.open(folder, sequences(), BASE, LAYERS)
     first = []
     cached(folder, shard_tokens=1000, progress=lambda done, total: first.append(done))
