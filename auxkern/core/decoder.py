@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from auxkern.core.memory import LargePages
 from auxkern.core.packed import PackedWeight
+
+CACHE_DTYPES = (torch.float32, torch.bfloat16)  # what keys and values may be kept in
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,7 @@ class DecoderParts:
         activation: "silu", "gelu_tanh", "gelu" or "relu".
         gated: whether the activated gate multiplies what goes up.
         parallel: whether the MLP reads what attention reads.
+        cache_dtype: of the keys and values that it makes, float32 or bfloat16.
     """
 
     heads: Heads
@@ -89,6 +93,7 @@ class DecoderParts:
     activation: str
     gated: bool
     parallel: bool
+    cache_dtype: torch.dtype = torch.float32
 
     def moved(self, memory: LargePages) -> DecoderParts:
         """The same, with packed weights in other memory."""
@@ -103,7 +108,8 @@ class Window(NamedTuple):
     """Columns of one layer's cache that a step attends to, the last of which it writes.
 
     Attributes:
-        keys, values: (B or more, heads, columns, width) float32, of the same strides, width contiguous.
+        keys, values: (B or more, heads, columns, width) float32 or bfloat16, of the same type and strides,
+            width contiguous.
         begin: the first column that is attended to.
         end: the first that is written.
     """
@@ -119,7 +125,7 @@ class CacheMemory:
     """Keys and values of all layers of a model, in memory that stays where it is.
 
     Attributes:
-        keys, values: as in ``Window``, one of each layer; all of the same shape and strides.
+        keys, values: as in ``Window``, one of each layer; all of the same shape, type and strides.
     """
 
     keys: tuple[Tensor, ...]
@@ -178,7 +184,7 @@ class DecoderLayer(ABC):
 
     @abstractmethod
     def projected(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer up to queries (B, T, heads, width), new keys and new values (B, heads, T, width)."""
+        """The layer up to queries (B, T, heads, width) float32, new keys and values (B, heads, T, width)."""
 
     @abstractmethod
     def attended(self, x: Tensor, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

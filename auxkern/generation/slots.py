@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from auxkern.core.decoder import CacheMemory, Windows
+from auxkern.core.decoder import CACHE_DTYPES, CacheMemory, Windows
 from auxkern.core.memory import LargePages
 from auxkern.model.native import WindowedCache
 
@@ -66,7 +66,10 @@ class SlotLayer(CacheLayerMixin):
         written = slice(table.end, table.end + T)
         self.keys[: table.count, :, written] = key_states
         self.values[: table.count, :, written] = value_states
-        return self.keys[: table.count, :, window], self.values[: table.count, :, window]
+        # A layer that native kernels no longer run attends in its own dtype.
+        seen = (room[: table.count, :, window] for room in (self.keys, self.values))
+        keys, values = (room.to(key_states.dtype) for room in seen)
+        return keys, values
 
     def _update_fixed(self, room: Tensor, new: Tensor) -> Tensor:
         rows = room[: new.shape[0]]
@@ -97,9 +100,9 @@ class SlotCache(Cache, WindowedCache):
         keys = [layer.keys for layer in table.layers if layer.keys is not None]
         values = [layer.values for layer in table.layers if layer.values is not None]
         # A step that a graph records writes columns that stand in device memory.
-        plain = not table.fixed and all(one.dtype == torch.float32 for one in (*keys, *values))
-        alike = len({one.stride() for one in (*keys, *values)}) == 1
-        self._memory = CacheMemory(tuple(keys), tuple(values)) if plain and alike else None
+        kinds = {(one.stride(), one.dtype) for one in (*keys, *values)}
+        plain = not table.fixed and len(kinds) == 1 and kinds.pop()[1] in CACHE_DTYPES
+        self._memory = CacheMemory(tuple(keys), tuple(values)) if plain else None
 
     def windows(self, B: int, T: int) -> Windows | None:
         table = self._table

@@ -5,6 +5,8 @@
 
 namespace auxkern {
 
+static inline bool is_bad_cache(int32_t dtype) { return dtype != AUXKERN_F32 && dtype != AUXKERN_BF16; }
+
 struct AttentionTask {
     const auxkern_attention *attention;
 

@@ -138,7 +138,7 @@ bool is_bad(const auxkern_linear &layer) {
 bool is_bad(const auxkern_attention &a) {
     const bool empty = a.B == 0 || a.T == 0;
     return a.B < 0 || a.T < 0 || a.P < a.T || a.P > INT32_MAX || a.D < 1 || a.D % 16 != 0 || a.key_heads < 1 ||
-           a.heads < 1 || a.heads % a.key_heads != 0 || (!empty && (!a.query || !a.key || !a.value || !a.out));
+           a.heads < 1 || a.heads % a.key_heads != 0 || is_bad_cache(a.cache_dtype) || (!empty && (!a.query || !a.key || !a.value || !a.out));
 }
 
 bool is_bad(const auxkern_row_ids &list) { return list.width < 0 || (list.width > 0 && !list.ids); }

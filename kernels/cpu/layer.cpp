@@ -227,13 +227,13 @@ auxkern_attention attention_of(const auxkern_layer &layer, const auxkern_layer_c
     return {call.B, call.T, call.P, W, layer.heads, layer.key_heads, query, call.T * row, W, row,
             call.key, call.key_stride_batch, call.key_stride_head, call.key_stride_column,
             call.value, call.value_stride_batch, call.value_stride_head, call.value_stride_column,
-            call.mask, call.mask_stride_batch, call.mask_stride_query, call.mask_stride_column, layer.scale, query};
+            call.mask, call.mask_stride_batch, call.mask_stride_query, call.mask_stride_column, layer.scale, call.cache_dtype, query};
 }
 
 // The next layer's cache, if its memory is of the kind that can be asked for, and not more than stays in a cache.
 void look_ahead(LayerTask &task, const auxkern_layer &layer, const auxkern_layer_call &call) {
     constexpr int64_t MOST_BYTES = 16 << 20;
-    const int64_t W = layer.head_width, bytes = 2 * int64_t(sizeof(float)) * call.B * layer.key_heads * call.P * W;
+    const int64_t W = layer.head_width, bytes = 2 * entry_bytes(call.cache_dtype) * call.B * layer.key_heads * call.P * W;
     if (call.T != 1 || call.B > NextCache::MOST_SEQUENCES || !(call.stages & AUXKERN_LAYER_ATTEND) || bytes > MOST_BYTES ||
         call.key_stride_column != W || call.value_stride_column != W)
         return;
@@ -313,7 +313,8 @@ bool is_bad(const auxkern_layer &layer) {
 
 bool is_bad(const auxkern_layer_call &call, const auxkern_layer &layer) {
     const bool projects = call.stages & AUXKERN_LAYER_PROJECT, attends = call.stages & AUXKERN_LAYER_ATTEND;
-    if (call.B < 0 || call.T < 0 || call.P < call.T || call.P > INT32_MAX || call.stages < 1 || call.stages > 3) return true;
+    if (call.B < 0 || call.T < 0 || call.P < call.T || call.P > INT32_MAX || call.stages < 1 || call.stages > 3 || is_bad_cache(call.cache_dtype))
+        return true;
     if (call.B == 0 || call.T == 0) return false;
     return call.rotary < 0 || call.rotary % 2 != 0 || call.rotary > layer.head_width || !call.x ||
            (projects && (!call.new_key || !call.new_value || (call.rotary > 0 && (!call.cos || !call.sin)))) ||

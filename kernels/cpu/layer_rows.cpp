@@ -68,7 +68,7 @@ inline vf normed(const auxkern_norm &norm, const Scaled &by, const float *x, int
     return value;
 }
 
-// to[i] = the head's numbers turned by the position's angles; those behind the first `rotary` stay.
+// to[i] = the head's numbers turned by the position's angles; those behind the first `rotary` stay. May be in place.
 inline void rotate(const auxkern_layer_call &call, const float *head, const float *cos, const float *sin, float *to,
                    int64_t width) {
     const int64_t half = call.rotary / 2;
@@ -77,7 +77,17 @@ inline void rotate(const auxkern_layer_call &call, const float *head, const floa
         write(to + i, a * read(cos + i, count) - b * read(sin + i, count), count);
         write(to + half + i, b * read(cos + half + i, count) + a * read(sin + half + i, count), count);
     });
-    if (call.rotary < width) memcpy(to + call.rotary, head + call.rotary, sizeof(float) * size_t(width - call.rotary));
+    if (call.rotary < width && to != head) memcpy(to + call.rotary, head + call.rotary, sizeof(float) * size_t(width - call.rotary));
+}
+
+// A head's numbers to a cache; `width` is a multiple of all vectors.
+inline void keep(const auxkern_layer_call &call, const float *head, void *cache, int64_t at, int64_t width) {
+    if (call.cache_dtype == AUXKERN_F32) {
+        memcpy(static_cast<float *>(cache) + at, head, sizeof(float) * size_t(width));
+        return;
+    }
+    uint16_t *to = static_cast<uint16_t *>(cache) + at;
+    for (int64_t i = 0; i < width; i += LANES) BF16::store(to + i, load(head + i));
 }
 
 void norm_heads(const auxkern_norm &norm, bool whole, float *x, int64_t heads, int64_t width) {
@@ -124,10 +134,12 @@ void split_rows(const LayerRows &rows, int64_t begin, int64_t end) {
         const float *cos = call.cos + angle, *sin = call.sin + angle;
         for (int64_t h = 0; h < layer.heads; ++h)
             rotate(call, query + h * width, cos, sin, rows.query + row * queries + h * width, width);
+        for (int64_t g = 0; g < layer.key_heads; ++g)
+            rotate(call, key + g * width, cos, sin, key + g * width, width);
         const int64_t at = b * call.new_stride_batch + t * call.new_stride_position;
         for (int64_t g = 0; g < layer.key_heads; ++g) {
-            rotate(call, key + g * width, cos, sin, call.new_key + at + g * call.new_stride_head, width);
-            memcpy(call.new_value + at + g * call.new_stride_head, value + g * width, sizeof(float) * size_t(width));
+            keep(call, key + g * width, call.new_key, at + g * call.new_stride_head, width);
+            keep(call, value + g * width, call.new_value, at + g * call.new_stride_head, width);
         }
     }
 }

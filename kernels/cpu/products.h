@@ -73,6 +73,8 @@ static inline RowLayout row_layout(const auxkern_product &product, int64_t row_g
                                                                layout.bytes + 64} : layout;
 }
 
+static inline int64_t entry_bytes(int32_t dtype) { return dtype == AUXKERN_F32 ? 4 : 2; }
+
 // Keys and values that the next layer's attention reads: a run of columns for each sequence, head and of the two.
 // Attention waits for memory and products for arithmetic, so every tile of a product asks for some of them.
 struct NextCache {
@@ -91,12 +93,14 @@ struct NextCache {
     int64_t chunks() const { return call->B * key_heads * 2 * CHUNKS; }
     Chunk chunk(int64_t number) const {
         const int64_t run = number / CHUNKS, head = run / 2 % key_heads, b = run / 2 / key_heads, columns = call->P - first[b];
-        const float *at = run % 2 ? call->value + b * call->value_stride_batch + head * call->value_stride_head
-                                  : call->key + b * call->key_stride_batch + head * call->key_stride_head;
+        const void *keys = run % 2 ? call->value : call->key;
+        int64_t at = run % 2 ? b * call->value_stride_batch + head * call->value_stride_head
+                             : b * call->key_stride_batch + head * call->key_stride_head;
         const int64_t stride = run % 2 ? call->value_stride_column : call->key_stride_column;
         const int64_t part = number % CHUNKS, begin = columns * part / CHUNKS, end = columns * (part + 1) / CHUNKS;
         at += (first[b] + begin) * stride;
-        return {reinterpret_cast<const char *>(at), (end - begin) * stride * int64_t(sizeof(float))};
+        const int64_t entry = entry_bytes(call->cache_dtype);
+        return {static_cast<const char *>(keys) + at * entry, (end - begin) * stride * entry};
     }
 };
 

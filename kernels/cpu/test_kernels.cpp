@@ -330,7 +330,7 @@ void attends(int32_t isa, int32_t threads, int64_t T, int64_t P, int64_t D) {
     const auxkern_attention attention = {B, T, P, D, heads, key_heads, query.data(), heads * T * D, T * D, D,
                                          key.data(), key_heads * strides, strides, D,
                                          value.data(), key_heads * strides, strides, D,
-                                         mask.data(), T * P, P, 1, 0.25f, out.data()};
+                                         mask.data(), T * P, P, 1, 0.25f, AUXKERN_F32, out.data()};
     const auxkern_execution execution = {threads, isa, nullptr};
     check(auxkern_attention_forward(&attention, &execution) == AUXKERN_OK, "attention status", isa, 0, 0);
     for (int64_t b = 0; b < B; ++b)
@@ -370,13 +370,17 @@ void refused_products() {
     layer.y_stride = 1;
     layer.K = 0;
     check(auxkern_linear_forward(&layer, &execution) == AUXKERN_BAD_ARGUMENT, "K of 0", 0, 0, 1);
-    auxkern_attention attention = {1, 1, 1, 16, 2, 1, x, 32, 16, 16, x, 16, 16, 16, x, 16, 16, 16, nullptr, 0, 0, 0, 1, y};
+    auxkern_attention attention = {1, 1, 1, 16, 2, 1, x, 32, 16, 16, x, 16, 16, 16, x, 16, 16, 16, nullptr, 0, 0, 0, 1,
+                                   AUXKERN_F32, y};
     check(auxkern_attention_forward(&attention, &execution) == AUXKERN_OK, "accepted", 0, 0, 0);
     attention.D = 8;
     check(auxkern_attention_forward(&attention, &execution) == AUXKERN_BAD_ARGUMENT, "D of 8", 0, 0, 1);
     attention.D = 16;
     attention.key_heads = 3;
     check(auxkern_attention_forward(&attention, &execution) == AUXKERN_BAD_ARGUMENT, "heads that do not divide", 0, 0, 1);
+    attention.key_heads = 1;
+    attention.cache_dtype = AUXKERN_F16;
+    check(auxkern_attention_forward(&attention, &execution) == AUXKERN_BAD_ARGUMENT, "a cache of float16", 0, 0, 1);
 }
 
 void refused_packing() {
@@ -490,8 +494,9 @@ int main() {
         attends(isa, 1, 1, 1, 16);
         attends(isa, 3, 3, 37, 80);
         for (int32_t kind : {AUXKERN_PACKED_F32, AUXKERN_PACKED_BF16_PAIRS, AUXKERN_PACKED_I8}) {
-            const int one = layer_differences(isa, 1, kind, 1, 1), some = layer_differences(isa, 3, kind, 2, 7);
-            const int blocks = layer_differences(isa, 2, kind, 3, 350) + layer_differences(isa, 2, kind, 13, 1);
+            const int one = layer_differences(isa, 1, kind, AUXKERN_F32, 1, 1);
+            const int some = layer_differences(isa, 3, kind, AUXKERN_BF16, 2, 7);
+            const int blocks = layer_differences(isa, 2, kind, AUXKERN_F32, 3, 350) + layer_differences(isa, 2, kind, AUXKERN_BF16, 13, 1);
             check(one == 0 && some == 0 && blocks == 0, "layer and its pieces", isa, one + some + blocks, 0);
         }
     }

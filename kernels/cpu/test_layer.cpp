@@ -49,16 +49,26 @@ void multiply(const Packed &packed, const float *x, float *y, int64_t M, int32_t
     auxkern_product_forward(&of, &call, &execution);
 }
 
+// To the nearest number whose lower 16 bits are 0, to the even one of two.
+void round_upper(float &x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    std::memcpy(&x, &bits, 4);
+}
+
 }  // namespace
 
-int layer_differences(int32_t isa, int32_t threads, int32_t kind, int64_t B, int64_t T) {
+int layer_differences(int32_t isa, int32_t threads, int32_t kind, int32_t cache, int64_t B, int64_t T) {
     const auxkern_execution execution = {threads, isa, nullptr};
     const int64_t M = B * T, widths = (HEADS + 2 * KEYS) * WIDTH;
     const Packed qkv(widths, D, 1, kind, execution), output(D, HEADS * WIDTH, 1, kind, execution),
         up(2 * INNER, D, 2, kind, execution), down(D, INNER, 1, kind, execution);
     std::mt19937 random(9);
     std::normal_distribution<float> normal;
-    std::vector<float> x(size_t(M * D)), y(x.size(), NAN), keys(size_t(M * KEYS * WIDTH), NAN), values(keys.size(), NAN);
+    std::vector<float> x(size_t(M * D)), y(x.size(), NAN);
+    const size_t columns = size_t(M * KEYS * WIDTH);
+    std::vector<char> keys(columns * size_t(auxkern::entry_bytes(cache)), char(0xff)), values(keys);
     for (float &v : x) v = normal(random);
 
     auxkern_layer layer{};
@@ -71,15 +81,18 @@ int layer_differences(int32_t isa, int32_t threads, int32_t kind, int64_t B, int
     call.new_stride_batch = call.key_stride_batch = call.value_stride_batch = KEYS * T * WIDTH;
     call.new_stride_head = call.key_stride_head = call.value_stride_head = T * WIDTH;
     call.new_stride_position = call.key_stride_column = call.value_stride_column = WIDTH;
-    call.stages = AUXKERN_LAYER_PROJECT | AUXKERN_LAYER_ATTEND;
+    call.stages = AUXKERN_LAYER_PROJECT | AUXKERN_LAYER_ATTEND, call.cache_dtype = cache;
     if (auxkern_layer_forward(&layer, &call, &execution) != AUXKERN_OK) return -1;
 
     std::vector<float> rows(size_t(M * widths)), out(size_t(M * HEADS * WIDTH)), inner(size_t(M * INNER)), expected = x;
     multiply(qkv, x.data(), rows.data(), M, AUXKERN_STORE, execution);
+    if (cache == AUXKERN_BF16)
+        for (int64_t m = 0; m < M; ++m)
+            for (int64_t i = HEADS * WIDTH; i < widths; ++i) round_upper(rows[size_t(m * widths + i)]);
     const float *query = rows.data(), *key = query + HEADS * WIDTH, *value = key + KEYS * WIDTH;
     const auxkern_attention attention = {B, T, T, WIDTH, HEADS, KEYS, query, T * widths, WIDTH, widths,
                                          key, T * widths, WIDTH, widths, value, T * widths, WIDTH, widths,
-                                         nullptr, 0, 0, 0, 0.25f, out.data()};
+                                         nullptr, 0, 0, 0, 0.25f, AUXKERN_F32, out.data()};
     auxkern_attention_forward(&attention, &execution);
     multiply(output, out.data(), expected.data(), M, AUXKERN_ADD, execution);
     multiply(up, expected.data(), inner.data(), M, AUXKERN_GATE, execution);

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define AUXKERN_ABI_VERSION 7
+#define AUXKERN_ABI_VERSION 8
 #define AUXKERN_MAX_TERMS 8
 /* A target that is not among these ids but among others, of another shard of the vocabulary. */
 #define AUXKERN_NO_TARGET INT64_MIN
@@ -301,13 +301,14 @@ typedef struct {
     int64_t heads, key_heads; /* the second divides the first */
     const float *query;       /* rows of D; strides count floats */
     int64_t query_stride_batch, query_stride_head, query_stride_position;
-    const float *key;
+    const void *key; /* of cache_dtype, as values; strides count entries */
     int64_t key_stride_batch, key_stride_head, key_stride_column;
-    const float *value;
+    const void *value;
     int64_t value_stride_batch, value_stride_head, value_stride_column;
     const uint8_t *mask; /* not 0 where a position sees a column; NULL: position t sees P - T + t + 1 */
     int64_t mask_stride_batch, mask_stride_query, mask_stride_column;
     float scale;
+    int32_t cache_dtype; /* AUXKERN_F32 or AUXKERN_BF16 */
     float *out; /* (B, T, heads, D) contiguous */
 } auxkern_attention;
 
@@ -371,16 +372,17 @@ typedef struct {
     const float *sin;
     int64_t angle_stride_batch, angle_stride_position;
     float *query;        /* (B, T, heads, head_width) contiguous; NULL where both stages run */
-    float *new_key;      /* columns of new positions */
-    float *new_value;
+    void *new_key;       /* columns of new positions; of cache_dtype, as all keys and values */
+    void *new_value;
     int64_t new_stride_batch, new_stride_head, new_stride_position;
-    const float *key; /* all columns; may be where new ones are written */
-    const float *value;
+    const void *key; /* all columns; may be where new ones are written */
+    const void *value;
     int64_t key_stride_batch, key_stride_head, key_stride_column;
     int64_t value_stride_batch, value_stride_head, value_stride_column;
     const uint8_t *mask; /* as in auxkern_attention */
     int64_t mask_stride_batch, mask_stride_query, mask_stride_column;
-    int64_t stages; /* AUXKERN_LAYER_PROJECT, AUXKERN_LAYER_ATTEND or both */
+    int32_t stages; /* AUXKERN_LAYER_PROJECT, AUXKERN_LAYER_ATTEND or both */
+    int32_t cache_dtype; /* as in auxkern_attention */
 } auxkern_layer_call;
 
 AUXKERN_EXPORT int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxkern_layer_call *call,

@@ -14,6 +14,7 @@ from auxkern.core.packed import COMPUTES
 from auxkern.generation import Engine, Request
 from auxkern.model import AuxTunedForCausalLM, TextFormat, fingerprint, load_base, use_native_kernels
 from auxkern.model.base import output_head, run_base
+from auxkern.model.caches import CACHE_NAME
 from auxkern.model.native import NativeLayer, compute_of, native_refusal, stack_of
 from auxkern.nn import FrozenLinear
 from auxkern.ops.dense import dense_logits
@@ -117,6 +118,23 @@ def test_a_layer_follows_its_weight():
     twin.weight.zero_()
     assert torch.equal(twin(x), layer.bias.expand(5, -1))
     assert not torch.equal(layer(x), twin(x))
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_narrow_keys_and_values_take_half_the_memory(compute, tmp_path):
+    lm = load_base(base(tmp_path), compute=compute)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        whole = lm(input_ids=ids, use_cache=True)
+        first = lm(input_ids=ids[:, :5], use_cache=True)
+        more = lm(input_ids=ids[:, 5:], use_cache=True, **{CACHE_NAME: first[CACHE_NAME]})
+    for layer in more[CACHE_NAME].layers:
+        assert (
+            layer.keys.dtype
+            == layer.values.dtype
+            == (torch.float32 if compute == "float32" else torch.bfloat16)
+        )
+    assert torch.equal(more.logits[:, -1], whole.logits[:, -1])
 
 
 @pytest.mark.parametrize("compute", NARROW)

@@ -16,7 +16,7 @@ from auxkern.core.backend import Backend
 from auxkern.core.draws import ROW_NUMBERS
 from auxkern.core.terms import Logits
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 ISAS = {
     name: number
     for number, name in enumerate(
@@ -131,6 +131,7 @@ class CAttention(Structure):
         ("mask", c_void_p),
         ("mask_strides", c_int64 * 3),
         ("scale", c_float),
+        ("cache_dtype", c_int32),
         ("out", c_void_p),
     ]
 
@@ -165,7 +166,7 @@ class CLayerCall(Structure):
         *_each(c_int64, "key_batch key_head key_column value_batch value_head value_column"),
         ("mask", c_void_p),
         ("mask_strides", c_int64 * 3),
-        ("stages", c_int64),
+        *_each(c_int32, "stages cache_dtype"),
     ]
 
 

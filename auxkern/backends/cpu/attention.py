@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auxkern.backends.cpu.abi import CAttention, Native
+from auxkern.backends.cpu.abi import DTYPES, CAttention, Native
 
 _WIDTH = 16  # what a head's width is a multiple of, for every instruction set
 
@@ -43,6 +43,7 @@ class CachedAttention(Native):
             value=value.data_ptr(),
             value_strides=value.stride()[:3],
             scale=scale,
+            cache_dtype=DTYPES[key.dtype],
             out=out.data_ptr(),
         )
         if mask is not None:

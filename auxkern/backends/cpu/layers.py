@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from auxkern.backends.cpu.abi import CLayer, CLayerCall, CLayerProduct, CNorm, Native, float32
+from auxkern.backends.cpu.abi import DTYPES, CLayer, CLayerCall, CLayerProduct, CNorm, Native, float32
 from auxkern.backends.cpu.packing import c_product
 from auxkern.core.decoder import (
+    CACHE_DTYPES,
     CacheMemory,
     DecoderLayer,
     DecoderParts,
@@ -104,11 +105,11 @@ class CpuLayer(DecoderLayer):
         keys, values, begin, end = window
         self.check(keys, values)
         batch, head, column, _ = keys.stride()
-        key, value = keys.data_ptr(), values.data_ptr()
-        call.P = end + call.T - begin
-        call.new_key, call.new_value = key + 4 * end * column, value + 4 * end * column
+        key, value, entry = keys.data_ptr(), values.data_ptr(), keys.element_size()
+        call.P, call.cache_dtype = end + call.T - begin, DTYPES[keys.dtype]
+        call.new_key, call.new_value = key + entry * end * column, value + entry * end * column
         call.new_batch, call.new_head, call.new_position = batch, head, column
-        call.key, call.value = key + 4 * begin * column, value + 4 * begin * column
+        call.key, call.value = key + entry * begin * column, value + entry * begin * column
         call.key_batch, call.key_head, call.key_column = batch, head, column
         call.value_batch, call.value_head, call.value_column = batch, head, column
 
@@ -119,15 +120,17 @@ class CpuLayer(DecoderLayer):
         query = float32(call.B, call.T, heads.queries, heads.width)
         call.query, call.new_key, call.new_value = query.data_ptr(), keys.data_ptr(), values.data_ptr()
         call.new_batch, call.new_head, call.new_position, _ = keys.stride()
-        call.P = call.T
+        call.P, call.cache_dtype = call.T, DTYPES[keys.dtype]
         self._native.library.auxkern_layer_forward(self._reference, call, self._native.execution())
         return query, keys, values
 
     def attended(self, x: Tensor, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.check(key, value)
+        if key.dtype != value.dtype or key.dtype not in CACHE_DTYPES:
+            key, value = key.float(), value.float()
         key, value = _plain(key), _plain(value)
+        self.check(key, value)
         call = _begun(inputs, x, _ATTEND)
-        call.query, call.P = query.data_ptr(), key.shape[2]
+        call.query, call.P, call.cache_dtype = query.data_ptr(), key.shape[2], DTYPES[key.dtype]
         call.key, call.value = key.data_ptr(), value.data_ptr()
         call.key_batch, call.key_head, call.key_column, _ = key.stride()
         call.value_batch, call.value_head, call.value_column, _ = value.stride()
@@ -141,11 +144,16 @@ class CpuLayer(DecoderLayer):
                 f"the cache has keys {tuple(keys.shape)} and values {tuple(values.shape)}; this layer has "
                 f"{heads.keys} heads of {heads.width}"
             )
+        if keys.dtype != values.dtype or keys.dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"the cache has keys of {keys.dtype} and values of {values.dtype}; give one of {CACHE_DTYPES}"
+            )
 
     def columns(self, call: CLayerCall) -> Window:
         """Memory for the call's own columns alone."""
         heads = self._parts.heads
-        keys, values = (float32(call.B, heads.keys, call.T, heads.width) for _ in range(2))
+        shape = (call.B, heads.keys, call.T, heads.width)
+        keys, values = (torch.empty(shape, dtype=self._parts.cache_dtype, device="cpu") for _ in range(2))
         return Window(keys, values, 0, 0)
 
     def _run(self, call: CLayerCall, inputs: LayerInputs, x: Tensor) -> Tensor:
@@ -202,7 +210,7 @@ class CpuStack(DecoderStack):
             like = memory.keys[0]
             for layer, *pair in zip(self._layers, memory.keys, memory.values, strict=True):
                 layer.check(*pair)
-                if any(one.stride() != like.stride() or one.dtype != torch.float32 for one in pair):
+                if any(one.stride() != like.stride() or one.dtype != like.dtype for one in pair):
                     raise ValueError("keys and values of layers have different strides or types")
             starts = [(k.data_ptr(), v.data_ptr()) for k, v in zip(memory.keys, memory.values, strict=True)]
             self._known = known = (memory, starts)
@@ -222,7 +230,6 @@ def _begun(inputs: LayerInputs, x: Tensor, stages: int) -> CLayerCall:
 
 
 def _plain(columns: Tensor) -> Tensor:
-    columns = columns.float()
     return columns if columns.stride(3) == 1 else columns.contiguous()
 
 

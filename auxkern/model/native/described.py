@@ -63,6 +63,8 @@ def described(layer: nn.Module, compute: str) -> DecoderParts:
         activation=recognised_activation(getattr(mlp, structure.activation)),
         gated=structure.gated,
         parallel=structure.parallel,
+        # As narrow as the products: it is read from memory at every step.
+        cache_dtype=torch.float32 if compute == "float32" else torch.bfloat16,
     )
 
 

@@ -301,6 +301,48 @@ def test_in_two_calls_it_is_the_same_to_the_last_bit(backend, case):
     assert torch.equal(kernel.attended(step.x, inputs, query, all_keys, all_values), y)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_cache_of_bfloat16_holds_rounded_columns_and_is_summed_as_float32(backend, case, size):
+    options, rotary = CASES[case]
+    layer = Layer(**options)
+    step = Step(layer, size, rotary)
+    step.keys, step.values = step.keys.bfloat16().float(), step.values.bfloat16().float()
+    kernel = backend.decoder_layer(layer.parts)
+    inputs = kernel.inputs((step.B, step.T), step.mask, step.angles)
+    query, *new = kernel.projected(step.x, inputs)
+    narrow = [one.bfloat16() for one in new]
+    rounded = [
+        torch.cat([old, one.float()], 2) for old, one in zip((step.keys, step.values), narrow, strict=True)
+    ]
+    expected = kernel.attended(step.x, inputs, query.clone(), *rounded)
+
+    narrow_kernel = backend.decoder_layer(replace(layer.parts, cache_dtype=torch.bfloat16))
+    wide = step.room()
+    room = Window(wide.keys.bfloat16(), wide.values.bfloat16(), wide.begin, wide.end)
+    assert torch.equal(narrow_kernel.whole(step.x, inputs, room), expected)
+    for column, one in zip(room[:2], narrow, strict=True):
+        assert torch.equal(column[: step.B, :, room.end : room.end + step.T], one)
+    again, *made = narrow_kernel.projected(step.x, inputs)
+    assert all(map(torch.equal, made, narrow))
+    columns = [one.bfloat16() for one in rounded]
+    assert torch.equal(narrow_kernel.attended(step.x, inputs, again, *columns), expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
+def test_a_cache_of_other_types_is_refused(backend, dtypes):
+    options, rotary = CASES["grouped heads"]
+    layer = Layer(**options)
+    step = Step(layer, (2, 3, 4), rotary)
+    room = step.room()
+    kernel = backend.decoder_layer(layer.parts)
+    inputs = kernel.inputs((2, 3), step.mask, step.angles)
+    with pytest.raises(ValueError, match=rf"keys of {dtypes[0]} and values of {dtypes[1]}; give one of"):
+        kernel.whole(
+            step.x, inputs, room._replace(keys=room.keys.to(dtypes[0]), values=room.values.to(dtypes[1]))
+        )
+
+
 def test_only_new_columns_of_the_cache_are_written(backend):
     options, rotary = CASES["grouped heads"]
     layer = Layer(**options)
