@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from auxkern.core.coverage import Coverage, CoverageStep
+from auxkern.core.coverage import Coverage, CoverageStep, PointerStep
 from auxkern.core.decoder import DecoderLayer, DecoderParts, DecoderStack
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
@@ -208,4 +208,8 @@ class Backend(ABC):
 
     def coverage(self, step: CoverageStep) -> Coverage:
         """What of the conditions stands in the texts after one more token each; T is 1."""
+        raise NotImplementedError(self.pack_refusal())
+
+    def pointed(self, step: PointerStep) -> tuple[Tensor, Tensor]:
+        """Scores (B, 1, K) and end (B, 1) of ``Pointed``, of one position."""
         raise NotImplementedError(self.pack_refusal())

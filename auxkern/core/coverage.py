@@ -61,6 +61,43 @@ class CoverageStep(NamedTuple):
         return all(_is_plain(one, width, torch.float32) and one.is_contiguous() for one in self.weights)
 
 
+class PointerStep(NamedTuple):
+    """What scores of one position are made of, float32 on the CPU; names as in ``auxkern_pointer``.
+
+    Attributes:
+        query: (B, 1, d).
+        start, follow, closing: (B, 1, 1).
+        against: (B, 1, 1), or None where nothing reads the base's logits.
+        keys: (B, K, d).
+        begun: (B, 1, K).
+        lacking: (B, 1, 1).
+        lm_scores: (B, 1, K), or None.
+        lm_logit, spread: the factors of the formula.
+    """
+
+    query: Tensor
+    start: Tensor
+    follow: Tensor
+    closing: Tensor
+    against: Tensor | None
+    keys: Tensor
+    begun: Tensor
+    lacking: Tensor
+    lm_scores: Tensor | None
+    lm_logit: float
+    spread: float
+
+    def fits(self) -> bool:
+        """Whether shapes, dtypes and devices are as above."""
+        B, K, d = self.keys.shape
+        one, each = (B, 1, 1), (B, 1, K)
+        shapes = ((B, 1, d), one, one, one, one, (B, K, d), each, one, each)
+        return all(
+            tensor is None or _is_plain(tensor, shape, torch.float32)
+            for tensor, shape in zip(self[:9], shapes, strict=True)
+        )
+
+
 def _is_plain(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
     kind = type(tensor) in (Tensor, Parameter)
     return kind and tensor.dtype is dtype and tensor.is_cpu and tensor.shape == shape

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from auxkern.core.coverage import Coverage, CoverageStep
+from auxkern.core.coverage import Coverage, CoverageStep, PointerStep
 from auxkern.model.interface import AuxiliaryInputs
 from auxkern.model.layers import ZeroLinear, row_products
 from auxkern.model.native.packed_layers import cpu_backend
@@ -114,10 +114,7 @@ class Pointer(nn.Module):
 
         A native call is of one token, after ``use_native_kernels``, and nothing is trained.
         """
-        query = self.query
-        if inputs.input_ids.shape[1] != 1 or not isinstance(query, FrozenLinear) or query.compute is None:
-            return None
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or pack_refusal() is not None:
+        if not self._steps(inputs):
             return None
         step = CoverageStep(
             inputs.input_ids,
@@ -128,6 +125,14 @@ class Pointer(nn.Module):
             (self.mark_share, self.mark_lacking, self.mark_written),
         )
         return step if step.fits() and not is_differentiated((*step[:5], *step.weights)) else None
+
+    def _steps(self, inputs: AuxiliaryInputs) -> bool:
+        """Whether a call may be a native one."""
+        query = self.query
+        if inputs.input_ids.shape[1] != 1 or not isinstance(query, FrozenLinear) or query.compute is None:
+            return False
+        eager = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        return eager and pack_refusal() is None
 
     def forward(self, hidden: Tensor, keys: Tensor, inputs: AuxiliaryInputs, coverage: Coverage) -> Pointed:
         """What is added to logits.
@@ -145,14 +150,22 @@ class Pointer(nn.Module):
         reads = [] if self.against_lm is None else [self.against_lm]
         layers = (self.query, self.start, self.follow, self.end, *reads)
         query, start, follow, end, *against_lm = self._of_hidden.of(layers, hidden)
+        lm_scores, against = inputs.lm_scores, next(iter(against_lm), None)
+        if against is not None and lm_scores is None:
+            raise ValueError("inputs.lm_scores is None, but the pointer reads them; pass (B, T, K)")
+        # How many positions a first call has depends on the texts beside: torch takes one as it takes many.
+        if inputs.cache is not None and self._steps(inputs):
+            step = PointerStep(
+                *(query, start, follow, end, against, keys, coverage.begun, coverage.lacking),
+                *(lm_scores, _LM_LOGIT, _SPREAD),
+            )
+            if step.fits() and not is_differentiated(step[:9]):
+                return Pointed(hidden, *cpu_backend().pointed(step))
         scores = row_products(query, keys) / math.sqrt(keys.shape[-1])
         first = torch.arange(keys.shape[1], device=keys.device) == 0
         scores = scores + start * first + _SPREAD * follow * coverage.begun
-        if against_lm:
-            if inputs.lm_scores is None:
-                raise ValueError("inputs.lm_scores is None, but the pointer reads them; pass (B, T, K)")
-            distance = (inputs.lm_scores.to(hidden.dtype) - _LM_LOGIT) / _SPREAD
-            scores = scores + against_lm[0] * distance
+        if against is not None and lm_scores is not None:
+            scores = scores + against * ((lm_scores.to(hidden.dtype) - _LM_LOGIT) / _SPREAD)
         return Pointed(hidden, scores, (_SPREAD * end * coverage.lacking)[:, :, 0])
 
 

@@ -1,7 +1,8 @@
-// What of a condition stands in a text: one more token of each text.
+// What of a condition stands in a text, and what that adds to logits: one more token of each text.
 //
 // Built without contraction: results are those of the same operations one by one.
 #include <algorithm>
+#include <cmath>
 
 #include "auxkern.h"
 
@@ -49,7 +50,46 @@ Reached stretch(const auxkern_coverage &c, int64_t b) {
     return reached;
 }
 
+bool is_bad(const auxkern_pointer &p) {
+    if (p.B < 0 || p.K < 0 || p.d < 1 || !(p.spread > 0)) return true;
+    if (p.B == 0) return false;
+    return !p.query.at || !p.start.at || !p.follow.at || !p.closing.at || !p.lacking || !p.end ||
+           (p.K > 0 && (!p.keys || !p.begun || !p.scores || (p.against.at && !p.lm_scores)));
+}
+
+// Sums that do not wait for each other, in one order whatever the instruction set.
+float dot(const float *x, const float *y, int64_t width) {
+    constexpr int CHAINS = 8;
+    float sum[CHAINS] = {};
+    int64_t i = 0;
+    for (; i + CHAINS <= width; i += CHAINS)
+        for (int c = 0; c < CHAINS; ++c) sum[c] += x[i + c] * y[i + c];
+    for (int c = 0; i + c < width; ++c) sum[c] += x[i + c] * y[i + c];
+    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+
+float of(const auxkern_of_text &each, int64_t b) { return each.at[b * each.stride]; }
+
 }  // namespace
+
+int32_t auxkern_pointer_step(const auxkern_pointer *pointer) {
+    if (!pointer || is_bad(*pointer)) return AUXKERN_BAD_ARGUMENT;
+    const auxkern_pointer &p = *pointer;
+    const float root = std::sqrt(float(p.d));
+    for (int64_t b = 0; b < p.B; ++b) {
+        const float *query = p.query.at + b * p.query.stride, *keys = p.keys + b * p.keys_stride_batch;
+        const float follow = p.spread * of(p.follow, b), against = p.against.at ? of(p.against, b) : 0;
+        for (int64_t j = 0; j < p.K; ++j) {
+            float score = dot(query, keys + j * p.keys_stride_token, p.d) / root;
+            if (j == 0) score += of(p.start, b);
+            score += follow * p.begun[b * p.K + j];
+            if (p.against.at) score += against * ((p.lm_scores[b * p.K + j] - p.lm_logit) / p.spread);
+            p.scores[b * p.K + j] = score;
+        }
+        p.end[b] = p.spread * of(p.closing, b) * p.lacking[b];
+    }
+    return AUXKERN_OK;
+}
 
 int32_t auxkern_coverage_step(const auxkern_coverage *coverage) {
     if (!coverage || is_bad(*coverage)) return AUXKERN_BAD_ARGUMENT;

@@ -447,6 +447,38 @@ void covers() {
     check(auxkern_coverage_step(&call) == AUXKERN_OK, "no texts", 0, 0, 0);
 }
 
+void points() {
+    constexpr int64_t B = 3, K = 2, d = 11, ROW = d + 4;  // a row's numbers stand one behind the other
+    std::mt19937 random(13);
+    std::normal_distribution<float> normal;
+    std::vector<float> rows(B * ROW), keys(B * (K + 1) * d), begun(B * K), lacking(B), lm(B * K), scores(B * K, NAN), end(B, NAN);
+    for (auto *values : {&rows, &keys, &begun, &lacking, &lm})
+        for (float &v : *values) v = normal(random);
+    const float *row = rows.data();
+    auxkern_pointer call = {B, K, d, {row, ROW}, {row + d, ROW}, {row + d + 1, ROW}, {row + d + 2, ROW}, {row + d + 3, ROW},
+                            keys.data(), (K + 1) * d, d, begun.data(), lacking.data(), lm.data(), 10, 10, scores.data(), end.data()};
+    for (const bool reads : {true, false}) {
+        if (!reads) call.against.at = call.lm_scores = nullptr;
+        check(auxkern_pointer_step(&call) == AUXKERN_OK, "pointer status", 0, 0, 0);
+        for (int64_t b = 0; b < B; ++b) {
+            const float *of = row + b * ROW;
+            for (int64_t j = 0; j < K; ++j) {
+                double want = 0;
+                for (int64_t i = 0; i < d; ++i) want += double(of[i]) * keys[size_t((b * (K + 1) + j) * d + i)];
+                want = want / std::sqrt(double(d)) + (j == 0 ? of[d] : 0) + 10.0 * of[d + 1] * begun[size_t(b * K + j)];
+                if (reads) want += of[d + 3] * (double(lm[size_t(b * K + j)]) - 10) / 10;
+                check(near(scores[size_t(b * K + j)], want, 2e-6), "pointer", 0, scores[size_t(b * K + j)], want);
+            }
+            const double want = 10.0 * of[d + 2] * lacking[size_t(b)];
+            check(near(end[size_t(b)], want, 2e-6), "pointer's end", 0, end[size_t(b)], want);
+        }
+    }
+    call.d = 0;
+    check(auxkern_pointer_step(&call) == AUXKERN_BAD_ARGUMENT, "d of 0", 0, 0, 1);
+    call.d = d, call.keys = nullptr;
+    check(auxkern_pointer_step(&call) == AUXKERN_BAD_ARGUMENT, "no keys", 0, 0, 1);
+}
+
 void refusals() {
     const float x[2] = {0, 0};
     const int64_t y = 0;
@@ -502,6 +534,7 @@ int main() {
     }
     check(cache_columns_left_out() == 0, "cache asked for ahead", 0, cache_columns_left_out(), 0);
     covers();
+    points();
     refusals();
     refused_products();
     refused_packing();

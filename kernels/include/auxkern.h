@@ -422,6 +422,36 @@ typedef struct {
 
 AUXKERN_EXPORT int32_t auxkern_coverage_step(const auxkern_coverage *coverage);
 
+/* ---- what is added to the logits of a condition's tokens ---------------------------------------
+ *
+ *     scores[b, j] = query[b] . keys[b, j] / sqrt(d)  +  start[b] [j = 0]  +  spread follow[b] begun[b, j]
+ *                    +  against[b] (lm_scores[b, j] - lm_logit) / spread
+ *     end[b]       = spread closing[b] lacking[b]
+ *
+ * of one position of each of B texts. A text's numbers do not depend on the others.
+ */
+typedef struct {
+    const float *at;
+    int64_t stride; /* from text to text */
+} auxkern_of_text;
+
+typedef struct {
+    int64_t B, K, d;
+    auxkern_of_text query; /* d each */
+    auxkern_of_text start, follow, closing;
+    auxkern_of_text against; /* NULL: no part of the base's logits */
+    const float *keys; /* (B, K, d), rows contiguous */
+    int64_t keys_stride_batch, keys_stride_token;
+    const float *begun;     /* (B, K) contiguous */
+    const float *lacking;   /* (B,) */
+    const float *lm_scores; /* (B, K) contiguous */
+    float lm_logit, spread;
+    float *scores; /* (B, K) */
+    float *end;    /* (B,) */
+} auxkern_pointer;
+
+AUXKERN_EXPORT int32_t auxkern_pointer_step(const auxkern_pointer *pointer);
+
 /* ---- sampling ------------------------------------------------------------------------------- */
 
 enum auxkern_row_status {

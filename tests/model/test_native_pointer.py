@@ -126,3 +126,83 @@ def test_torch_makes_the_coverage_where_a_kernel_would_leave_something_out():
         assert not _called(copy.deepcopy(native).double(), inputs)[1]
         mapped = torch.func.vmap(lambda ids: native.coverage(_inputs(ids, text[1], *condition), None).share)
         assert torch.equal(mapped(text[0][None])[0], native.coverage(inputs, None).share)
+
+
+def _trained(B, K, *, reads_lm=True):
+    """A native pointer with weights, the inputs of a step, and its hidden states."""
+    torch.manual_seed(B + K)
+    pointer = Pointer(D, 20, reads_lm=reads_lm)
+    for parameter in pointer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    inputs = _random_inputs(B, 1, K, seed=7)
+    inputs.lm_scores = 10 + 4 * torch.randn(B, 1, K) if reads_lm else None
+    inputs.cache = "of the tokens before"
+    return use_native_kernels(pointer), inputs, torch.randn(B, 1, D), torch.randn(B, K, D)
+
+
+def _pointed(pointer, inputs, hidden, keys):
+    """What it adds, and whether the native kernel made it."""
+    coverage = pointer.coverage(inputs, None)
+    with cpu_backend().timed_calls() as seconds:
+        return pointer(hidden, keys, inputs, coverage), "auxkern_pointer_step" in seconds
+
+
+@pytest.mark.parametrize("reads_lm", [True, False])
+@pytest.mark.parametrize(("B", "K"), [(7, 5), (1, 1), (64, 8), (3, 0), (0, 2)])
+def test_scores_of_one_token_are_their_formula(poisoned_memory, B, K, reads_lm):
+    pointer, inputs, hidden, memory = _trained(B, K, reads_lm=reads_lm)
+    exact = copy.deepcopy(pointer).double()
+    with torch.no_grad():
+        found, by_kernel = _pointed(pointer, inputs, hidden, pointer.keys(memory))
+        inputs.cache = None
+        by_torch, _ = _pointed(pointer, inputs, hidden, pointer.keys(memory))
+        doubles = copy.copy(inputs)
+        doubles.lm_scores = None if inputs.lm_scores is None else inputs.lm_scores.double()
+        expected, _ = _pointed(exact, doubles, hidden.double(), exact.keys(memory.double()))
+    assert by_kernel
+    assert torch.equal(found.hidden, by_torch.hidden)
+    for one, theirs, of in zip(found[1:], by_torch[1:], expected[1:], strict=True):
+        assert (one.dtype, one.shape) == (theirs.dtype, theirs.shape)
+        # As exact as torch's float32, or a few units of the last place where that is lucky.
+        allowed = (theirs - of).abs().sum() + 8 * 2**-24 * of.abs().sum()
+        assert (one - of).abs().sum() <= allowed
+
+
+def test_scores_of_a_text_are_the_same_in_any_batch_and_with_any_strides():
+    pointer, inputs, hidden, memory = _trained(9, 6)
+    with torch.no_grad():
+        keys = pointer.keys(memory)
+        wide = torch.full((9, 8, 2 * keys.shape[2]), torch.nan)
+        wide[:, 1:7, ::2] = keys
+        together, by_kernel = _pointed(pointer, inputs, hidden, keys)
+        for view in (wide[:, 1:7, ::2], keys.transpose(0, 1).contiguous().transpose(0, 1)):
+            strided, _ = _pointed(pointer, inputs, hidden, view)
+            assert all(map(torch.equal, strided, together))
+        assert by_kernel
+        for b in range(9):
+            one = slice(b, b + 1)
+            part = _inputs(
+                *(
+                    getattr(inputs, name)[one]
+                    for name in ("input_ids", "attention_mask", "condition_ids", "condition_mask")
+                )
+            )
+            part.lm_scores, part.cache = inputs.lm_scores[one], inputs.cache
+            alone, _ = _pointed(pointer, part, hidden[one], keys[one])
+            assert all(torch.equal(x, y[one]) for x, y in zip(alone, together, strict=True))
+
+
+def test_torch_makes_scores_of_a_first_call_and_where_they_are_differentiated():
+    pointer, inputs, hidden, memory = _trained(5, 3)
+    keys = pointer.keys(memory)
+    pointed, by_kernel = _pointed(pointer, inputs, hidden, keys)
+    assert not by_kernel
+    pointed.scores.sum().backward()
+    assert pointer.query.weight.grad is not None
+    with torch.no_grad():
+        assert _pointed(pointer, inputs, hidden, keys.detach())[1]
+        assert not _pointed(pointer, inputs, hidden, keys[:1].detach())[1]
+        inputs.lm_scores = inputs.lm_scores.double()
+        assert not _pointed(pointer, inputs, hidden, keys.detach())[1]
+        inputs.lm_scores, inputs.cache = inputs.lm_scores.float(), None
+        assert not _pointed(pointer, inputs, hidden, keys.detach())[1]

@@ -186,6 +186,22 @@ class CCoverage(Structure):
     ]
 
 
+class COfText(Structure):
+    _fields_ = [("at", c_void_p), ("stride", c_int64)]
+
+
+class CPointer(Structure):
+    _fields_ = [
+        *_each(c_int64, "B K d"),
+        *_each(COfText, "query start follow closing against"),
+        ("keys", c_void_p),
+        *_each(c_int64, "keys_batch keys_token"),
+        *_each(c_void_p, "begun lacking lm_scores"),
+        *_each(c_float, "lm_logit spread"),
+        *_each(c_void_p, "scores end"),
+    ]
+
+
 class CRowIds(Structure):
     _fields_ = [("ids", c_void_p), ("width", c_int64)]
 
@@ -308,6 +324,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
     functions = {name: [*arguments, POINTER(CExecution)] for name, arguments in _kernels().items()}
     functions["auxkern_packed_size"] = [POINTER(CProduct), POINTER(CPackedSizes)]
     functions["auxkern_coverage_step"] = [POINTER(CCoverage)]
+    functions["auxkern_pointer_step"] = [POINTER(CPointer)]
     for name, arguments in functions.items():
         function = getattr(library, name)
         function.restype, function.argtypes, function.errcheck = c_int32, arguments, _check

@@ -1,13 +1,14 @@
-"""What of a condition stands in a text, after one more token, as one call of the native library."""
+"""What of a condition stands in a text, and what that adds to logits, each a native call for a token."""
 
 from __future__ import annotations
 
 from ctypes import byref
 
 import torch
+from torch import Tensor
 
-from auxkern.backends.cpu.abi import CCoverage, Native, address, float32
-from auxkern.core.coverage import Coverage, CoverageStep
+from auxkern.backends.cpu.abi import CCoverage, COfText, CPointer, Native, address, float32
+from auxkern.core.coverage import Coverage, CoverageStep, PointerStep
 
 
 class Stretches(Native):
@@ -42,3 +43,35 @@ class Stretches(Native):
         )
         self.library.auxkern_coverage_step(byref(call))
         return Coverage(share, lacking, written, begun, marks, stretches)
+
+    def pointed(self, step: PointerStep) -> tuple[Tensor, Tensor]:
+        keys, lacking, begun = step.keys, step.lacking.contiguous(), step.begun.contiguous()
+        (B, K, d), lm_scores = keys.shape, None
+        against = COfText()
+        if step.against is not None and step.lm_scores is not None:
+            against, lm_scores = _of_text(step.against), step.lm_scores.contiguous()
+        keys = keys if keys.stride(2) == 1 else keys.contiguous()
+        scores, end = float32(B, 1, K), float32(B, 1)
+        call = CPointer(
+            B,
+            K,
+            d,
+            *(_of_text(each) for each in (step.query, step.start, step.follow, step.closing)),
+            against,
+            keys.data_ptr(),
+            *keys.stride()[:2],
+            begun.data_ptr(),
+            lacking.data_ptr(),
+            address(lm_scores),
+            step.lm_logit,
+            step.spread,
+            scores.data_ptr(),
+            end.data_ptr(),
+        )
+        self.library.auxkern_pointer_step(byref(call))
+        return scores, end
+
+
+def _of_text(each: Tensor) -> COfText:
+    """Of (B, 1, width), contiguous in the last dimension."""
+    return COfText(each.data_ptr(), each.stride(0))
