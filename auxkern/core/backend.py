@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auxkern.core.coverage import Coverage, CoverageStep, PointerStep
-from auxkern.core.decoder import DecoderLayer, DecoderParts, DecoderStack
+from auxkern.core.decoder import DecoderLayer, DecoderParts, DecoderStack, Norm
 from auxkern.core.draws import Draws, RowTokens
 from auxkern.core.loss import Loss, RowLosses, RowSlopes
 from auxkern.core.packed import PackedWeight, StoredRows
@@ -204,6 +204,10 @@ class Backend(ABC):
 
     def decoder_stack(self, layers: Sequence[DecoderLayer]) -> DecoderStack:
         """Layers that this backend has made, one or more, as one step."""
+        raise NotImplementedError(self.pack_refusal())
+
+    def normed(self, norm: Norm, x: Tensor) -> Tensor:
+        """A norm of rows that are not trained, x (..., width) float32 contiguous."""
         raise NotImplementedError(self.pack_refusal())
 
     def coverage(self, step: CoverageStep) -> Coverage:

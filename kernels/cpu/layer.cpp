@@ -361,7 +361,32 @@ int32_t forward(const auxkern_layer *layer, const auxkern_layer_call *call, cons
     return AUXKERN_OK;
 }
 
+struct NormTask {
+    const auxkern_norm *norm;
+    NormRow norm_row;
+    const float *x;
+    float *y;
+    int64_t width;
+};
+
+void norm_rows(const NormTask &task, int64_t begin, int64_t end, float *) {
+    for (int64_t m = begin; m < end; ++m)
+        task.norm_row(*task.norm, task.x + m * task.width, task.y + m * task.width, task.width);
+}
+
 }  // namespace
+
+extern "C" int32_t auxkern_norm_forward(const auxkern_norm *norm, const float *x, float *y, int64_t rows, int64_t width,
+                                        const auxkern_execution *execution) {
+    if (!norm || !execution || execution->threads < 1 || is_bad(*norm) || !is_normed(*norm) || rows < 0 || width < 1 ||
+        (rows > 0 && (!x || !y)))
+        return AUXKERN_BAD_ARGUMENT;
+    if (execution->isa != AUXKERN_ISA_BEST && !has_isa(execution->isa)) return AUXKERN_UNSUPPORTED_ISA;
+    constexpr int64_t MIN_FLOATS_PER_THREAD = 1 << 16;  // about 10 us of work, what a thread costs
+    const NormTask task{norm, AUXKERN_PICK(NormRow, norm_row, resolve(execution->isa)), x, y, width};
+    const int64_t threads = std::min<int64_t>(execution->threads, rows * width / MIN_FLOATS_PER_THREAD + 1);
+    return run<NormTask>(norm_rows, task, rows, std::max<int64_t>(1, ROW_FLOATS / width), 0, unsigned(threads), *execution);
+}
 
 extern "C" int32_t auxkern_layer_forward(const auxkern_layer *layer, const auxkern_layer_call *call,
                                          const auxkern_execution *execution) {

@@ -336,6 +336,10 @@ typedef struct {
     int32_t kind;
 } auxkern_norm;
 
+/* x and y: (rows, width) contiguous; they may be the same. */
+AUXKERN_EXPORT int32_t auxkern_norm_forward(const auxkern_norm *norm, const float *x, float *y, int64_t rows, int64_t width,
+                                            const auxkern_execution *execution);
+
 typedef struct {
     auxkern_product weight;
     int64_t row_group; /* as in auxkern_product_call */

@@ -342,6 +342,7 @@ def _kernels() -> dict[str, list[type]]:
         "auxkern_heads_forward": heads,
         "auxkern_heads_backward": [*heads, POINTER(CHeadsGradient)],
         "auxkern_linear_forward": [POINTER(CLinear)],
+        "auxkern_norm_forward": [POINTER(CNorm), *[c_void_p] * 2, *[c_int64] * 2],
         "auxkern_pack": [POINTER(CProduct), POINTER(CWeightRows), c_int32, c_void_p, c_void_p],
         "auxkern_product_forward": [POINTER(CProduct), POINTER(CProductCall)],
         "auxkern_attention_forward": [POINTER(CAttention)],

@@ -29,13 +29,20 @@ _PRODUCTS = ("qkv", "output", "up", "down")
 
 
 class DecoderLayers(Native):
-    """Decoder layers whose stages share one parallel region."""
+    """Decoder layers whose stages share one parallel region, and the norm behind them."""
 
     def decoder_layer(self, parts: DecoderParts) -> DecoderLayer:
         return CpuLayer(self, parts)
 
     def decoder_stack(self, layers: Sequence[DecoderLayer]) -> DecoderStack:
         return CpuStack(self, layers)
+
+    def normed(self, norm: Norm, x: Tensor) -> Tensor:
+        y, width = torch.empty_like(x), x.shape[-1]
+        self.library.auxkern_norm_forward(
+            _c_norm(norm), x.data_ptr(), y.data_ptr(), x.numel() // width, width, self.execution()
+        )
+        return y
 
 
 class CpuInputs(LayerInputs):

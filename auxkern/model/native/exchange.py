@@ -10,10 +10,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from auxkern.core.memory import LargePages
 from auxkern.core.packed import BLOCK_BYTES, STORED_COMPUTES
 from auxkern.model.native.ahead import Stack
+from auxkern.model.native.exchanged import exchanged
 from auxkern.model.native.inputs import RecentInputs
-from auxkern.model.native.layer import LayerStep, NativeLayer, exchanged
+from auxkern.model.native.layer import LayerStep, NativeLayer
+from auxkern.model.native.norms import exchange_norm
 from auxkern.model.native.packed_layers import ATTENTION
-from auxkern.model.native.structures import UnknownLayerError, structure_of
+from auxkern.model.native.structures import FINAL_NORMS, UnknownLayerError, structure_of
 from auxkern.model.native.trial import returns_tuple
 from auxkern.nn import FrozenLinear
 
@@ -41,19 +43,23 @@ def exchange_layers(model: nn.Module, compute: str) -> None:
             setattr(layer, _REASON, str(reason))
             layer.train(training)
         else:
-            setattr(parent, name, exchanged(layer, step).train(training))
-    for parent in model.modules():
-        if isinstance(parent, nn.ModuleList) and len(parent) > 1:
-            _stack(parent)
+            setattr(parent, name, exchanged(layer, step, NativeLayer).train(training))
+    for parent in list(model.modules()):
+        for child in list(parent.children()):
+            if isinstance(child, nn.ModuleList) and len(child) > 1 and _stack(child):
+                for name in parent._modules.keys() & set(FINAL_NORMS):
+                    exchange_norm(parent, name)
 
 
-def _stack(layers: nn.ModuleList) -> None:
-    """Lets the layers run ahead, if every one of them is a native step."""
-    if all(isinstance(layer, NativeLayer) for layer in layers):
-        stack = Stack(layers)
-        layers.native_stack = stack  # type: ignore[assignment]
-        for layer in layers:
-            layer.native_step.stack = stack  # type: ignore[union-attr]
+def _stack(layers: nn.ModuleList) -> bool:
+    """Lets the layers run ahead, if every one of them is a native step; says whether they may."""
+    if not all(isinstance(layer, NativeLayer) for layer in layers):
+        return False
+    stack = Stack(layers)
+    layers.native_stack = stack  # type: ignore[assignment]
+    for layer in layers:
+        layer.native_step.stack = stack  # type: ignore[union-attr]
+    return True
 
 
 def _step(layer: nn.Module, step: LayerStep) -> LayerStep:

@@ -13,12 +13,11 @@ from auxkern.model.native.ahead import Stack, stack_of
 from auxkern.model.native.angles import Angles
 from auxkern.model.native.inputs import converted
 from auxkern.model.native.packed_layers import hooks_of
-from auxkern.model.native.structures import SILENT_MODULES
+from auxkern.model.native.structures import FINAL_NORMS, SILENT_MODULES
 from auxkern.model.native.windows import WindowedCache
 
 # Children that a model may have, by what they do.
 _EMBEDDINGS = ("embed_tokens", "wte")
-_NORMS = ("norm", "final_layernorm", "ln_f")
 _LAYERS = ("layers", "h")
 _ROTARY = ("rotary_emb",)
 
@@ -87,7 +86,7 @@ class TokenStep:
         }
         self._embedding, _, self._norm, rotary = (
             next((children.pop(name) for name in names if name in children), None)
-            for names in (_EMBEDDINGS, _LAYERS, _NORMS, _ROTARY)
+            for names in (_EMBEDDINGS, _LAYERS, FINAL_NORMS, _ROTARY)
         )
         self._rotary = None if rotary is None else Angles(rotary)
         self.refusal = f"it has {', '.join(children)}, too" if children else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from auxkern.core.decoder import LayerInputs
 from auxkern.core.memory import LargePages
 from auxkern.model.native.ahead import Stack
+from auxkern.model.native.exchanged import NativeModule
 from auxkern.model.native.inputs import RecentInputs
 from auxkern.model.native.packed_layers import PackedLayer
 from auxkern.model.native.structures import UnknownLayerError
@@ -30,43 +30,14 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-class NativeLayer(nn.Module):
-    """Mixed into a decoder layer's own class by ``native_class``.
+class NativeLayer(NativeModule):
+    """A decoder layer with a native step, see ``LayerStep``.
 
-    It has the children, parameters and hooks of the layer that it replaces, and is an instance of that
-    layer's class. What it does not do itself, the layer's own forward does: where gradients are wanted,
-    in training, under autocast, where attention is another than "auxkern", where a child has hooks or
-    was replaced, with options that are not known.
+    The layer's own forward runs where gradients are wanted, in training, under autocast, where attention is
+    another than "auxkern", where a child has hooks or was replaced, with options that are not known.
     """
 
     native_step: LayerStep
-
-    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        """(B, T, D) to (B, T, D); arguments as the layer's own forward takes them."""
-        y = self.native_step.run(self, hidden_states, args, options)
-        return super().forward(hidden_states, *args, **options) if y is None else y
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class was made here, and has no name that another process could import.
-        return _blank, (type(self).__mro__[2],), self.__dict__
-
-
-@functools.cache
-def native_class(kind: Any) -> type[NativeLayer]:
-    """The class of a layer with the native step before its forward."""
-    return type(f"Native{kind.__name__}", (NativeLayer, kind), {"__module__": __name__})
-
-
-def _blank(kind: Any) -> NativeLayer:
-    native = native_class(kind)
-    return native.__new__(native)
-
-
-def exchanged(layer: nn.Module, step: LayerStep) -> NativeLayer:
-    """A layer with the children, parameters and hooks of another, that takes a native step."""
-    native = _blank(type(layer))
-    native.__dict__.update(layer.__dict__, native_step=step)
-    return native
 
 
 class LayerStep:

@@ -15,6 +15,7 @@ from torch import nn
 
 # Without an effect where nothing is trained.
 SILENT_MODULES = (nn.Dropout, nn.Identity)
+FINAL_NORMS = ("norm", "final_layernorm", "ln_f")  # names of what stands behind a model's layers
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from auxkern.core.decoder import DecoderParts, Heads, Norm, Projection, Window
+from auxkern.model.native.recognised import normed
 from auxkern.ops.packed import pack
 from tests.support.cases import generator
 from tests.support.instruction_sets import EACH, substituted
@@ -399,3 +400,22 @@ def test_a_cache_of_other_heads_is_refused(backend):
     query, _, _ = kernel.projected(step.x, inputs)
     with pytest.raises(ValueError, match="this layer has 1 heads of 16"):
         kernel.attended(step.x, inputs, query, torch.randn(2, 1, 5, 16), torch.randn(2, 1, 5, 8))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("size", [(3, 5, 17), (1, 1, 576), (400, 2, 300), (0, 4, 16)], ids=str)
+def test_a_norm_is_its_formula_and_its_rows_stand_alone(backend, kind, size, threads):
+    width = size[-1]
+    bias = normal(width, seed=3) if kind == "layer" else None
+    norm = Norm(kind, 1 + normal(width, seed=2, scale=0.3), bias, 1e-5)
+    x = normal(*size, seed=1, scale=4.0)
+    torch.set_num_threads(2)
+    y = backend.normed(norm, x)
+    exact, theirs = normed(norm, x.double()), normed(norm, x)
+    # As exact as the same formula in torch's float32; a few units of the last place where that is lucky.
+    assert (
+        (y - exact).abs().sum() - (theirs - exact).abs().sum()
+    ).item() <= 4 * 2**-24 * exact.abs().sum().item()
+    torch.set_num_threads(1)
+    for b in range(min(size[0], 3)):
+        assert torch.equal(backend.normed(norm, x[b, :1]), y[b, :1])
