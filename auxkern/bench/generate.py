@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from auxkern.bench import peers, quality, session
 from auxkern.bench.clocks import SECONDS, forward_counts
@@ -34,17 +32,26 @@ from auxkern.bench.results import (
 )
 from auxkern.bench.rounds import round_jobs, spread_notes
 from auxkern.bench.runner import Progress
+from auxkern.bench.work import (
+    COMPUTES,
+    CONDITION,
+    FILTERS,
+    LONGEST,
+    PLAIN,
+    SHORTEST,
+    ComputeError,
+    Work,
+    encoded,
+    engine,
+    new_work,
+    requests,
+    text_options,
+)
 from auxkern.machine import OtherWork
 from auxkern.terminal import command_parser, device_from, natural, positive
 
-SHORTEST, LONGEST = 8, 128
-FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
-_SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 # Batches below the first are measured on this many requests for each text at a time.
 _SMALL_BATCH, _FEW_PER_PLACE = 8, 16
-_CONDITION = 16  # room for a condition, in tokens
-COMPUTES = ("float32", "bfloat16", "int8")
-_PLAIN = "float32"
 # Words in the names of native calls, by the part of the time that they are.
 _KERNEL_NAMES = {"linear": ("linear", "product"), "attention": ("attention",), "layers": ("layer",)}
 _EPILOG = """\
@@ -81,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for compute, pair in work.pairs().items():
         if wrong := differing(pair):
-            which = "" if compute == _PLAIN else f" in {compute}"
+            which = "" if compute == PLAIN else f" in {compute}"
             print(f"{parser.prog}: the engine's texts of requests {wrong}{which} are wrong", file=sys.stderr)
             return 1
     # The LM's parameters are not the pair's own.
@@ -134,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     batches: dict[str, Any] = {"default": [1, 8, 32, 128], "metavar": "N"}
     which = "texts at a time (default 1 8 32 128)"
     parser.add_argument("--batch", type=positive, nargs="+", help=which, **batches)
-    computes = f"arithmetic of the engine's lines: {', '.join(COMPUTES)} (default {_PLAIN})"
-    parser.add_argument("--compute", nargs="+", choices=COMPUTES, default=[_PLAIN], help=computes)
+    computes = f"arithmetic of the engine's lines: {', '.join(COMPUTES)} (default {PLAIN})"
+    parser.add_argument("--compute", nargs="+", choices=COMPUTES, default=[PLAIN], help=computes)
     peer: dict[str, Any] = {"default": [], "type": peers.peer_from, "metavar": "NAME=PYTHON"}
     parser.add_argument("--peer", action="append", help="another program to measure (repeatable)", **peer)
     again = "times that the engine's and the peers' lines are measured, one after the other (default 1)"
@@ -161,39 +168,6 @@ def busy_notes(results: list[Throughput], cores: int) -> list[str]:
     return [f"Busy: other programs kept up to {most:.1f} of {cores} cores; times are too long for {names}."]
 
 
-@dataclass(frozen=True)
-class Work:
-    """A text for each of ``lengths``, of so many tokens, from the pair ``model``.
-
-    Conditions and prompts are taken by place, and there may be more of them. ``plain_lm`` and
-    ``plain_auxiliary`` are the same two models with torch's own layers, for the others. ``engines`` are the
-    pairs that the engine is measured with, by their compute. ``sentences`` are token ids to score, ``files``
-    where peers find the LM.
-    """
-
-    model: Any
-    text_format: Any
-    conditions: list[str]
-    prompts: list[str]
-    lengths: list[int]
-    plain_lm: Any
-    plain_auxiliary: Any
-    engines: dict[str, Any] = field(default_factory=dict)
-    sentences: list[list[int]] = field(default_factory=list)
-    files: peers.LmFiles = field(default_factory=peers.LmFiles)
-
-    def pairs(self) -> dict[str, Work]:
-        """The work of each compute's engine."""
-        engines = self.engines or {_PLAIN: self.model}
-        return {compute: replace(self, model=model) for compute, model in engines.items()}
-
-
-def encoded(work: Work, rows: list[int]) -> dict[str, Tensor]:
-    """What the models are given for some requests: ids and masks, padded, on the model's device."""
-    tensors = work.text_format.prompts([work.conditions[i] for i in rows], [work.prompts[i] for i in rows])
-    return {name: tensor.to(work.model.device) for name, tensor in tensors.items()}
-
-
 Shares = Callable[[], dict[str, float]]  # of the time, {} if not known; what they ask for is not timed
 
 
@@ -212,17 +186,11 @@ class Written(NamedTuple):
 Way = Callable[["Work", int], Written]  # (work, batch), by which the texts are written
 
 
-def _options(work: Work, length: int, end: int | None = None) -> dict[str, Any]:
-    """Of Hugging Face's ``generate`` for texts of one length."""
-    ends = {"eos_token_id": end, "pad_token_id": work.text_format.pad_id}
-    return {"do_sample": True, "max_new_tokens": length, **ends, **FILTERS}
-
-
 def hugging_face(pair: bool, work: Work, rows: list[int]) -> None:
     """Hugging Face's ``generate`` of the pair, or of the LM alone."""
     model, inputs = work.model if pair else work.plain_lm, encoded(work, rows)
     given = {name: inputs[name] for name in (inputs if pair else ("input_ids", "attention_mask"))}
-    model.generate(**given, **_options(work, max(work.lengths[i] for i in rows)))
+    model.generate(**given, **text_options(work, max(work.lengths[i] for i in rows)))
 
 
 @torch.no_grad()
@@ -285,7 +253,7 @@ def continuous(work: Work, batch: int) -> Written:
     from transformers import GenerationConfig
 
     length = max(work.lengths)
-    config = GenerationConfig(**_options(work, length, -1))
+    config = GenerationConfig(**text_options(work, length, -1))
     prompts = [encoded(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
     done = work.plain_lm.generate_batch(inputs=prompts, generation_config=config)
     whole = sum(len(one.generated_tokens) == length for one in done.values())
@@ -296,105 +264,14 @@ def continuous(work: Work, batch: int) -> Written:
     return Written()
 
 
-class ComputeError(RuntimeError):
-    """The pair does not run in a compute here."""
-
-
-def new_work(options: argparse.Namespace, device: torch.device) -> Work:
-    """Requests for WordNet's keywords, with prompts and lengths of their own, always the same.
-
-    Raises:
-        ModuleNotFoundError, FileNotFoundError: what is missing, and how to install it.
-        ComputeError: a compute that was asked for does not run here.
-    """
-    from auxkern.model import TextFormat, load_base, load_tokenizer
-    from auxkern.model.base import PACKAGED
-    from auxkern.model.native import native_refusal
-    from auxkern.model.smollm2 import cache_folder, smollm2_folder, smollm2_gguf
-    from auxkern.tasks.keywords import keyword_examples
-
-    count, examples = options.requests, keyword_examples()
-    chosen = [examples[i * len(examples) // count] for i in range(count)]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = _new_pair(device, _PLAIN)
-        lengths = torch.randint(SHORTEST, LONGEST + 1, (count,)).tolist()
-        words = torch.randint(0, 9, (count,)).tolist()
-    prompts = [" ".join(one.text.split()[:n]) for one, n in zip(chosen, words, strict=True)]
-    text_format = TextFormat(load_tokenizer(PACKAGED), " {condition}")
-    plain_lm, plain_auxiliary = model.lm, copy.deepcopy(model.eval().auxiliary)
-    if device.type == "cpu" and native_refusal() is None:
-        plain_lm = load_base(PACKAGED, native=False)
-        model.use_native_kernels()
-    conditions = [one.condition for one in chosen]
-    work = Work(model, text_format, conditions, prompts, lengths, plain_lm, plain_auxiliary)
-    return replace(
-        work,
-        engines={one: model if one == _PLAIN else _narrow(device, one) for one in options.compute},
-        sentences=quality.held_out_sentences(text_format, options.sentences) if options.sentences else [],
-        files=peers.LmFiles(smollm2_folder(), smollm2_gguf(), cache_folder() / "peers"),
-    )
-
-
-def _new_pair(device: torch.device, compute: str) -> Any:
-    """SmolLM2 and an auxiliary whose weights are drawn from torch's generator."""
-    from auxkern.model import AuxTunedForCausalLM, load_base
-    from auxkern.model.base import PACKAGED
-
-    options: dict[str, Any] = {} if compute == _PLAIN else {"compute": compute}
-    model = AuxTunedForCausalLM.from_lm(
-        load_base(PACKAGED, device=device, **options),
-        auxiliary_config={"model_type": "llama", **_SIZES},
-        head="shared",
-        input_embedding="shared",
-        pointer=True,
-        pointer_reads_lm=False,  # the peers' LM gives logits of the last position only
-    )
-    # An untrained head is zero, and would leave the auxiliary's logits out of the comparison.
-    torch.nn.init.normal_(model.head.weight, std=0.02)
-    return model
-
-
-def _narrow(device: torch.device, compute: str) -> Any:
-    """The same pair in a narrower compute.
-
-    Raises:
-        ComputeError: it does not run here.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        try:
-            return _new_pair(device, compute).eval().use_native_kernels(compute=compute)
-        except (ValueError, RuntimeError) as error:
-            raise ComputeError(f"--compute {compute}: {error}") from error
-
-
-def engine(work: Work, slots: int) -> Any:
-    """An engine with room for this work."""
-    from auxkern.generation import Engine
-
-    return Engine(work.model, work.text_format, slots=slots, max_length=192, max_condition=_CONDITION)
-
-
-def requests(work: Work, auxiliary: str | None = "default") -> list[Any]:
-    """The work as the engine takes it; without an auxiliary of the LM alone."""
-    from auxkern import SamplingParams
-    from auxkern.generation import Request
-
-    params = SamplingParams(**FILTERS)
-    fields = zip(work.conditions, work.prompts, work.lengths, strict=False)
-    return [
-        Request(i, condition, prompt, params, i, length, auxiliary=auxiliary, ignore_eos=True)
-        for i, (condition, prompt, length) in enumerate(fields)
-    ]
-
-
 def differing(work: Work, count: int = 4) -> list[int]:
     """Which of some requests the engine answers otherwise than ``model.generate`` does for each alone."""
     wrong, asked = [], requests(work)[:count]
     for request, done in zip(asked, engine(work, count).generate(asked), strict=True):
         inputs = encoded(work, [request.id])
-        ids = work.model.generate(**inputs, seeds=[request.seed], **_options(work, request.max_new_tokens))
+        ids = work.model.generate(
+            **inputs, seeds=[request.seed], **text_options(work, request.max_new_tokens)
+        )
         if ids[0, inputs["input_ids"].shape[1] :].tolist() != list(done.token_ids):
             wrong.append(request.id)
     return wrong
@@ -434,7 +311,7 @@ def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, i
 def _engine_lines(work: Work) -> list[tuple[str, Work, str | None]]:
     """(implementation, work, auxiliary) of the pair and of the LM alone, in every compute."""
     return [
-        (name if compute == _PLAIN else f"{name}, {compute}", one, auxiliary)
+        (name if compute == PLAIN else f"{name}, {compute}", one, auxiliary)
         for compute, one in work.pairs().items()
         for name, auxiliary in ((ENGINE, "default"), (ENGINE_LM, None))
     ]
@@ -590,7 +467,7 @@ def _sampling_seconds(work: Work, rows: list[int]) -> float:
     logits = dense_logits([auxkern.Head(hidden, *output_head(lm))])
     params, total = auxkern.SamplingParams(**FILTERS), 0.0
     for n in set(rows) - {0}:
-        pointer = auxkern.Sparse(torch.arange(_CONDITION).repeat(n, 1), torch.zeros(n, _CONDITION))
+        pointer = auxkern.Sparse(torch.arange(CONDITION).repeat(n, 1), torch.zeros(n, CONDITION))
         given, seeds, times = (logits.repeat(n, 1), pointer), torch.arange(n), []
         for position in range(6):
             began = time.perf_counter()
