@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from auxkern.bench import peers, quality, session
+from auxkern.bench import mixtures, peers, quality, session
 from auxkern.bench.clocks import SECONDS, forward_counts
 from auxkern.bench.operators import warped
 from auxkern.bench.peers import jobs as peer_jobs
@@ -91,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
             which = "" if compute == PLAIN else f" in {compute}"
             print(f"{parser.prog}: the engine's texts of requests {wrong}{which} are wrong", file=sys.stderr)
             return 1
+    lines = mixtures.engine_lines(work) if options.mixtures else []
+    if texts := mixtures.differing(work, lines):
+        print(f"{parser.prog}: the engine's texts are wrong: {', '.join(texts)}", file=sys.stderr)
+        return 1
     # The LM's parameters are not the pair's own.
     models = {"LM": work.model.lm, "auxiliary": work.model}
     sizes = {name: sum(one.numel() for one in model.parameters()) for name, model in models.items()}
@@ -98,9 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     run = GenerateRun(*head, len(work.lengths), [SHORTEST, LONGEST], FILTERS, sizes)
     run.machine |= versions
     run.sentences = len(work.sentences)
-    jobs = _jobs(work, options, run)
+    jobs = _jobs(work, options, run, lines)
     return session.carry_out(
-        run, jobs, options, lambda: busy_notes(run.results, os.cpu_count() or 1) + spread_notes(run)
+        run,
+        jobs,
+        options,
+        lambda: mixtures.notes(run) + busy_notes(run.results, os.cpu_count() or 1) + spread_notes(run),
     )
 
 
@@ -149,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help=again)
     without = "leave out the loops and Hugging Face's generate, which take most of a run's time"
     parser.add_argument("--no-loops", action="store_true", help=without)
+    mixed = "measure guidance and three-model proxy tuning, too"
+    parser.add_argument("--mixtures", action="store_true", help=mixed)
     scored = "held-out sentences that each LM is scored on (default 500; 0: none)"
     parser.add_argument("--sentences", type=natural, default=500, metavar="N", help=scored)
     profile = "run the engine a second time, with a clock around each native call"
@@ -277,7 +286,9 @@ def differing(work: Work, count: int = 4) -> list[int]:
     return wrong
 
 
-def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, int, Work, Way]]:
+def _runs(
+    work: Work, batches: list[int], notes: list[str], lines: Sequence[mixtures.Line] = ()
+) -> list[tuple[str, int, Work, Way]]:
     """(implementation, batch, requests, way) of each measurement; adds notes for the reader."""
     loop = partial(in_batches, two_model_loop)
     lm, pair = (partial(in_batches, partial(hugging_face, pair)) for pair in (False, True))
@@ -288,6 +299,8 @@ def _runs(work: Work, batches: list[int], notes: list[str]) -> list[tuple[str, i
     if work.plain_lm is not work.model.lm:
         ours = replace(work, plain_lm=work.model.lm, plain_auxiliary=work.model.auxiliary)
         ways += [("loop, our kernels", loop, ours), ("LM alone, our kernels", lm, ours)]
+    ways += [(line.name, partial(_mixed, line), work) for line in lines]
+    ways += [(name, partial(in_batches, way), work) for name, way in (mixtures.others(work) if lines else ())]
     runs, count = [], len(work.lengths)
     for batch in batches:
         few = count if batch >= _SMALL_BATCH else min(count, _FEW_PER_PLACE * batch)
@@ -317,10 +330,12 @@ def _engine_lines(work: Work) -> list[tuple[str, Work, str | None]]:
     ]
 
 
-def _jobs(work: Work, options: argparse.Namespace, run: GenerateRun) -> list[session.Job]:
+def _jobs(
+    work: Work, options: argparse.Namespace, run: GenerateRun, lines: Sequence[mixtures.Line] = ()
+) -> list[session.Job]:
     """Everything that is measured: texts, batch after batch; then what is scored, and what is profiled."""
-    runs = _runs(work, sorted(set(options.batch)), run.notes)
-    ours = {name for name, *_ in _engine_lines(work)}
+    runs = _runs(work, sorted(set(options.batch)), run.notes, lines)
+    ours = {name for name, *_ in _engine_lines(work)} | {line.name for line in lines}
     runs = [one for one in runs if one[0] in ours or not options.no_loops]
     texts = [(one[1], f"{one[0]}, batch {one[1]}", partial(_measured, one)) for one in runs]
     counts = {batch: len(one.lengths) for _, batch, one, _ in runs}
@@ -328,10 +343,12 @@ def _jobs(work: Work, options: argparse.Namespace, run: GenerateRun) -> list[ses
         prompts = [encoded(work, [i])["input_ids"][0].tolist() for i in range(len(work.lengths))]
         asked = [*zip(prompts, work.lengths, strict=True)]
         task = peers.LmTask(work.files, torch.get_num_threads(), FILTERS)
-        lines = [
+        peer_lines = [
             peer_jobs.Line(one, precision, task) for one in options.peer for precision in one.kind.precisions
         ]
-        texts += peer_jobs.text_jobs(lines, {batch: asked[:count] for batch, count in counts.items()}, run)
+        texts += peer_jobs.text_jobs(
+            peer_lines, {batch: asked[:count] for batch, count in counts.items()}, run
+        )
     first = len(runs)
     jobs: list[session.Job] = []
     for batch in sorted(counts):
@@ -341,7 +358,7 @@ def _jobs(work: Work, options: argparse.Namespace, run: GenerateRun) -> list[ses
         jobs += round_jobs([one for one in own if one[0] in repeated], options.rounds, run)
     if work.sentences:
         jobs += quality.nll_jobs(_scored_lms(work, {one[0] for one in runs}), work.sentences, run)
-        jobs += peer_jobs.nll_jobs(lines, work.sentences, run) if options.peer else []
+        jobs += peer_jobs.nll_jobs(peer_lines, work.sentences, run) if options.peer else []
     for batch, count in counts.items() if options.profile else ():
         for name, one, auxiliary in _engine_lines(work):
             title, few = f"{name}, batch {batch}", replace(one, lengths=one.lengths[:count])
@@ -391,7 +408,7 @@ def _engine(work: Work, batch: int, auxiliary: str | None = "default") -> Writte
     # Made before anything is counted: an engine runs its models once to see how large their caches are.
     running = engine(work, min(batch, len(work.lengths)))
     with forward_counts(_forward_passes(work)) as forward:
-        whole = _written(work, running, auxiliary, drawn)
+        whole = _written(running, requests(work, auxiliary), drawn)
     if work.model.device.type != "cpu":
         return Written(whole)
 
@@ -420,7 +437,7 @@ def _kernel_shares(work: Work, batch: int, auxiliary: str | None) -> dict[str, f
         raise RuntimeError("the backend of the CPU has no native calls")
     running = engine(work, min(batch, len(work.lengths)))
     with native.timed_calls() as calls, forward_counts(_forward_passes(work), lambda: calls) as forward:
-        whole = _written(work, running, auxiliary, [])
+        whole = _written(running, requests(work, auxiliary), [])
     inside = [(name, count) for counts in forward.values() for name, count in counts.items()]
     seconds = {
         part: sum(count for name, count in inside if any(word in name for word in words))
@@ -439,10 +456,15 @@ def _forward_passes(work: Work) -> dict[str, tuple[Any, Any]]:
     return {"LM": (lm.get_input_embeddings(), lm.base_model.norm), "auxiliary": (auxiliary, auxiliary)}
 
 
-def _written(work: Work, running: Any, auxiliary: str | None, drawn: list[int]) -> float:
+def _mixed(line: mixtures.Line, work: Work, batch: int) -> Written:
+    running = line.engine(work, min(batch, len(work.lengths)))
+    return Written(_written(running, line.requests(work), []))
+
+
+def _written(running: Any, asked: list[Any], drawn: list[int]) -> float:
     """Seconds that an engine takes for all requests; adds to ``drawn`` after each step."""
     began = time.perf_counter()
-    for request in requests(work, auxiliary):
+    for request in asked:
         running.submit(request)
     while not running.scheduler.idle:
         running.step()

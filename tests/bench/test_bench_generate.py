@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import auxkern
 from auxkern.bench import __main__ as bench
-from auxkern.bench import generate, plot, quality, report, tables
+from auxkern.bench import generate, mixtures, plot, quality, report, tables
 from auxkern.bench.results import GenerateRun, Throughput
 from auxkern.machine import OtherWork
 from auxkern.model import TextFormat
@@ -386,7 +386,7 @@ def test_a_compute_whose_texts_are_wrong_is_named(tiny_work, monkeypatch, capsys
 
 
 def test_the_engines_lm_alone_writes_what_the_lm_writes_greedily(work, monkeypatch):
-    monkeypatch.setattr(generate, "FILTERS", {"temperature": 0.0})
+    monkeypatch.setattr("auxkern.bench.work.FILTERS", {"temperature": 0.0})
     done = generate.engine(work, 3).generate(generate.requests(work, None))
     for i, one in enumerate(done):
         inputs = generate.encoded(work, [i])
@@ -476,3 +476,61 @@ def test_what_an_engine_is_made_of_is_not_timed(tiny_work, monkeypatch):
     began = time.perf_counter()
     measured = generate._measured(("x", 2, tiny_work, generate._engine), lambda *told: None)
     assert measured.seconds < time.perf_counter() - began - 1.0
+
+
+def test_mixtures_are_measured_beside_other_ways_and_noted(tiny_work, tmp_path, capsys):
+    path = tmp_path / "generate.json"
+    assert command("--batch", 4, "--mixtures", "--sentences", 0, "--json", path) == 0
+    record = json.loads(path.read_text())
+    names = {one["implementation"] for one in record["results"]}
+    assert names > {
+        "guidance, engine",
+        "guidance, generate",
+        "expert alone, engine",
+        "anti-expert alone, engine",
+        "proxy tuning, engine",
+        "proxy tuning, three-model loop",
+    }
+    assert {one["tokens"] for one in record["results"]} == {sum(tiny_work.lengths)}
+    speeds = {one["implementation"]: one["tokens"] / one["seconds"] for one in record["results"]}
+    alone = ("engine, LM alone", "expert alone, engine", "anti-expert alone, engine")
+    share = speeds["proxy tuning, engine"] * sum(1 / speeds[name] for name in alone)
+    out = capsys.readouterr().out
+    assert f"proxy tuning, engine, batch 4: {share:.2f} of what its models' own costs allow" in out
+    times = speeds["guidance, engine"] / speeds["guidance, generate"]
+    assert f"guidance, engine, batch 4: {times:.1f} times transformers' guidance at its best batch." in out
+
+
+def test_the_loop_of_three_models_draws_from_their_sum(work):
+    (_, _), (_, loop) = mixtures.others(work)
+    lms = [(copy.deepcopy(lm).double(), weight) for lm, weight in loop.args[0]]
+    assert [weight for _, weight in lms] == [1.0, 1.0, -1.0]
+    assert len({lm.config.num_hidden_layers for lm, _ in lms}) == 2 or len(lms[0][0].base_model.layers) == 1
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixtures, "warped", lambda module, logits, **filters: seen.append(logits) or logits)
+        patch.setattr(torch, "multinomial", lambda p, n: p.argmax(-1, keepdim=True))
+        loop(work, [0, 1])
+    # Each row's own text once more, without caches and padding.
+    for row in (0, 1):
+        inputs = generate.encoded(work, [row])["input_ids"]
+        for logits in seen:
+            expected = sum(weight * lm(inputs).logits[:, -1] for lm, weight in lms)
+            assert (logits[row] - expected[0]).abs().max() <= 1e-4 * expected.abs().max()
+            inputs = torch.cat([inputs, logits[row].argmax()[None, None]], 1)
+
+
+def test_texts_of_mixtures_that_differ_end_the_run(tiny_work, monkeypatch, capsys):
+    real = mixtures.Line.engine
+
+    def of_another_expert(line, work, slots):
+        models = copy.deepcopy(line.models)
+        if models:
+            models["expert"].get_input_embeddings().weight.mul_(3)
+        return real(line._replace(models=models), work, slots)
+
+    monkeypatch.setattr(mixtures.Line, "engine", of_another_expert)
+    assert command("--batch", 2, "--mixtures", "--sentences", 0) == 1
+    told = capsys.readouterr().err
+    assert "the engine's texts are wrong: proxy tuning, engine (request 0)" in told
+    assert "guidance" not in told
