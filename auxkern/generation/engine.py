@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as AnySequence
 from typing import Any
 
 import torch
@@ -47,9 +48,11 @@ class Engine:
         max_condition: most tokens of a condition.
         prefill_tokens: most padded tokens of newcomers' contexts in one step (see ``Scheduler``).
         graphs: whether steps are recorded as CUDA graphs when the engine is made (see ``DecodeGraphs``);
-            on a GPU they are unless it is False. Steps with log-probabilities, with more than 32 biases of a
-            request or of several auxiliaries at once run without. What is written is then known to the host
-            one step after it was drawn, and so ``on_text`` is told and ``step`` returns it then.
+            on a GPU they are unless it is False. Of mixtures it records those that it is told of, each the
+            models of a text's members: ``[("base", "base")]`` for guidance. Steps with log-probabilities or
+            plausibility, with more than 32 biases of a request, or of texts of several kinds run without.
+            What is written is then known to the host one step after it was drawn, and so ``on_text`` is told
+            and ``step`` returns it then.
         on_text: called with (request id, sample, new text) when a step is done, as soon as the text is
             certain. It may submit and cancel requests. What it raises comes out of ``step`` or ``generate``;
             the other texts are told, and the finished ones returned, by the next call.
@@ -70,7 +73,7 @@ class Engine:
         max_length: int = 512,
         max_condition: int = 64,
         prefill_tokens: int = 2048,
-        graphs: bool | None = None,
+        graphs: bool | Iterable[AnySequence[str]] | None = None,
         on_text: Callable[[str | int, int, str], None] | None = None,
     ) -> None:
         self.scheduler = Scheduler(slots, max_length, prefill_tokens, max_condition=max_condition)
@@ -87,7 +90,10 @@ class Engine:
         for one in (model, *self._others.values()):
             one.eval()
         room = Room(slots, max_length, max_condition)
-        self._runner = Runner(model, self._others, room, text_format.start_id, self._recorder(graphs))
+        shapes = [] if graphs is None or isinstance(graphs, bool) else [tuple(shape) for shape in graphs]
+        limits.check_shapes(model, self._others, shapes, slots, columns_for(max_length))
+        record = self._recorder(True if shapes else graphs if isinstance(graphs, bool) else None)
+        self._runner = Runner(model, self._others, room, text_format.start_id, record, shapes)
 
     # ------------------------------------------------------------------------------------- asking
 

@@ -79,6 +79,42 @@ def check_beside(name: str, lm: Any, own: Any, V: int, taken: Collection[str]) -
         raise ValueError(f"model {name!r} is on {where} but the base on {device}; move it there")
 
 
+def check_shapes(
+    model: Any, others: Mapping[str, Any], shapes: Collection[tuple[str, ...]], slots: int, columns: int
+) -> None:
+    """Refuses mixtures whose steps cannot be recorded.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        others: language models by name.
+        shapes: models of a text's members.
+        slots: members of one model that there is room for.
+        columns: of a cache, behind which a recorded step has its new token.
+
+    Raises:
+        ValueError: a model is not known, or cannot be recorded; there is no base; or too many members.
+    """
+    lms = {BASE: model.lm, **others}
+    known = [*lms, *model.auxiliary_names]
+    for shape in shapes:
+        for name in shape:
+            where = f"graphs has {shape!r}, but"
+            if name not in known:
+                raise ValueError(f"{where} there is no model {name!r}; choose from {known}")
+            if shape.count(name) > slots:
+                raise ValueError(f"{where} there are {slots} slots of {name!r}; make slots larger")
+            counts = (
+                counts_positions(lms[name]) if name in lms else model.auxiliary_traits(name).counts_positions
+            )
+            window = _window_of(lms[name].config.get_text_config()) if name in others else None
+            if not counts or (window is not None and window < columns):
+                raise ValueError(
+                    f"{where} steps of {name!r} tell positions by columns of a cache; leave it out"
+                )
+        if BASE not in shape:
+            raise ValueError(f"graphs has {shape!r} without {BASE!r}, which every text has; add it")
+
+
 def check_slots_of_lm(who: str, lm: Any, config: Any, max_length: int) -> None:
     """Refuses a language model that cannot be kept in slots.
 
@@ -145,7 +181,11 @@ def check_slots_of_auxiliary(model: Any, name: str, columns: int) -> None:
 
 def window_of(model: Any) -> int | None:
     """The base's narrowest sliding window, in positions; None if it has none."""
-    layers = DynamicCache(config=model.transformer_config(None)).layers
+    return _window_of(model.transformer_config(None))
+
+
+def _window_of(config: Any) -> int | None:
+    layers = DynamicCache(config=config).layers
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     return min(windows, default=None)
 

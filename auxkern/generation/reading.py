@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as AnySequence
 from typing import Any, NamedTuple
 
@@ -118,14 +118,30 @@ class LmPass(NamedTuple):
         weights = [1.0 if one.part.weight is None else one.part.weight for one in readers]
         if rows == list(range(N)) and all(weight == 1.0 for weight in weights):
             return Head(hidden, *head)
-        linear = head.softcap is None and head.bias is None
-        z = (hidden if linear else dense_logits([Head(hidden, *head)], vocab_size=V)).float()
-        total = z.new_zeros(N, *z.shape[1:])
-        for own in _turns(readers):
-            some = to_device([weights[i] for i in own], z.device, torch.float32)
-            into = to_device([rows[i] for i in own], z.device)
-            total = total.index_add(0, into, z[to_device(own, z.device)] * some[:, None, None])
-        return Head(total, *head) if linear else Logits(total)
+
+        def summed(z: Tensor) -> Tensor:
+            total = z.new_zeros(N, *z.shape[1:])
+            for own in _turns(readers):
+                some = to_device([weights[i] for i in own], z.device, torch.float32)
+                into = to_device([rows[i] for i in own], z.device)
+                total = total.index_add(0, into, z[to_device(own, z.device)] * some[:, None, None])
+            return total
+
+        return linear_term(hidden, head, V, summed)
+
+
+def linear_term(hidden: Tensor, head: base.OutputHead, V: int, summed: Callable[[Tensor], Tensor]) -> Term:
+    """A linear function of logits: of the hidden states, where logits are linear in them.
+
+    Args:
+        hidden: (U, 1, D) final hidden states.
+        head: of the model.
+        V: ids.
+        summed: (U, 1, D or V) float32 to (N, 1, D or V).
+    """
+    if head.softcap is None and head.bias is None:
+        return Head(summed(hidden.float()), *head)
+    return Logits(summed(dense_logits([Head(hidden, *head)], vocab_size=V).float()))
 
 
 def _rows_of(x: Tensor, rows: list[int]) -> Tensor:
@@ -210,13 +226,18 @@ class AuxiliaryPass(NamedTuple):
     @property
     def weighted(self) -> list[Term]:
         """The terms with their weights."""
-        scale = self.weights[:, None]
-        return [
-            like(term, values=term.values * scale[..., None])
-            if isinstance(term, Sparse)
-            else like(term, scale=scale)
-            for term in self.terms
-        ]
+        return weighted(self.terms, self.weights)
+
+
+def weighted(terms: list[Term], weights: Tensor) -> list[Term]:
+    """Terms of rows (U, 1), whose scales are 1, with weights (U,)."""
+    scale = weights[:, None]
+    return [
+        like(term, values=term.values * scale[..., None])
+        if isinstance(term, Sparse)
+        else like(term, scale=scale)
+        for term in terms
+    ]
 
 
 class Auxiliaries:

@@ -16,6 +16,7 @@ from auxkern.generation.drawing import Drawer, Pending, Said
 from auxkern.generation.graphs import DecodeGraphs, Record
 from auxkern.generation.lanes import AuxiliaryLane, Lane, readers_of
 from auxkern.generation.members import BASE
+from auxkern.generation.mixture_graphs import Lanes, MixtureGraphs, Shape
 from auxkern.generation.reading import (
     AloneTerms,
     Auxiliaries,
@@ -61,6 +62,7 @@ class Runner:
         room: for caches.
         start_id: a token that the models can read.
         record: records decoding steps; None to run each anew.
+        shapes: of mixtures whose steps are recorded too: the models of a text's members.
 
     Raises:
         ValueError: a cache is of a kind that does not fit.
@@ -68,13 +70,21 @@ class Runner:
     """
 
     def __init__(
-        self, model: Any, others: Mapping[str, Any], room: Room, start_id: int, record: Record | None
+        self,
+        model: Any,
+        others: Mapping[str, Any],
+        room: Room,
+        start_id: int,
+        record: Record | None,
+        shapes: Iterable[Shape] = (),
     ) -> None:
         self.model, self._room = model, room
         self._lms: dict[str, Any] = {BASE: model.lm, **others}
         fixed, columns = record is not None, room.length + room.condition
+        listed = [tuple(shape) for shape in shapes]
+        recorded = {BASE, *(name for shape in listed for name in shape)} if fixed else set()
         self._of_lms = {
-            name: Lane(name, SlotTable(room.slots, room.length, model.device, fixed=fixed and name == BASE))
+            name: Lane(name, SlotTable(room.slots, room.length, model.device, fixed=name in recorded))
             for name in self._lms
         }
         self.lanes: dict[str, AuxiliaryLane] = {}
@@ -85,10 +95,13 @@ class Runner:
         self._drawer = Drawer(model, room.slots, room.length)
         self._reserve(start_id)
         self._graphs: DecodeGraphs | None = None
+        self._of_mixtures: MixtureGraphs | None = None
         if record is not None:
             with torch.no_grad():
                 lanes = {name: lane for name, lane in self.lanes.items() if lane.table.fixed}
                 self._graphs = DecodeGraphs(model, self._base.table, lanes, self._drawer, record)
+                every = Lanes(self._lms, self._of_lms, self.lanes)
+                self._of_mixtures = MixtureGraphs(model, every, self._drawer, listed, record)
 
     @property
     def _base(self) -> Lane:
@@ -140,6 +153,8 @@ class Runner:
         if self._graphs is not None and pair and not wanted:
             name = next((name for name, lane in self.lanes.items() if lane.readers), None)
             replay = self._graphs.replay(name, n, self._drawer.acts(slice(0, n)))
+        elif self._of_mixtures is not None and not wanted:
+            replay = self._of_mixtures.replay(sequences, self._drawer.acts(slice(0, n)))
         with stats.timed("models"):
             if replay is not None:
                 replay()
