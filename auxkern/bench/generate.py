@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer", action="append", help="another program to measure (repeatable)", **peer)
     again = "times that the engine's and the peers' lines are measured, one after the other (default 1)"
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help=again)
-    without = "leave out the loops and Hugging Face's generate, which take most of a run's time"
+    without = "leave out a pair's loops and Hugging Face's generate, which take most of a run's time"
     parser.add_argument("--no-loops", action="store_true", help=without)
     mixed = "measure guidance and three-model proxy tuning, too"
     parser.add_argument("--mixtures", action="store_true", help=mixed)
@@ -336,7 +336,8 @@ def _jobs(
     """Everything that is measured: texts, batch after batch; then what is scored, and what is profiled."""
     runs = _runs(work, sorted(set(options.batch)), run.notes, lines)
     ours = {name for name, *_ in _engine_lines(work)} | {line.name for line in lines}
-    runs = [one for one in runs if one[0] in ours or not options.no_loops]
+    kept = {*ours, *(mixtures.OTHERS if lines else ())}
+    runs = [one for one in runs if one[0] in kept or not options.no_loops]
     texts = [(one[1], f"{one[0]}, batch {one[1]}", partial(_measured, one)) for one in runs]
     counts = {batch: len(one.lengths) for _, batch, one, _ in runs}
     if options.peer:

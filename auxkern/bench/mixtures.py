@@ -21,6 +21,7 @@ from auxkern.bench.work import CONDITION, FILTERS, PLAIN, Work, encoded, text_op
 GUIDED, GUIDED_GENERATE = "guidance, engine", "guidance, generate"
 STEERED, STEERED_LOOP = "proxy tuning, engine", "proxy tuning, three-model loop"
 SMALL = {"expert": "expert alone, engine", "anti_expert": "anti-expert alone, engine"}
+OTHERS = (GUIDED_GENERATE, STEERED_LOOP)
 NEGATIVE, SCALE = "The opposite:", 1.5
 _SHARE = 3  # of the base's layers that an expert has: one in three
 
