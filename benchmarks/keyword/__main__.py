@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,18 +12,16 @@ from typing import Any
 
 import torch
 
-from auxkern.terminal import INTERRUPTED, command_parser, positive
-from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import duration, progress_for
 from benchmarks.keyword.jobs import STATES, do_job, facts_of, study_jobs, tuning_jobs
 from benchmarks.keyword.presets import PRESETS, Preset
 from benchmarks.keyword.record import study_record
 from benchmarks.keyword.runs import Workplace
-from benchmarks.keyword.scheduling import run_all
 from benchmarks.keyword.tuning import chosen
 from benchmarks.shared import record_head, write_json
+from benchmarks.studies import RESULTS, run_stages, study_parser, study_status, take_own_threads
 
-RESULTS = Path("benchmarks") / "results"
+_MODULE = "benchmarks.keyword"
 _Head = Callable[[str], dict[str, Any]]  # of a record, for its kind
 _EPILOG = """\
 The study trains each method with the same sentences in the same order, writes texts for the same held-out
@@ -54,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     def head(kind: str) -> dict[str, Any]:
         return record_head(kind, parser.prog, arguments, device)
 
-    try:
+    def work() -> int:
         if options.run is not None:
             return _one(preset, options.output, tuning, options.run)
         if options.tune:
@@ -62,27 +59,13 @@ def main(argv: list[str] | None = None) -> int:
         if options.partial:
             return _write(preset, options, tuning, head, None)
         return _study(preset, options, tuning, head)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except TrainingInterrupted as stop:
-        print(f"{parser.prog}: {stop}", file=sys.stderr)
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+
+    return study_status(parser.prog, work)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(
-        "python -m benchmarks.keyword", "Auxiliary tuning and its alternatives on the keyword task.", _EPILOG
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("out/keyword"), metavar="FOLDER")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE.json", help="results (default: keyword.json in the output folder)"
-    )
-    parser.add_argument("--jobs", type=positive, help="runs at a time (default: 2 on a CPU, 1 on a GPU)")
+    about = "Auxiliary tuning and its alternatives on the keyword task."
+    parser = study_parser(_MODULE, about, _EPILOG, PRESETS, Path("out/keyword"))
     parser.add_argument("--tune", action="store_true", help="try learning rates and prompts")
     parser.add_argument(
         "--tuning",
@@ -93,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--partial", action="store_true", help="write the results of the runs that are done, and start none"
     )
-    parser.add_argument("--run", metavar="NAME", help="one job, as the study starts it, such as auxiliary:0")
     return parser
 
 
@@ -132,26 +114,15 @@ def _tune(preset: Preset, options: argparse.Namespace, tuning: Path, head: _Head
 
 def _one(preset: Preset, output: Path, tuning: Path, job: str) -> int:
     """One job in this process."""
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    take_own_threads()
     do_job(Workplace.open(preset, output), job, tuning, progress_for())
     return 0
 
 
 def _all_done(options: argparse.Namespace, tuning: Path, jobs: Sequence[str]) -> bool:
     """Does the jobs that are not done yet, the base's states before them; whether all are."""
-
-    def command_of(job: str) -> list[str]:
-        command = [sys.executable, "-m", "benchmarks.keyword", "--preset", options.preset, "--run", job]
-        return [*command, "--output", str(options.output), "--tuning", str(tuning)]
-
-    at_a_time = options.jobs or (1 if torch.cuda.is_available() else 2)
-    logs = options.output / "logs"
-    for some, number in (([STATES], 1), (jobs, at_a_time)):
-        waiting = [job for job in some if not facts_of(options.output, job).is_file()]
-        if not run_all(waiting, command_of, jobs=number, logs=logs):
-            return False
-    return True
+    stages = (((STATES,), False), (jobs, True))
+    return run_stages(_MODULE, options, stages, facts_of, ("--tuning", str(tuning)))
 
 
 if __name__ == "__main__":

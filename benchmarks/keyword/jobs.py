@@ -12,16 +12,15 @@ from typing import Any
 from auxkern.training.progress import Progress
 from benchmarks.keyword.presets import BY_NAME, FULL, LORA, METHODS, Preset
 from benchmarks.keyword.runs import (
-    FACTS,
     Workplace,
     cache_states,
     measure_references,
     measure_untrained,
     run_folder,
     train_method,
-    write_facts,
 )
 from benchmarks.keyword.tuning import PROMPTS_FOLDER, trial_folder, trials, try_prompts, try_rate
+from benchmarks.studies import FACTS, write_facts
 
 STATES, REFERENCES, TRY_PROMPTS = "states", "references", "try:prompts"
 

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from auxkern.core.files import replace_file
 from auxkern.training.progress import duration
 from benchmarks.keyword.plot import plot_flops, plot_scales, plot_steps
 from benchmarks.keyword.presets import BASELINE, HEADLINE, METHODS
+from benchmarks.pages import Page, cell, interval, table
 
 _ACCURACY, _MARGIN, _SHARE, _NEAR_0 = 0.80, 0.03, 1 / 3, 0.05  # what the study set out to show
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Writes the page and three pictures.
-
-    Args:
-        argv: arguments after the program's name; those of the process when None.
-
-    Returns:
-        0; 2 if the file is not a study's. Bad options exit with 2.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.keyword.page",
-        description="The page and the pictures of a keyword study.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("file", type=Path, metavar="FILE.json", help="what the study wrote")
-    parser.add_argument("--page", type=Path, default=Path("docs/keyword.md"), metavar="FILE.md")
-    options = parser.parse_args(argv)
-    try:
-        record = json.loads(options.file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {options.file}: {error}\n")
-    if record.get("kind") != "keyword study":
-        parser.exit(2, f"{parser.prog}: {options.file} is no record of a keyword study\n")
-    pictures = {}
-    for name, draw in (("steps", plot_steps), ("flops", plot_flops), ("scales", plot_scales)):
-        path = options.file.with_name(f"{options.file.stem}_{name}.png")
-        draw(record, path)
-        pictures[name] = os.path.relpath(path, options.page.parent)
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join([*parser.prog.split(), str(options.file)])
-    replace_file(options.page, page(record, pictures, command))
-    print(f"wrote {options.page} and {len(pictures)} pictures beside {options.file}")
-    return 0
 
 
 def page(record: dict[str, Any], pictures: dict[str, str], command: str) -> str:
@@ -68,7 +29,7 @@ def page(record: dict[str, Any], pictures: dict[str, str], command: str) -> str:
         f"<!-- Made by `{command}`; every number is the JSON file's. -->",
         _introduction(record),
         "## What was to be shown",
-        _table(("asked", "found", ""), _bars(record)),
+        table(("asked", "found", ""), _bars(record)),
         *_reading(record),
         "## At the end of training",
         _results(record, -1),
@@ -124,7 +85,7 @@ def _bars(record: dict[str, Any]) -> Iterable[Sequence[str]]:
     yield f"accuracy of auxiliary tuning ≥ {_ACCURACY:.2f}", f"{accuracy:.3f}", _met(accuracy >= _ACCURACY)
     yield (
         f"not below from scratch's less {_MARGIN:.2f}",
-        f"difference {difference:+.3f} {_interval(compared['accuracy_difference_interval'], 3)}",
+        f"difference {difference:+.3f} {interval(compared['accuracy_difference_interval'], 3)}",
         _met(difference >= -_MARGIN),
     )
     yield (
@@ -187,9 +148,9 @@ def _results(record: dict[str, Any], which: int) -> str:
             (
                 method["label"],
                 "" if not step else str(step),
-                f"{point['accuracy']:.3f} {_interval(point['accuracy_interval'], 2)}",
+                f"{point['accuracy']:.3f} {interval(point['accuracy_interval'], 2)}",
                 _spread(point["accuracy_of_seeds"]),
-                f"{point['slor']:.2f} {_interval(point['slor_interval'], 2)}",
+                f"{point['slor']:.2f} {interval(point['slor_interval'], 2)}",
                 "" if nll is None else f"{nll:.3f}",
                 f"{point['words']:.1f}",
                 f"{point['distinct_2']:.2f}",
@@ -209,7 +170,7 @@ def _results(record: dict[str, Any], which: int) -> str:
         "self-BLEU-4",
         "training TFLOP",
     )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _reached(record: dict[str, Any]) -> str:
@@ -223,11 +184,11 @@ def _reached(record: dict[str, Any]) -> str:
         (how, f"{flops / 1e12:,.1f}", f"{reached['ratios'][how]:.3f}")
         for how, flops in reached["flops"].items()
     ]
-    table = _table(("auxiliary tuning, where", "TFLOP", "of from scratch's"), rows)
+    rates = table(("auxiliary tuning, where", "TFLOP", "of from scratch's"), rows)
     return (
         f"Training from scratch ends with a validation nll of {reached['nll']:.3f} after {reached['steps']} "
         f"steps and {reached['flops_from_scratch'] / 1e12:,.1f} TFLOP. Auxiliary tuning is there by step "
-        f"{reached['step']}:\n\n{table}"
+        f"{reached['step']}:\n\n{rates}"
     )
 
 
@@ -244,20 +205,12 @@ def _texts(record: dict[str, Any]) -> Iterable[str]:
         for method in (_named(record, name) for name in shown if name in known):
             for point in method["points"] if len(method["points"]) == 1 else _ends(method["points"]):
                 step = point["step"] or ""
-                rows.append((method["label"], str(step), _cell(point["texts"][keyword])))
-        yield f"**{_cell(keyword)}**\n\n{_table(('', 'step', 'text'), rows)}"
+                rows.append((method["label"], str(step), cell(point["texts"][keyword])))
+        yield f"**{cell(keyword)}**\n\n{table(('', 'step', 'text'), rows)}"
 
 
 def _ends(points: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return points[0], points[-1]
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break a table."""
-    plain = " ".join(text.split())
-    for sign in "\\|`*_<>[]":
-        plain = plain.replace(sign, f"\\{sign}")
-    return plain or "(empty)"
 
 
 def _fairness(record: dict[str, Any]) -> str:
@@ -272,11 +225,11 @@ def _fairness(record: dict[str, Any]) -> str:
         )
         for name, found in nll.items()
     ]
-    trials = _table(("", "learning rate: validation nll", "taken"), rows)
-    prompts = _table(
+    trials = table(("", "learning rate: validation nll", "taken"), rows)
+    prompts = table(
         ("prompt", "accuracy on training keywords"),
         [
-            (_cell(one["prompt"]), f"{one['accuracy on training keywords']:.2f}")
+            (cell(one["prompt"]), f"{one['accuracy on training keywords']:.2f}")
             for one in tuning["trials"]["prompts"]
         ],
     )
@@ -356,18 +309,17 @@ def _slor(method: dict[str, Any], which: int) -> str:
     return f"{method['points'][which]['slor']:.2f}"
 
 
-def _interval(ends: Sequence[float], digits: int) -> str:
-    return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
-
-
 def _spread(values: Sequence[float]) -> str:
     return "" if len(values) == 1 else ", ".join(f"{value:.2f}" for value in values)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
+PAGE = Page(
+    "benchmarks.keyword.page",
+    "keyword study",
+    Path("docs/keyword.md"),
+    {"steps": plot_steps, "flops": plot_flops, "scales": plot_scales},
+    page,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(PAGE.main())

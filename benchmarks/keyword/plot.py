@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auxkern.bench.plot import SUFFIXES
-from auxkern.core.files import replace_file
 from benchmarks.keyword.presets import BASELINE, HEADLINE
+from benchmarks.pages import save_figure, two_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,14 +68,14 @@ def plot_flops(record: dict[str, Any], path: Path) -> None:
 def plot_scales(record: dict[str, Any], path: Path) -> None:
     """Accuracy and SLOR of the last model over the mixing weight; as ``plot_steps``."""
     headline = next(method for method in record["methods"] if method["name"] == HEADLINE)
-    figure, axes = _figure("Auxiliary tuning: what the mixing weight does")
+    figure, axes = two_panels("Auxiliary tuning: what the mixing weight does")
     for panel, (name, label) in zip(axes, _PANELS, strict=True):
         points = headline["scales"]
         _line(panel, [one["aux_scale"] for one in points], points, name, _STYLES[HEADLINE], "seed 0")
         panel.axvline(1.0, color="#999999", lw=0.8, ls=":")
         panel.set_xlabel("aux_scale in softmax(LM + aux_scale · auxiliary); trained at 1")
         _finish(panel, name, label)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _curves(
@@ -91,7 +89,7 @@ def _curves(
 ) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = _figure(title)
+    figure, axes = two_panels(title)
     for panel, (name, label) in zip(axes, _PANELS, strict=True):
         for method in record["methods"]:
             points = method["points"]
@@ -110,17 +108,7 @@ def _curves(
         _finish(panel, name, label)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    _save(figure, path)
-
-
-def _figure(title: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.0, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
-    return figure, figure.subplots(1, 2)
+    save_figure(figure, path)
 
 
 def _line(
@@ -144,11 +132,3 @@ def _finish(axes: Axes, name: str, label: str) -> None:
         axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
-    image = io.BytesIO()
-    figure.savefig(image, format=path.suffix[1:], dpi=130)
-    replace_file(path, image.getvalue())

@@ -10,7 +10,8 @@ from typing import Any
 from auxkern.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
 from benchmarks.keyword.data import study_data
 from benchmarks.keyword.presets import BASELINE, HEADLINE, METHODS, Method, Preset
-from benchmarks.keyword.runs import FACTS, read_facts, run_folder
+from benchmarks.keyword.runs import run_folder
+from benchmarks.studies import FACTS, read_facts
 
 SHOWN = 6  # keywords whose texts stand in the record
 _SINGLE = ("distinct_1", "distinct_2", "self_bleu_4")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from auxkern.core.files import replace_file
 from auxkern.model import AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.text import IGNORED, TextFormat
@@ -35,7 +34,6 @@ from benchmarks.keyword.measuring import Judge, texts_of_lm, texts_of_pair
 from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable
 from benchmarks.keyword.presets import HEADLINE, PAIR, SCRATCH, Method, Preset
 
-FACTS = "facts.json"  # of a run, written when it is complete
 SCALES = (0.75, 1.25, 1.5)  # mixing weights that the headline's last model is sampled with, beside its own
 
 
@@ -318,15 +316,3 @@ def measure_references(place: Workplace) -> dict[str, Any]:
     """The test side's own sentences for the same keywords."""
     measured = place.judge().measure([example.text for example in place.data.asked])
     return {"method": "references", "seed": 0, "evaluations": [{"step": 0, "nll": None, **measured}]}
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What ``write_facts`` wrote."""
-    found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return found
-
-
-def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Whole or not at all, so that what is there is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / FACTS, json.dumps(facts, ensure_ascii=False) + "\n")

@@ -10,7 +10,8 @@ from auxkern.tasks.keywords import contains_keyword
 from auxkern.training.progress import Progress
 from benchmarks.keyword.data import PROMPTS
 from benchmarks.keyword.presets import BY_NAME, METHODS, PROMPT, Preset
-from benchmarks.keyword.runs import Workplace, measure_untrained, read_facts, train_method
+from benchmarks.keyword.runs import Workplace, measure_untrained, train_method
+from benchmarks.studies import read_facts
 
 PROMPT_KEYWORDS = 100
 PROMPTS_FOLDER = Path("tuning") / "prompts"

@@ -30,12 +30,12 @@ from benchmarks.keyword.data import written_alike
 from benchmarks.keyword.flops import token_cost
 from benchmarks.keyword.jobs import REFERENCES, STATES, do_job, facts_of, study_jobs, tuning_jobs
 from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable, uniform_lm
-from benchmarks.keyword.page import main, page
+from benchmarks.keyword.page import PAGE, page
 from benchmarks.keyword.presets import BY_NAME, METHODS, PRESETS, Preset
 from benchmarks.keyword.record import comparisons, study_record
 from benchmarks.keyword.runs import Workplace, train_method
-from benchmarks.keyword.scheduling import run_all
 from benchmarks.keyword.tuning import chosen
+from benchmarks.studies import run_all
 from tests.support.tiny import DECODER, WORDS, word_lm, word_tokenizer
 
 TRAINED = [method for method in METHODS if method.trained]
@@ -286,7 +286,7 @@ def test_a_study_says_of_each_method_what_its_runs_found(finished: dict[str, Any
 def test_the_page_shows_the_records_numbers_and_no_others(finished: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "study.json"
     file.write_text(json.dumps(finished))
-    assert main([str(file), "--page", str(tmp_path / "docs" / "study.md")]) == 0
+    assert PAGE.main([str(file), "--page", str(tmp_path / "docs" / "study.md")]) == 0
     text = (tmp_path / "docs" / "study.md").read_text()
     for row in finished["methods"]:
         assert row["label"] in text
