@@ -26,6 +26,11 @@ def count_words(text: str) -> int:
     return sum(any(map(str.isalnum, piece)) for piece in pieces)
 
 
+def length_condition(words: int) -> str:
+    """How a number of words is asked for: "7 words"."""
+    return "1 word" if words == 1 else f"{words} words"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Length(Task):
     """Write a text with exactly as many words as the condition says, "7 words": see ``count_words``.
@@ -60,7 +65,7 @@ class Length(Task):
         for text, _, _ in self.source.records():
             count = count_words(text)
             if self.min_words <= count <= self.max_words:
-                examples[Example("1 word" if count == 1 else f"{count} words", text)] = None
+                examples[Example(length_condition(count), text)] = None
         return list(examples)
 
     def satisfied(self, condition: str, text: str) -> bool:

@@ -96,19 +96,28 @@ def texts_of_pair(
     )
     requests = [
         Request(
-            i,
+            keyword,
             condition=keyword,
             seed=mixed_seed(seed, f"text for {keyword}"),
             max_new_tokens=max_new_tokens,
             aux_scale=aux_scale,
         )
-        for i, keyword in enumerate(keywords)
+        for keyword in keywords
     ]
-    written = {completion.id: completion for completion in engine.generate(requests)}
-    failed = [one for one in written.values() if one.finish_reason == "error"]
-    if failed:
-        raise RuntimeError(f"no text for keyword {keywords[int(failed[0].id)]!r}: {failed[0].error}")
-    return [written[i].text for i in range(len(keywords))]
+    return write_texts(engine, requests)
+
+
+def write_texts(engine: Engine, requests: Sequence[Request]) -> list[str]:
+    """A text for each request of one sample, in their order.
+
+    Raises:
+        RuntimeError: one of them has none.
+    """
+    completions = engine.generate(requests)
+    for one in completions:
+        if one.finish_reason == "error":
+            raise RuntimeError(f"no text for {one.id!r}: {one.error}")
+    return [one.text for one in completions]
 
 
 @torch.no_grad()
