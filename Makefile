@@ -7,7 +7,7 @@ REAL := $(VENV)/real
 RAY := $(VENV)/ray
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench install bench-real families test test-slow test-oldest test-newest test-old-transformers test-triton test-gpu gpu lint format clean
+.PHONY: bench install bench-real families compose test test-slow test-oldest test-newest test-old-transformers test-triton test-gpu gpu lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -21,6 +21,10 @@ bench-real: $(REAL)
 # Every decoder-only family of transformers, tiny, as base and as auxiliary; goes on where it was.
 families: $(INSTALLED)
 	$(BIN)/python -m benchmarks.families $(ARGS)
+
+# Auxiliaries that are trained apart and composed, on the small language model; goes on where it was.
+compose: $(REAL)
+	$(BIN)/python -m benchmarks.compose $(ARGS)
 
 test: $(INSTALLED)
 	cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DAUXKERN_TESTS=ON > /dev/null

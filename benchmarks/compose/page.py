@@ -130,13 +130,13 @@ def _reading(record: dict[str, Any]) -> Iterable[str]:
             "these texts tell."
         )
     once = differences[SHARED_ONCE, COMPOSED]
-    words = {1: "raises", 0: "does not change, as far as these texts tell,", -1: "lowers"}
+    moves = {1: "rises", 0: "stays, as far as these texts tell", -1: "falls"}
     yield (
         "Each auxiliary has learnt the dictionary's style besides its condition, so their sum has it twice. "
         "The keyword's auxiliary without its condition, taken away, leaves it once: if the conditions are "
-        "independent given a text, p(text | both) is p(text | keyword) p(text | length) / p(text). Here that "
-        f"{words[_sign(once, BOTH_HOLD)]} the share of texts with both, by {_change(once, BOTH_HOLD)}, and "
-        f"{words[_sign(once, SLOR)]} SLOR, by {_change(once, SLOR)}."
+        "independent given a text, p(text | both) is p(text | keyword) p(text | length) / p(text). With it, "
+        f"the share of texts with both {moves[_sign(once, BOTH_HOLD)]}, {_change(once, BOTH_HOLD)}, and SLOR "
+        f"{moves[_sign(once, SLOR)]}, {_change(once, SLOR)}."
     )
 
 
@@ -199,7 +199,7 @@ def _fairness(record: dict[str, Any]) -> str:
 - One training sentence in {preset["without_condition"]} has no condition, for each auxiliary, so that it
   knows how to write without one.
 - All weights are 1, the one that each auxiliary was trained with, but for guidance's.
-- {preset["seeds"]} trainings of each, with seeds of their own for initial weights, order and dropout; the
+- Trainings of each: {preset["seeds"]}, with seeds of their own for initial weights, order and dropout; the
   conditions are shared out among them, so each is asked once. A condition has the same seed, and so the
   same noise, in every row.
 

@@ -73,6 +73,7 @@ def plot_guidance(record: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("scale; 1 is the pair")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    shares.set_ylim(-0.02, 1.02)
     _reference(fluency.axhline, record)
     fluency.legend(fontsize=9, frameon=False)
     save_figure(figure, path)

@@ -18,6 +18,7 @@ from auxkern.generation.members import Member
 from auxkern.model.text import Example
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import Progress
+from benchmarks.compose import __main__ as command
 from benchmarks.compose import jobs, record
 from benchmarks.compose.jobs import STATES, do_job, facts_of, row_folder, training_jobs, writing_jobs
 from benchmarks.compose.page import PAGE, page
@@ -226,6 +227,19 @@ def test_the_record_counts_what_the_texts_satisfy(preset: Preset, output: Path, 
 )
 def test_wilsons_interval(successes: int, count: int, ends: tuple[float, float]) -> None:
     assert wilson(successes, count) == pytest.approx(ends, abs=5e-5)  # as published
+
+
+def test_the_command_does_a_job_and_writes_the_record_when_all_are_done(
+    preset: Preset, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "PRESETS", {"cpu": preset})
+    assert command.main(["--output", str(tmp_path), "--run", STATES]) == 0
+    assert facts_of(tmp_path, STATES).is_file()
+    file = tmp_path / "study.json"
+    assert command.main(["--output", str(output), "--json", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert (written["kind"], [row["name"] for row in written["rows"]]) == (KIND, ALL)
+    assert f"--json {file}" in written["command"]
 
 
 def test_a_study_that_is_not_complete_has_no_record(preset: Preset, output: Path, tmp_path: Path) -> None:
