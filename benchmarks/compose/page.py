@@ -10,10 +10,11 @@ from typing import Any
 from auxkern.training.progress import duration
 from benchmarks.compose.plot import guided_rows, plot_guidance, plot_rows
 from benchmarks.compose.presets import AUXILIARIES, BASE, COMPOSED, KEYWORD, LENGTH, ONE, ROWS, SHARED_ONCE
-from benchmarks.compose.record import BOTH_HOLD, KIND, SHARES, SLOR, WITHIN_1
+from benchmarks.compose.record import BOTH_HOLD, KIND, LONGEST, RUN_ON, SHARES, SLOR, WITHIN_1
 from benchmarks.pages import Page, cell, interval, table
 
-_HEAD = ("", *SHARES, SLOR, "words", "distinct-2")
+_HEAD = ("", *SHARES, SLOR, "words", "distinct-2", RUN_ON)
+_CUT = 200  # characters of a text that are shown
 
 
 def page(record: dict[str, Any], pictures: dict[str, str], command: str) -> str:
@@ -48,8 +49,8 @@ def page(record: dict[str, Any], pictures: dict[str, str], command: str) -> str:
 
 
 def _introduction(record: dict[str, Any]) -> str:
-    composed, one, keyword, length, base = (
-        _named(record, name) for name in (COMPOSED, ONE, KEYWORD, LENGTH, BASE)
+    composed, once, one, keyword, length, base = (
+        _named(record, name) for name in (COMPOSED, SHARED_ONCE, ONE, KEYWORD, LENGTH, BASE)
     )
     sizes = record["preset"]["keyword"]
     return (
@@ -57,7 +58,8 @@ def _introduction(record: dict[str, Any]) -> str:
         "one has learnt to use a given keyword, another to write a given number of words, both on "
         f"{sizes['training']:,} example sentences of WordNet; a text of both is to satisfy both. Of "
         f"{composed['texts']:,} texts for held-out keywords, {_percent(composed, BOTH_HOLD)} do with the two "
-        f"added, {_percent(one, BOTH_HOLD)} with one auxiliary that was trained on both conditions at once, "
+        f"added, {_percent(once, BOTH_HOLD)} where what they have in common is counted once, "
+        f"{_percent(one, BOTH_HOLD)} with one auxiliary that was trained on both conditions at once, "
         f"{_percent(keyword, BOTH_HOLD)} and {_percent(length, BOTH_HOLD)} with the keyword's and the "
         f"length's alone, {_percent(base, BOTH_HOLD)} with the language model alone. The base is "
         f"{sizes['base'].removeprefix('pip:llm-')}, an auxiliary trains "
@@ -80,10 +82,15 @@ def _percent(row: dict[str, Any], name: str) -> str:
     return f"{row[name]:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _row(row: dict[str, Any], label: str | None = None) -> Sequence[str]:
+def _row(row: dict[str, Any]) -> Sequence[str]:
     shares = (f"{row[name]:.3f} {interval(row[f'{name}_interval'], 3)}" for name in SHARES)
     slor = f"{row['slor']:.2f} {interval(row['slor_interval'], 2)}"
-    return (label or row["label"], *shares, slor, f"{row['words']:.1f}", f"{row['distinct_2']:.2f}")
+    return (row["label"], *shares, slor, *_plain(row))
+
+
+def _plain(row: dict[str, Any]) -> Sequence[str]:
+    """What has no interval in the tables."""
+    return f"{row['words']:.1f}", f"{row['distinct_2']:.2f}", f"{row[RUN_ON]:.3f}"
 
 
 def _compared(record: dict[str, Any]) -> str:
@@ -113,21 +120,22 @@ def _reading(record: dict[str, Any]) -> Iterable[str]:
     differences = {(one["first"], one["second"]): one for one in record["comparisons"]}
     beside_one = differences[COMPOSED, ONE]
     yield {
-        1: "The two auxiliaries, trained apart, satisfy both conditions more often than the one that was "
-        "trained on both.",
-        0: "How often both conditions are satisfied does not differ, as far as these texts tell, between two "
-        "auxiliaries trained apart and one that was trained on both.",
-        -1: "One auxiliary that was trained on both conditions satisfies them more often than two that were "
-        "trained apart. It had to be trained for the pair of conditions; theirs can be added to any other.",
+        1: "The sum of two auxiliaries, trained apart, satisfies both conditions more often than the one "
+        "that was trained on both.",
+        0: "How often both conditions are satisfied does not differ, as far as these texts tell, between the "
+        "sum of two auxiliaries, trained apart, and one that was trained on both.",
+        -1: "One auxiliary that was trained on both conditions satisfies them more often than the plain sum "
+        "of two that were trained apart.",
     }[_sign(beside_one, BOTH_HOLD)]
-    kept = [name for name in (KEYWORD, LENGTH) if _sign(differences[COMPOSED, name], name) >= 0]
-    lost = [name for name in (KEYWORD, LENGTH) if name not in kept]
+    own = {KEYWORD: "the keyword", LENGTH: "the number of words"}
+    lost = [what for name, what in own.items() if _sign(differences[COMPOSED, name], name) < 0]
     if lost:
-        yield f"Added to the other, the auxiliary for {' and that for '.join(lost)} does less than alone."
+        less = " and ".join(f"{what} less often than with its auxiliary alone" for what in lost)
+        yield f"The texts of the plain sum have {less}."
     else:
         yield (
-            "Added to the other, neither auxiliary does less for its own condition than alone, as far as "
-            "these texts tell."
+            "In the plain sum, neither auxiliary does less for its own condition than alone, as far as these "
+            "texts tell."
         )
     once = differences[SHARED_ONCE, COMPOSED]
     moves = {1: "rises", 0: "stays, as far as these texts tell", -1: "falls"}
@@ -138,6 +146,13 @@ def _reading(record: dict[str, Any]) -> Iterable[str]:
         f"the share of texts with both {moves[_sign(once, BOTH_HOLD)]}, {_change(once, BOTH_HOLD)}, and SLOR "
         f"{moves[_sign(once, SLOR)]}, {_change(once, SLOR)}."
     )
+    beside_one = differences[SHARED_ONCE, ONE]
+    often = {1: "more often than", 0: "as often, as far as these texts tell, as", -1: "less often than"}
+    yield (
+        f"Composed so, auxiliaries that never saw each other satisfy both conditions "
+        f"{often[_sign(beside_one, BOTH_HOLD)]} the one that was trained on both "
+        f"({_change(beside_one, BOTH_HOLD)}), which had to be trained for the pair of conditions."
+    )
 
 
 def _guidance(record: dict[str, Any], picture: str) -> Iterable[str]:
@@ -146,15 +161,23 @@ def _guidance(record: dict[str, Any], picture: str) -> Iterable[str]:
         "does with a prompt (Sanchez et al. 2023):\n\n"
         "    z = z(no condition) + scale · (z(condition) - z(no condition)),  z = LM + auxiliary"
     )
-    head = ("scale", KEYWORD, SLOR, "words", "distinct-2", "keyword, less scale 1", "SLOR, less scale 1")
+    head = (
+        "scale",
+        KEYWORD,
+        SLOR,
+        "words",
+        "distinct-2",
+        RUN_ON,
+        "keyword, less scale 1",
+        "SLOR, less scale 1",
+    )
     changes = {one["scale"]: (_change(one, KEYWORD), _change(one, SLOR)) for one in record["guidance"]}
     rows = (
         (
             f"{scale:g}",
             f"{row[KEYWORD]:.3f} {interval(row[f'{KEYWORD}_interval'], 3)}",
             f"{row['slor']:.2f} {interval(row['slor_interval'], 2)}",
-            f"{row['words']:.1f}",
-            f"{row['distinct_2']:.2f}",
+            *_plain(row),
             *changes.get(scale, ("", "")),
         )
         for scale, row in guided_rows(record)
@@ -162,13 +185,20 @@ def _guidance(record: dict[str, Any], picture: str) -> Iterable[str]:
     yield table(head, rows)
     yield f"![share of texts with their keyword, and SLOR, over guidance's scale]({picture})"
     for name, what in ((KEYWORD, "the share of texts with their keyword"), (SLOR, "SLOR")):
-        signs = {f"{one['scale']:g}": _sign(one, name) for one in record["guidance"]}
-        for sign, verb in ((1, "is above that of scale 1"), (-1, "is below that of scale 1")):
-            scales = [scale for scale, value in signs.items() if value == sign]
-            if scales:
-                yield f"At {_listed(scales)} {what} {verb}."
-        if same := [scale for scale, value in signs.items() if not value]:
-            yield f"At {_listed(same)} {what} cannot be told from that of scale 1."
+        for sign, verb in ((1, "is above"), (-1, "is below"), (0, "cannot be told from")):
+            if scales := _scales(record, name, sign):
+                yield f"At {_listed(scales)} {what} {verb} that of scale 1."
+    if scales := _scales(record, RUN_ON, 1):
+        yield (
+            f"At {_listed(scales)} more texts fall apart, as some of those below: they hold a word of more "
+            f"than {LONGEST} characters. SLOR is no measure of that: the base expects a repetition once "
+            "it has begun."
+        )
+
+
+def _scales(record: dict[str, Any], name: str, sign: int) -> list[str]:
+    """Those of guidance at which a figure differs from scale 1's in a direction; 0: in none."""
+    return [f"{one['scale']:g}" for one in record["guidance"] if _sign(one, name) == sign]
 
 
 def _listed(items: Sequence[str]) -> str:
@@ -176,11 +206,17 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _texts(record: dict[str, Any]) -> Iterable[str]:
-    yield "The texts for the first conditions of seed 0, as they were drawn."
+    yield "The texts for the first conditions of seed 0, as they were drawn; long ones are cut."
     guided = [row for _, row in guided_rows(record)[1:]]
     for place, condition in enumerate(record["shown"]):
-        rows = [(row["label"], cell(row["shown"][place])) for row in (*_mixtures(record), *guided)]
+        rows = [
+            (row["label"], cell(_beginning(row["shown"][place]))) for row in (*_mixtures(record), *guided)
+        ]
         yield f"**{cell(condition)}**\n\n{table(('', 'text'), rows)}"
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= _CUT else f"{text[:_CUT]} ..."
 
 
 def _fairness(record: dict[str, Any]) -> str:
@@ -224,6 +260,8 @@ def _counting(record: dict[str, Any]) -> str:
   Most sentences are short, so a text that is told nothing of its length may have it: see keyword alone.
 - SLOR: (log p_LM - log p_unigram) / tokens (Kann et al. 2018), in nats, as in the keyword study: the base
   finds its own samples the most probable, and reference sentences are no ceiling.
+- run-on: the text holds a word, between spaces, of more than {LONGEST} characters, a mark of texts that fall
+  apart, beyond what a condition asks.
 - Shares have Wilson's 95% intervals, means and differences 95% bootstrap intervals over the conditions. They
   do not say how much another training would differ; the trainings apart: {_of_seeds(record)}."""
 

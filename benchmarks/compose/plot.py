@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compose.presets import COMPOSED, KEYWORD, LENGTH, ONE, ROWS, SHARED_ONCE
-from benchmarks.compose.record import BOTH_HOLD
+from benchmarks.compose.record import BOTH_HOLD, LONGEST, RUN_ON
 from benchmarks.pages import save_figure, two_panels
 
 _SHARES = {
@@ -61,21 +61,26 @@ def plot_guidance(record: dict[str, Any], path: Path) -> None:
     rows = guided_rows(record)
     scales = [scale for scale, _ in rows]
     figure, (shares, fluency) = two_panels("Guidance: the keyword pair against itself without its condition")
-    for axes, name, colour, label in (
-        (shares, KEYWORD, _SHARES[KEYWORD][0], "share of texts with their keyword; band: 95%, Wilson"),
-        (fluency, "slor", _SLOR, "SLOR (nats per token); band: 95%"),
+    grey = "#555555"
+    for axes, name, colour, dashes, label in (
+        (shares, KEYWORD, _SHARES[KEYWORD][0], "-", "the keyword"),
+        (shares, RUN_ON, grey, "--", f"a word of more than {LONGEST} characters"),
+        (fluency, "slor", _SLOR, "-", "guidance"),
     ):
-        axes.plot(scales, [row[name] for _, row in rows], color=colour, marker="o", ms=5, lw=1.7)
+        y = [row[name] for _, row in rows]
+        axes.plot(scales, y, color=colour, marker="o", ls=dashes, ms=5, lw=1.7, label=label)
         low, high = zip(*(row[f"{name}_interval"] for _, row in rows), strict=True)
         axes.fill_between(scales, low, high, color=colour, alpha=0.12, lw=0)
-        axes.set_title(label, fontsize=10)
+    shares.set_ylim(-0.02, 1.02)
+    shares.set_title("share of texts that have ...; bands: 95%, Wilson", fontsize=10)
+    fluency.set_title("SLOR (nats per token); band: 95%", fontsize=10)
+    _reference(fluency.axhline, record)
+    for axes in (shares, fluency):
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.set_xlabel("scale; 1 is the pair")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    shares.set_ylim(-0.02, 1.02)
-    _reference(fluency.axhline, record)
-    fluency.legend(fontsize=9, frameon=False)
+        axes.legend(fontsize=9, frameon=False)
     save_figure(figure, path)
 
 

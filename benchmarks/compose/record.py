@@ -25,8 +25,10 @@ from benchmarks.studies import read_facts
 
 KIND = "study of composed auxiliaries"
 SHARES = (BOTH_HOLD, KEYWORD, LENGTH, WITHIN_1) = ("both", KEYWORD, LENGTH, "length within 1")
+RUN_ON = "run-on"  # of texts that fall apart: a word of more than so many characters
+LONGEST = 25
 SLOR = "SLOR"
-SHOWN = 8  # conditions whose texts stand in the record
+SHOWN = 5  # conditions whose texts stand in the record
 # Rows that are set against each other: the first's figure less the second's.
 COMPARED = (
     (COMPOSED, ONE),
@@ -100,7 +102,7 @@ def _row(row: Row, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seconds": [round(one["seconds"], 1) for one in measured],
         "shown": measured[0]["texts"][:SHOWN],
     }
-    for name in SHARES:
+    for name in (*SHARES, RUN_ON):
         each = [_holds(one)[name] for one in measured]
         count = sum(map(sum, each))
         record[name] = count / len(texts)
@@ -115,7 +117,7 @@ def _joined(measured: Sequence[dict[str, Any]], key: str) -> list[Any]:
 
 
 def _holds(measured: dict[str, Any]) -> dict[str, list[int]]:
-    """Whether each text does what it should, 0 or 1, for each of ``SHARES``."""
+    """Whether each text does what it should, 0 or 1, for each of ``SHARES``; and whether it is ``RUN_ON``."""
     off = [abs(a - b) for a, b in zip(measured["words"], measured["words_asked"], strict=True)]
     exact = [int(value == 0) for value in off]
     keyword = measured["contains"]
@@ -124,6 +126,7 @@ def _holds(measured: dict[str, Any]) -> dict[str, list[int]]:
         KEYWORD: keyword,
         LENGTH: exact,
         WITHIN_1: [int(value <= 1) for value in off],
+        RUN_ON: [int(any(len(word) > LONGEST for word in text.split())) for text in measured["texts"]],
     }
 
 
@@ -133,7 +136,7 @@ def _difference(measured: dict[str, list[dict[str, Any]]], first: str, second: s
     holds = [[_holds(one) for one in measured[name]] for name in (first, second)]
     slor = zip(_joined(measured[first], "slor"), _joined(measured[second], "slor"), strict=True)
     known = [pair for pair in slor if None not in pair]
-    pairs = {name: [_joined(one, name) for one in holds] for name in SHARES}
+    pairs = {name: [_joined(one, name) for one in holds] for name in (*SHARES, RUN_ON)}
     pairs[SLOR] = [[pair[side] for pair in known] for side in (0, 1)]
     for name, (ours, theirs) in pairs.items():
         difference = bootstrap_difference(ours, theirs)

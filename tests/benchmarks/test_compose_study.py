@@ -196,6 +196,8 @@ def test_the_record_counts_what_the_texts_satisfy(preset: Preset, output: Path, 
         for seed in (0, 1):
             folder = row_folder(tmp_path / "study", row, seed)
             facts = {"contains": holds[seed], "words": words[seed], "words_asked": [3, 3, 3]}
+            if row == "composed":
+                facts["texts"] = ["a" * 25, f"b {'a' * 26} c", "a " * 26]
             write_facts(folder, {**read_facts(folder), **facts})
     study = study_record(preset, tmp_path / "study")
     rows = {row["name"]: row for row in study["rows"]}
@@ -203,6 +205,7 @@ def test_the_record_counts_what_the_texts_satisfy(preset: Preset, output: Path, 
     composed = rows["composed"]
     assert [composed[name] * 6 for name in record.SHARES] == [2, 4, 4, 5]
     assert composed["both_interval"] == list(wilson(2, 6))
+    assert composed["run-on"] * 6 == 2
     assert composed["keyword_of_seeds"] == [2 / 3, 2 / 3]
     assert composed["words"] == 21 / 6
     assert all(rows["references"][name] == 1 for name in record.SHARES)
@@ -272,12 +275,19 @@ def test_the_page_says_what_the_intervals_say(finished: dict[str, Any]) -> None:
         return page(changed, {"rows": "a", "guidance": "b"}, "command")
 
     apart = ("composed", "one", "both")
-    assert "trained apart, satisfy both conditions more often" in text_of(*apart, (0.01, 0.2))
+    assert "trained apart, satisfies both conditions more often" in text_of(*apart, (0.01, 0.2))
     assert "does not differ, as far as these texts tell" in text_of(*apart, (-0.01, 0.2))
     assert "trained on both conditions satisfies them more often" in text_of(*apart, (-0.2, -0.01))
-    assert "auxiliary for length does less than alone" in text_of(
-        "composed", "length", "length", (-0.2, -0.1)
+    lost = text_of("composed", "length", "length", (-0.2, -0.1))
+    assert "of the plain sum have the number of words less often than with its auxiliary alone." in lost
+    once = ("shared-once", "one", "both")
+    assert "satisfy both conditions as often, as far as these texts tell, as the one" in text_of(
+        *once, (-0.1, 0.1)
     )
+    assert "satisfy both conditions more often than the one" in text_of(*once, (0.1, 0.2))
     guided = ("guidance-2", "keyword", "keyword")
     assert "At 2 the share of texts with their keyword is above" in text_of(*guided, (0.1, 0.2))
     assert "At 2 the share of texts with their keyword cannot be told" in text_of(*guided, (-0.1, 0.2))
+    run_on = ("guidance-2", "keyword", "run-on")
+    assert "At 2 more texts fall apart," in text_of(*run_on, (0.1, 0.2))
+    assert "more texts fall apart" not in text_of(*run_on, (-0.1, 0.2))
