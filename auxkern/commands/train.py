@@ -22,7 +22,7 @@ from auxkern.commands.pair import CommandParser, check_model, input_file, quiet,
 from auxkern.commands.ranks import Launched
 from auxkern.core.seeds import mixed_seed
 from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
-from auxkern.model.frozen import trained_on_top_of
+from auxkern.model.config import trained_on_top_of
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
 from auxkern.terminal import INTERRUPTED, command_parser

@@ -171,10 +171,13 @@ class Engine:
         Where steps are recorded, that are texts whose last token the step before has drawn.
         """
         self._work()
+        unanswered = self.scheduler.unanswered
         try:
-            return self.scheduler.unanswered
-        finally:  # not before: Ctrl-C would lose them on their way
             self.scheduler.unanswered = []
+            return unanswered
+        except BaseException:  # Ctrl-C would lose them on their way
+            self.scheduler.unanswered = unanswered
+            raise
 
     @torch.no_grad()
     def _work(self) -> None:

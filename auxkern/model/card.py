@@ -8,8 +8,7 @@ import torch
 import transformers
 
 from auxkern.core.files import replace_file
-from auxkern.model.config import AuxTunedConfig
-from auxkern.model.frozen import trained_on_top_of
+from auxkern.model.config import AuxTunedConfig, trained_on_top_of
 
 _CARD = """---
 library_name: auxkern

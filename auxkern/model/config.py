@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -194,3 +195,10 @@ class AuxTunedConfig(PreTrainedConfig):
                 'architecture="encoder-decoder"'
             )
         return config
+
+
+def trained_on_top_of(on_top_of: Mapping[str, Any]) -> str:
+    """The auxiliaries of ``AuxTunedConfig.on_top_of`` in words."""
+    return ", ".join(
+        f"{name} ({held['path']}, weight {held['weight']:g})" for name, held in on_top_of.items()
+    )

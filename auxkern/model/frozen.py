@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from auxkern.model.fingerprints import computing_fields, weights_fingerprint
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput
 
-if TYPE_CHECKING:
-    from auxkern.model.modeling import AuxTunedForCausalLM
-
 # Of one auxiliary, by its name: condition_ids and condition_mask (B, K), and, where they are known, the parts
 # of its output: hidden (B, T, D), and of a pointer pointer (B, T, K) and end (B, T).
 Frozen = Mapping[str, Mapping[str, Tensor]]
@@ -26,7 +23,7 @@ Frozen = Mapping[str, Mapping[str, Tensor]]
 
 @torch.no_grad()
 def frozen_terms(
-    model: AuxTunedForCausalLM, batch: PairInputs, frozen: Frozen, lm_states: Tensor | None
+    model: Any, batch: PairInputs, frozen: Frozen, lm_states: Tensor | None
 ) -> tuple[Tensor | None, list[list[Term]]]:
     """What auxiliaries held frozen add to the logits of all positions, rows (B, T), without gradients.
 
@@ -75,7 +72,7 @@ def frozen_terms(
     return lm_states, terms
 
 
-def base_side(model: AuxTunedForCausalLM, batch: PairInputs, layers: Iterable[int]) -> BaseSide:
+def base_side(model: Any, batch: PairInputs, layers: Iterable[int]) -> BaseSide:
     """What the base makes of a batch, for auxiliaries that read these layers."""
     listed, want_logits = sorted(layers), model.config.lm_term == "logits"
     ids, mask = batch.input_ids, batch.attention_mask
@@ -84,9 +81,7 @@ def base_side(model: AuxTunedForCausalLM, batch: PairInputs, layers: Iterable[in
 
 
 @torch.no_grad()
-def frozen_output(
-    model: AuxTunedForCausalLM, name: str, batch: PairInputs, side: BaseSide
-) -> AuxiliaryOutput:
+def frozen_output(model: Any, name: str, batch: PairInputs, side: BaseSide) -> AuxiliaryOutput:
     """What an auxiliary makes of a batch with its own conditions.
 
     Args:
@@ -105,7 +100,7 @@ def frozen_output(
     return output
 
 
-def auxiliary_fingerprint(model: AuxTunedForCausalLM) -> str:
+def auxiliary_fingerprint(model: Any) -> str:
     """64 hexadecimal digits that name an auxiliary: its weights, its base, what else its output depends on.
 
     Where the base lies changes nothing.
@@ -115,10 +110,3 @@ def auxiliary_fingerprint(model: AuxTunedForCausalLM) -> str:
     text = json.dumps(fields, sort_keys=True, default=str)
     named = f"{weights_fingerprint(model)} {model.config.base_fingerprint} {text}"
     return hashlib.sha256(named.encode()).hexdigest()
-
-
-def trained_on_top_of(on_top_of: Mapping[str, Any]) -> str:
-    """The auxiliaries of ``AuxTunedConfig.on_top_of`` in words."""
-    return ", ".join(
-        f"{name} ({held['path']}, weight {held['weight']:g})" for name, held in on_top_of.items()
-    )

@@ -17,9 +17,9 @@ from auxkern.model import base, fitting, refusals
 from auxkern.model.auxiliary import build_auxiliary
 from auxkern.model.caches import CACHE_NAME, PairCache
 from auxkern.model.card import write_model_card
-from auxkern.model.config import AuxTunedConfig
+from auxkern.model.config import AuxTunedConfig, trained_on_top_of
 from auxkern.model.fingerprints import fingerprint
-from auxkern.model.frozen import Frozen, frozen_terms, trained_on_top_of
+from auxkern.model.frozen import Frozen, frozen_terms
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs, checked_weights
 from auxkern.model.interface import traits_of
