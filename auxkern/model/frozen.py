@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auxkern.core.terms import Term
-from auxkern.model import base
+from auxkern.model.caches import AuxiliaryRows
 from auxkern.model.fingerprints import computing_fields, weights_fingerprint
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput
@@ -74,9 +74,8 @@ def frozen_terms(
 
 def base_side(model: Any, batch: PairInputs, layers: Iterable[int]) -> BaseSide:
     """What the base makes of a batch, for auxiliaries that read these layers."""
-    listed, want_logits = sorted(layers), model.config.lm_term == "logits"
-    ids, mask = batch.input_ids, batch.attention_mask
-    states, logits, _ = base.run_base(model.lm, ids, mask, layers=listed, want_logits=want_logits)
+    listed = sorted(layers)
+    states, logits, _ = model.run_lm(batch, listed, None, use_cache=False)
     return BaseSide(states, listed, logits, None)
 
 
@@ -90,13 +89,11 @@ def frozen_output(model: Any, name: str, batch: PairInputs, side: BaseSide) -> A
         batch: without a cache.
         side: what the base made of it, with all layers that the auxiliary reads.
     """
-    other = model._named(name)
-    embedding: Tensor = model.lm.get_input_embeddings().weight
-    states = side.states[:, :, [1 + side.layers.index(layer) for layer in other.config.lm_layers]]
     # In its own precision under a training loop's autocast, as the base is.
     with torch.autocast(batch.input_ids.device.type, enabled=False):
-        scores = other.lm_scores(side.states[:, :, 0], side.logits, batch.condition_ids)
-        output: AuxiliaryOutput = other.auxiliary(batch.for_auxiliary(states, embedding, scores, None, False))
+        output: AuxiliaryOutput = model.auxiliary_output(
+            AuxiliaryRows(name, None, None), batch, side, use_cache=False
+        )
     return output
 
 

@@ -397,7 +397,7 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
             if lm_states is not None:
                 raise ValueError("output_hidden_states asks the base, which lm_states stand for; pass one")
             every = list(range(self.lm.config.get_text_config().num_hidden_layers + 1))
-            known = self._run_lm(batch, every, past_key_values, cache_wanted)
+            known = self.run_lm(batch, every, past_key_values, use_cache=cache_wanted)
             hidden_states = known.states[:, :, 1:].unbind(2)
         terms, new_cache, _ = self.terms(
             batch,

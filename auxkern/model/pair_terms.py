@@ -86,7 +86,7 @@ class PairSum:
             self._check_states(lm_states, batch, layers, use_cache)
             lm_states = base.LmOutput(lm_states, None, None)
         elif lm_states is None:
-            lm_states = self._run_lm(batch, layers, cache, use_cache)
+            lm_states = self.run_lm(batch, layers, cache, use_cache=use_cache)
         else:
             layers = list(range(lm_states.states.shape[2] - 1))
         states, logits, lm = lm_states
@@ -138,17 +138,26 @@ class PairSum:
             use_cache: whether a cache is wanted.
             keep: positions.
         """
+        model, output = self._named(part.name), self.auxiliary_output(part, batch, side, use_cache=use_cache)
+        cache = replace(part, cache=output.cache)
+        scale = model.config.aux_scale if scale is None else scale
+        output = output.positions(lambda values: values[:, -keep:])
+        return cache, model.auxiliary_terms(output, batch, scale, side.head)
+
+    def auxiliary_output(
+        self, part: AuxiliaryRows, batch: PairInputs, side: BaseSide, *, use_cache: bool
+    ) -> AuxiliaryOutput:
+        """What one auxiliary makes of a batch, at all positions; arguments as of ``auxiliary_part``."""
         model = self._named(part.name)
         embedding: Tensor = self.lm.get_input_embeddings().weight
         read, layers = model.config.lm_layers, side.layers
         states = side.states
         chosen = states[:, :, 1:] if read == layers else states[:, :, [1 + layers.index(i) for i in read]]
         scores = model.lm_scores(states[:, :, 0], side.logits, batch.condition_ids)
-        output = model.auxiliary(batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache))
-        cache = replace(part, cache=output.cache)
-        scale = model.config.aux_scale if scale is None else scale
-        output = output.positions(lambda values: values[:, -keep:])
-        return cache, model.auxiliary_terms(output, batch, scale, side.head)
+        output: AuxiliaryOutput = model.auxiliary(
+            batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache)
+        )
+        return output
 
     def auxiliary_terms(
         self,
@@ -229,9 +238,10 @@ class PairSum:
             parts.append(AuxiliaryRows(name, None if whole else rows, None, *places))
         return parts
 
-    def _run_lm(
-        self, batch: PairInputs, layers: list[int], cache: PairCache | None, use_cache: bool
+    def run_lm(
+        self, batch: PairInputs, layers: list[int], cache: PairCache | None, *, use_cache: bool
     ) -> base.LmOutput:
+        """A pass of the base that also returns these layers' hidden states."""
         return base.run_base(
             self.lm,
             batch.input_ids,

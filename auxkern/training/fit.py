@@ -78,17 +78,17 @@ def _problem(model: AuxTunedForCausalLM, example: Mapping[str, Any]) -> str | No
             f"it has conditions for {list(frozen)}, but the auxiliaries held frozen are {list(held)}; pass "
             "encode what hold_frozen returned"
         )
-    problem, T, positions = _foreign(model, "prompt and text", ids), len(ids), positions_for(model.lm)
+    if foreign := _foreign(model, "prompt and text", ids):
+        return foreign
+    T, positions = len(ids), positions_for(model.lm)
     if positions is not None and positions < T:
-        problem = (
-            problem
-            or f"{T} tokens, but the base has positions for {positions}; pass max_length (--max-length)"
-        )
-    problem = problem or _of_auxiliary(model, DEFAULT, _listed(example.get("condition_ids", ())), T)
+        return f"{T} tokens, but the base has positions for {positions}; pass max_length (--max-length)"
+    if problem := _of_auxiliary(model, DEFAULT, _listed(example.get("condition_ids", ())), T):
+        return problem
     for name, given in frozen.items():
-        found = _of_auxiliary(model, name, _listed(given["condition_ids"]), T)
-        problem = problem or (found and f"{name}, held frozen: {found}")
-    return problem
+        if problem := _of_auxiliary(model, name, _listed(given["condition_ids"]), T):
+            return f"{name}, held frozen: {problem}"
+    return None
 
 
 def _foreign(model: AuxTunedForCausalLM, what: str, ids: list[int]) -> str | None:
@@ -101,12 +101,8 @@ def _foreign(model: AuxTunedForCausalLM, what: str, ids: list[int]) -> str | Non
 
 def _of_auxiliary(model: AuxTunedForCausalLM, name: str, condition: list[int], T: int) -> str | None:
     """Why an auxiliary cannot take a condition before T tokens; None if it can."""
-    foreign, traits, K = (
-        _foreign(model, "the condition", condition),
-        model.auxiliary_traits(name),
-        len(condition),
-    )
-    if foreign:
+    traits, K = model.auxiliary_traits(name), len(condition)
+    if foreign := _foreign(model, "the condition", condition):
         return foreign
     if traits.needs_condition and not condition:
         return "the condition is empty, and the auxiliary's encoder has nothing to read; give it one"
