@@ -107,7 +107,9 @@ def check_shapes(
                 counts_positions(lms[name]) if name in lms else model.auxiliary_traits(name).counts_positions
             )
             window = _window_of(lms[name].config.get_text_config()) if name in others else None
-            if not counts or (window is not None and window < columns):
+            if window is not None and window < columns:
+                raise ValueError(f"{where} {name!r} has a sliding window of {window} positions; leave it out")
+            if not counts:
                 raise ValueError(
                     f"{where} steps of {name!r} tell positions by columns of a cache; leave it out"
                 )

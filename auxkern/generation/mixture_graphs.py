@@ -50,23 +50,24 @@ class Lanes(NamedTuple):
 
 
 class Places:
-    """Where members of one model stand, in device memory that a recorded step reads; S are slots.
+    """Where members of one model stand, in device memory that a recorded step reads.
 
     Args:
+        turns: most members of the model that a text has.
         slots: S.
         device: of the model.
 
     Attributes:
         row: (S,) int64, of the batch, for each slot.
-        slot: (S, S) int64, for the members of a text one after the other, and each row of the batch.
+        slot: (turns, S) int64, for the members of a text one after the other, and each row of the batch.
         base: (S,) int64, the base's slot whose hidden states an auxiliary's member reads.
         live: (S,) int64, 1 where a member runs.
         weight: (S,) float32.
     """
 
-    def __init__(self, slots: int, device: torch.device) -> None:
+    def __init__(self, turns: int, slots: int, device: torch.device) -> None:
         self.row, self.base, self.live = torch.zeros(3, slots, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(slots, slots, dtype=torch.int64, device=device)
+        self.slot = torch.zeros(turns, slots, dtype=torch.int64, device=device)
         self.weight = torch.zeros(slots, dtype=torch.float32, device=device)
         self._known: list[tuple[Reader, int, int]] = []
 
@@ -89,7 +90,7 @@ class Places:
             return
         self._known, S = known, self.live.shape[0]
         rows, of_base = [row for _, row, _ in known], [slot for _, _, slot in known]
-        slots = [[0] * S for _ in range(S)]
+        slots = [[0] * S for _ in self.slot]
         for place, reader in enumerate(lane.readers):
             slots[reader.turn][rows[place]] = place
         given = (one.part.weight for one in lane.readers)
@@ -127,9 +128,11 @@ class MixtureGraphs:
         self._slots = lanes.of(BASE).table.mask.shape[0]
         self._places: dict[str, Places] = {}
         self._recorded: dict[tuple[Shape, int, Acts], Callable[[], None]] = {}
-        for shape in {tuple(sorted(shape)) for shape in shapes}:
-            for name in shape:
-                self._places.setdefault(name, Places(self._slots, model.device))
+        listed = {tuple(sorted(shape)) for shape in shapes}
+        for name in {name for shape in listed for name in shape}:
+            turns = max(shape.count(name) for shape in listed)
+            self._places[name] = Places(turns, self._slots, model.device)
+        for shape in listed:
             # The largest first: the others find room in its memory.
             for size in reversed(self._sizes(shape)):
                 for acts in reversed(RECORDED_ACTS):

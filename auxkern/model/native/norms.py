@@ -24,15 +24,23 @@ class NormStep:
     """The native step of a norm of rows.
 
     Args:
-        module: the norm, on the CPU.
+        module: the norm.
 
-    Raises:
-        UnknownLayerError: it is of no kind that is known.
+    Attributes:
+        norm: what it computes; None where no kind is known.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._norm: Norm | None = recognised_norm(module, _width(module))
+        self._look(module)
+
+    def _look(self, module: nn.Module) -> None:
+        # While it is tried what the norm computes, its own forward runs.
+        self.norm: Norm | None = None
         self._watch = Watch([module], module.parameters())
+        try:
+            self.norm = recognised_norm(module, _width(module))
+        except UnknownLayerError:
+            return
 
     def run(self, module: nn.Module, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What the norm makes of x (..., D); None where its own forward must."""
@@ -41,14 +49,12 @@ class NormStep:
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
         if not self._watch.unchanged:
-            # While it is tried what it computes, its own forward runs.
-            self._norm, self._watch = None, Watch([module], module.parameters())
-            self._norm = _norm_of(module)
-        if self._norm is None or x.shape[-1] != _width(module):
+            self._look(module)
+        if self.norm is None or x.shape[-1] != _width(module):
             return None
         if is_differentiated((x, *module.parameters())):
             return None
-        return cpu_backend().normed(self._norm, x.contiguous())
+        return cpu_backend().normed(self.norm, x.contiguous())
 
 
 def exchange_norm(parent: nn.Module, name: str) -> None:
@@ -56,18 +62,9 @@ def exchange_norm(parent: nn.Module, name: str) -> None:
     norm = getattr(parent, name)
     if isinstance(norm, NativeNorm):
         return
-    try:
-        step = NormStep(norm)
-    except UnknownLayerError:
-        return
-    setattr(parent, name, exchanged(norm, step, NativeNorm))
-
-
-def _norm_of(module: nn.Module) -> Norm | None:
-    try:
-        return recognised_norm(module, _width(module))
-    except UnknownLayerError:
-        return None
+    step = NormStep(norm)
+    if step.norm is not None:
+        setattr(parent, name, exchanged(norm, step, NativeNorm))
 
 
 def _width(module: nn.Module) -> int:
