@@ -16,7 +16,7 @@ import torch
 
 from auxkern.bench.operators import warped
 from auxkern.bench.results import ENGINE_LM, GenerateRun
-from auxkern.bench.work import CONDITION, FILTERS, PLAIN, Work, encoded, text_options
+from auxkern.bench.work import FILTERS, PLAIN, Work, encoded, engine, text_options
 
 GUIDED, GUIDED_GENERATE = "guidance, engine", "guidance, generate"
 STEERED, STEERED_LOOP = "proxy tuning, engine", "proxy tuning, three-model loop"
@@ -45,10 +45,7 @@ class Line(NamedTuple):
 
     def engine(self, work: Work, slots: int) -> Any:
         """With room for so many texts."""
-        from auxkern.generation import Engine
-
-        sizes: dict[str, Any] = {"slots": self.places * slots, "max_length": 192, "max_condition": CONDITION}
-        return Engine(self.model, work.text_format, models=self.models, **sizes)
+        return engine(replace(work, model=self.model), self.places * slots, self.models)
 
     def requests(self, work: Work) -> list[Any]:
         """The work as the engine takes it."""

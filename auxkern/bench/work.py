@@ -132,11 +132,12 @@ def narrow_pair(device: torch.device, compute: str) -> Any:
             raise ComputeError(f"--compute {compute}: {error}") from error
 
 
-def engine(work: Work, slots: int) -> Any:
-    """An engine with room for this work."""
+def engine(work: Work, slots: int, models: dict[str, Any] | None = None) -> Any:
+    """An engine with room for this work, and with other language models by name."""
     from auxkern.generation import Engine
 
-    return Engine(work.model, work.text_format, slots=slots, max_length=192, max_condition=CONDITION)
+    room: dict[str, Any] = {"slots": slots, "max_length": 192, "max_condition": CONDITION}
+    return Engine(work.model, work.text_format, models=models, **room)
 
 
 def requests(work: Work, auxiliary: str | None = "default") -> list[Any]:

@@ -11,7 +11,7 @@ from auxkern.generation.drawing import Acts
 from auxkern.generation.members import Member
 from auxkern.model import TextFormat
 from auxkern.ops.sampling_params import SamplingParams
-from tests.support.replaying import Outside, Replays
+from tests.support.replaying import Outside, Recorded
 from tests.support.tiny import byte_tokenizer, tiny_lm_for, with_two_more
 
 TOKENIZER = byte_tokenizer()
@@ -27,14 +27,6 @@ PARAMS = [
     {"top_k": 5, "top_p": 0.9},
     {"frequency_penalty": 0.4, "logit_bias": {66: 1.0}},
 ]
-
-
-class Recorded(Engine):
-    """With steps that are taken down once and done again."""
-
-    def _recorder(self, graphs):
-        self.replays = Replays()
-        return self.replays
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from auxkern.generation.drawing import RECORDED_ACTS, Acts
 from auxkern.generation.rows import BIASES, Rows
 from auxkern.model import TextFormat
 from auxkern.ops.sampling_params import SamplingParams
-from tests.support.replaying import Outside, Replays
+from tests.support.replaying import Outside, Recorded
 from tests.support.tiny import KIND, PAIRS, byte_tokenizer, tiny_lm_for, tiny_pair, with_two_more
 
 TOKENIZER = byte_tokenizer()
@@ -29,14 +29,6 @@ PARAMS = [
     {"logit_bias": {65: 2.0, 70: -float("inf")}},
     {"logit_bias": {id: -0.1 - 0.01 * id for id in range(BIASES + 1)}},
 ]
-
-
-class Recorded(Engine):
-    """With steps that are taken down once and done again."""
-
-    def _recorder(self, graphs):
-        self.replays = Replays()
-        return self.replays
 
 
 @pytest.fixture(autouse=True)

@@ -71,6 +71,17 @@ def _again(func: Any, args: Any, kwargs: Any, result: Any) -> None:
             old.copy_(value)
 
 
+class Recorded(Engine):
+    """An engine whose steps are taken down once and done again.
+
+    A native kernel is not seen, and so not done again: draws must be torch's own operations.
+    """
+
+    def _recorder(self, graphs: bool | None) -> Replays:
+        self.replays = Replays()
+        return self.replays
+
+
 class Repeated(Engine):
     """An engine whose recorded steps are called again: quicker than ``Replays``, native draws and all.
 
