@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auxkern.core.terms import Term
-from auxkern.model.base import lm_term, run_base
+from auxkern.model.base import lm_term
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
@@ -174,8 +174,7 @@ def _separate_terms(
     inputs = PairInputs(*(batch[name] for name in _INPUTS))
     logits, states = None, batch.get("lm_states")
     if states is None:
-        ids, mask, own = inputs.input_ids, inputs.attention_mask, model.config.lm_term == "logits"
-        states, logits, _ = run_base(model.lm, ids, mask, layers=model.config.lm_layers, want_logits=own)
+        states, logits, _ = model.run_lm(inputs, model.config.lm_layers, None, use_cache=False)
     lm = lm_term(model.lm, states[b, t, :1], None if logits is None else logits[b, t][:, None])
     embedding = model.lm.get_input_embeddings().weight
     scores = model.lm_scores(states[:, :, 0], logits, inputs.condition_ids)

@@ -53,13 +53,15 @@ class PairCache:
 
     is_compileable = False  # read by transformers' generate
 
-    def __init__(self, lm: Any, auxiliaries: list[AuxiliaryRows]) -> None:
+    def __init__(self, lm: Any, auxiliaries: list[AuxiliaryRows], prefix: int = 0) -> None:
+        """``prefix``: of the base's columns, those that stand before the text's and in no mask of it."""
         self.lm = lm
         self.auxiliaries = auxiliaries
+        self.prefix = prefix
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Text positions seen so far, padding included."""
-        return self.lm.get_seq_length(layer_idx)
+        return self.lm.get_seq_length(layer_idx) - self.prefix
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keeps the sequences ``beam_idx`` (B,), as beam search asks.

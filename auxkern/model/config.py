@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from auxkern.model.text import check_condition_template
+
 ARCHITECTURES = ("decoder", "encoder-decoder", "custom")
 DEFAULT_DECODER = {
     "model_type": "llama",
@@ -65,6 +67,10 @@ class AuxTunedConfig(PreTrainedConfig):
         lm_hidden_size, lm_embedding_size: widths of the base and of its input embedding; filled in from it.
         lm_term: "head": the base's final hidden states and output embedding are enough, or "logits":
             the base computes its own logits (N, V), for one whose head is of another kind.
+        base_prompt: how the condition is told to the base, see ``TextFormat``; None tells it nothing, as in
+            the paper.
+        base_prefix_ids: tokens that the base reads before every text, with a base prompt, the start token
+            first: see ``TextFormat.base_prefix``. Their keys and values are computed once.
         condition_template: how a condition is written before it is tokenised.
         text_prefix: what is written before every text that is learnt, see ``TextFormat``.
         initializer_range: standard deviation of new weights.
@@ -96,6 +102,8 @@ class AuxTunedConfig(PreTrainedConfig):
     lm_hidden_size: int | None = None
     lm_embedding_size: int | None = None
     lm_term: str = "head"
+    base_prompt: str | None = None
+    base_prefix_ids: list[int] = field(default_factory=list)
     condition_template: str = "{condition}"
     text_prefix: str = ""
     initializer_range: float = 0.02
@@ -131,6 +139,7 @@ class AuxTunedConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if not isinstance(self.text_prefix, str):
             raise ValueError(f"text_prefix is {self.text_prefix!r}; it must be text, such as ' '")
+        self._check_base_prompt()
         for name in ("aux_scale", "dropout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
@@ -157,6 +166,18 @@ class AuxTunedConfig(PreTrainedConfig):
         if self.lm_term == "logits" and self.head == "shared":
             raise ValueError(
                 'head="shared" uses the base\'s output embedding, which lm_term="logits" does not'
+            )
+
+    def _check_base_prompt(self) -> None:
+        if self.base_prompt is not None:
+            check_condition_template(self.base_prompt, "base_prompt")
+        ids = self.base_prefix_ids
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise ValueError(f"base_prefix_ids is {ids!r:.60}; it must list token ids, 0 or more")
+        if (self.base_prompt is None) == bool(ids):
+            raise ValueError(
+                f"base_prompt is {self.base_prompt!r} and there are {len(ids)} base_prefix_ids; give both or "
+                "neither: TextFormat(tokenizer, base_prompt=...).base_prefix() has the start token"
             )
 
     def end_ids(self) -> list[int]:

@@ -27,6 +27,7 @@ from auxkern.model.layers import ZeroLinear
 from auxkern.model.mixing import with_frozen
 from auxkern.model.native import compute_of, use_native_kernels
 from auxkern.model.pair_terms import DEFAULT, PairSum, label_loss
+from auxkern.model.prefix import BasePrefix
 from auxkern.model.saving import check_complete, tied_weights
 from auxkern.ops.dense import dense_logits
 
@@ -91,6 +92,7 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         # Past nn.Module's registration: the base is no part of the parameters, nor of what is saved.
         object.__setattr__(self, "lm", lm)
         object.__setattr__(self, "_others", {})
+        self.base_prefix = BasePrefix(lm, config.base_prefix_ids)
         self.auxiliary = build_auxiliary(config) if auxiliary is None else auxiliary
         out = config.lm_hidden_size if config.head == "shared" else config.vocab_size
         width: Any = self.auxiliary.hidden_size
@@ -234,6 +236,13 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
                 f"auxiliary {name!r} has {other.config.vocab_size} ids but the model "
                 f"{self.config.vocab_size}; make both with one vocab_size"
             )
+        for field in ("base_prompt", "base_prefix_ids"):
+            own, trained = getattr(self.config, field), getattr(other.config, field)
+            if own != trained:
+                raise ValueError(
+                    f"auxiliary {name!r} was trained on a base with {field}={trained!r:.60}, but this model's has "
+                    f"{own!r:.60}; auxiliaries of one model share what its base reads"
+                )
         self._others[name] = other.to(self.device).eval()
 
     def use_native_kernels(self, compute: str | None = None) -> AuxTunedForCausalLM:

@@ -59,8 +59,7 @@ def open_pair(
         raise ValueError(f"the weights of {name_or_path} or of its base are damaged: {error}") from error
     if place.type == "cpu" and native_refusal() is None:
         model.use_native_kernels(compute)
-    text_format = TextFormat(tokenizer, known.condition_template, max_length, known.text_prefix)
-    return model.eval(), text_format
+    return model.eval(), TextFormat.of(known, tokenizer, max_length)
 
 
 def open_models(

@@ -15,6 +15,7 @@ from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.mixing import Alone, alone, mixed
+from auxkern.model.prefix import BasePrefix, with_prefix
 from auxkern.model.text import IGNORED
 from auxkern.nn import FrozenLinear
 from auxkern.ops.cross_entropy import cross_entropy
@@ -42,12 +43,14 @@ class PairSum:
     Attributes:
         config, auxiliary, head: of the model's own auxiliary, which is called "default".
         lm: the base.
+        base_prefix: what it reads before every text.
     """
 
     config: Any  # an AuxTunedConfig
     auxiliary: Any
     head: Any
     lm: Any
+    base_prefix: BasePrefix
     _others: dict[str, Any]  # each a pair on the same base
 
     def auxiliary_scale(self, name: str) -> float:
@@ -109,7 +112,8 @@ class PairSum:
             )
             caches.append(cache_of_part)
             added.append((part, terms))
-        pair_cache = PairCache(lm, caches) if use_cache else None
+        before = len(self.base_prefix) if cache is None else cache.prefix
+        pair_cache = PairCache(lm, caches, before) if use_cache else None
         V: Any = self.config.vocab_size
         sides = alone(lm_term, added, V) if separate else None
         return PairTerms(mixed(lm_term, added, V), pair_cache, sides)
@@ -241,14 +245,17 @@ class PairSum:
     def run_lm(
         self, batch: PairInputs, layers: list[int], cache: PairCache | None, *, use_cache: bool
     ) -> base.LmOutput:
-        """A pass of the base that also returns these layers' hidden states."""
+        """A pass of the base, behind its prefix, that also returns these layers' hidden states."""
+        own, length = None if cache is None else cache.lm, 0 if cache is None else cache.prefix
+        if cache is None and self.base_prefix:
+            own, length = self.base_prefix.states().cache(len(batch.input_ids)), len(self.base_prefix)
         return base.run_base(
             self.lm,
             batch.input_ids,
-            batch.attention_mask,
+            with_prefix(batch.attention_mask, length),
             layers=layers,
-            cache=None if cache is None else cache.lm,
-            use_cache=use_cache,
+            cache=own,
+            use_cache=use_cache or own is not None,
             want_logits=self.config.lm_term == "logits",
         )
 

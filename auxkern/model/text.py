@@ -52,15 +52,19 @@ def _is_str(value: object) -> bool:
     return isinstance(value, str)
 
 
-def check_condition_template(template: str) -> None:
+def check_condition_template(template: str, name: str = "condition_template") -> None:
     """Refuses a template that does not hold the field {condition}, or holds anything else in braces.
+
+    Args:
+        template: to be checked.
+        name: what a message calls it.
 
     Raises:
         TypeError: it is not a str.
         ValueError: another field, a conversion, a format or a lone brace; a literal one is doubled.
     """
     if not isinstance(template, str):
-        raise TypeError(f"condition_template must be a str, got {type(template).__name__}")
+        raise TypeError(f"{name} must be a str, got {type(template).__name__}")
     problem = None
     try:
         written = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
@@ -73,7 +77,7 @@ def check_condition_template(template: str) -> None:
             problem = "it has another field, or a format"
     if problem:
         raise ValueError(
-            f"condition_template is {template!r}: {problem}; write {{condition}} where the condition goes, "
+            f"{name} is {template!r}: {problem}; write {{condition}} where the condition goes, "
             "and double a brace that is part of the text"
         )
 
@@ -102,6 +106,10 @@ class TextFormat:
     joined string; a tokenizer that marks the beginning of words gives the same ids when the text begins
     with the space before a word.
 
+    With a base prompt a sequence is base_prompt prompt text [end]: the base is told the condition in words.
+    The start token then stands at the beginning of what the base reads before every sequence
+    (``base_prefix``; ``AuxTunedConfig.base_prefix_ids``).
+
     Args:
         tokenizer: of transformers, the base's own. Special tokens that a text spells out are
             recognised, and none is added but start and end.
@@ -110,10 +118,12 @@ class TextFormat:
             the end token. None: any length. It does not bind ``prompts``.
         text_prefix: written before every text that is learnt. With a space there a word has the same ids
             at the beginning of a text as within it, in a tokenizer that marks the beginning of words.
+        base_prompt: how the condition is told to the base, with "{condition}", such as " {condition}:"; None
+            tells it nothing.
 
     Raises:
-        TypeError: the template is not a str.
-        ValueError: the tokenizer has no end token, the template no field {condition} or another
+        TypeError: a template is not a str.
+        ValueError: the tokenizer has no end token, a template no field {condition} or another
             one, or max_length is below 2.
     """
 
@@ -123,6 +133,7 @@ class TextFormat:
         condition_template: str = "{condition}",
         max_length: int | None = None,
         text_prefix: str = "",
+        base_prompt: str | None = None,
     ) -> None:
         if getattr(tokenizer, "eos_token_id", None) is None:
             raise ValueError(
@@ -130,6 +141,8 @@ class TextFormat:
                 "set tokenizer.eos_token"
             )
         check_condition_template(condition_template)
+        if base_prompt is not None:
+            check_condition_template(base_prompt, "base_prompt")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}; the start token and one of the text need 2")
         if not isinstance(text_prefix, str):
@@ -137,6 +150,17 @@ class TextFormat:
             raise TypeError(f"text_prefix must be a str, got {kind}: {text_prefix!r:.60}")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.condition_template, self.text_prefix = condition_template, text_prefix
+        self.base_prompt = base_prompt
+
+    @classmethod
+    def of(cls, config: Any, tokenizer: Any, max_length: int | None = None) -> TextFormat:
+        """The format that a pair was trained in.
+
+        Args:
+            config: an ``AuxTunedConfig``.
+            tokenizer, max_length: as of ``TextFormat``.
+        """
+        return cls(tokenizer, config.condition_template, max_length, config.text_prefix, config.base_prompt)
 
     @property
     def start_id(self) -> int:
@@ -188,12 +212,34 @@ class TextFormat:
     def examples(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
         """Many of ``example``, which tokenizers do several times faster at once."""
         conditions = self.condition_ids([example.condition for example in examples])
-        prompts = self._ids([example.prompt for example in examples])
+        begun = self._begun(
+            [example.prompt for example in examples], [example.condition for example in examples]
+        )
         texts = self._ids([self.text_prefix + example.text for example in examples])
         return [
-            {**self._sequence(prompt, text, example.prompt), "condition_ids": condition}
-            for example, condition, prompt, text in zip(examples, conditions, prompts, texts, strict=True)
+            {**self._sequence(before, text, example), "condition_ids": condition}
+            for example, condition, before, text in zip(examples, conditions, begun, texts, strict=True)
         ]
+
+    def base_prefix(self, examples: Sequence[Example] = ()) -> list[int]:
+        """(P) ids that a base with a base prompt reads before every sequence: [start], and examples.
+
+        Each is written as its own sequence would be, base prompt, prompt and text, then the end of a line; of
+        two where the base prompt has several lines.
+
+        Raises:
+            ValueError: there is no base prompt.
+        """
+        if self.base_prompt is None:
+            raise ValueError('there is no base_prompt to write examples with; give one, as " {condition}:"')
+        ids = [self.start_id]
+        end = "\n\n" if "\n" in self.base_prompt else "\n"
+        for one in examples:
+            # In parts, as a sequence is, so that the same words have the same ids in both.
+            told = self.base_prompt.format(condition=one.condition)
+            for part in self._ids([told, one.prompt, self.text_prefix + one.text, end]):
+                ids += part
+        return ids
 
     def prompts(
         self, conditions: Sequence[str | Sequence[str]], prompts: Sequence[str] | None = None
@@ -224,7 +270,9 @@ class TextFormat:
             raise ValueError(
                 f"there are {len(conditions)} conditions and {len(prompts)} prompts; pass as many, 1 at least"
             )
-        begun = [self._begun(ids) for ids in self._ids(prompts)]
+        # A base is told the first of several.
+        told = [one if isinstance(one, str) else next(iter(one), "") for one in conditions]
+        begun = self._begun(prompts, told)
         inputs: dict[str, Tensor] = {}
         inputs["input_ids"], inputs["attention_mask"] = padded(begun, self.pad_id, side="left")
         inputs["condition_ids"], inputs["condition_mask"] = self._conditions(conditions)
@@ -242,17 +290,22 @@ class TextFormat:
             ids = ids.tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _begun(self, prompt: list[int]) -> list[int]:
-        return prompt if prompt[:1] == [self.start_id] else [self.start_id, *prompt]
+    def _begun(self, prompts: Sequence[str], conditions: Sequence[str]) -> list[list[int]]:
+        """What stands before texts: the start token or the base prompt, and the prompt."""
+        own, start = self._ids(prompts), [self.start_id]
+        rest = [ids[1:] if ids[:1] == start else ids for ids in own]
+        if self.base_prompt is None:
+            return [[*start, *ids] for ids in rest]
+        told = self._ids([self.base_prompt.format(condition=condition) for condition in conditions])
+        return [[*before, *ids] for before, ids in zip(told, rest, strict=True)]
 
-    def _sequence(self, prompt: list[int], text: list[int], written: str) -> dict[str, list[int]]:
-        begun = self._begun(prompt)
-        if not prompt and text[:1] == [self.start_id] and text != [self.end_id]:
+    def _sequence(self, begun: list[int], text: list[int], example: Example) -> dict[str, list[int]]:
+        if begun == [self.start_id] and text[:1] == begun and text != [self.end_id]:
             text = text[1:]
         if self.max_length is not None and len(begun) >= self.max_length:
             raise ValueError(
-                f"the prompt {written!r:.60} takes {len(begun)} tokens with the start token, which leaves no "
-                f"room for text in max_length={self.max_length}; shorten it or raise max_length"
+                f"the prompt {example.prompt!r:.60} takes {len(begun)} tokens with what stands before it, "
+                f"which leaves no room for text in max_length={self.max_length}; shorten it or raise max_length"
             )
         learned = text if text[-1:] == [self.end_id] else [*text, self.end_id]
         if self.max_length is not None:

@@ -80,9 +80,12 @@ def _problem(model: AuxTunedForCausalLM, example: Mapping[str, Any]) -> str | No
         )
     if foreign := _foreign(model, "prompt and text", ids):
         return foreign
-    T, positions = len(ids), positions_for(model.lm)
-    if positions is not None and positions < T:
-        return f"{T} tokens, but the base has positions for {positions}; pass max_length (--max-length)"
+    T, before, positions = len(ids), len(model.base_prefix), positions_for(model.lm)
+    if positions is not None and positions < before + T:
+        behind = f" behind {before} of base_prefix_ids" if before else ""
+        return (
+            f"{T} tokens{behind}, but the base has positions for {positions}; pass max_length (--max-length)"
+        )
     if problem := _of_auxiliary(model, DEFAULT, _listed(example.get("condition_ids", ())), T):
         return problem
     for name, given in frozen.items():

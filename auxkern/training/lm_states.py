@@ -6,10 +6,11 @@ chosen layers, and ``lm_nll`` (tokens,) float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from auxkern.core.terms import Head
 from auxkern.model.base import check_output_head, hidden_width, output_head, run_base
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.native import compute_of
+from auxkern.model.prefix import BasePrefix, PrefixStates, with_prefix
 from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.examples import Items, data_fingerprint, packed_ids
@@ -80,6 +82,7 @@ def cache_lm_states(
     shard_tokens: int = 32_768,
     dtype: torch.dtype | str = torch.float16,
     base_fingerprint: str | None = None,
+    prefix: BasePrefix | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LMStates:
     """Runs the base over every sequence once, and keeps its states in a folder.
@@ -102,6 +105,8 @@ def cache_lm_states(
             with another number.
         dtype: of the stored states, float16, bfloat16 or float32, as a torch dtype or a name.
         base_fingerprint: of the base's weights, if it is known already.
+        prefix: what the base reads before every sequence, ``model.base_prefix``; its own states are not kept,
+            and ``prefix.fingerprint`` names the base behind it.
         progress: called with tokens done and tokens in all, before the first batch and after each.
             What it raises ends the caching, which can be resumed.
 
@@ -128,13 +133,18 @@ def cache_lm_states(
     checked_lengths(lm, encoded)
     folder = Path(folder)
     base = base_fingerprint or fingerprint(lm)
+    base = base if prefix is None else prefix.fingerprint(base)
     header = _header(data_fingerprint(encoded), base, layers, dtype_name(dtype), hidden_width(lm))
     compute = compute_of(lm) or EXACT
     header |= {} if compute == EXACT else {"compute": compute}
 
+    kept = _Stored(layers, hidden_width(lm), DTYPES[header["dtype"]])
+
     def computed(shard: Shard, report: PartsDone) -> dict[str, Tensor]:
         check_output_head(lm)
-        return _computed(lm, encoded, shard, tuple(layers), batch_tokens, DTYPES[header["dtype"]], report)
+        before = prefix.states() if prefix else None
+        read = functools.partial(_states_and_nll, lm, layers=tuple(layers), before=before)
+        return _computed(read, encoded, shard, batch_tokens, kept, report)
 
     write_shards(folder, header, _sequences(encoded), shard_tokens, computed, progress)
     return LMStates.open(folder, encoded, base, layers)
@@ -229,23 +239,26 @@ def _sequences(encoded: Items) -> Sequences:
 
 
 def _computed(
-    lm: Any,
+    read: Callable[[list[list[int]]], tuple[Tensor, Tensor]],
     encoded: Items,
     shard: Shard,
-    layers: tuple[int, ...],
     batch_tokens: int,
-    dtype: torch.dtype,
+    kept: _Stored,
     report: PartsDone,
 ) -> dict[str, Tensor]:
-    """One shard: states (tokens, 1 + L, D) in ``dtype``, lm_nll (tokens,) float32."""
-    states = torch.empty(shard.tokens, 1 + len(layers), hidden_width(lm), dtype=dtype)
+    """One shard: states (tokens, 1 + L, D), lm_nll (tokens,) float32.
+
+    Args:
+        read: what the base makes of a batch, see ``_states_and_nll``.
+    """
+    states = torch.empty(shard.tokens, 1 + len(kept.layers), kept.width, dtype=kept.dtype)
     lm_nll = torch.empty(shard.tokens, dtype=torch.float32)
     first = 0
     rows = [list(encoded[i]["input_ids"]) for i in shard.members]
     for batch in cheapest_batches(rows, batch_tokens):
-        exact, nll = _states_and_nll(lm, batch, layers)
+        exact, nll = read(batch)
         last = first + len(nll)
-        states[first:last] = _stored(exact, layers, dtype)
+        states[first:last] = kept.narrowed(exact)
         lm_nll[first:last] = nll
         report.add(len(nll))
         first = last
@@ -253,11 +266,15 @@ def _computed(
 
 
 @torch.no_grad()
-def _states_and_nll(lm: Any, batch: list[list[int]], layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _states_and_nll(
+    lm: Any, batch: list[list[int]], layers: tuple[int, ...], before: PrefixStates | None
+) -> tuple[Tensor, Tensor]:
     """States (n, 1 + L, D) of the n real tokens, row after row, and the nll (n,) of what follows each."""
     head = output_head(lm)
     input_ids, mask = (tensor.to(lm.device) for tensor in padded(batch, 0))
-    states = run_base(lm, input_ids, mask, layers=layers).states
+    cache = None if before is None else before.cache(len(batch))
+    seen = with_prefix(mask, 0 if before is None else len(before))
+    states = run_base(lm, input_ids, seen, layers=layers, cache=cache, use_cache=cache is not None).states
     following = torch.full_like(input_ids, IGNORED)
     following[:, :-1] = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORED)
     real = mask.bool().to(states.device)
@@ -268,11 +285,17 @@ def _states_and_nll(lm: Any, batch: list[list[int]], layers: tuple[int, ...]) ->
     return packed, nll
 
 
-def _stored(states: Tensor, layers: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    names = ["the final hidden states", *(f"layer {layer}" for layer in layers)]
-    return torch.stack(
-        [narrowed(states[:, k], dtype, f"{name} of the base") for k, name in enumerate(names)], dim=1
-    )
+class _Stored(NamedTuple):
+    """How states are kept: of which layers beside the final ones, D wide, in which dtype."""
+
+    layers: Sequence[int]
+    width: int
+    dtype: torch.dtype
+
+    def narrowed(self, states: Tensor) -> Tensor:
+        names = ["the final hidden states", *(f"layer {layer}" for layer in self.layers)]
+        kept = [narrowed(states[:, k], self.dtype, f"{name} of the base") for k, name in enumerate(names)]
+        return torch.stack(kept, dim=1)
 
 
 def _header(
