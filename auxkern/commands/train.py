@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import shlex
 import shutil
 import sys
@@ -144,7 +145,9 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     if launched.rank == 0:
         check_unused(output)
     sides = _read_examples(settings, launched)
-    text_format, model = _pair(settings, device, sides[0].examples)
+    shots, rest = _base_examples(settings, sides[0])
+    sides = (rest, sides[1])
+    text_format, model = _pair(settings, device, rest.examples, shots)
     check_padding(model, text_format.pad_id)
     formats = hold_frozen(model, settings.frozen, text_format)
     training, validation = (
@@ -179,8 +182,23 @@ def _read_examples(settings: TrainSettings, launched: Launched) -> tuple[PlacedE
     return sides[0].drawn(settings.train_examples), sides[1].drawn(settings.validation_examples)
 
 
+def _base_examples(settings: TrainSettings, side: PlacedExamples) -> tuple[list[Example], PlacedExamples]:
+    """What the base reads before every text, and what is left to train on."""
+    count = settings.base_examples
+    if count >= len(side.examples):
+        raise ValueError(
+            f"base_examples is {count}, which leaves none of {len(side.examples)} training examples; give "
+            "fewer"
+        )
+    seed = mixed_seed(settings.seed, "base examples")
+    chosen = random.Random(seed).sample(range(len(side.examples)), count)
+    left = [i for i in range(len(side.examples)) if i not in set(chosen)] if count else None
+    rest = side if left is None else side.some(left)
+    return [side.examples[i] for i in chosen], rest
+
+
 def _pair(
-    settings: TrainSettings, device: str | None, examples: Sequence[Example]
+    settings: TrainSettings, device: str | None, examples: Sequence[Example], shots: Sequence[Example]
 ) -> tuple[TextFormat, AuxTunedForCausalLM]:
     fields: dict[str, Any] = {
         "base_model_name_or_path": settings.base,
@@ -219,11 +237,20 @@ def _pair(
             **source,
         )
     fields |= {"condition_template": chosen.condition_template, "text_prefix": chosen.text_prefix}
+    with _saying("base_prompt", ValueError):
+        text_format = TextFormat(
+            tokenizer,
+            chosen.condition_template,
+            settings.max_length,
+            chosen.text_prefix,
+            settings.base_prompt,
+        )
+    if settings.base_prompt is not None:
+        fields |= {"base_prompt": settings.base_prompt, "base_prefix_ids": text_format.base_prefix(shots)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(settings.seed, "weights"))
         with _saying(wrong, TypeError, RuntimeError):
             pair = AuxTunedForCausalLM.from_lm(lm, **fields)
-    text_format = TextFormat(tokenizer, chosen.condition_template, settings.max_length, chosen.text_prefix)
     return text_format, pair
 
 
@@ -300,10 +327,11 @@ def _to_store(job: _Job, side: str, root: Path) -> dict[str, _Stored]:
 
     model, encoded, config = job.model, getattr(job, side), job.model.config
     layers, dtype = list(config.lm_layers), getattr(torch, job.settings.states_dtype)
-    base = config.base_fingerprint
-    folder = states_folder(root, data_fingerprint(encoded), base, layers, dtype, job.settings.compute)
+    base, prefix = config.base_fingerprint, model.base_prefix
+    behind = prefix.fingerprint(base)
+    folder = states_folder(root, data_fingerprint(encoded), behind, layers, dtype, job.settings.compute)
     size = announce_size(encoded, model.lm, layers, dtype)
-    options = {"layers": layers, "dtype": dtype, "base_fingerprint": base}
+    options = {"layers": layers, "dtype": dtype, "base_fingerprint": base, "prefix": prefix}
     of_base = functools.partial(cache_lm_states, model.lm, encoded, folder, **options)
     stored = {"": _Stored("the base", side, folder, size, of_base)}
     for name in config.on_top_of:

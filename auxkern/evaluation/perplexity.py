@@ -13,6 +13,7 @@ from torch import Tensor
 from auxkern.core.terms import Term
 from auxkern.model.base import lm_term
 from auxkern.model.inputs import PairInputs
+from auxkern.model.interface import traits_of
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.collator import AuxCollator
@@ -178,7 +179,10 @@ def _separate_terms(
     lm = lm_term(model.lm, states[b, t, :1], None if logits is None else logits[b, t][:, None])
     embedding = model.lm.get_input_embeddings().weight
     scores = model.lm_scores(states[:, :, 0], logits, inputs.condition_ids)
-    output = model.auxiliary(inputs.for_auxiliary(states[:, :, 1:], embedding, scores, None, False))
+    prefix = (
+        model.base_prefix.states() if traits_of(model.auxiliary).reads_prefix and model.base_prefix else None
+    )
+    output = model.auxiliary(inputs.for_auxiliary(states, embedding, scores, prefix=prefix))
     # Each row as a sequence of one position, with the condition of its own sequence.
     rows = output.positions(lambda values: values[b, t][:, None])
     return lm, model.auxiliary_terms(rows, inputs.rows(b), scale)

@@ -10,8 +10,9 @@ from transformers import AutoModel, DynamicCache, EncoderDecoderCache
 
 from auxkern.core.coverage import Coverage
 from auxkern.model.base import cache_argument, counts_positions, mask_with_cache, positions_of
-from auxkern.model.config import AuxTunedConfig
+from auxkern.model.config import LAST_LAYERS, AuxTunedConfig
 from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput, AuxiliaryTraits
+from auxkern.model.last_layers import LastLayers
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.native import final_states
 from auxkern.model.pointer import Pointer
@@ -222,4 +223,6 @@ def build_auxiliary(config: AuxTunedConfig) -> nn.Module:
         return DecoderAuxiliary(config)
     if config.architecture == "encoder-decoder":
         return EncoderDecoderAuxiliary(config)
+    if config.architecture == LAST_LAYERS:
+        return LastLayers(config)
     raise ValueError('architecture is "custom"; pass the module itself as auxiliary=')

@@ -13,7 +13,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from auxkern.model.text import check_condition_template
 
-ARCHITECTURES = ("decoder", "encoder-decoder", "custom")
+LAST_LAYERS = "last-layers"
+ARCHITECTURES = ("decoder", "encoder-decoder", LAST_LAYERS, "custom")
 DEFAULT_DECODER = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -47,13 +48,19 @@ class AuxTunedConfig(PreTrainedConfig):
         base_model_name_or_path, base_revision, base_gguf_file: where the base is, see ``load_base``.
         base_fingerprint: of its weights, see ``auxkern.model.fingerprint``.
         architecture: "decoder" (the condition is a prefix of the auxiliary's own input),
-            "encoder-decoder" (an encoder reads it) or "custom" (a module that you pass).
+            "encoder-decoder" (an encoder reads it), "last-layers" (the base's last layers once more, on its
+            hidden states: the condition is what the base is told, see base_prompt) or "custom" (a module
+            that you pass).
         auxiliary_config: a transformers config as a dict with its "model_type": any decoder-only one for
             "decoder", the T5 family for "encoder-decoder". None takes a small Llama, or a small T5.
         from_lm_layers: a decoder with the base's own config and its first layers' weights, so many of
             them; 0 for none.
+        last_layers: with "last-layers", how many.
+        lora_rank: with "last-layers", the rank of LoRA's matrices in every linear layer, which are all
+            that is trained; 0 trains the layers' weights.
         lm_layers: hidden states of the base that the auxiliary reads beside its own embeddings, as in
-            transformers' ``hidden_states``: 0 the embeddings, i the output of the i-th layer.
+            transformers' ``hidden_states``: 0 the embeddings, i the output of the i-th layer. Filled in
+            with "last-layers".
         input_embedding: "own", or "shared": the base's frozen embedding, projected.
         head: "own": a (V, D) output embedding, or "shared": the base's, behind a projection. Both
             start at exactly zero, so an untrained pair is the base.
@@ -90,6 +97,8 @@ class AuxTunedConfig(PreTrainedConfig):
     architecture: str = "decoder"
     auxiliary_config: dict[str, Any] | None = None
     from_lm_layers: int = 0
+    last_layers: int = 0
+    lora_rank: int = 16
     lm_layers: list[int] = field(default_factory=list)
     input_embedding: str = "own"
     head: str = "own"
@@ -144,7 +153,7 @@ class AuxTunedConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number")
-        for name, least in (("from_lm_layers", 0), ("pointer_size", 1)):
+        for name, least in (("from_lm_layers", 0), ("last_layers", 0), ("lora_rank", 0), ("pointer_size", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
@@ -158,6 +167,7 @@ class AuxTunedConfig(PreTrainedConfig):
             )
         if self.lm_layers != sorted(set(self.lm_layers)):
             raise ValueError(f"lm_layers is {self.lm_layers}; give each layer once, in rising order")
+        self._check_last_layers()
         if self.from_lm_layers and (self.architecture != "decoder" or self.input_embedding != "shared"):
             raise ValueError(
                 f'from_lm_layers is {self.from_lm_layers}, which needs architecture="decoder" and '
@@ -166,6 +176,19 @@ class AuxTunedConfig(PreTrainedConfig):
         if self.lm_term == "logits" and self.head == "shared":
             raise ValueError(
                 'head="shared" uses the base\'s output embedding, which lm_term="logits" does not'
+            )
+
+    def _check_last_layers(self) -> None:
+        last = self.architecture == LAST_LAYERS
+        if last != bool(self.last_layers):
+            raise ValueError(
+                f"last_layers is {self.last_layers} and architecture {self.architecture!r}; give "
+                '"last-layers" a number of layers, and others none'
+            )
+        if last and (self.pointer or self.lm_term != "head"):
+            raise ValueError(
+                f'architecture="last-layers" takes no pointer (it is {self.pointer}) and needs lm_term="head"'
+                f" (it is {self.lm_term!r}); leave both out, and tell the base the condition by base_prompt"
             )
 
     def _check_base_prompt(self) -> None:

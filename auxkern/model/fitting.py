@@ -56,6 +56,8 @@ def fit(config: AuxTunedConfig, lm: Any, lm_fingerprint: str, allow_other_base: 
     text = lm.config.get_text_config()
     V, layers = base.vocabulary(lm), text.num_hidden_layers
     config.vocab_size = config.vocab_size or V
+    if config.last_layers:
+        _fit_last_layers(config, lm, layers)
     for name, size, most in (
         ("vocab_size", config.vocab_size, V),
         ("lm_layers", max(config.lm_layers, default=0), layers),
@@ -92,14 +94,32 @@ def unsaved_buffers(config: AuxTunedConfig, auxiliary: nn.Module | None) -> dict
     return {name: buffer.clone() for name, buffer, _ in buffers_of(module, saved=False)}
 
 
-def first_layers(lm: Any, count: int) -> dict[str, Any]:
-    """The base's own config, with so many layers, as a dict."""
+def _fit_last_layers(config: AuxTunedConfig, lm: Any, layers: int) -> None:
+    if config.last_layers > layers:
+        raise ValueError(f"last_layers is {config.last_layers}, but the base has {layers}; give at most that")
+    head = base.output_head(lm)
+    if head.softcap is not None:
+        raise ValueError(
+            'architecture="last-layers" adds to hidden states, but the base caps its logits at '
+            f"{head.softcap}; use another architecture"
+        )
+    first = layers - config.last_layers
+    if config.lm_layers not in ([], [first]):
+        raise ValueError(
+            f"lm_layers is {config.lm_layers}, but the last {config.last_layers} layers read [{first}]; "
+            "leave it out"
+        )
+    config.lm_layers = [first]
+
+
+def some_layers(lm: Any, chosen: slice) -> dict[str, Any]:
+    """The base's own config with some of its layers, as a dict."""
     config = copy.deepcopy(lm.config.get_text_config())
     layers = config.num_hidden_layers
-    config.num_hidden_layers = count
+    config.num_hidden_layers = len(range(layers)[chosen])
     known = type(config)().to_dict()
     settings = {
-        name: value[:count] if isinstance(value, list) and len(value) == layers else value
+        name: value[chosen] if isinstance(value, list) and len(value) == layers else value
         for name, value in config.to_diff_dict().items()
         if name in known and name != "dtype"
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 from auxkern.model.base import OutputHead
 from auxkern.model.caches import AuxiliaryRows
 from auxkern.model.interface import AuxiliaryInputs
+from auxkern.model.prefix import PrefixStates
 
 
 class PairInputs:
@@ -64,16 +65,30 @@ class PairInputs:
         return PairInputs(*text, *conditions)
 
     def for_auxiliary(
-        self, lm_states: Tensor, lm_embedding: Tensor, lm_scores: Tensor | None, cache: Any, use_cache: bool
+        self,
+        lm_states: Tensor,
+        lm_embedding: Tensor,
+        lm_scores: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+        *,
+        prefix: PrefixStates | None = None,
     ) -> AuxiliaryInputs:
-        """With what comes from the base and from the auxiliary's own cache."""
+        """With what comes from the base and from the auxiliary's own cache.
+
+        Args:
+            lm_states: (B, T, 1 + L, D_lm) the base's final hidden states, then those of the layers.
+            lm_embedding, lm_scores, cache, use_cache, prefix: as of ``AuxiliaryInputs``.
+        """
         return AuxiliaryInputs(
             **vars(self),
-            lm_states=lm_states,
+            lm_states=lm_states[:, :, 1:],
             lm_embedding=lm_embedding,
             lm_scores=lm_scores,
             cache=cache,
             use_cache=use_cache,
+            lm_final=lm_states[:, :, 0],
+            prefix=prefix,
         )
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from auxkern.model.prefix import PrefixStates
+
 
 @dataclass
 class AuxiliaryInputs:
@@ -23,6 +25,9 @@ class AuxiliaryInputs:
             them; else None.
         cache: what the module returned for the past tokens; None at the first call.
         use_cache: whether it must return a cache.
+        lm_final: (B, T, D_lm) the base's final hidden states at the new tokens.
+        prefix: at the first call, the base's keys and values of what it reads before every text, for one that
+            ``reads_prefix``; else None.
     """
 
     input_ids: Tensor
@@ -34,6 +39,8 @@ class AuxiliaryInputs:
     lm_scores: Tensor | None = None
     cache: Any = None
     use_cache: bool = False
+    lm_final: Tensor | None = None
+    prefix: PrefixStates | None = None
 
 
 @dataclass
@@ -83,6 +90,11 @@ class AuxiliaryTraits:
     @property
     def needs_condition(self) -> bool:
         """Whether it cannot do without a condition: an encoder has nothing to read."""
+        return False
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether it attends to what the base reads before every text, in a cache of the base's width."""
         return False
 
     @property

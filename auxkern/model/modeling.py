@@ -23,6 +23,7 @@ from auxkern.model.frozen import Frozen, frozen_terms
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs, checked_weights
 from auxkern.model.interface import traits_of
+from auxkern.model.last_layers import LastLayers
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.mixing import with_frozen
 from auxkern.model.native import compute_of, use_native_kernels
@@ -94,9 +95,13 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         object.__setattr__(self, "_others", {})
         self.base_prefix = BasePrefix(lm, config.base_prefix_ids)
         self.auxiliary = build_auxiliary(config) if auxiliary is None else auxiliary
-        out = config.lm_hidden_size if config.head == "shared" else config.vocab_size
-        width: Any = self.auxiliary.hidden_size
-        self.head = ZeroLinear(width, int(out or 0), bias=False)
+        self.head: Any = None
+        if isinstance(self.auxiliary, LastLayers):
+            self.auxiliary.share_weights(lm)
+        else:
+            out = config.lm_hidden_size if config.head == "shared" else config.vocab_size
+            width: Any = self.auxiliary.hidden_size
+            self.head = ZeroLinear(width, int(out or 0), bias=False)
         self._tied_weights_keys = tied_weights(self)
         self.post_init()
 
@@ -136,10 +141,15 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         config = AuxTunedConfig(**fields)
         refusals.check_kind(lm)
         if config.from_lm_layers:
-            config.auxiliary_config = fitting.first_layers(lm, config.from_lm_layers)
+            config.auxiliary_config = fitting.some_layers(lm, slice(config.from_lm_layers))
+        if config.last_layers:
+            config.auxiliary_config = fitting.some_layers(lm, slice(-config.last_layers, None))
         model = cls(config, lm=lm, auxiliary=auxiliary)
         if config.from_lm_layers:
             fitting.copy_layers(model.auxiliary.body, lm)
+        if isinstance(model.auxiliary, LastLayers):
+            model.auxiliary.copy_weights(lm)
+            refusals.check_last_layers(model)
         return model.to(base.output_device(lm)).train()
 
     @classmethod
@@ -240,8 +250,8 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
             own, trained = getattr(self.config, field), getattr(other.config, field)
             if own != trained:
                 raise ValueError(
-                    f"auxiliary {name!r} was trained on a base with {field}={trained!r:.60}, but this model's has "
-                    f"{own!r:.60}; auxiliaries of one model share what its base reads"
+                    f"auxiliary {name!r} was trained on a base with {field}={trained!r:.60}, but this "
+                    f"model's has {own!r:.60}; auxiliaries of one model share what its base reads"
                 )
         self._others[name] = other.to(self.device).eval()
 
@@ -261,6 +271,8 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         compute = compute or compute_of(self.lm) or "float32"
         for module in (self.lm, self, *self._others.values()):
             use_native_kernels(module, compute)
+            if module is not self.lm and isinstance(module.auxiliary, LastLayers):
+                module.auxiliary.merge(compute)
         return self
 
     def _get_name(self) -> str:
@@ -313,13 +325,15 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         # The device only: a cast is for the auxiliary, the base keeps the dtype that it was loaded in.
-        device = self.head.weight.device
+        device = next(self.parameters()).device
         mapped = getattr(self.__dict__.get("lm"), "hf_device_map", None) is not None
         if "lm" in self.__dict__ and device.type != "meta" and not mapped:
             if base.output_device(self.lm) != device:
                 self.lm.to(device)
             for other in self._others.values():
                 other.to(device)
+            if isinstance(self.auxiliary, LastLayers):
+                self.auxiliary.share_weights(self.lm)
         return self
 
     def _init_weights(self, module: nn.Module) -> None:

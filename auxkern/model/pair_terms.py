@@ -156,10 +156,14 @@ class PairSum:
         embedding: Tensor = self.lm.get_input_embeddings().weight
         read, layers = model.config.lm_layers, side.layers
         states = side.states
-        chosen = states[:, :, 1:] if read == layers else states[:, :, [1 + layers.index(i) for i in read]]
+        chosen = states if read == layers else states[:, :, [0, *(1 + layers.index(i) for i in read)]]
         scores = model.lm_scores(states[:, :, 0], side.logits, batch.condition_ids)
+        reads_prefix = (
+            part.cache is None and bool(self.base_prefix) and traits_of(model.auxiliary).reads_prefix
+        )
+        prefix = self.base_prefix.states() if reads_prefix else None
         output: AuxiliaryOutput = model.auxiliary(
-            batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache)
+            batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache, prefix=prefix)
         )
         return output
 
@@ -176,9 +180,12 @@ class PairSum:
         """
         hidden = output.hidden
         scales = scale[:, None].expand(hidden.shape[:2]) if isinstance(scale, Tensor) else scale
-        if self.config.head == "shared":
+        if self.head is None:  # states of the base's kind
             head = base.output_head(self.lm) if head is None else head
-            terms: list[Term] = [Head(self.head(hidden), head.weight, scale=scales, packed=head.packed)]
+            terms: list[Term] = [Head(hidden, head.weight, scale=head.scale * scales, packed=head.packed)]
+        elif self.config.head == "shared":
+            head = base.output_head(self.lm) if head is None else head
+            terms = [Head(self.head(hidden), head.weight, scale=scales, packed=head.packed)]
         else:
             packed = self.head.packed() if isinstance(self.head, FrozenLinear) else None
             terms = [Head(hidden, self.head.weight, scale=scales, packed=packed)]

@@ -14,9 +14,13 @@ from transformers import PreTrainedModel
 
 from auxkern.model import base, twins
 from auxkern.model.auxiliary import build_auxiliary
-from auxkern.model.config import AuxTunedConfig
+from auxkern.model.caches import AuxiliaryRows
+from auxkern.model.config import LAST_LAYERS, AuxTunedConfig
 from auxkern.model.fingerprints import computing_fields
+from auxkern.model.frozen import base_side
+from auxkern.model.inputs import PairInputs
 from auxkern.model.interface import AuxiliaryInputs
+from auxkern.model.pair_terms import DEFAULT
 from auxkern.model.trials import LENGTH, PADDING, Reading, Trial, trial_ids
 
 _log = logging.getLogger(__name__)
@@ -63,6 +67,8 @@ def check_auxiliary(config: AuxTunedConfig, auxiliary: nn.Module | None = None) 
     Raises:
         ValueError: later tokens or padding reach its output, or a cache changes it.
     """
+    if config.architecture == LAST_LAYERS:
+        return  # see ``check_last_layers``
     if auxiliary is not None:
         name, instead = type(auxiliary).__name__, "see AuxiliaryModule for what it has to do"
     else:
@@ -77,6 +83,32 @@ def check_auxiliary(config: AuxTunedConfig, auxiliary: nn.Module | None = None) 
         ) from error
     if flaw is not None:
         raise ValueError(f"{name} cannot be an auxiliary: {flaw}; {instead}")
+
+
+@torch.no_grad()
+def check_last_layers(model: Any) -> None:
+    """Runs the base's last layers, untrained, on its own states, and sees whether they make its final ones.
+
+    Args:
+        model: a pair with ``architecture="last-layers"``, new.
+
+    Raises:
+        ValueError: they do not: the base does something else between its layers.
+    """
+    lm = model.lm
+    ids = trial_ids(
+        base.vocabulary(lm), base.output_device(lm), _special(lm), _room(lm.config.get_text_config())
+    )
+    batch = PairInputs(ids)
+    side = base_side(model, batch, model.config.lm_layers)
+    added = model.auxiliary_output(AuxiliaryRows(DEFAULT, None, None), batch, side, use_cache=False).hidden
+    difference = float(added.abs().max() / side.states[:, :, 0].float().abs().max().clamp_min(1e-6))
+    if not difference <= _tolerance(lm):
+        raise ValueError(
+            f"the last {model.config.last_layers} layers of {type(lm).__name__} on its hidden states give "
+            f"other final states than it has (relative difference {difference:.1e}); use another architecture than "
+            '"last-layers"'
+        )
 
 
 def check_kind(lm: Any) -> None:

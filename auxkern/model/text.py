@@ -297,6 +297,12 @@ class TextFormat:
         if self.base_prompt is None:
             return [[*start, *ids] for ids in rest]
         told = self._ids([self.base_prompt.format(condition=condition) for condition in conditions])
+        for condition, ids in zip(conditions, told, strict=True):
+            if not ids:
+                raise ValueError(
+                    f"base_prompt {self.base_prompt!r} has no tokens for the condition {condition!r}, so that "
+                    "nothing stands before the text; give it words of its own"
+                )
         return [[*before, *ids] for before, ids in zip(told, rest, strict=True)]
 
     def _sequence(self, begun: list[int], text: list[int], example: Example) -> dict[str, list[int]]:
@@ -305,7 +311,7 @@ class TextFormat:
         if self.max_length is not None and len(begun) >= self.max_length:
             raise ValueError(
                 f"the prompt {example.prompt!r:.60} takes {len(begun)} tokens with what stands before it, "
-                f"which leaves no room for text in max_length={self.max_length}; shorten it or raise max_length"
+                f"which leaves no room for text in max_length={self.max_length}; shorten it, or raise that"
             )
         learned = text if text[-1:] == [self.end_id] else [*text, self.end_id]
         if self.max_length is not None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import operator
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -71,7 +71,10 @@ class PlacedExamples:
 
     def drawn(self, limit: int | None) -> PlacedExamples:
         """At most ``limit`` of them, drawn at random but always the same."""
-        chosen = drawn(range(len(self.examples)), limit)
+        return self.some(drawn(range(len(self.examples)), limit))
+
+    def some(self, chosen: Sequence[int]) -> PlacedExamples:
+        """Those of some indices."""
         return PlacedExamples([self.examples[i] for i in chosen], lambda i: self.place(chosen[i]))
 
 

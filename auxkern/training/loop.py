@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from auxkern.core.seeds import mixed_seed
-from auxkern.model.base import lm_term, run_base
+from auxkern.model.base import lm_term
+from auxkern.model.inputs import PairInputs
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training import checkpoint
@@ -557,8 +558,8 @@ def _base_nll(model: Any, batch: Mapping[str, Any]) -> float:
     states, logits = batch.get("lm_states"), None
     own_logits = model.config.lm_term == "logits"
     if states is None or own_logits:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        states, logits, _ = run_base(model.lm, ids, mask, want_logits=own_logits)
+        inputs = PairInputs(batch["input_ids"], batch["attention_mask"])
+        states, logits, _ = model.run_lm(inputs, [], None, use_cache=False)
     term = lm_term(model.lm, states[:, :, 0], logits)
     V = model.config.vocab_size
     return float(cross_entropy([term], batch["labels"], shift=True, reduction="sum", vocab_size=V))

@@ -165,6 +165,16 @@ class TrainSettings(LoopSettings):
         'how a condition is written, with "{condition}"; default: the task\'s, or what lets a pointer copy',
         None,
     )
+    base_prompt: str | None = _setting(
+        'how the base is told the condition, with "{condition}", as in " {condition}:"; default: not at all',
+        None,
+    )
+    base_examples: int = _setting(
+        "training examples that the base reads before every text, in the form of base_prompt; drawn by the "
+        "seed, and not trained on",
+        0,
+        at_least=0,
+    )
     max_length: int | None = _setting("tokens of prompt and text that are kept", None, at_least=2)
     pair: dict[str, Any] = field(
         default_factory=dict,
@@ -208,11 +218,20 @@ class TrainSettings(LoopSettings):
             )
         if self.task is None and self.validation_file is None:
             raise ValueError("there is no validation data: pass validation_file beside train_file")
-        remedies = {"base_model_name_or_path": "base", "on_top_of": "frozen"}
-        for name in ("condition_template", "base_revision", "base_gguf_file", *remedies):
+        remedies = {
+            "base_model_name_or_path": "base",
+            "on_top_of": "frozen",
+            "base_prefix_ids": "base_examples",
+        }
+        for name in ("condition_template", "base_revision", "base_gguf_file", "base_prompt", *remedies):
             if name in self.pair:
                 remedy = remedies.get(name, name)
                 raise ValueError(f"pair holds {name!r}, which is a setting of its own; use {remedy}")
+        if self.base_examples and self.base_prompt is None:
+            raise ValueError(
+                f"base_examples is {self.base_examples}, but there is no base_prompt to write them in; give "
+                'one, such as " {condition}:"'
+            )
         if self.output == "-":
             raise ValueError("output is '-', but checkpoints need a folder; name one")
         output = Path(self.output).resolve()
