@@ -172,7 +172,7 @@ def _separate_terms(
 
     Row n predicts what follows position t[n] of sequence b[n].
     """
-    inputs = PairInputs(*(batch[name] for name in _INPUTS))
+    inputs = PairInputs(*(batch[name] for name in _INPUTS), told=batch.get("told"))
     logits, states = None, batch.get("lm_states")
     if states is None:
         states, logits, _ = model.run_lm(inputs, model.config.lm_layers, None, use_cache=False)

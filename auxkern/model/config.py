@@ -185,10 +185,9 @@ class AuxTunedConfig(PreTrainedConfig):
                 f"last_layers is {self.last_layers} and architecture {self.architecture!r}; give "
                 '"last-layers" a number of layers, and others none'
             )
-        if last and (self.pointer or self.lm_term != "head"):
+        if last and self.lm_term != "head":
             raise ValueError(
-                f'architecture="last-layers" takes no pointer (it is {self.pointer}) and needs lm_term="head"'
-                f" (it is {self.lm_term!r}); leave both out, and tell the base the condition by base_prompt"
+                f'architecture="last-layers" needs lm_term="head", but it is {self.lm_term!r}; leave it out'
             )
 
     def _check_base_prompt(self) -> None:

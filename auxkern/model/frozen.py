@@ -63,7 +63,7 @@ def frozen_terms(
     terms = []
     for name, given in frozen.items():
         ids, mask = given["condition_ids"], given["condition_mask"]
-        inputs = PairInputs(batch.input_ids, batch.attention_mask, ids, mask)
+        inputs = PairInputs(batch.input_ids, batch.attention_mask, ids, mask, batch.told)
         if side is not None and name in unknown:
             output = frozen_output(model, name, inputs, side)
         else:

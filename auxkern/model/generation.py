@@ -271,7 +271,8 @@ class PairGeneration(SumGeneration):
 
     generates_from = (
         *SumGeneration.generates_from,
-        *("condition_ids", "condition_mask", "auxiliary_ids", "aux_scale", "output_hidden_states"),
+        *("condition_ids", "condition_mask", "told"),
+        *("auxiliary_ids", "aux_scale", "output_hidden_states"),
     )
 
     @torch.no_grad()
@@ -291,6 +292,7 @@ class PairGeneration(SumGeneration):
             inputs: (B, T) ids, left-padded; or ``input_ids`` and ``attention_mask`` by name.
             condition_ids, condition_mask: (B, K), by name; (B, A, K) where each of a text's auxiliaries
                 has its own, in their order (``TextFormat.prompts`` makes them).
+            told: (B,), by name: how many tokens of each prompt are the base prompt (made likewise).
             seeds: as there.
             auxiliary: name of an auxiliary, None for the base alone, or one of these for each input; a list
                 of names for an input adds up several.
@@ -323,7 +325,9 @@ class PairGeneration(SumGeneration):
     def next_terms(
         self, ids: Tensor, mask: Tensor, cache: Any, inputs: dict[str, Any]
     ) -> tuple[list[Term], Any]:
-        batch = PairInputs(ids, mask, inputs.get("condition_ids"), inputs.get("condition_mask"))
+        batch = PairInputs(
+            ids, mask, *(inputs.get(one) for one in ("condition_ids", "condition_mask", "told"))
+        )
         options = {name: inputs.get(name) for name in ("auxiliary_ids", "aux_scale")}
         use_cache = inputs.get("use_cache", True)
         terms, cache, _ = self.terms(batch, cache=cache, use_cache=use_cache, keep=1, **options)

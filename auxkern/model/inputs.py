@@ -23,6 +23,7 @@ class PairInputs:
         attention_mask: (B, P + T) int64, 1 for real tokens; all are if None.
         condition_ids, condition_mask: (B, K) int64, or (B, A, K), one for each of a sequence's
             auxiliaries; no condition if None.
+        told: (B,) int64, how many of the first tokens are the base prompt; none if None.
         past: P, tokens that came before.
 
     Raises:
@@ -35,6 +36,7 @@ class PairInputs:
         attention_mask: Tensor | None = None,
         condition_ids: Tensor | None = None,
         condition_mask: Tensor | None = None,
+        told: Tensor | None = None,
         *,
         past: int = 0,
     ) -> None:
@@ -50,10 +52,16 @@ class PairInputs:
             )
         self.input_ids, self.attention_mask = input_ids, attention_mask
         self.condition_ids, self.condition_mask = _conditions(input_ids, condition_ids, condition_mask)
+        if told is not None and told.shape != (B,):
+            raise ValueError(f"told has shape {tuple(told.shape)} but there are {B} sequences; give each one")
+        self.told = told
 
     def rows(self, rows: Tensor) -> PairInputs:
         """The same for some sequences, (R,) int64 indices."""
-        return PairInputs(*(tensor[rows] for tensor in vars(self).values()))
+        of_rows: dict[str, Any] = {
+            name: None if one is None else one[rows] for name, one in vars(self).items()
+        }
+        return PairInputs(**of_rows)
 
     def of(self, part: AuxiliaryRows) -> PairInputs:
         """What one auxiliary reads, with one condition for each of its sequences."""
@@ -62,7 +70,8 @@ class PairInputs:
             return self
         text = (part.of(one, False) for one in (self.input_ids, self.attention_mask))
         conditions = (part.of(one, several) for one in (self.condition_ids, self.condition_mask))
-        return PairInputs(*text, *conditions)
+        told = None if self.told is None else part.of(self.told, False)
+        return PairInputs(*text, *conditions, told=told)
 
     def for_auxiliary(
         self,

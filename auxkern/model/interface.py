@@ -25,6 +25,8 @@ class AuxiliaryInputs:
             them; else None.
         cache: what the module returned for the past tokens; None at the first call.
         use_cache: whether it must return a cache.
+        told: (B,) int64, how many of the first real tokens tell the base the condition, and are no text yet;
+            None for none.
         lm_final: (B, T, D_lm) the base's final hidden states at the new tokens.
         prefix: at the first call, the base's keys and values of what it reads before every text, for one that
             ``reads_prefix``; else None.
@@ -39,6 +41,7 @@ class AuxiliaryInputs:
     lm_scores: Tensor | None = None
     cache: Any = None
     use_cache: bool = False
+    told: Tensor | None = None
     lm_final: Tensor | None = None
     prefix: PrefixStates | None = None
 

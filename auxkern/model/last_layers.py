@@ -14,10 +14,12 @@ from auxkern.model.base import cache_argument, counts_positions, mask_with_cache
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput, AuxiliaryTraits
 from auxkern.model.native import final_states, use_native_kernels
+from auxkern.model.pointer import Pointer
 from auxkern.model.prefix import with_prefix
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _ADAPTER = "default"
+_READ = 128  # width of what the pointer reads
 
 
 class LastLayers(AuxiliaryTraits, nn.Module):
@@ -54,6 +56,12 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             )
         else:
             self.body = self._new_body()
+        self.pointer: Pointer | None = None
+        if config.pointer:
+            self.reads = nn.Linear(self.hidden_size, _READ)
+            self.names = nn.Linear(config.lm_embedding_size or 0, _READ)
+            reads_lm = config.pointer_reads_lm
+            self.pointer = Pointer(_READ, config.pointer_size, reads_lm=reads_lm, exact=True)
 
     # ------------------------------------------------------------------------------------- its layers
 
@@ -205,12 +213,37 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             options[cache_argument(body)] = cache
             options["attention_mask"] = mask_with_cache(cache, mask, T)
         hidden, attention, _ = final_states(body, options, cache_argument(body) if keeps else None)
-        kept = AuxiliaryCache(attention, mask, None, None, None) if inputs.use_cache else None
-        return AuxiliaryOutput(hidden.float() - final.float(), cache=kept)
+        kept = AuxiliaryCache(attention, mask, None, None, None)
+        added = hidden.float() - final.float()
+        if self.pointer is None:
+            return AuxiliaryOutput(added, cache=kept if inputs.use_cache else None)
+        return self._pointed(added, hidden, inputs, kept)
+
+    def _pointed(
+        self, added: Tensor, hidden: Tensor, inputs: AuxiliaryInputs, kept: AuxiliaryCache
+    ) -> AuxiliaryOutput:
+        """With the pointer's part."""
+        pointer: Any = self.pointer
+        dtype = self.reads.weight.dtype
+        if inputs.cache is None:
+            named = nn.functional.embedding(inputs.condition_ids, inputs.lm_embedding).to(dtype)
+            kept.keys, past = pointer.keys(_normed(self.names(named))), None
+        else:
+            kept.keys, past = inputs.cache.keys, inputs.cache.stretches
+        coverage = pointer.coverage(inputs, past)
+        kept.stretches = coverage.stretches
+        # Final states of a language model are of any size; the pointer's parts start from zero and are quick.
+        read = _normed(self.reads(hidden.to(dtype)))
+        _, scores, end = pointer(read, kept.keys, inputs, coverage)
+        return AuxiliaryOutput(added, scores, end, kept if inputs.use_cache else None)
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self.transformer.parameters()).dtype
         return dtype
+
+
+def _normed(x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, x.shape[-1:])
 
 
 def _adapted(body: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -364,6 +364,7 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         return_dict: bool | None = None,
         cache: PairCache | None = None,
         frozen: Frozen | None = None,
+        told: Tensor | None = None,
     ) -> Any:
         """The loss of the pair, or its logits.
 
@@ -389,6 +390,7 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
             return_dict: False for a tuple.
             frozen: other auxiliaries that are held frozen, with their conditions, for training and scoring:
                 their terms, without gradients, stand in the sum with the weights of ``config.on_top_of``.
+            told: (B,) int64, how many of a sequence's first tokens are the base prompt.
 
         Returns:
             ``CausalLMOutputWithPast``: ``loss`` 0-d float32 in nats, ``logits`` (B, T, V) float32,
@@ -402,7 +404,7 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         past_key_values = cache if past_key_values is None else past_key_values
         cache_wanted = use_cache and labels is None
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        batch = PairInputs(input_ids, attention_mask, condition_ids, condition_mask, past=past)
+        batch = PairInputs(input_ids, attention_mask, condition_ids, condition_mask, told, past=past)
         if aux_scale is not None:
             shape = batch.input_ids.shape[:1] if auxiliary_ids is None else auxiliary_ids.shape
             aux_scale = checked_weights(aux_scale, shape, input_ids.device)

@@ -90,6 +90,9 @@ class Pointer(nn.Module):
         T, K = ids.shape[1], condition.shape[2]
         real = (inputs.condition_mask != 0)[:, None, :]
         text = inputs.attention_mask[:, -T:, None] != 0
+        if past is None and inputs.told is not None:
+            # What tells the base the condition is not its text yet.
+            text &= text.cumsum(1) > inputs.told[:, None, None]
         if past is None:
             past = condition.new_zeros(len(ids), K, 2)
         equal = (ids == condition) & real & text

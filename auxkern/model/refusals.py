@@ -106,8 +106,8 @@ def check_last_layers(model: Any) -> None:
     if not difference <= _tolerance(lm):
         raise ValueError(
             f"the last {model.config.last_layers} layers of {type(lm).__name__} on its hidden states give "
-            f"other final states than it has (relative difference {difference:.1e}); use another architecture than "
-            '"last-layers"'
+            f"other final states than it has (relative difference {difference:.1e}); use another "
+            'architecture than "last-layers"'
         )
 
 

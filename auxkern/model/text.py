@@ -196,12 +196,13 @@ class TextFormat:
         padding = self.tokenizer.pad_token_id
         return self.end_id if padding is None else padding
 
-    def example(self, condition: str, text: str, prompt: str = "") -> dict[str, list[int]]:
+    def example(self, condition: str, text: str, prompt: str = "") -> dict[str, Any]:
         """One training example as ids; arguments as in ``Example``.
 
         Returns:
             input_ids (T), [start] prompt text [end], with the prefix as part of the text; labels (T), the
-            same ids over text and end and -100 before; condition_ids (K), without start and end.
+            same ids over text and end and -100 before; condition_ids (K), without start and end; with a base
+            prompt told, how many of the first ids it takes.
 
         Raises:
             TypeError: an argument is not a str.
@@ -209,17 +210,18 @@ class TextFormat:
         """
         return self.examples([Example(condition, text, prompt)])[0]
 
-    def examples(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+    def examples(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Many of ``example``, which tokenizers do several times faster at once."""
         conditions = self.condition_ids([example.condition for example in examples])
-        begun = self._begun(
+        begun, told = self._begun(
             [example.prompt for example in examples], [example.condition for example in examples]
         )
         texts = self._ids([self.text_prefix + example.text for example in examples])
-        return [
+        items: list[dict[str, Any]] = [
             {**self._sequence(before, text, example), "condition_ids": condition}
             for example, condition, before, text in zip(examples, conditions, begun, texts, strict=True)
         ]
+        return items if told is None else [{**item, "told": n} for item, n in zip(items, told, strict=True)]
 
     def base_prefix(self, examples: Sequence[Example] = ()) -> list[int]:
         """(P) ids that a base with a base prompt reads before every sequence: [start], and examples.
@@ -253,7 +255,7 @@ class TextFormat:
         Returns:
             int64 tensors: input_ids and attention_mask (B, T), [start] prompt, padded on the left, so
             that new tokens follow; condition_ids and condition_mask (B, K), padded on the right, or (B, A, K)
-            of lists.
+            of lists; with a base prompt told (B,), how many of the first tokens it takes.
 
         Raises:
             TypeError: a str stands where a sequence of them belongs, or beside lists.
@@ -271,11 +273,13 @@ class TextFormat:
                 f"there are {len(conditions)} conditions and {len(prompts)} prompts; pass as many, 1 at least"
             )
         # A base is told the first of several.
-        told = [one if isinstance(one, str) else next(iter(one), "") for one in conditions]
-        begun = self._begun(prompts, told)
+        first = [one if isinstance(one, str) else next(iter(one), "") for one in conditions]
+        begun, told = self._begun(prompts, first)
         inputs: dict[str, Tensor] = {}
         inputs["input_ids"], inputs["attention_mask"] = padded(begun, self.pad_id, side="left")
         inputs["condition_ids"], inputs["condition_mask"] = self._conditions(conditions)
+        if told is not None:
+            inputs["told"] = torch.tensor(told)
         return inputs
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
@@ -290,20 +294,22 @@ class TextFormat:
             ids = ids.tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _begun(self, prompts: Sequence[str], conditions: Sequence[str]) -> list[list[int]]:
-        """What stands before texts: the start token or the base prompt, and the prompt."""
+    def _begun(
+        self, prompts: Sequence[str], conditions: Sequence[str]
+    ) -> tuple[list[list[int]], list[int] | None]:
+        """What stands before texts, start token or base prompt and prompt; and how long base prompts are."""
         own, start = self._ids(prompts), [self.start_id]
         rest = [ids[1:] if ids[:1] == start else ids for ids in own]
         if self.base_prompt is None:
-            return [[*start, *ids] for ids in rest]
+            return [[*start, *ids] for ids in rest], None
         told = self._ids([self.base_prompt.format(condition=condition) for condition in conditions])
         for condition, ids in zip(conditions, told, strict=True):
             if not ids:
                 raise ValueError(
-                    f"base_prompt {self.base_prompt!r} has no tokens for the condition {condition!r}, so that "
-                    "nothing stands before the text; give it words of its own"
+                    f"base_prompt {self.base_prompt!r} has no tokens for the condition {condition!r}, so "
+                    "that nothing stands before the text; give it words of its own"
                 )
-        return [[*before, *ids] for before, ids in zip(told, rest, strict=True)]
+        return [[*before, *ids] for before, ids in zip(told, rest, strict=True)], [len(ids) for ids in told]
 
     def _sequence(self, begun: list[int], text: list[int], example: Example) -> dict[str, list[int]]:
         if begun == [self.start_id] and text[:1] == begun and text != [self.end_id]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from auxkern.model.text import IGNORED, padded
 
 _NEEDED = ("input_ids", "labels", "condition_ids")
-_STATES, _FROZEN = "lm_states", "frozen"
+_STATES, _FROZEN, _TOLD = "lm_states", "frozen", "told"
 _OUTPUT = {"hidden": 1, "pointer": 2, "end": 1}  # dimensions of what is cached that differ in length
 
 
@@ -20,9 +21,9 @@ class AuxCollator:
     """Pads encoded examples on the right into a batch; also a ``data_collator`` of transformers' Trainer.
 
     Each item has input_ids (T) and labels (T), condition_ids (K), as lists of int or int tensors, and,
-    in all items of a batch or in none, lm_states (T, 1 + L, D), the cached states of the base, and frozen: of
-    auxiliaries held frozen, by name, condition_ids (K) and what is cached of their output, hidden (T, D),
-    pointer (T, K) and end (T).
+    in all items of a batch or in none, told, how many of the first ids are the base prompt, lm_states
+    (T, 1 + L, D), the cached states of the base, and frozen: of auxiliaries held frozen, by name,
+    condition_ids (K) and what is cached of their output, hidden (T, D), pointer (T, K) and end (T).
 
     Args:
         pad_token_id: fills ids where their mask is 0.
@@ -44,8 +45,8 @@ class AuxCollator:
 
         Returns:
             input_ids, attention_mask and labels (B, T), -100 where there is padding, condition_ids and
-            condition_mask (B, K), all int64; lm_states (B, T, 1 + L, D) in the dtype of the items', zeros
-            where there is padding, if the items have them; and frozen, by name condition_ids and
+            condition_mask (B, K), and told (B,) if the items have it, all int64; lm_states
+            (B, T, 1 + L, D) in the dtype of the items', zeros where there is padding, if the items have them; and frozen, by name condition_ids and
             condition_mask (B, K) and the outputs (B, T, D), (B, T, K) and (B, T), for
             ``AuxTunedForCausalLM.forward``.
 
@@ -62,6 +63,8 @@ class AuxCollator:
         batch["input_ids"], batch["attention_mask"] = padded(ids, self.pad_token_id)
         batch["labels"], _ = padded(labels, IGNORED)
         batch["condition_ids"], batch["condition_mask"] = padded(conditions, self.pad_token_id)
+        if all(_TOLD in item for item in items):
+            batch[_TOLD] = torch.tensor([item[_TOLD] for item in items])
         having = sum(_STATES in item for item in items)
         if having == len(items):
             states = [item[_STATES] for item in items]
@@ -123,7 +126,7 @@ def _check_fields(i: int, item: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"item {i} has no {name}; TextFormat.example makes items with {', '.join(_NEEDED)}"
             )
-    unknown = [name for name in item if name not in (*_NEEDED, _STATES, _FROZEN)]
+    unknown = [name for name in item if name not in (*_NEEDED, _STATES, _FROZEN, _TOLD)]
     if unknown:
         raise ValueError(f"item {i} has the unknown field {unknown[0]!r}; drop it before the batch is made")
     length = len(item["input_ids"])

@@ -157,8 +157,8 @@ class EncodedExamples(Dataset[dict[str, Any]]):
     """Encoded examples in a few flat tensors: small, and cheap to hand to a loader's processes.
 
     ``encoded[i]`` is what ``TextFormat.example`` returned: lists of int input_ids (T), labels (T),
-    where -100 stands before the text only, and condition_ids (K); and "frozen", the condition_ids (K) of
-    auxiliaries held frozen by their names, if there are any.
+    where -100 stands before the text only, and condition_ids (K); told, where there is a base prompt; and
+    "frozen", the condition_ids (K) of auxiliaries held frozen by their names, if there are any.
 
     Args:
         items: what ``TextFormat.examples`` returned, each with the same names in "frozen", or without it.
@@ -168,7 +168,7 @@ class EncodedExamples(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, items: Iterable[Mapping[str, Any]]) -> None:
-        sequences, conditions, starts = [], [], []
+        sequences, conditions, starts, told = [], [], [], []
         frozen: dict[str, list[list[int]]] = {}
         for i, item in enumerate(items):
             ids, labels = item["input_ids"], item["labels"]
@@ -178,12 +178,14 @@ class EncodedExamples(Dataset[dict[str, Any]]):
             sequences.append(ids)
             conditions.append(item["condition_ids"])
             starts.append(start)
+            told.append(item.get("told", 0))
             for name, given in item.get("frozen", {}).items():
                 frozen.setdefault(name, []).append(given["condition_ids"])
         self._sequences = _Ragged(sequences)
         self._conditions = _Ragged(conditions)
         self._frozen = {name: _Ragged(rows) for name, rows in frozen.items()}
         self._starts = torch.tensor(starts, dtype=torch.int64)
+        self._told = torch.tensor(told, dtype=torch.int64) if any(told) else None
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -200,6 +202,7 @@ class EncodedExamples(Dataset[dict[str, Any]]):
             "input_ids": ids,
             "labels": [IGNORED] * start + ids[start:],
             "condition_ids": self._conditions.row(i),
+            **({} if self._told is None else {"told": int(self._told[i])}),
             **({"frozen": frozen} if frozen else {}),
         }
 
