@@ -22,7 +22,7 @@ from auxkern.training.fit import checked_lengths
 from auxkern.training.lm_states import LMStates
 from auxkern.training.progress import PartsDone
 
-_INPUTS = ("input_ids", "attention_mask", "condition_ids", "condition_mask")
+_INPUTS = ("input_ids", "attention_mask", "condition_ids", "condition_mask", "told")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _separate_terms(
 
     Row n predicts what follows position t[n] of sequence b[n].
     """
-    inputs = PairInputs(*(batch[name] for name in _INPUTS), told=batch.get("told"))
+    inputs = PairInputs(**{name: batch[name] for name in _INPUTS if name in batch})
     logits, states = None, batch.get("lm_states")
     if states is None:
         states, logits, _ = model.run_lm(inputs, model.config.lm_layers, None, use_cache=False)

@@ -68,10 +68,13 @@ class PairInputs:
         several = self.condition_ids.dim() == 3
         if part.rows is None and not several:
             return self
-        text = (part.of(one, False) for one in (self.input_ids, self.attention_mask))
-        conditions = (part.of(one, several) for one in (self.condition_ids, self.condition_mask))
-        told = None if self.told is None else part.of(self.told, False)
-        return PairInputs(*text, *conditions, told=told)
+        return PairInputs(
+            part.of(self.input_ids, False),
+            part.of(self.attention_mask, False),
+            part.of(self.condition_ids, several),
+            part.of(self.condition_mask, several),
+            None if self.told is None else part.of(self.told, False),
+        )
 
     def for_auxiliary(
         self,

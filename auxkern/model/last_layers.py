@@ -60,6 +60,7 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         if config.pointer:
             self.reads = nn.Linear(self.hidden_size, _READ)
             self.names = nn.Linear(config.lm_embedding_size or 0, _READ)
+            self.tells = nn.Linear(_READ, self.hidden_size, bias=False)
             reads_lm = config.pointer_reads_lm
             self.pointer = Pointer(_READ, config.pointer_size, reads_lm=reads_lm, exact=True)
 
@@ -198,6 +199,12 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         vectors, final = inputs.lm_states[:, :, 0], inputs.lm_final
         if final is None:
             raise ValueError("lm_final is missing, to which the last layers add")
+        coverage = None
+        if self.pointer is not None:
+            coverage = self.pointer.coverage(inputs, None if first else inputs.cache.stretches)
+            vectors = vectors.float()
+            size = vectors.square().mean(-1, keepdim=True).sqrt()
+            vectors = vectors + size * self.tells(coverage.marks)
         mask, cache = inputs.attention_mask[:, -T:], None
         if not first:
             mask, cache = torch.cat([inputs.cache.mask, mask], 1), inputs.cache.attention
@@ -215,26 +222,17 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         hidden, attention, _ = final_states(body, options, cache_argument(body) if keeps else None)
         kept = AuxiliaryCache(attention, mask, None, None, None)
         added = hidden.float() - final.float()
-        if self.pointer is None:
-            return AuxiliaryOutput(added, cache=kept if inputs.use_cache else None)
-        return self._pointed(added, hidden, inputs, kept)
-
-    def _pointed(
-        self, added: Tensor, hidden: Tensor, inputs: AuxiliaryInputs, kept: AuxiliaryCache
-    ) -> AuxiliaryOutput:
-        """With the pointer's part."""
-        pointer: Any = self.pointer
-        dtype = self.reads.weight.dtype
-        if inputs.cache is None:
-            named = nn.functional.embedding(inputs.condition_ids, inputs.lm_embedding).to(dtype)
-            kept.keys, past = pointer.keys(_normed(self.names(named))), None
-        else:
-            kept.keys, past = inputs.cache.keys, inputs.cache.stretches
-        coverage = pointer.coverage(inputs, past)
-        kept.stretches = coverage.stretches
-        # Final states of a language model are of any size; the pointer's parts start from zero and are quick.
-        read = _normed(self.reads(hidden.to(dtype)))
-        _, scores, end = pointer(read, kept.keys, inputs, coverage)
+        scores = end = None
+        if self.pointer is not None and coverage is not None:
+            dtype = self.reads.weight.dtype
+            if first:
+                named = nn.functional.embedding(inputs.condition_ids, inputs.lm_embedding).to(dtype)
+                kept.keys = self.pointer.keys(_normed(self.names(named)))
+            else:
+                kept.keys = inputs.cache.keys
+            kept.stretches = coverage.stretches
+            # Final states are of any size in a language model, and the pointer's parts learn fast.
+            _, scores, end = self.pointer(_normed(self.reads(hidden.to(dtype))), kept.keys, inputs, coverage)
         return AuxiliaryOutput(added, scores, end, kept if inputs.use_cache else None)
 
     def _dtype(self) -> torch.dtype:

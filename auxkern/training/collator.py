@@ -46,7 +46,8 @@ class AuxCollator:
         Returns:
             input_ids, attention_mask and labels (B, T), -100 where there is padding, condition_ids and
             condition_mask (B, K), and told (B,) if the items have it, all int64; lm_states
-            (B, T, 1 + L, D) in the dtype of the items', zeros where there is padding, if the items have them; and frozen, by name condition_ids and
+            (B, T, 1 + L, D) in the dtype of the items', zeros where there is padding, if the items have them;
+            and frozen, by name condition_ids and
             condition_mask (B, K) and the outputs (B, T, D), (B, T, K) and (B, T), for
             ``AuxTunedForCausalLM.forward``.
 
