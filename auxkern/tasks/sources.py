@@ -1,4 +1,4 @@
-"""Where a task's texts come from: WordNet, a text file, JSON lines, or a dataset of Hugging Face."""
+"""Where a task's texts come from: WordNet, novels, a text file, JSON lines, or Hugging Face's datasets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
 from auxkern.model.text import check_unicode
+from auxkern.tasks import austen
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
 
 SPELLINGS = (
-    "wordnet, wordnet:FOLDER, text:FILE, jsonl:FILE?text=FIELD&condition=FIELD or "
+    "wordnet, wordnet:FOLDER, austen, austen:FOLDER, text:FILE, jsonl:FILE?text=FIELD&condition=FIELD or "
     "datasets:NAME?text=FIELD&condition=FIELD&split=SPLIT&config=CONFIG"
 )
 
@@ -54,6 +55,27 @@ class WordNet:
         sentences = (sentence for synset in read_synsets(self.folder) for sentence in synset.examples)
         for number, sentence in enumerate(dict.fromkeys(sentences), start=1):
             yield Record(sentence, None, f"{self.folder}, example {number}")
+
+
+@dataclass(frozen=True)
+class Austen:
+    """Jane Austen's novels, sentence by sentence.
+
+    Attributes:
+        folder: of the R package janeaustenr.
+    """
+
+    folder: Path = austen.DEBIAN_FOLDER
+
+    def records(self) -> Iterator[Record]:
+        """Each sentence of ``austen.read_sentences``, without a condition.
+
+        Raises:
+            FileNotFoundError: the package's file is missing; the message says what to install.
+            ValueError: it has another format.
+        """
+        for number, sentence in enumerate(austen.read_sentences(self.folder), start=1):
+            yield Record(sentence, None, f"{self.folder}, sentence {number}")
 
 
 @dataclass(frozen=True)
@@ -147,13 +169,16 @@ class HubDataset:
         return splits[self.split]
 
 
+_FOLDERS: dict[str, type[WordNet] | type[Austen]] = {"wordnet": WordNet, "austen": Austen}
+
+
 def source_from(spelling: str) -> Source:
     """The source that a string names.
 
     Args:
-        spelling: wordnet, wordnet:FOLDER, text:FILE, jsonl:FILE or datasets:NAME; options follow a
-            question mark as in ``jsonl:words.jsonl?text=gloss&condition=word``, percent-encoded. They are
-            the attributes of ``JsonLines`` and ``HubDataset``.
+        spelling: wordnet, wordnet:FOLDER, austen, austen:FOLDER, text:FILE, jsonl:FILE or datasets:NAME;
+            options follow a question mark as in ``jsonl:words.jsonl?text=gloss&condition=word``,
+            percent-encoded. They are the attributes of ``JsonLines`` and ``HubDataset``.
 
     Raises:
         TypeError: it is not a str.
@@ -162,10 +187,8 @@ def source_from(spelling: str) -> Source:
     if not isinstance(spelling, str):
         raise TypeError(f"source must be a str, got {type(spelling).__name__}; write {SPELLINGS}")
     kind, _, rest = spelling.partition(":")
-    if spelling == "wordnet":
-        return WordNet()
-    if kind == "wordnet" and rest:
-        return WordNet(Path(rest))
+    if kind in _FOLDERS and (rest or spelling == kind):
+        return _FOLDERS[kind](Path(rest)) if rest else _FOLDERS[kind]()
     if kind == "text" and rest:
         return TextFile(Path(rest))
     place, _, query = rest.partition("?")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from auxkern.tasks.sources import HubDataset, JsonLines, Record, TextFile, WordNet, source_from
+from auxkern.tasks.sources import Austen, HubDataset, JsonLines, Record, TextFile, WordNet, source_from
 from auxkern.tasks.wordnet import FILES
 
 
@@ -64,6 +64,8 @@ def test_wordnet_gives_each_usage_example_once(tmp_path):
 def test_a_spelling_names_a_source():
     assert source_from("wordnet") == WordNet()
     assert source_from("wordnet:/a/b") == WordNet(Path("/a/b"))
+    assert source_from("austen") == Austen()
+    assert source_from("austen:/a/b") == Austen(Path("/a/b"))
     assert source_from("text:what? a&b.txt") == TextFile(Path("what? a&b.txt"))
     assert source_from("jsonl:a.jsonl") == JsonLines(Path("a.jsonl"))
     assert source_from("jsonl:a:b.jsonl?text=the%20gloss&condition=word") == JsonLines(
@@ -81,6 +83,7 @@ def test_a_spelling_names_a_source():
         ("a.txt", "source is 'a.txt'"),
         ("text:", "source is 'text:'"),
         ("wordnet:", "source is 'wordnet:'"),
+        ("austen:", "source is 'austen:'"),
         ("csv:a.csv", "source is 'csv:a.csv'"),
         ("jsonl:?text=a", "source is 'jsonl:"),
         ("jsonl:a?field=a", "the option 'field' is unknown; known are text, condition"),
