@@ -22,7 +22,7 @@ from auxkern.training.fit import checked_lengths
 from auxkern.training.lm_states import LMStates
 from auxkern.training.progress import PartsDone
 
-_INPUTS = ("input_ids", "attention_mask", "condition_ids", "condition_mask", "told")
+_INPUTS = ("input_ids", "attention_mask", "condition_ids", "condition_mask")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ def _separate_terms(
 
     Row n predicts what follows position t[n] of sequence b[n].
     """
-    inputs = PairInputs(**{name: batch[name] for name in _INPUTS if name in batch})
+    ids, mask, conditions, condition_mask = (batch[name] for name in _INPUTS)
+    inputs = PairInputs(ids, mask, conditions, condition_mask, batch.get("told"))
     logits, states = None, batch.get("lm_states")
     if states is None:
         states, logits, _ = model.run_lm(inputs, model.config.lm_layers, None, use_cache=False)

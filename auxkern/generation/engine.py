@@ -77,7 +77,9 @@ class Engine:
         on_text: Callable[[str | int, int, str], None] | None = None,
     ) -> None:
         self.scheduler = Scheduler(slots, max_length, prefill_tokens, max_condition=max_condition)
-        limits.check_slots_of_base(model, max_length)
+        before = len(model.base_prefix)
+        limits.check_prefix(model, text_format, columns_for(max_length + before))
+        limits.check_slots_of_base(model, max_length + before)
         for name in model.auxiliary_names:
             limits.check_slots_of_auxiliary(model, name, max_length + max_condition)
         self._others = dict(models or {})
@@ -89,7 +91,7 @@ class Engine:
         self._flying: Pending | None = None  # a step whose tokens the host has not looked at
         for one in (model, *self._others.values()):
             one.eval()
-        room = Room(slots, max_length, max_condition)
+        room = Room(slots, max_length, max_condition, before)
         shapes = [] if graphs is None or isinstance(graphs, bool) else [tuple(shape) for shape in graphs]
         limits.check_shapes(model, self._others, shapes, slots, columns_for(max_length))
         record = self._recorder(True if shapes else graphs if isinstance(graphs, bool) else None)
@@ -368,25 +370,47 @@ class Engine:
     def _sequences(self, request: Request, samples: Iterable[int]) -> list[Sequence]:
         check_drawable(request, self.model.config.vocab_size)
         if not request.members:
-            prompt, condition = self._ids(request.auxiliary, request.prompt, request.condition)
-            return request.sequences(prompt, condition, samples)
+            prompt, told, condition = self._ids(request.auxiliary, request.prompt, request.condition)
+            return request.sequences(prompt, condition, samples, told=told)
         members: list[Part] = []
         first = next(place for place, one in enumerate(request.members) if one.model == BASE)
         own = request.members[first].prompt
-        prompt, _ = self._ids(None, request.prompt if own is None else own, "")
-        for member in request.members:
+        own = request.prompt if own is None else own
+        prompt, told = self._first_prompt(request, own)
+        for place, member in enumerate(request.members):
             name = member.model
             check_reads(member, [BASE, *self._others], self._runner.lanes)
             if name in self._runner.lanes:
-                _, condition = self._ids(name, "", member.condition or "")
-                members.append(Part(name, tuple(prompt), tuple(condition), member.weight, first))
+                _, _, condition = self._ids(name, "", member.condition or "")
+                members.append(Part(name, tuple(prompt), tuple(condition), member.weight, first, told))
                 continue
-            ids, _ = self._ids(None, request.prompt if member.prompt is None else member.prompt, "")
+            if place == first:
+                members.append(Part(name, tuple(prompt), weight=member.weight, told=told))
+                continue
+            ids = self._plain_ids(request.prompt if member.prompt is None else member.prompt)
             members.append(Part(name, tuple(ids), weight=member.weight))
-        return request.sequences(prompt, (), samples, members)
+        return request.sequences(prompt, (), samples, members, told)
 
-    def _ids(self, name: str | None, prompt: str, condition: str) -> tuple[list[int], list[int]]:
-        """Of a prompt, and of a condition for an auxiliary; none without one."""
+    def _first_prompt(self, request: Request, prompt: str) -> tuple[list[int], int]:
+        """What the first member of the base reads, and how much of it tells it an auxiliary's condition."""
+        steered = [one for one in request.members if one.model in self._runner.lanes]
+        if not steered or self.text_format.base_prompt is None:
+            return self._plain_ids(prompt), 0
+        conditions = {one.condition or "" for one in steered}
+        if len(conditions) > 1:
+            raise ValueError(
+                f"the base is told the condition in words ({self.text_format.base_prompt!r}), but members have "
+                f"{len(conditions)}, {sorted(conditions)!r:.80}; give auxiliaries of one text one condition"
+            )
+        ids, told, _ = self._ids(steered[0].model, prompt, conditions.pop())
+        return ids, told
+
+    def _plain_ids(self, prompt: str) -> list[int]:
+        ids: list[int] = self.text_format.plain.prompts([""], [prompt])["input_ids"][0].tolist()
+        return ids
+
+    def _ids(self, name: str | None, prompt: str, condition: str) -> tuple[list[int], int, list[int]]:
+        """Of base prompt and prompt, how many are the first's, and of a condition where an auxiliary is named."""
         names = self.model.auxiliary_names
         if name in self._runner.lanes and name not in names:
             raise ValueError(f"auxiliary {name!r} has been unloaded; choose one of {names}")
@@ -402,7 +426,8 @@ class Engine:
                 f"the condition has no tokens, but the encoder of auxiliary {name!r} needs one; give a "
                 "condition"
             )
-        return inputs["input_ids"][0].tolist(), ids
+        told = int(inputs["told"][0]) if "told" in inputs else 0
+        return inputs["input_ids"][0].tolist(), told, ids
 
     def _recorder(self, graphs: bool | None) -> Record | None:
         window = limits.window_of(self.model)

@@ -98,7 +98,7 @@ class Lane:
         """
         rows = to_device(of, mask.device)
         cache.reorder_cache(rows)
-        self.table.join(cache, mask[rows], [len(reader.ids) for reader in joining])
+        self.table.join(cache, mask[rows], _columns(joining, mask.shape[1]))
         self.readers += joining
 
     def clear(self) -> None:
@@ -119,6 +119,15 @@ class Lane:
             self.readers[destination] = self.readers[source]
         del self.readers[left:]
         return moves
+
+
+def _columns(joining: list[Reader], width: int, *, with_condition: bool = False) -> list[int]:
+    """The last columns of a cache so wide in which each newcomer has its tokens."""
+    # Padding stands between a prefix and a text.
+    return [
+        width if one.part.told else len(one.ids) + (len(one.part.condition_ids) if with_condition else 0)
+        for one in joining
+    ]
 
 
 class AuxiliaryLane(Lane):
@@ -201,7 +210,9 @@ class AuxiliaryLane(Lane):
             side[start:end, : ids.shape[1]] = ids[rows]
         cache.reorder_cache(rows)
         # A decoder has its condition before the text.
-        most = [len(one.ids) + len(one.part.condition_ids) for one in joining] if self.table.fixed else None
+        most = None
+        if self.table.fixed:
+            most = _columns(joining, cache.mask.shape[1], with_condition=True)
         self.table.join(self.attention_of(cache), cache.mask, most)
         for name in OF_CONDITION:
             new = getattr(cache, name)

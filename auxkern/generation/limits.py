@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from auxkern.generation.members import BASE, Part
 from auxkern.generation.request import Sequence
 from auxkern.model.base import counts_positions, output_device, run_base, vocabulary
+from auxkern.model.text import TextFormat
 
 _USE = "use model.generate for this model"
 _NO_SLOTS = f"whose state cannot be kept in slots; {_USE}"
@@ -33,6 +34,32 @@ def check_slots_of_base(model: Any, max_length: int) -> None:
     if model.config.lm_term == "logits":
         raise ValueError('lm_term is "logits"; the engine draws from output embeddings. Use model.generate')
     check_slots_of_lm("the base", model.lm, model.transformer_config(None), max_length)
+
+
+def check_prefix(model: Any, text_format: TextFormat, columns: int) -> None:
+    """Refuses a base whose texts cannot share what it reads before them, or a format for another base.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        text_format: of its texts.
+        columns: of a cache.
+
+    Raises:
+        ValueError: so it is.
+    """
+    trained, given = model.config.base_prompt, text_format.base_prompt
+    if trained != given:
+        raise ValueError(
+            f"the base was told conditions by base_prompt={trained!r}, but text_format has {given!r}; take "
+            "TextFormat.of(model.config, tokenizer)"
+        )
+    window = window_of(model)
+    if model.base_prefix and window is not None and window < columns:
+        # Padding stands between the prefix and a shorter text.
+        raise ValueError(
+            f"the base has a sliding window of {window} positions, less than {columns} columns, and reads "
+            f"{len(model.base_prefix)} base_prefix_ids before every text; lower max_length, or {_USE}"
+        )
 
 
 def check_members(model: Any, others: Mapping[str, Any], max_length: int) -> None:
@@ -224,6 +251,7 @@ def _part_refusal(model: Any, lm: Any, sequence: Sequence, part: Part) -> str | 
     text, condition = len(part.prompt_ids) + sequence.max_new_tokens, len(part.condition_ids)
     # An encoder-decoder reads the condition apart.
     needed = text + condition if not model.auxiliary_traits(name).needs_condition else max(text, condition)
+    needed += len(model.base_prefix) if model.auxiliary_traits(name).reads_prefix else 0
     if positions is not None and needed > positions:
         return (
             f"condition, prompt and max_new_tokens take {needed} positions, but auxiliary {name!r} has "

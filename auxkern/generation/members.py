@@ -116,6 +116,8 @@ class Part(NamedTuple):
         weight: as of ``Member``.
         base: of an auxiliary, the place of the member of the base whose hidden states it reads; -1 of a
             language model.
+        told: how many of the prompt's ids are the base prompt, which stands behind the base's prefix; 0 for a
+            prompt without both.
     """
 
     model: str
@@ -123,6 +125,7 @@ class Part(NamedTuple):
     condition_ids: tuple[int, ...] = ()
     weight: float | None = None
     base: int = -1
+    told: int = 0
 
 
 def members_from(records: Any) -> tuple[Member, ...]:

@@ -363,10 +363,15 @@ def _computes_logits(lm: Any) -> bool:
 def _begin(text_format: TextFormat, prompt: str | None) -> tuple[int, ...] | None:
     if prompt is None:
         return None
-    return tuple(text_format.prompts([""], [prompt])["input_ids"][0].tolist())
+    return tuple(text_format.plain.prompts([""], [prompt])["input_ids"][0].tolist())
 
 
 def _steered(pair: Any, text_format: TextFormat, member: Member) -> _Steered:
+    if text_format.base_prompt is not None:
+        raise ValueError(
+            f"member {member.model!r} was trained on a base that is told the condition by base_prompt "
+            f"{text_format.base_prompt!r}; write its texts with the pair itself, or with Engine"
+        )
     condition = text_format.prompts([member.condition or ""])["condition_ids"][0].tolist()
     if not condition and pair.auxiliary_traits(member.model).needs_condition:
         raise ValueError(f"member {member.model!r} has an encoder, which needs a condition; give it one")

@@ -18,6 +18,7 @@ from auxkern.model import base
 from auxkern.model.caches import AuxiliaryRows
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.mixing import Added, sequences_of
+from auxkern.model.prefix import BasePrefix
 from auxkern.model.text import padded
 from auxkern.ops.dense import dense_logits
 
@@ -172,13 +173,27 @@ def unique_readings(readers: list[Reader], sequences: Sequences, key: Any) -> tu
 
 
 def first_pass(
-    lm: Any, readers: list[Reader], sequences: Sequences, layers: list[int], device: torch.device
+    lm: Any,
+    readers: list[Reader],
+    sequences: Sequences,
+    layers: list[int],
+    device: torch.device,
+    prefix: BasePrefix | None = None,
 ) -> LmPass:
-    """Reads the contexts of newcomers, each once."""
-    readings, first = unique_readings(readers, sequences, lambda reader: reader.ids)
+    """Reads the contexts of newcomers, each once.
+
+    Args:
+        prefix: what stands before those that are told something; it is not read again.
+    """
+    readings, first = unique_readings(readers, sequences, lambda reader: (reader.ids, reader.part.told > 0))
     ids, mask = (to_device(one, device) for one in padded([reader.ids for reader in first], 0, side="left"))
     # Layers with sliding windows keep all columns too, as the table does.
-    output = base.run_base(lm, ids, mask, layers=layers, cache=DynamicCache(), use_cache=True)
+    cache = DynamicCache()
+    if prefix and any(reader.part.told for reader in first):
+        cache = prefix.states().cache(len(first))
+        behind = to_device([int(reader.part.told > 0) for reader in first], device)
+        mask = torch.cat([behind[:, None].expand(-1, len(prefix)), mask], 1)
+    output = base.run_base(lm, ids, mask, layers=layers, cache=cache, use_cache=True)
     return LmPass(readings, output, (ids, mask))
 
 
@@ -266,7 +281,8 @@ class Auxiliaries:
         conditions = padded([reader.part.condition_ids for reader in first], 0)
         condition = (to_device(conditions[0], device), to_device(conditions[1], device))
         part = AuxiliaryRows(name, None, None)
-        return self._made(part, readings, first, condition, self._of_base(first))
+        told = to_device([reader.part.told for reader in first], device)
+        return self._made(part, readings, first, condition, self._of_base(first), told)
 
     def next(self, lane: AuxiliaryLane, sequences: Sequences) -> AuxiliaryPass:
         """One more token of every member of a lane."""
@@ -287,6 +303,7 @@ class Auxiliaries:
         readers: list[Reader],
         condition: tuple[Tensor, Tensor],
         of_base: list[int],
+        told: Tensor | None = None,
     ) -> AuxiliaryPass:
         given = (*self._read.inputs, self._read.output.states)
         ids, mask, states = (_rows_of(one, of_base) for one in given)
@@ -297,7 +314,7 @@ class Auxiliaries:
         ]
         side = BaseSide(states, self._layers, None, base.output_head(model.lm))
         returned, terms = model.auxiliary_part(
-            part, PairInputs(ids, mask, *condition), side, 1.0, use_cache=True, keep=1
+            part, PairInputs(ids, mask, *condition, told), side, 1.0, use_cache=True, keep=1
         )
         scale = to_device(weights, ids.device, torch.float32)
         return AuxiliaryPass(readings, terms, scale, returned.cache, condition)

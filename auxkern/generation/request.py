@@ -190,6 +190,7 @@ class Request:
         condition_ids: Iterable[int],
         samples: Iterable[int] | None = None,
         members: Iterable[Part] = (),
+        told: int = 0,
     ) -> list[Sequence]:
         """The request's samples as sequences to be scheduled.
 
@@ -198,6 +199,7 @@ class Request:
             condition_ids: (K) of the condition; none where there is no auxiliary.
             samples: numbers of the samples that are wanted; all of them if None.
             members: of a mixture, what each reads.
+            told: as of ``Part``, of prompt_ids.
 
         Raises:
             ValueError: there are no prompt_ids, or no such sample.
@@ -205,7 +207,7 @@ class Request:
         prompt, condition = tuple(prompt_ids), tuple(condition_ids)
         wanted = range(self.samples) if samples is None else samples
         parts = tuple(members)
-        return [Sequence(self, index, prompt, condition, parts) for index in wanted]
+        return [Sequence(self, index, prompt, condition, parts, told) for index in wanted]
 
     def _check_members(self) -> None:
         if not isinstance(self.members, tuple) or any(not isinstance(one, Member) for one in self.members):
@@ -422,6 +424,7 @@ class Sequence:
         prompt_ids: (T), the start token and the prompt.
         condition_ids: (K).
         members: of a mixture: what each reads; empty for a pair, of which ``parts`` makes them.
+        told: how many of the prompt_ids are the base prompt, see ``Part``.
         generated: what was drawn so far.
         state: "new", "waiting", "running" or "ended"; the scheduler's to change.
         slot: where it runs, or None; the scheduler's to change.
@@ -435,6 +438,7 @@ class Sequence:
     prompt_ids: tuple[int, ...]
     condition_ids: tuple[int, ...] = ()
     members: tuple[Part, ...] = ()
+    told: int = 0
     generated: list[int] = field(default_factory=list)
     state: State = "new"
     slot: int | None = None
@@ -456,10 +460,11 @@ class Sequence:
         if self.members:
             return self.members
         request = self.request
-        base = Part(BASE, self.prompt_ids)
+        base = Part(BASE, self.prompt_ids, told=self.told)
         if request.auxiliary is None:
             return (base,)
-        return base, Part(request.auxiliary, self.prompt_ids, self.condition_ids, request.aux_scale, 0)
+        own = (self.prompt_ids, self.condition_ids, request.aux_scale, 0, self.told)
+        return base, Part(request.auxiliary, *own)
 
     @cached_property
     def width(self) -> int:

@@ -99,7 +99,8 @@ class Rows:
                 "live": [1],
                 "position": [sequence.length],
                 "written": [len(sequence.generated)],
-                "prompt": sequence.prompt_ids,
+                # What tells the base the condition is no text that a penalty counts.
+                "prompt": sequence.prompt_ids[sequence.told :],
                 "history": sequence.generated,
                 "bias_ids": [*biases][:BIASES],
             }

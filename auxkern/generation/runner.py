@@ -46,11 +46,13 @@ class Room:
         slots: most sequences, and most members of one model.
         length: most tokens of a text with its prompt.
         condition: most tokens of a condition.
+        prefix: tokens that the base reads before every text.
     """
 
     slots: int
     length: int
     condition: int
+    prefix: int = 0
 
 
 class Runner:
@@ -80,16 +82,26 @@ class Runner:
     ) -> None:
         self.model, self._room = model, room
         self._lms: dict[str, Any] = {BASE: model.lm, **others}
-        fixed, columns = record is not None, room.length + room.condition
+        fixed = record is not None
         listed = [tuple(shape) for shape in shapes]
         recorded = {BASE, *(name for shape in listed for name in shape)} if fixed else set()
         self._of_lms = {
-            name: Lane(name, SlotTable(room.slots, room.length, model.device, fixed=name in recorded))
+            name: Lane(
+                name,
+                SlotTable(
+                    room.slots,
+                    room.length + (room.prefix if name == BASE else 0),
+                    model.device,
+                    fixed=name in recorded,
+                ),
+            )
             for name in self._lms
         }
         self.lanes: dict[str, AuxiliaryLane] = {}
         for name in model.auxiliary_names:
-            recordable = fixed and model.auxiliary_traits(name).counts_positions
+            traits = model.auxiliary_traits(name)
+            recordable = fixed and traits.counts_positions
+            columns = room.length + room.condition + (room.prefix if traits.reads_prefix else 0)
             table = SlotTable(room.slots, columns, model.device, fixed=recordable)
             self.lanes[name] = AuxiliaryLane(name, table, room.condition)
         self._drawer = Drawer(model, room.slots, room.length)
@@ -248,7 +260,9 @@ class Runner:
         reads: dict[str, LmPass] = {}
         for name, lm in self._lms.items():
             if readers[name]:
-                read = first_pass(lm, readers[name], newcomers, layers if name == BASE else [], device)
+                before = self.model.base_prefix if name == BASE else None
+                layers_of = layers if name == BASE else []
+                read = first_pass(lm, readers[name], newcomers, layers_of, device, before)
                 reads[name] = read
                 stats.prefill_tokens += int(read.lengths)
                 self._of_lms[name].join(readers[name], read.output.cache, read.inputs[1], read.readings.of)

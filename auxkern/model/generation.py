@@ -229,6 +229,10 @@ class SumGeneration(GenerationMixin):
         prompt = self.prompt_read(ids, mask)
         # Positions count real tokens, so that padding does not change the noise.
         position = (prompt >= 0).sum(-1)
+        told = inputs.get("told")
+        if told is not None:
+            # What tells the base the condition is no text that a penalty counts.
+            prompt = prompt.masked_fill((prompt >= 0).cumsum(-1) <= told[:, None], -1)
         start = ids.shape[1]
         unfinished = torch.ones(B, dtype=torch.bool, device=device)
         pad = _padding(generation_config, stopping_criteria)

@@ -17,7 +17,7 @@ from auxkern.model.native import final_states, use_native_kernels
 from auxkern.model.pointer import Pointer
 from auxkern.model.prefix import with_prefix
 
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ADAPTER = "default"
 _READ = 128  # width of what the pointer reads
 
@@ -124,7 +124,8 @@ class LastLayers(AuxiliaryTraits, nn.Module):
                     kind[own_name] = self._of_base(path, tensor, source)
 
     def _of_base(self, name: str, own: Tensor, source: dict[str, Tensor]) -> Tensor:
-        there = _LAYER.sub(lambda found: f"layers.{int(found[1]) + self._first}.", name)
+        # The first number of a name is that of a layer, whatever a family calls their list.
+        there = _LAYER.sub(lambda found: str(int(found[0]) + self._first), name, count=1)
         tensor = source.get(there)
         if tensor is None or tensor.shape != own.shape or not tensor.is_floating_point():
             has = "nothing of that name" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"

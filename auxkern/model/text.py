@@ -162,6 +162,13 @@ class TextFormat:
         """
         return cls(tokenizer, config.condition_template, max_length, config.text_prefix, config.base_prompt)
 
+    @cached_property
+    def plain(self) -> TextFormat:
+        """The same without a base prompt."""
+        if self.base_prompt is None:
+            return self
+        return TextFormat(self.tokenizer, self.condition_template, self.max_length, self.text_prefix)
+
     @property
     def start_id(self) -> int:
         """What every sequence begins with: the tokenizer's start token, or its end token for want of one."""

@@ -51,6 +51,13 @@ PAIRS: dict[str, dict[str, Any]] = {
     },
     "first layers of the LM": {"from_lm_layers": 2, "input_embedding": "shared", "head": "shared"},
     "the LM's own logits": {"auxiliary_config": DECODER, "lm_term": "logits", "pointer": True},
+    "last layers of the LM": {
+        "architecture": "last-layers",
+        "last_layers": 2,
+        "lora_rank": 4,
+        "pointer": True,
+        "pointer_size": 8,
+    },
 }
 
 
