@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from auxkern.core.files import replace_file
 from auxkern.core.seeds import DATA_SEED, mixed_seed
 from auxkern.evaluation.bootstrap import bootstrap_mean
 from auxkern.evaluation.diversity import distinct_n, self_bleu
-from auxkern.evaluation.perplexity import NllReport, evaluate_nll
+from auxkern.evaluation.perplexity import NllReport, evaluate_nll, plain_nll
 from auxkern.evaluation.slor import UnigramCounts, slor
 from auxkern.machine import now
 from auxkern.model.base import positions_for
@@ -52,7 +52,7 @@ its own samples the most probable, and in short texts the first token, which it 
 Exit status: 0; 2 for bad options, missing data or a model that cannot be loaded; 130 after Ctrl-C.
 """
 _TASK_SAMPLES = 100
-_NAMES = {"lm": "LM alone", "aux": "auxiliary alone", "pair": "pair"}
+_NAMES = {"plain": "LM alone, told nothing", "lm": "LM alone", "aux": "auxiliary alone", "pair": "pair"}
 _SAMPLERS = {"pair": "default", "lm": None}  # which auxiliary writes the samples
 _WRITERS = {"lm": "LM alone", "pair": "pair", "reference": "references"}
 _COUNTED = ("source", "tokens", "vocab_size", "data_fingerprint", "tokenizer_fingerprint")
@@ -126,6 +126,14 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, comm
                 aux_scale=options.aux_scale,
                 progress=progress.counting("scoring, tokens"),
             )
+            if model.base_prefix:
+                plain = plain_nll(
+                    model,
+                    encode(chosen.examples, text_format.plain, place=chosen.place),
+                    batch_tokens=options.batch_tokens,
+                    progress=progress.counting("scoring the LM told nothing, tokens"),
+                )
+                report = replace(report, plain_nll=plain)
         try:
             for who in (*_SAMPLERS, "reference") if asked else ():
                 with _clocked(seconds, "samples"):
@@ -308,6 +316,8 @@ def _results(report: NllReport, measured: dict[str, _Figures]) -> dict[str, _Fig
     results: dict[str, _Figures] = {}
     for who in _NAMES:
         perplexity = getattr(report, f"{who}_perplexity")
+        if perplexity is None:
+            continue
         # JSON has no infinity.
         shown = perplexity if math.isfinite(perplexity) else None
         results[who] = {"nll": getattr(report, f"{who}_nll"), "perplexity": shown}
@@ -320,8 +330,8 @@ def _results(report: NllReport, measured: dict[str, _Figures]) -> dict[str, _Fig
 
 def _print_table(results: dict[str, _Figures]) -> None:
     rows = []
-    for who, name in _NAMES.items():
-        perplexity = results[who]["perplexity"]
+    for who in [one for one in _NAMES if one in results]:
+        name, perplexity = _NAMES[who], results[who]["perplexity"]
         shown = "beyond 1e308" if perplexity is None else f"{perplexity:,.2f}"
         rows.append([name, f"{results[who]['nll']:.4f}", shown])
     _print_cells(["", "nll", "perplexity"], rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auxkern.core.terms import Term
-from auxkern.model.base import lm_term
+from auxkern.model.base import lm_term, run_base
 from auxkern.model.inputs import PairInputs
 from auxkern.model.interface import traits_of
 from auxkern.model.text import IGNORED
@@ -32,9 +32,10 @@ class NllReport:
     Attributes:
         tokens: labels that are scored, those that are not -100.
         sequences: B of the data set.
-        lm_nll: the base alone.
+        lm_nll: the base alone, which reads what the pair's base reads.
         aux_nll: the auxiliary alone, softmax(aux_scale * logits_aux).
         pair_nll: the sum of both, softmax(logits_LM + aux_scale * logits_aux).
+        plain_nll: the base alone without its prefix and base prompt; None where it has none.
     """
 
     tokens: int
@@ -42,11 +43,17 @@ class NllReport:
     lm_nll: float
     aux_nll: float
     pair_nll: float
+    plain_nll: float | None = None
 
     @property
     def lm_perplexity(self) -> float:
         """exp(lm_nll); infinite beyond what a float holds."""
         return _exp(self.lm_nll)
+
+    @property
+    def plain_perplexity(self) -> float | None:
+        """exp(plain_nll), or None."""
+        return None if self.plain_nll is None else _exp(self.plain_nll)
 
     @property
     def aux_perplexity(self) -> float:
@@ -132,6 +139,39 @@ def evaluate_nll(
                 f"the mean nll of the {name} is {mean}; look at the weights and the dtype of both models"
             )
     return NllReport(tokens, len(encoded), *means)
+
+
+@torch.no_grad()
+def plain_nll(
+    model: Any,
+    encoded: Items,
+    *,
+    batch_tokens: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean nll that a pair's base alone gives the labels of a data set, without its prefix.
+
+    Args:
+        model: an ``AuxTunedForCausalLM``.
+        encoded: examples in ``TextFormat.plain``.
+        batch_tokens, progress: as of ``evaluate_nll``.
+
+    Raises:
+        ValueError: a sequence is longer than the base can take, or has no label.
+    """
+    lm, lengths, V = model.lm, checked_lengths(model.lm, encoded), model.config.vocab_size
+    collate, own = AuxCollator(model.config.pad_token_id or 0), model.config.lm_term == "logits"
+    total, tokens, done = 0.0, 0, PartsDone(progress, sum(lengths))
+    for chosen in _token_batches(lengths, batch_tokens):
+        batch = {k: v.to(lm.device) for k, v in collate([encoded[i] for i in chosen]).items()}
+        states, logits, _ = run_base(lm, batch["input_ids"], batch["attention_mask"], want_logits=own)
+        term = lm_term(lm, states[:, :, 0], logits)
+        total += float(cross_entropy([term], batch["labels"], shift=True, reduction="sum", vocab_size=V))
+        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        done.add(sum(lengths[i] for i in chosen))
+    if not tokens:
+        raise ValueError(f"no label is to be scored: all of them are {IGNORED} in {len(encoded)} sequences")
+    return total / tokens
 
 
 def _exp(nll: float) -> float:

@@ -399,8 +399,8 @@ class Engine:
         conditions = {one.condition or "" for one in steered}
         if len(conditions) > 1:
             raise ValueError(
-                f"the base is told the condition in words ({self.text_format.base_prompt!r}), but members have "
-                f"{len(conditions)}, {sorted(conditions)!r:.80}; give auxiliaries of one text one condition"
+                f"the base is told one condition ({self.text_format.base_prompt!r}), but members have "
+                f"{sorted(conditions)!r:.80}; give auxiliaries of one text one condition"
             )
         ids, told, _ = self._ids(steered[0].model, prompt, conditions.pop())
         return ids, told
@@ -410,7 +410,7 @@ class Engine:
         return ids
 
     def _ids(self, name: str | None, prompt: str, condition: str) -> tuple[list[int], int, list[int]]:
-        """Of base prompt and prompt, how many are the first's, and of a condition where an auxiliary is named."""
+        """Of base prompt and prompt, how many the first has, and of an auxiliary's condition."""
         names = self.model.auxiliary_names
         if name in self._runner.lanes and name not in names:
             raise ValueError(f"auxiliary {name!r} has been unloaded; choose one of {names}")

@@ -56,6 +56,7 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             )
         else:
             self.body = self._new_body()
+        self.embedded = nn.Identity()  # where hooks find its input vectors
         self.pointer: Pointer | None = None
         if config.pointer:
             self.reads = nn.Linear(self.hidden_size, _READ)
@@ -188,6 +189,10 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         return self._body_config
 
     @property
+    def input_vectors(self) -> nn.Module:
+        return self.embedded
+
+    @property
     def reads_prefix(self) -> bool:
         return True
 
@@ -212,7 +217,8 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         elif inputs.prefix:
             cache = inputs.prefix.last(self._body_config.num_hidden_layers).cache(len(mask))
             mask = with_prefix(mask, len(inputs.prefix))
-        options: dict[str, Any] = {"inputs_embeds": vectors.to(self._dtype()), "attention_mask": mask}
+        vectors = self.embedded(vectors.to(self._dtype()))
+        options: dict[str, Any] = {"inputs_embeds": vectors, "attention_mask": mask}
         keeps = inputs.use_cache or cache is not None
         options["use_cache"] = keeps
         if self.counts_positions:

@@ -153,8 +153,8 @@ class TrainSettings(LoopSettings):
     validation_file: str | None = _setting("the same, held out", None)
     task: str | None = _setting("known data in place of files", None, choices=TASKS)
     task_source: str | None = _setting(
-        "the task's texts: wordnet, text:FILE, jsonl:FILE?text=FIELD&condition=FIELD or datasets:NAME; "
-        "default: wordnet",
+        "the task's texts: wordnet, austen, text:FILE, jsonl:FILE?text=FIELD&condition=FIELD or "
+        "datasets:NAME; default: wordnet",
         None,
     )
     train_examples: int | None = _setting(

@@ -409,3 +409,66 @@ def test_processes_that_share_a_run_make_the_run_of_one(config: Path, tmp_path: 
 def test_a_base_is_sharded_over_processes_only(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(config), "--shard-base"]) == 2
     assert "shard_base is for several processes" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- what the base is told
+
+
+def _within(some: list[int], ids: list[int]) -> bool:
+    return any(ids[i : i + len(some)] == some for i in range(len(ids)))
+
+
+TOLD = ["--base-prompt", "{condition} w2", "--base-examples", "3"]
+
+
+@pytest.mark.parametrize("kind", [PAIR, {"architecture": "last-layers", "last_layers": 2, "lora_rank": 2}])
+def test_a_base_that_is_told_conditions(config: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
+    if "last_layers" in kind:
+        pytest.importorskip("peft")
+    settings = {**yaml.safe_load(config.read_text()), "pair": kind, "cache_states": True}
+    config.write_text(yaml.safe_dump(settings))
+    out = tmp_path / "out"
+    assert main(["--config", str(config), *TOLD]) == 0
+    model = AuxTunedForCausalLM.from_pretrained(out)
+    tokenizer = load_tokenizer(settings["base"])
+    text = TextFormat.of(model.config, tokenizer)
+    every = read_jsonl(tmp_path / "train.jsonl")
+    ids = model.config.base_prefix_ids
+    told = [one for one in every if _within(text.base_prefix([one])[1:], ids)]
+    assert len(told) >= 3
+    first = next(line for line in log(out) if line.get("evaluation"))
+    encoded = encode(read_jsonl(tmp_path / "validation.jsonl"), text)
+    with torch.no_grad():
+        batch = AuxCollator(text.pad_id)([encoded[i] for i in range(len(encoded))])
+        assert float(model.eval()(**batch, aux_scale=0.0).loss) == pytest.approx(first["lm_nll"], rel=1e-4)
+
+
+def test_a_run_that_is_told_goes_on_to_the_same_weights(config: Path, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert main(["--config", str(config), *TOLD, "--output", str(once)]) == 0
+    stopped = ["--config", str(config), *TOLD, "--output", str(twice), "--schedule", "constant"]
+    whole = ["--config", str(config), *TOLD, "--output", str(once / "c"), "--schedule", "constant"]
+    assert main(whole) == 0
+    assert main([*stopped, "--steps", "3"]) == 0
+    assert main([*stopped, "--steps", "8", "--resume"]) == 0
+    assert weights(twice) == weights(once / "c")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base-examples", "3"], "base_examples is 3, but there is no base_prompt"),
+        ([*TOLD[:3], "40"], "base_examples is 40, which leaves none of 40 training examples"),
+        (["--base-prompt", "no field"], "base_prompt is 'no field': it has no field"),
+        (["--pair", "base_prompt=x"], "pair holds 'base_prompt', which is a setting of its own"),
+        (
+            ["--pair", "base_prefix_ids=[1]"],
+            "pair holds 'base_prefix_ids', which is a setting of its own; use base_",
+        ),
+    ],
+)
+def test_what_a_base_cannot_be_told(
+    config: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["--config", str(config), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from auxkern.evaluation.perplexity import evaluate_nll, plain_nll
 from auxkern.generation import Engine, Member, Request
 from auxkern.model import AuxTunedForCausalLM, TextFormat, use_native_kernels
 from auxkern.model.inputs import PairInputs
@@ -64,7 +66,8 @@ def test_a_sequence_begins_with_what_the_base_is_told() -> None:
     assert inputs["input_ids"].tolist() == [ids[:4], [text.pad_id, text.pad_id, ids[0] + 2, ids[2]]]
     assert inputs["told"].tolist() == [3, 2]
     plain = text.plain.prompts(["w3"])
-    assert plain["input_ids"].tolist() == [[text.start_id]] and "told" not in plain
+    assert plain["input_ids"].tolist() == [[text.start_id]]
+    assert "told" not in plain
 
 
 def test_examples_stand_in_the_prefix_as_they_would_be_written() -> None:
@@ -117,7 +120,8 @@ def test_a_text_in_steps_is_the_text_at_once(kind: str) -> None:
         whole_mask = torch.cat([mask, torch.ones_like(new)], 1)
         whole = model.terms(PairInputs(torch.cat([ids, new], 1), whole_mask, *rest), keep=3)
         cache = model.terms(PairInputs(ids, mask, *rest), use_cache=True).cache
-        assert cache is not None and cache.get_seq_length() == ids.shape[1]
+        assert cache is not None
+        assert cache.get_seq_length() == ids.shape[1]
         for t in range(3):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             step = model.terms(
@@ -142,7 +146,8 @@ def test_what_tells_the_base_is_not_text_of_the_condition() -> None:
         coverage = pointer.coverage(batch.for_auxiliary(states, torch.zeros(1, 32)), None)
         return float(coverage.share[0, -1, 0])
 
-    assert share("w7", "") == 0 and share("w7", "", told=False) == 1
+    assert share("w7", "") == 0
+    assert share("w7", "", told=False) == 1
     assert share("w7", "w7") == 1
     # One that began in what is told begins anew in the text.
     assert share("w90 w40", "w40") == 0.5
@@ -180,7 +185,7 @@ def test_a_saved_pair_has_its_prefix(tmp_path: Path) -> None:
     model = told_pair("decoder")
     model.save_pretrained(tmp_path)
     loaded = AuxTunedForCausalLM.from_pretrained(tmp_path, lm=model.lm)
-    assert loaded.base_prefix.ids == model.base_prefix.ids and loaded.config.base_prompt == TEMPLATE
+    assert loaded.base_prefix.ids == model.base_prefix.ids
     assert TextFormat.of(loaded.config, word_tokenizer()).base_prompt == TEMPLATE
 
 
@@ -243,7 +248,8 @@ def test_a_penalty_does_not_count_what_tells_the_base() -> None:
     with_told = model.generate(
         **text.prompts(["w7"]), **options, sequence_bias={(token,): b for token, b in bias.items()}
     )[0, -1]
-    assert int(with_told) in bias and int(greedy) not in bias
+    assert int(with_told) in bias
+    assert int(greedy) not in bias
 
 
 def test_members_beside_a_base_that_is_told() -> None:
@@ -256,15 +262,38 @@ def test_members_beside_a_base_that_is_told() -> None:
         [Request("members", members=members, seed=1, max_new_tokens=6), plain, pair]
     )
     assert same.text == of_pair.text
-    ids = [text.start_id, *text.tokenizer("w30", add_special_tokens=False)["input_ids"]]
     lm_alone = Engine(tiny_pair("own head", model.lm), text.plain, slots=1, max_length=24)
     (expected,) = lm_alone.generate([Request("lm", "", "w30", seed=1, max_new_tokens=6, auxiliary=None)])
-    assert alone.text == expected.text and len(ids) == 2
+    assert alone.text == expected.text
     two = (Member(), Member("default", condition="w7"), Member("default", condition="w8"))
     (refused,) = engine.generate([Request("two", members=two, max_new_tokens=2)])
     assert "give auxiliaries of one text one condition" in str(refused.error)
 
 
 def test_an_engine_refuses_a_format_of_another_base() -> None:
-    with pytest.raises(ValueError, match="text_format has None; take TextFormat.of"):
+    with pytest.raises(ValueError, match=r"text_format has None; take TextFormat\.of"):
         Engine(told_pair("decoder"), text_format().plain, slots=1, max_length=24)
+
+
+# ------------------------------------------------------------------------------------------- scored
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_is_scored_with_what_it_is_told_and_without(kind: str) -> None:
+    model, text = told_pair(kind), text_format()
+    examples = [Example("w7", "w8 w9 w7"), Example("w5 w6", "w6"), Example("w3", "w4 w5", prompt="w9")]
+    encoded = encode(examples, text)
+    report = evaluate_nll(model, encoded)
+    with torch.no_grad():
+        told, plain = [], []
+        for item, bare in zip(encoded, encode(examples, text.plain), strict=True):
+            for made, one, before in ((told, item, model.config.base_prefix_ids), (plain, bare, [])):
+                ids, labels = torch.tensor([[*before, *one["input_ids"]]]), torch.tensor(one["labels"])
+                logits = model.lm(ids).logits[0, len(before) :]
+                made.append(F.cross_entropy(logits[:-1], labels[1:], reduction="none")[labels[1:] != IGNORED])
+        pair = model(**AuxCollator(0)([encoded[i] for i in range(3)])).loss
+    assert report.lm_nll == pytest.approx(float(torch.cat(told).mean()), rel=1e-5)
+    assert report.pair_nll == pytest.approx(float(pair), rel=1e-5)
+    bare_nll = plain_nll(model, encode(examples, text.plain), batch_tokens=6)
+    assert bare_nll == pytest.approx(float(torch.cat(plain).mean()), rel=1e-5)
+    assert abs(bare_nll - report.lm_nll) > 0.01

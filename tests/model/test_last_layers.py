@@ -142,7 +142,7 @@ def test_weights_that_move_are_the_bases_still() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
         ({"last_layers": 4}, "last_layers is 4, but the base has 3"),
         ({"last_layers": 0}, "last_layers is 0 and architecture 'last-layers'"),
@@ -175,5 +175,5 @@ def test_a_base_that_caps_its_logits_is_refused() -> None:
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = Gemma2Config(vocab_size=97, head_dim=8, num_key_value_heads=4, **sizes)
-    with pytest.raises(ValueError, match="caps its logits at 30.0"):
+    with pytest.raises(ValueError, match=r"caps its logits at 30\.0"):
         last_layers(Gemma2ForCausalLM(config).eval())
