@@ -13,7 +13,7 @@ from auxkern.model.text import Example
 from auxkern.tasks.keywords import keyword_examples, split_by_keyword
 from auxkern.training.settings import TrainSettings, read_yaml
 
-RECIPE = Path(__file__).parent.parent / "auxkern" / "recipes" / "wordnet_keywords.yaml"
+RECIPE = Path(__file__).parent.parent / "auxkern" / "recipes" / "wordnet_keywords_untold.yaml"
 
 
 def recipe() -> TrainSettings:

@@ -27,9 +27,7 @@ language model `{base}`, `softmax(logits_LM + {scale:g} * logits_aux)`, to steer
 from auxkern.model import AuxTunedForCausalLM, TextFormat, load_tokenizer
 
 model = AuxTunedForCausalLM.from_pretrained("{folder}")  # loads the base, and checks that it is the same one
-text = TextFormat(
-    load_tokenizer("{base}"), model.config.condition_template, text_prefix=model.config.text_prefix
-)
+text = TextFormat.of(model.config, load_tokenizer("{base}"))
 ids = model.generate(**text.prompts(["a condition"]), do_sample=True, max_new_tokens=32)
 ```
 
@@ -39,6 +37,7 @@ ids = model.generate(**text.prompts(["a condition"]), do_sample=True, max_new_to
 | parameters | {parameters:,} |
 | output head | {head}{pointer} |
 | hidden states of the base that it reads | {layers} |
+| what the base is told | {told} |
 | trained on top of | {on_top_of} |
 | vocabulary | {vocabulary:,} ids |
 | fingerprint of the base | `{fingerprint}` |
@@ -69,6 +68,7 @@ def write_model_card(folder: Path, config: AuxTunedConfig, parameters: int) -> N
         head=config.head,
         pointer=", and a pointer over the condition's tokens" if config.pointer else "",
         layers=", ".join(map(str, config.lm_layers)) or "none",
+        told=_told(config),
         on_top_of=trained_on_top_of(config.on_top_of) or "the base alone",
         vocabulary=config.vocab_size or 0,
         fingerprint=config.base_fingerprint,
@@ -76,3 +76,9 @@ def write_model_card(folder: Path, config: AuxTunedConfig, parameters: int) -> N
         transformers=transformers.__version__,
     )
     replace_file(path, card)
+
+
+def _told(config: AuxTunedConfig) -> str:
+    if config.base_prompt is None:
+        return "nothing of the condition"
+    return f"`{config.base_prompt!r}`, behind a prefix of {len(config.base_prefix_ids)} tokens"

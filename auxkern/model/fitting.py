@@ -109,7 +109,7 @@ def _fit_last_layers(config: AuxTunedConfig, lm: Any, layers: int) -> None:
             f"lm_layers is {config.lm_layers}, but the last {config.last_layers} layers read [{first}]; "
             "leave it out"
         )
-    config.lm_layers = [first]
+    config.lm_layers, config.head = [first], "shared"
 
 
 def some_layers(lm: Any, chosen: slice) -> dict[str, Any]:
