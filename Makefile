@@ -36,7 +36,7 @@ test-slow: $(RAY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
 
 # The ends of the ranges in pyproject.toml, each in a virtual environment of its own.
-OLDEST ?= transformers==5.17.0 torch==2.11.* triton==3.6.*
+OLDEST ?= transformers==5.17.0 torch==2.11.* triton==3.6.* peft==0.18.0
 NEWEST ?= transformers torch triton
 ENDS := tests/model/test_pair.py tests/model/test_pair_generation.py tests/model/test_pointer.py \
 	tests/model/test_generate_options.py tests/generation/test_generate_and_engine.py \

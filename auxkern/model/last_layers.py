@@ -77,7 +77,7 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             from peft import LoraConfig, inject_adapter_in_model
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"lora_rank is {self._config.lora_rank}, for which PEFT is needed; pip install auxkern[lora]"
+                f"lora_rank is {self._config.lora_rank}, for which PEFT is needed; pip install "auxkern[lora]""
             ) from error
         rank = self._config.lora_rank
         with torch.device("meta"):
