@@ -12,8 +12,9 @@ from torch import Tensor
 
 from auxkern.core.terms import Term
 from auxkern.model.base import lm_term, run_base
-from auxkern.model.inputs import PairInputs
-from auxkern.model.interface import traits_of
+from auxkern.model.caches import AuxiliaryRows
+from auxkern.model.inputs import BaseSide, PairInputs
+from auxkern.model.pair_terms import DEFAULT
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.collator import AuxCollator
@@ -218,12 +219,8 @@ def _separate_terms(
     if states is None:
         states, logits, _ = model.run_lm(inputs, model.config.lm_layers, None, use_cache=False)
     lm = lm_term(model.lm, states[b, t, :1], None if logits is None else logits[b, t][:, None])
-    embedding = model.lm.get_input_embeddings().weight
-    scores = model.lm_scores(states[:, :, 0], logits, inputs.condition_ids)
-    prefix = (
-        model.base_prefix.states() if traits_of(model.auxiliary).reads_prefix and model.base_prefix else None
-    )
-    output = model.auxiliary(inputs.for_auxiliary(states, embedding, scores, prefix=prefix))
+    side = BaseSide(states, model.config.lm_layers, logits, None)
+    output = model.auxiliary_output(AuxiliaryRows(DEFAULT, None, None), inputs, side, use_cache=False)
     # Each row as a sequence of one position, with the condition of its own sequence.
     rows = output.positions(lambda values: values[b, t][:, None])
     return lm, model.auxiliary_terms(rows, inputs.rows(b), scale)

@@ -11,7 +11,7 @@ import torch
 from auxkern.generation import limits
 from auxkern.generation.drawing import Drawn, Pending, check_drawable
 from auxkern.generation.graphs import CudaRecorder, Record
-from auxkern.generation.members import BASE, Part, check_reads
+from auxkern.generation.members import BASE, FIRST, Part, check_reads
 from auxkern.generation.request import Completion, Request, Sequence, Sequences
 from auxkern.generation.runner import Room, Runner
 from auxkern.generation.scheduler import Move, Scheduler
@@ -371,7 +371,8 @@ class Engine:
         check_drawable(request, self.model.config.vocab_size)
         if not request.members:
             prompt, told, condition = self._ids(request.auxiliary, request.prompt, request.condition)
-            return request.sequences(prompt, condition, samples, told=told)
+            base = FIRST if self._runner.ends_early(request) else BASE
+            return request.sequences(prompt, condition, samples, told=told, base=base)
         members: list[Part] = []
         first = next(place for place, one in enumerate(request.members) if one.model == BASE)
         own = request.members[first].prompt

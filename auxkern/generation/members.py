@@ -17,6 +17,7 @@ from auxkern.core.terms import as_number
 from auxkern.model.text import check_unicode
 
 BASE = "base"  # the name of a pair's language model among members
+FIRST = "the base's first layers"  # what a pair of last layers needs of it, at weight 1; no member's model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as AnySequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from auxkern.core.terms import Head, Logits, Sparse, Term, like, rows_of
@@ -18,7 +18,7 @@ from auxkern.model import base
 from auxkern.model.caches import AuxiliaryRows
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.mixing import Added, sequences_of
-from auxkern.model.prefix import BasePrefix
+from auxkern.model.prefix import PrefixStates
 from auxkern.model.text import padded
 from auxkern.ops.dense import dense_logits
 
@@ -178,7 +178,7 @@ def first_pass(
     sequences: Sequences,
     layers: list[int],
     device: torch.device,
-    prefix: BasePrefix | None = None,
+    prefix: PrefixStates | None = None,
 ) -> LmPass:
     """Reads the contexts of newcomers, each once.
 
@@ -189,8 +189,8 @@ def first_pass(
     ids, mask = (to_device(one, device) for one in padded([reader.ids for reader in first], 0, side="left"))
     # Layers with sliding windows keep all columns too, as the table does.
     cache = DynamicCache()
-    if prefix and any(reader.part.told for reader in first):
-        cache = prefix.states().cache(len(first))
+    if prefix is not None:
+        cache = prefix.cache(len(first))
         behind = to_device([int(reader.part.told > 0) for reader in first], device)
         mask = torch.cat([behind[:, None].expand(-1, len(prefix)), mask], 1)
     output = base.run_base(lm, ids, mask, layers=layers, cache=cache, use_cache=True)
@@ -260,21 +260,24 @@ class Auxiliaries:
 
     Args:
         model: an ``AuxTunedForCausalLM``.
-        read: what the base made.
+        reads: what the base made: of some contexts the whole, of others its first layers.
         layers: whose hidden states it returned.
     """
 
-    def __init__(self, model: Any, read: LmPass, layers: list[int]) -> None:
-        self._model, self._read, self._layers = model, read, layers
-        readings = read.readings
-        self._row = {
-            (id(reader.sequence), reader.place): row
-            for reader, row in zip(readings.readers, readings.of, strict=True)
-        }
+    def __init__(self, model: Any, reads: list[LmPass], layers: list[int]) -> None:
+        self._model, self._layers = model, layers
+        self._row: dict[tuple[int, int], int] = {}
+        before = 0
+        for read in reads:
+            readings = read.readings
+            for reader, row in zip(readings.readers, readings.of, strict=True):
+                self._row[id(reader.sequence), reader.place] = before + row
+            before += len(read.inputs[0])
+        self._given = _one_batch([(*read.inputs, read.output.states) for read in reads])
 
     def first(self, name: str, readers: list[Reader], sequences: Sequences) -> AuxiliaryPass:
         """Of newcomers: conditions and prompts, those that are alike once."""
-        device = self._read.inputs[0].device
+        device = self._given[0].device
         readings, first = unique_readings(
             readers, sequences, lambda one: (one.ids, one.part.condition_ids, one.part.weight)
         )
@@ -305,8 +308,7 @@ class Auxiliaries:
         of_base: list[int],
         told: Tensor | None = None,
     ) -> AuxiliaryPass:
-        given = (*self._read.inputs, self._read.output.states)
-        ids, mask, states = (_rows_of(one, of_base) for one in given)
+        ids, mask, states = (_rows_of(one, of_base) for one in self._given)
         model = self._model
         weights = [
             model.auxiliary_scale(part.name) if one.part.weight is None else one.part.weight
@@ -318,6 +320,22 @@ class Auxiliaries:
         )
         scale = to_device(weights, ids.device, torch.float32)
         return AuxiliaryPass(readings, terms, scale, returned.cache, condition)
+
+
+def _one_batch(given: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (U, T), mask and states of several passes, the shorter ones padded on the left."""
+    if len(given) == 1:
+        return given[0]
+    T = max(ids.shape[1] for ids, _, _ in given)
+    padding = [T - ids.shape[1] for ids, _, _ in given]
+    ids, mask = (
+        torch.cat([nn.functional.pad(one, (n, 0)) for one, n in zip(some, padding, strict=True)])
+        for some in ([ids for ids, _, _ in given], [mask[:, -ids.shape[1] :] for ids, mask, _ in given])
+    )
+    states = [
+        nn.functional.pad(one, (0, 0, 0, 0, n, 0)) for (_, _, one), n in zip(given, padding, strict=True)
+    ]
+    return ids, mask, torch.cat(states)
 
 
 def added_of(passes: AnySequence[tuple[str, AuxiliaryPass]], N: int, device: torch.device) -> Added:
@@ -338,4 +356,5 @@ def first_alone(read: LmPass, lm: Any, N: int) -> Head:
     """The logits of each sequence's first member of the base, rows (N, 1)."""
     readers, rows, of = read.readings
     place = {row: of[i] for i, (reader, row) in enumerate(zip(readers, rows, strict=True)) if not reader.turn}
-    return Head(_rows_of(read.hidden, [place[row] for row in range(N)]), *base.output_head(lm))
+    # A sequence without one asks for nothing of it.
+    return Head(_rows_of(read.hidden, [place.get(row, 0) for row in range(N)]), *base.output_head(lm))

@@ -191,6 +191,7 @@ class Request:
         samples: Iterable[int] | None = None,
         members: Iterable[Part] = (),
         told: int = 0,
+        base: str = BASE,
     ) -> list[Sequence]:
         """The request's samples as sequences to be scheduled.
 
@@ -200,6 +201,7 @@ class Request:
             samples: numbers of the samples that are wanted; all of them if None.
             members: of a mixture, what each reads.
             told: as of ``Part``, of prompt_ids.
+            base: of a pair, as of ``Sequence``.
 
         Raises:
             ValueError: there are no prompt_ids, or no such sample.
@@ -207,7 +209,7 @@ class Request:
         prompt, condition = tuple(prompt_ids), tuple(condition_ids)
         wanted = range(self.samples) if samples is None else samples
         parts = tuple(members)
-        return [Sequence(self, index, prompt, condition, parts, told) for index in wanted]
+        return [Sequence(self, index, prompt, condition, parts, told, base) for index in wanted]
 
     def _check_members(self) -> None:
         if not isinstance(self.members, tuple) or any(not isinstance(one, Member) for one in self.members):
@@ -425,6 +427,7 @@ class Sequence:
         condition_ids: (K).
         members: of a mixture: what each reads; empty for a pair, of which ``parts`` makes them.
         told: how many of the prompt_ids are the base prompt, see ``Part``.
+        base: of a pair: what of the base reads the text, BASE or FIRST.
         generated: what was drawn so far.
         state: "new", "waiting", "running" or "ended"; the scheduler's to change.
         slot: where it runs, or None; the scheduler's to change.
@@ -439,6 +442,7 @@ class Sequence:
     condition_ids: tuple[int, ...] = ()
     members: tuple[Part, ...] = ()
     told: int = 0
+    base: str = BASE
     generated: list[int] = field(default_factory=list)
     state: State = "new"
     slot: int | None = None
@@ -460,7 +464,7 @@ class Sequence:
         if self.members:
             return self.members
         request = self.request
-        base = Part(BASE, self.prompt_ids, told=self.told)
+        base = Part(self.base, self.prompt_ids, told=self.told)
         if request.auxiliary is None:
             return (base,)
         own = (self.prompt_ids, self.condition_ids, request.aux_scale, 0, self.told)

@@ -14,8 +14,8 @@ from auxkern.core.memory import available_bytes
 from auxkern.core.terms import Term, rows_of
 from auxkern.generation.drawing import Drawer, Pending, Said
 from auxkern.generation.graphs import DecodeGraphs, Record
-from auxkern.generation.lanes import AuxiliaryLane, Lane, readers_of
-from auxkern.generation.members import BASE
+from auxkern.generation.lanes import AuxiliaryLane, Lane, Reader, readers_of
+from auxkern.generation.members import BASE, FIRST
 from auxkern.generation.mixture_graphs import Lanes, MixtureGraphs, Shape
 from auxkern.generation.reading import (
     AloneTerms,
@@ -27,7 +27,7 @@ from auxkern.generation.reading import (
     first_pass,
     next_pass,
 )
-from auxkern.generation.request import Sequences
+from auxkern.generation.request import Request, Sequences
 from auxkern.generation.scheduler import Move
 from auxkern.generation.slots import SlotTable
 from auxkern.generation.stats import EngineStats
@@ -36,6 +36,10 @@ from auxkern.model import base
 from auxkern.model.caches import AuxiliaryRows, PairCache
 from auxkern.model.inputs import PairInputs
 from auxkern.model.mixing import Alone, alone, mixed
+from auxkern.model.pair_terms import DEFAULT
+from auxkern.model.prefix import PrefixStates
+
+_OF_BASE = (BASE, FIRST)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Runner:
     ) -> None:
         self.model, self._room = model, room
         self._lms: dict[str, Any] = {BASE: model.lm, **others}
+        if record is None and model.first_layers() is not None:
+            self._lms[FIRST] = model.first_layers()
         fixed = record is not None
         listed = [tuple(shape) for shape in shapes]
         recorded = {BASE, *(name for shape in listed for name in shape)} if fixed else set()
@@ -90,7 +96,7 @@ class Runner:
                 name,
                 SlotTable(
                     room.slots,
-                    room.length + (room.prefix if name == BASE else 0),
+                    room.length + (room.prefix if name in _OF_BASE else 0),
                     model.device,
                     fixed=name in recorded,
                 ),
@@ -125,8 +131,19 @@ class Runner:
 
     @property
     def names(self) -> list[str]:
-        """What a member's model may be called."""
+        """Of the models."""
         return [*self._lms, *self.lanes]
+
+    def ends_early(self, request: Request) -> bool:
+        """Whether a request for a pair needs the base's first layers only.
+
+        Its own last layers add to the sum what the base's would say, at weight 1, and take it away. Recorded
+        steps run the whole base.
+        """
+        if FIRST not in self._lms or request.auxiliary != DEFAULT or request.logprobs:
+            return False
+        scale = self.model.auxiliary_scale(DEFAULT) if request.aux_scale is None else request.aux_scale
+        return float(scale) == 1.0
 
     def clear(self) -> None:
         """All sequences leave."""
@@ -182,8 +199,9 @@ class Runner:
     def _is_pair(self, sequences: Sequences) -> bool:
         """Whether the base and at most one auxiliary have one member of each, in the batch's order."""
         lanes = [lane for lane in self.lanes.values() if lane.readers]
-        others = any(lane.readers for name, lane in self._of_lms.items() if name != BASE)
-        one_each = all(lane.serves_all(sequences) for lane in (self._base, *lanes))
+        read = [name for name, lane in self._of_lms.items() if lane.readers]
+        others = len(read) > 1 or read[0] not in _OF_BASE
+        one_each = all(lane.serves_all(sequences) for lane in (self._of_lms[read[0]], *lanes))
         return one_each and len(lanes) < 2 and not others and not any(one.members for one in sequences)
 
     def _of_pair(self, sequences: Sequences) -> Said:
@@ -191,7 +209,8 @@ class Runner:
 
         Also those of either side, if a sequence wants log-probabilities.
         """
-        n, table = len(sequences), self._base.table
+        n, of = len(sequences), sequences[0].parts[0].model
+        table = self._of_lms[of].table
         ids = self._drawer.rows["last"][:n, None]
         mask = torch.cat([table.window, torch.ones_like(ids)], 1)
         width = max(len(s.condition_ids) for s in sequences)
@@ -200,7 +219,7 @@ class Runner:
         condition: Iterable[Tensor] = () if lane is None else lane.condition[:, :n, :width]
         terms, cache, sides = self.model.terms(
             PairInputs(ids, mask, *condition),
-            cache=PairCache(table.cache, parts),
+            cache=PairCache(table.cache, parts, short=of == FIRST),
             use_cache=True,
             keep=1,
             aux_scale=self._drawer.scales(sequences),
@@ -215,11 +234,11 @@ class Runner:
         last = self._drawer.rows["last"][: len(sequences)]
         layers = self.model.layers_read(name for name, lane in self.lanes.items() if lane.readers)
         reads = {
-            name: next_pass(self._lms[name], lane, sequences, last, layers if name == BASE else [])
+            name: next_pass(self._lms[name], lane, sequences, last, layers if name in _OF_BASE else [])
             for name, lane in self._of_lms.items()
             if lane.readers
         }
-        auxiliaries = Auxiliaries(self.model, reads[BASE], layers)
+        auxiliaries = Auxiliaries(self.model, [reads[name] for name in _OF_BASE if name in reads], layers)
         passes = []
         for name, lane in self.lanes.items():
             if lane.readers:
@@ -231,7 +250,10 @@ class Runner:
         self, sequences: Sequences, reads: Mapping[str, LmPass], passes: list[tuple[str, AuxiliaryPass]]
     ) -> Said:
         N, V = len(sequences), self.model.config.vocab_size
-        own, *others = (read.term(self._lms[name], N, V) for name, read in reads.items())
+        # The first layers say nothing by themselves.
+        saying = [name for name in reads if name != FIRST or BASE not in reads]
+        saying.sort(key=lambda name: name not in _OF_BASE)
+        own, *others = (reads[name].term(self._lms[name], N, V) for name in saying)
         added = added_of(passes, N, self.model.device)
         judged, sides = any(one.request.plausibility for one in sequences), None
         wanted = _wants_logprobs(sequences)
@@ -239,7 +261,7 @@ class Runner:
         members: list[AloneTerms] = []
         if wanted and first is not None:
             sides = alone(first, added, V)
-            members = [read.alone(self._lms[name]) for name, read in reads.items()]
+            members = [reads[name].alone(self._lms[name]) for name in saying]
             members += [made.alone for _, made in passes]
         said = _flat(mixed(own, added, V, others), sides, first if judged else None)
         return said._replace(members=[one for one in members if one.rows])
@@ -260,13 +282,13 @@ class Runner:
         reads: dict[str, LmPass] = {}
         for name, lm in self._lms.items():
             if readers[name]:
-                before = self.model.base_prefix if name == BASE else None
-                layers_of = layers if name == BASE else []
+                before = self._prefix_of(name, readers[name])
+                layers_of = layers if name in _OF_BASE else []
                 read = first_pass(lm, readers[name], newcomers, layers_of, device, before)
                 reads[name] = read
                 stats.prefill_tokens += int(read.lengths)
                 self._of_lms[name].join(readers[name], read.output.cache, read.inputs[1], read.readings.of)
-        auxiliaries = Auxiliaries(self.model, reads[BASE], layers)
+        auxiliaries = Auxiliaries(self.model, [reads[name] for name in _OF_BASE if name in reads], layers)
         passes = []
         for name, lane in self.lanes.items():
             if readers[name]:
@@ -275,6 +297,14 @@ class Runner:
                 stats.prefill_tokens += made.condition_tokens
                 lane.join_auxiliary(readers[name], made.condition, made.cache, made.readings.of)
         return self._summed(newcomers, reads, passes)
+
+    def _prefix_of(self, name: str, readers: list[Reader]) -> PrefixStates | None:
+        """What stands before the contexts of some of these."""
+        prefix = self.model.base_prefix
+        if not prefix or name not in _OF_BASE or not any(reader.part.told for reader in readers):
+            return None
+        states: PrefixStates = prefix.states()
+        return states.first(self.model.config.lm_layers[0]) if name == FIRST else states
 
     def leave(self, ended: Sequences, moves: list[Move], left: int) -> None:
         """Sequences have ended; ``left`` go on, after these moves."""

@@ -282,6 +282,10 @@ def _logits_difference(lm: Any, logits: Any, expected: Any) -> float | None:
     return None if difference <= (5e-2 if half else 1e-3) else difference.item()
 
 
+# Attribute of a view of a causal LM that ends behind a layer: which.
+FIRST_LAYERS = "auxkern_first_layers"
+
+
 class LmOutput(NamedTuple):
     """What a base computed.
 
@@ -321,9 +325,15 @@ def run_base(
         use_cache: whether to return a cache.
         want_logits: whether the LM's own logits are wanted.
 
+    Returns:
+        See ``LmOutput``. Of a view that ends behind a layer (``FirstLayers``), which is the only one that may
+        be asked for, the final hidden states are zeros.
+
     Raises:
         ValueError: there is no such layer.
     """
+    ends = getattr(lm, FIRST_LAYERS, None)
+    asked, layers = layers, layers if ends is None else ()
     if attention_mask is None:
         past = 0 if cache is None else cache.get_seq_length()
         attention_mask = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
@@ -356,7 +366,9 @@ def run_base(
                     f"{tuple(every[layer].shape)} and the final one {tuple(final.shape)}; leave it out"
                 )
         chosen = [final, *(every[layer] for layer in layers)]
-        states = torch.stack(chosen, dim=2) if layers else final[:, :, None]
+        if ends is not None:
+            chosen = [torch.zeros_like(final), *(final for layer in asked if layer == ends)]
+        states = torch.stack(chosen, dim=2) if asked else chosen[0][:, :, None]
     return LmOutput(states, logits, kept if use_cache else None)
 
 

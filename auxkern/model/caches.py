@@ -53,11 +53,19 @@ class PairCache:
 
     is_compileable = False  # read by transformers' generate
 
-    def __init__(self, lm: Any, auxiliaries: list[AuxiliaryRows], prefix: int = 0) -> None:
-        """``prefix``: of the base's columns, those that stand before the text's and in no mask of it."""
+    def __init__(
+        self, lm: Any, auxiliaries: list[AuxiliaryRows], prefix: int = 0, *, short: bool = False
+    ) -> None:
+        """The caches of a call.
+
+        Args:
+            lm, auxiliaries: of the models.
+            prefix: of the base's columns, those that stand before the text's and in no mask of it.
+            short: whether they are of the base's first layers only.
+        """
         self.lm = lm
         self.auxiliaries = auxiliaries
-        self.prefix = prefix
+        self.prefix, self.short = prefix, short
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Text positions seen so far, padding included."""

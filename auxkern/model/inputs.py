@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,12 +85,13 @@ class PairInputs:
         use_cache: bool = False,
         *,
         prefix: PrefixStates | None = None,
+        scores_of: Callable[[Tensor], Tensor] | None = None,
     ) -> AuxiliaryInputs:
         """With what comes from the base and from the auxiliary's own cache.
 
         Args:
             lm_states: (B, T, 1 + L, D_lm) the base's final hidden states, then those of the layers.
-            lm_embedding, lm_scores, cache, use_cache, prefix: as of ``AuxiliaryInputs``.
+            lm_embedding, lm_scores, cache, use_cache, prefix, scores_of: as of ``AuxiliaryInputs``.
         """
         return AuxiliaryInputs(
             **vars(self),
@@ -101,6 +102,7 @@ class PairInputs:
             use_cache=use_cache,
             lm_final=lm_states[:, :, 0],
             prefix=prefix,
+            scores_of=scores_of,
         )
 
 

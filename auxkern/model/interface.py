@@ -23,11 +23,13 @@ class AuxiliaryInputs:
         lm_embedding: (V, D_lm) the base's frozen input embedding.
         lm_scores: (B, T, K) the base's own logits of the condition's tokens, for a pointer that reads
             them; else None.
+        scores_of: gives these (B, T, K) for final hidden states (B, T, D_lm), of the base's kind.
         cache: what the module returned for the past tokens; None at the first call.
         use_cache: whether it must return a cache.
-        told: (B,) int64, how many of the first real tokens tell the base the condition, and are no text yet;
-            None for none.
-        lm_final: (B, T, D_lm) the base's final hidden states at the new tokens.
+        told: (B,) int64, how many of the first real tokens tell the base the condition and are none of its
+            text; None for none.
+        lm_final: (B, T, D_lm) the base's final hidden states at the new tokens; zeros where it does not make
+            them.
         prefix: at the first call, the base's keys and values of what it reads before every text, for one that
             ``reads_prefix``; else None.
     """
@@ -43,6 +45,7 @@ class AuxiliaryInputs:
     use_cache: bool = False
     told: Tensor | None = None
     lm_final: Tensor | None = None
+    scores_of: Callable[[Tensor], Tensor] | None = None
     prefix: PrefixStates | None = None
 
 

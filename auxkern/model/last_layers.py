@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             from peft import LoraConfig, inject_adapter_in_model
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"lora_rank is {self._config.lora_rank}, for which PEFT is needed; pip install "auxkern[lora]""
+                f"lora_rank is {self._config.lora_rank}, for which PEFT is needed; "
+                "pip install 'auxkern[lora]'"
             ) from error
         rank = self._config.lora_rank
         with torch.device("meta"):
@@ -239,6 +241,9 @@ class LastLayers(AuxiliaryTraits, nn.Module):
                 kept.keys = inputs.cache.keys
             kept.stretches = coverage.stretches
             # Final states are of any size in a language model, and the pointer's parts learn fast.
+            if inputs.scores_of is not None and self._config.pointer_reads_lm:
+                # What the sum gives the condition's tokens without the pointer.
+                inputs = replace(inputs, lm_scores=inputs.scores_of(hidden.detach()))
             _, scores, end = self.pointer(_normed(self.reads(hidden.to(dtype))), kept.keys, inputs, coverage)
         return AuxiliaryOutput(added, scores, end, kept if inputs.use_cache else None)
 

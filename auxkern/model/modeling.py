@@ -19,6 +19,7 @@ from auxkern.model.caches import CACHE_NAME, PairCache
 from auxkern.model.card import write_model_card
 from auxkern.model.config import AuxTunedConfig, trained_on_top_of
 from auxkern.model.fingerprints import fingerprint
+from auxkern.model.first_layers import FirstLayers
 from auxkern.model.frozen import Frozen, frozen_terms
 from auxkern.model.generation import PairGeneration
 from auxkern.model.inputs import PairInputs, checked_weights
@@ -97,6 +98,7 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         self.auxiliary = build_auxiliary(config) if auxiliary is None else auxiliary
         self.head: Any = None
         if isinstance(self.auxiliary, LastLayers):
+            object.__setattr__(self, "_first", FirstLayers(lm, config.lm_layers[0]))
             self.auxiliary.share_weights(lm)
         else:
             out = config.lm_hidden_size if config.head == "shared" else config.vocab_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from auxkern.core.terms import Head, Logits, Sparse, Term, rows_of
 from auxkern.model import base
 from auxkern.model.caches import AuxiliaryRows, PairCache
+from auxkern.model.first_layers import FirstLayers
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
+from auxkern.model.last_layers import LastLayers
 from auxkern.model.mixing import Alone, alone, mixed
 from auxkern.model.prefix import BasePrefix, with_prefix
 from auxkern.model.text import IGNORED
@@ -51,6 +54,7 @@ class PairSum:
     head: Any
     lm: Any
     base_prefix: BasePrefix
+    _first: FirstLayers
     _others: dict[str, Any]  # each a pair on the same base
 
     def auxiliary_scale(self, name: str) -> float:
@@ -83,13 +87,14 @@ class PairSum:
         Arguments as in ``forward``; for ``lm_states`` also what the base has made of the batch, with all of
         its hidden states. With ``separate`` the terms of either side are wanted, too.
         """
-        parts = self._parts(auxiliary_ids, batch) if cache is None else cache.auxiliaries
+        parts, short = self._parts(auxiliary_ids, batch) if cache is None else cache.auxiliaries, False
         layers = self.layers_read(part.name for part in parts)
         if isinstance(lm_states, Tensor):
             self._check_states(lm_states, batch, layers, use_cache)
             lm_states = base.LmOutput(lm_states, None, None)
         elif lm_states is None:
-            lm_states = self.run_lm(batch, layers, cache, use_cache=use_cache)
+            short = self._may_end_early(parts, aux_scale) and not separate if cache is None else cache.short
+            lm_states = self.run_lm(batch, layers, cache, use_cache=use_cache, short=short)
         else:
             layers = list(range(lm_states.states.shape[2] - 1))
         states, logits, lm = lm_states
@@ -113,7 +118,7 @@ class PairSum:
             caches.append(cache_of_part)
             added.append((part, terms))
         before = len(self.base_prefix) if cache is None else cache.prefix
-        pair_cache = PairCache(lm, caches, before) if use_cache else None
+        pair_cache = PairCache(lm, caches, before, short=short) if use_cache else None
         V: Any = self.config.vocab_size
         sides = alone(lm_term, added, V) if separate else None
         return PairTerms(mixed(lm_term, added, V), pair_cache, sides)
@@ -158,12 +163,13 @@ class PairSum:
         states = side.states
         chosen = states if read == layers else states[:, :, [0, *(1 + layers.index(i) for i in read)]]
         scores = model.lm_scores(states[:, :, 0], side.logits, batch.condition_ids)
-        reads_prefix = (
-            part.cache is None and bool(self.base_prefix) and traits_of(model.auxiliary).reads_prefix
-        )
-        prefix = self.base_prefix.states() if reads_prefix else None
+        more: dict[str, Any] = {}
+        if isinstance(model.auxiliary, LastLayers):
+            more["scores_of"] = partial(base.logits_of_ids, self.lm, logits=None, ids=batch.condition_ids)
+            if part.cache is None and self.base_prefix:
+                more["prefix"] = self.base_prefix.states()
         output: AuxiliaryOutput = model.auxiliary(
-            batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache, prefix=prefix)
+            batch.for_auxiliary(chosen, embedding, scores, part.cache, use_cache, **more)
         )
         return output
 
@@ -211,7 +217,7 @@ class PairSum:
             logits: (B, T, V) its own logits, with ``lm_term="logits"``.
             condition_ids: (B, K).
         """
-        if not (self.config.pointer and self.config.pointer_reads_lm):
+        if not (self.config.pointer and self.config.pointer_reads_lm) or self.head is None:
             return None
         return base.logits_of_ids(self.lm, hidden, logits, condition_ids)
 
@@ -249,15 +255,51 @@ class PairSum:
             parts.append(AuxiliaryRows(name, None if whole else rows, None, *places))
         return parts
 
+    def first_layers(self) -> Any:
+        """The base up to where the model's own last layers begin; None where it has other ones.
+
+        Those need no more of it, at weight 1.
+        """
+        if not isinstance(self.auxiliary, LastLayers):
+            return None
+        return self._first.lm()
+
+    def _may_end_early(self, parts: list[AuxiliaryRows], aux_scale: float | Tensor | None) -> bool:
+        """Whether the base's final hidden states count for nothing."""
+        scale = self.config.aux_scale if aux_scale is None else aux_scale
+        return (
+            isinstance(self.auxiliary, LastLayers)
+            and [part.name for part in parts] == [DEFAULT]
+            and parts[0].rows is None
+            and not isinstance(scale, Tensor)
+            and scale == 1.0
+        )
+
     def run_lm(
-        self, batch: PairInputs, layers: list[int], cache: PairCache | None, *, use_cache: bool
+        self,
+        batch: PairInputs,
+        layers: list[int],
+        cache: PairCache | None,
+        *,
+        use_cache: bool,
+        short: bool = False,
     ) -> base.LmOutput:
-        """A pass of the base, behind its prefix, that also returns these layers' hidden states."""
+        """A pass of the base, behind its prefix, that also returns these layers' hidden states.
+
+        Args:
+            batch: what it reads.
+            layers: as of ``run_base``.
+            cache: of an earlier call.
+            use_cache: whether a cache is wanted.
+            short: its first layers only, see ``first_layers``.
+        """
         own, length = None if cache is None else cache.lm, 0 if cache is None else cache.prefix
         if cache is None and self.base_prefix:
-            own, length = self.base_prefix.states().cache(len(batch.input_ids)), len(self.base_prefix)
+            before = self.base_prefix.states()
+            before = before.first(self.config.lm_layers[0]) if short else before
+            own, length = before.cache(len(batch.input_ids)), len(before)
         return base.run_base(
-            self.lm,
+            self.first_layers() if short else self.lm,
             batch.input_ids,
             with_prefix(batch.attention_mask, length),
             layers=layers,

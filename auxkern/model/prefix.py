@@ -33,6 +33,10 @@ class PrefixStates(NamedTuple):
         """Of the last so many layers."""
         return PrefixStates(self.layers[len(self.layers) - count :])
 
+    def first(self, count: int) -> PrefixStates:
+        """Of the first so many layers."""
+        return PrefixStates(self.layers[:count])
+
     def cache(self, B: int) -> DynamicCache:
         """A new cache of B sequences that have read these tokens."""
         cache = DynamicCache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from auxkern.model import AuxTunedForCausalLM, use_native_kernels
+from auxkern.generation import Engine, Member, Request
+from auxkern.model import AuxTunedForCausalLM, TextFormat, use_native_kernels
 from auxkern.model.fingerprints import fingerprint
+from auxkern.model.text import Example
 from tests.support.batches import ragged_batch
-from tests.support.tiny import tiny_lm
+from tests.support.tiny import tiny_lm, word_lm, word_tokenizer
 
 pytest.importorskip("peft")
 
@@ -177,3 +180,79 @@ def test_a_base_that_caps_its_logits_is_refused() -> None:
     config = Gemma2Config(vocab_size=97, head_dim=8, num_key_value_heads=4, **sizes)
     with pytest.raises(ValueError, match=r"caps its logits at 30\.0"):
         last_layers(Gemma2ForCausalLM(config).eval())
+
+
+# ----------------------------------------------------------------------- what of the base is left out
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("fields", [{}, TOLD], ids=["plain", "prefix"])
+def test_at_weight_1_the_base_ends_where_they_begin(fields: dict[str, Any], native: bool) -> None:
+    lm = use_native_kernels(tiny_lm()) if native else tiny_lm()
+    model, batch = last_layers(lm, **fields), ragged_batch()
+    model = model.use_native_kernels() if native else model
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    calls: list[str] = []
+    hook = lm.model.norm.register_forward_hook(lambda *_: calls.append("norm"))
+
+    with torch.no_grad():
+        if fields:
+            model.base_prefix.states()
+        calls.clear()
+        short = model(ids, mask).logits
+        assert not calls
+        whole = model(ids, mask, aux_scale=torch.ones(len(ids))).logits
+        assert calls
+        calls.clear()
+        model(ids, mask, aux_scale=0.5)
+        assert calls
+    real = mask != 0
+    torch.testing.assert_close(short[real], whole[real], rtol=1e-4, atol=1e-4)
+    hook.remove()
+    left = tuple(batch[name].flip(1) for name in ("input_ids", "attention_mask"))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    texts = model.generate(*left[:1], attention_mask=left[1], **options)
+    same = model.generate(*left[:1], attention_mask=left[1], aux_scale=[1.0] * len(ids), **options)
+    assert texts.tolist() == same.tolist()
+
+
+def test_a_view_of_a_base_follows_it() -> None:
+    model, batch = last_layers(), ragged_batch()
+    before = model(**batch).loss
+    use_native_kernels(model.lm)
+    torch.testing.assert_close(model(**batch).loss, before, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        model.lm.model.layers[0].mlp.down_proj.weight.mul_(2)
+    assert abs(float(model(**batch).loss - before)) > 1e-3
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_requests_of_all_kinds_do_not_depend_on_each_other(native: bool) -> None:
+    text = TextFormat(word_tokenizer(), base_prompt="{condition} w90")
+    prefix = text.base_prefix([Example("w3", "w4 w3")])
+    model = last_layers(word_lm(), base_prompt=text.base_prompt, base_prefix_ids=prefix, pointer=True)
+    model = model.use_native_kernels() if native else model
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"auxiliary": None},
+        {"aux_scale": 0.5},
+        {"logprobs": True},
+        {"members": (Member(), Member("default", condition="w7"), Member(prompt="w9", weight=0.5))},
+    ]
+    requests = []
+    for i in range(15):
+        fields = kinds[i % 5]
+        fields = fields if "members" in fields else {"condition": f"w{i + 7}", **fields}
+        requests.append(Request(f"{i}", prompt="w3 " * (i % 3), seed=i, max_new_tokens=4 + i % 3, **fields))
+    alone = [Engine(model, text, slots=2, max_length=32).generate([one])[0] for one in requests]
+    assert not any(one.error for one in alone)
+    for slots in (3, 16):
+        together = Engine(model, text, slots=slots, max_length=32).generate(requests)
+        assert [one.text for one in together] == [one.text for one in alone]
+        if native:
+            assert [one.logprobs for one in together] == [one.logprobs for one in alone]
+    # Log-probabilities need the whole base: another way to the same numbers.
+    with_logprobs = Engine(model, text, slots=4, max_length=32).generate(
+        [replace(requests[0], logprobs=True), replace(requests[5], logprobs=True)]
+    )
+    assert [one.text for one in with_logprobs] == [alone[0].text, alone[5].text]

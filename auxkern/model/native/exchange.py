@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -60,6 +60,14 @@ def _stack(layers: nn.ModuleList) -> bool:
     for layer in layers:
         layer.native_step.stack = stack  # type: ignore[union-attr]
     return True
+
+
+def shared_stack(layers: nn.ModuleList, some: Sequence[nn.Module]) -> nn.ModuleList:
+    """Some of a model's layers for a view of it; they run ahead by themselves where all of them do."""
+    shared = nn.ModuleList(some)
+    if getattr(layers, "native_stack", None) is not None:
+        shared.native_stack = Stack(shared)  # type: ignore[assignment]
+    return shared
 
 
 def _step(layer: nn.Module, step: LayerStep) -> LayerStep:

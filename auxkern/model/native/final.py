@@ -82,7 +82,9 @@ class TokenStep:
         self.model, self._stack = model, stack
         self._compared = False
         children = {
-            name: child for name, child in model.named_children() if not isinstance(child, SILENT_MODULES)
+            name: child
+            for name, child in model.named_children()
+            if name in FINAL_NORMS or not isinstance(child, SILENT_MODULES)
         }
         self._embedding, _, self._norm, rotary = (
             next((children.pop(name) for name in names if name in children), None)
