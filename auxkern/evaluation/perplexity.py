@@ -165,7 +165,7 @@ def plain_nll(
     total, tokens, done = 0.0, 0, PartsDone(progress, sum(lengths))
     for chosen in _token_batches(lengths, batch_tokens):
         batch = {k: v.to(lm.device) for k, v in collate([encoded[i] for i in chosen]).items()}
-        states, logits, _ = run_base(lm, batch["input_ids"], batch["attention_mask"], want_logits=own)
+        states, logits, *_ = run_base(lm, batch["input_ids"], batch["attention_mask"], want_logits=own)
         term = lm_term(lm, states[:, :, 0], logits)
         total += float(cross_entropy([term], batch["labels"], shift=True, reduction="sum", vocab_size=V))
         tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -217,7 +217,7 @@ def _separate_terms(
     inputs = PairInputs(ids, mask, conditions, condition_mask, batch.get("told"))
     logits, states = None, batch.get("lm_states")
     if states is None:
-        states, logits, _ = model.run_lm(inputs, model.config.lm_layers, None, use_cache=False)
+        states, logits, *_ = model.run_lm(inputs, model.config.lm_layers, None, use_cache=False)
     lm = lm_term(model.lm, states[b, t, :1], None if logits is None else logits[b, t][:, None])
     side = BaseSide(states, model.config.lm_layers, logits, None)
     output = model.auxiliary_output(AuxiliaryRows(DEFAULT, None, None), inputs, side, use_cache=False)

@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         self.scheduler = Scheduler(slots, max_length, prefill_tokens, max_condition=max_condition)
         before = len(model.base_prefix)
-        limits.check_prefix(model, text_format, columns_for(max_length + before))
+        limits.check_format(model, text_format)
         limits.check_slots_of_base(model, max_length + before)
         for name in model.auxiliary_names:
             limits.check_slots_of_auxiliary(model, name, max_length + max_condition)

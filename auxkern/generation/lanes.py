@@ -39,6 +39,11 @@ class Reader(NamedTuple):
         return sum(part.model == self.part.model for part in self.sequence.parts[: self.place])
 
     @property
+    def base_model(self) -> str:
+        """Of an auxiliary, the model of the member whose hidden states it reads."""
+        return self.sequence.parts[self.part.base].model
+
+    @property
     def ids(self) -> tuple[int, ...]:
         """Its prompt, and what was drawn so far."""
         return (*self.part.prompt_ids, *self.sequence.generated)
@@ -87,7 +92,7 @@ class Lane:
         """
         self.table.reserve(cache)
 
-    def join(self, joining: list[Reader], cache: Any, mask: Tensor, of: list[int]) -> None:
+    def join(self, joining: list[Reader], cache: Any, mask: Tensor, of: list[int], before: int = 0) -> None:
         """Newcomers take the next slots.
 
         Args:
@@ -95,10 +100,12 @@ class Lane:
             cache: what the model returned for the contexts that were read.
             mask: (U, W) int64 of these.
             of: each newcomer's row among them.
+            before: tokens of a prefix before those that are told something.
         """
         rows = to_device(of, mask.device)
         cache.reorder_cache(rows)
-        self.table.join(cache, mask[rows], _columns(joining, mask.shape[1]))
+        tokens = [len(one.ids) + (before if one.part.told else 0) for one in joining]
+        self.table.join(cache, mask[rows], tokens)
         self.readers += joining
 
     def clear(self) -> None:
@@ -119,15 +126,6 @@ class Lane:
             self.readers[destination] = self.readers[source]
         del self.readers[left:]
         return moves
-
-
-def _columns(joining: list[Reader], width: int, *, with_condition: bool = False) -> list[int]:
-    """The last columns of a cache so wide in which each newcomer has its tokens."""
-    # Padding stands between a prefix and a text.
-    return [
-        width if one.part.told else len(one.ids) + (len(one.part.condition_ids) if with_condition else 0)
-        for one in joining
-    ]
 
 
 class AuxiliaryLane(Lane):
@@ -193,7 +191,12 @@ class AuxiliaryLane(Lane):
                 self._of_condition[name] = like.new_zeros(slots, self.max_condition, *like.shape[2:])
 
     def join_auxiliary(
-        self, joining: list[Reader], condition: tuple[Tensor, Tensor], cache: Any, of: list[int]
+        self,
+        joining: list[Reader],
+        condition: tuple[Tensor, Tensor],
+        cache: Any,
+        of: list[int],
+        before: int = 0,
     ) -> None:
         """Newcomers take the next slots.
 
@@ -202,6 +205,7 @@ class AuxiliaryLane(Lane):
             condition: (U, K) ids and mask of the rows that were read.
             cache: what the auxiliary returned for them.
             of: each newcomer's row among these.
+            before: tokens of a prefix that stand in the cache before each text.
         """
         rows = to_device(of, self.condition.device)
         start, end = len(self.readers), len(self.readers) + len(joining)
@@ -209,10 +213,9 @@ class AuxiliaryLane(Lane):
         for side, ids in zip(self.condition, condition, strict=True):
             side[start:end, : ids.shape[1]] = ids[rows]
         cache.reorder_cache(rows)
-        # A decoder has its condition before the text.
         most = None
-        if self.table.fixed:
-            most = _columns(joining, cache.mask.shape[1], with_condition=True)
+        if self.table.fixed:  # a decoder has its condition before the text, last layers a prefix
+            most = [len(one.ids) + (before or len(one.part.condition_ids)) for one in joining]
         self.table.join(self.attention_of(cache), cache.mask, most)
         for name in OF_CONDITION:
             new = getattr(cache, name)

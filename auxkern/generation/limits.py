@@ -36,13 +36,12 @@ def check_slots_of_base(model: Any, max_length: int) -> None:
     check_slots_of_lm("the base", model.lm, model.transformer_config(None), max_length)
 
 
-def check_prefix(model: Any, text_format: TextFormat, columns: int) -> None:
-    """Refuses a base whose texts cannot share what it reads before them, or a format for another base.
+def check_format(model: Any, text_format: TextFormat) -> None:
+    """Refuses a format that tells the base something else than it was told in training.
 
     Args:
         model: an ``AuxTunedForCausalLM``.
         text_format: of its texts.
-        columns: of a cache.
 
     Raises:
         ValueError: so it is.
@@ -52,13 +51,6 @@ def check_prefix(model: Any, text_format: TextFormat, columns: int) -> None:
         raise ValueError(
             f"the base was told conditions by base_prompt={trained!r}, but text_format has {given!r}; take "
             "TextFormat.of(model.config, tokenizer)"
-        )
-    window = window_of(model)
-    if model.base_prefix and window is not None and window < columns:
-        # Padding stands between the prefix and a shorter text.
-        raise ValueError(
-            f"the base has a sliding window of {window} positions, less than {columns} columns, and reads "
-            f"{len(model.base_prefix)} base_prefix_ids before every text; lower max_length, or {_USE}"
         )
 
 

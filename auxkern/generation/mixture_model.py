@@ -15,12 +15,12 @@ from auxkern.generation.limits import check_beside
 from auxkern.generation.members import BASE, Member, Mixture, check_reads
 from auxkern.generation.request import Request
 from auxkern.model import base
-from auxkern.model.auxiliary import padding_first
 from auxkern.model.caches import CACHE_NAME, AuxiliaryRows
 from auxkern.model.generation import SumGeneration, check_positions
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.mixing import Added, mixed
 from auxkern.model.modeling import AuxTunedForCausalLM
+from auxkern.model.order import padding_first
 from auxkern.model.pair_terms import label_loss
 from auxkern.model.text import TextFormat
 from auxkern.ops.dense import dense_logits
@@ -279,7 +279,7 @@ class MixtureForCausalLM(SumGeneration, PreTrainedModel, GenerationMixin):
         parts: list[AuxiliaryRows] = []
         added: Added = []
         pair: Any = self.models[0]
-        states, logits, _ = read.output
+        states, logits, *_ = read.output
         side = BaseSide(states, self._layers, logits, None)
         for place, one in enumerate(self._steered):
             known = AuxiliaryRows(one.name, None, None) if cache is None else cache.auxiliaries[place]

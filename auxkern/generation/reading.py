@@ -18,7 +18,7 @@ from auxkern.model import base
 from auxkern.model.caches import AuxiliaryRows
 from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.mixing import Added, sequences_of
-from auxkern.model.prefix import PrefixStates
+from auxkern.model.prefix import PrefixStates, base_behind
 from auxkern.model.text import padded
 from auxkern.ops.dense import dense_logits
 
@@ -87,12 +87,17 @@ class LmPass(NamedTuple):
     Attributes:
         readings: of whom.
         output: of the pass.
-        inputs: (U, T) ids and (U, P + T) mask of the pass.
+        inputs: (U, T) ids and (U, P + T) mask of the pass; of the text alone where it stands behind a prefix.
     """
 
     readings: Readings
     output: base.LmOutput
     inputs: tuple[Tensor, Tensor]
+
+    @property
+    def columns(self) -> Tensor:
+        """(U, columns) mask of the cache."""
+        return self.inputs[1] if self.output.mask is None else self.output.mask
 
     @property
     def lengths(self) -> int:
@@ -187,13 +192,12 @@ def first_pass(
     """
     readings, first = unique_readings(readers, sequences, lambda reader: (reader.ids, reader.part.told > 0))
     ids, mask = (to_device(one, device) for one in padded([reader.ids for reader in first], 0, side="left"))
-    # Layers with sliding windows keep all columns too, as the table does.
-    cache = DynamicCache()
     if prefix is not None:
-        cache = prefix.cache(len(first))
-        behind = to_device([int(reader.part.told > 0) for reader in first], device)
-        mask = torch.cat([behind[:, None].expand(-1, len(prefix)), mask], 1)
-    output = base.run_base(lm, ids, mask, layers=layers, cache=cache, use_cache=True)
+        told = to_device([int(reader.part.told > 0) for reader in first], device)
+        output = base_behind(prefix, lm, ids, mask, layers=layers, told=told)
+    else:
+        # Layers with sliding windows keep all columns too, as the table does.
+        output = base.run_base(lm, ids, mask, layers=layers, cache=DynamicCache(), use_cache=True)
     return LmPass(readings, output, (ids, mask))
 
 
@@ -279,7 +283,10 @@ class Auxiliaries:
         """Of newcomers: conditions and prompts, those that are alike once."""
         device = self._given[0].device
         readings, first = unique_readings(
-            readers, sequences, lambda one: (one.ids, one.part.condition_ids, one.part.weight)
+            readers,
+            sequences,
+            # What of the base was read decides what an auxiliary adds to it.
+            lambda one: (one.ids, one.part.condition_ids, one.part.weight, one.base_model),
         )
         conditions = padded([reader.part.condition_ids for reader in first], 0)
         condition = (to_device(conditions[0], device), to_device(conditions[1], device))

@@ -282,12 +282,15 @@ class Runner:
         reads: dict[str, LmPass] = {}
         for name, lm in self._lms.items():
             if readers[name]:
-                before = self._prefix_of(name, readers[name])
+                prefix = self._prefix_of(name, readers[name])
                 layers_of = layers if name in _OF_BASE else []
-                read = first_pass(lm, readers[name], newcomers, layers_of, device, before)
+                read = first_pass(lm, readers[name], newcomers, layers_of, device, prefix)
                 reads[name] = read
                 stats.prefill_tokens += int(read.lengths)
-                self._of_lms[name].join(readers[name], read.output.cache, read.inputs[1], read.readings.of)
+                before = 0 if prefix is None else len(prefix)
+                self._of_lms[name].join(
+                    readers[name], read.output.cache, read.columns, read.readings.of, before
+                )
         auxiliaries = Auxiliaries(self.model, [reads[name] for name in _OF_BASE if name in reads], layers)
         passes = []
         for name, lane in self.lanes.items():
@@ -295,7 +298,9 @@ class Runner:
                 made = auxiliaries.first(name, readers[name], newcomers)
                 passes.append((name, made))
                 stats.prefill_tokens += made.condition_tokens
-                lane.join_auxiliary(readers[name], made.condition, made.cache, made.readings.of)
+                reads_prefix = self.model.auxiliary_traits(name).reads_prefix
+                before = len(self.model.base_prefix) if reads_prefix else 0
+                lane.join_auxiliary(readers[name], made.condition, made.cache, made.readings.of, before)
         return self._summed(newcomers, reads, passes)
 
     def _prefix_of(self, name: str, readers: list[Reader]) -> PrefixStates | None:

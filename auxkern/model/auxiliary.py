@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOu
 from auxkern.model.last_layers import LastLayers
 from auxkern.model.layers import ZeroLinear
 from auxkern.model.native import final_states
+from auxkern.model.order import padding_first
 from auxkern.model.pointer import Pointer
 
 
@@ -60,39 +61,6 @@ class InputVectors(nn.Module):
     def condition(self, inputs: AuxiliaryInputs) -> Tensor:
         """(B, K, D)"""
         return self.dropout(self._vectors(inputs.condition_ids, inputs) + self.condition_type)
-
-
-class Order(NamedTuple):
-    """Positions of a batch with all padding first: windows, convolutions and states then meet none between.
-
-    Attributes:
-        mask: (B, S') int64, 1 for real tokens, in the new order.
-        positions: (B, S') int64, where each stood.
-        places: (B, S) int64, where each went; any place for padding that was left out.
-    """
-
-    mask: Tensor
-    positions: Tensor
-    places: Tensor
-
-    def take(self, vectors: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S', D)"""
-        return vectors.take_along_dim(self.positions[:, :, None], 1)
-
-    def restore(self, hidden: Tensor) -> Tensor:
-        """(B, S', D) -> (B, S, D)"""
-        return hidden.take_along_dim(self.places[:, :, None], 1)
-
-
-def padding_first(mask: Tensor) -> Order:
-    """The order for a mask (B, S)."""
-    real = (mask != 0).long()
-    positions = real.argsort(dim=1, stable=True)
-    places = positions.argsort(1)
-    # Columns that are padding in every row; on a GPU a host would have to wait for their number.
-    counted = mask.device.type == "cpu" and mask.numel() > 0
-    spare = mask.shape[1] - max(1, int(real.sum(1).max())) if counted else 0
-    return Order(real.sort(1).values[:, spare:], positions[:, spare:], (places - spare).clamp_min(0))
 
 
 class TransformerAuxiliary(AuxiliaryTraits, nn.Module):

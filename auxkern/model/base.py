@@ -293,11 +293,13 @@ class LmOutput(NamedTuple):
         states: (B, T, 1 + L, D): final hidden states, then those of the chosen layers.
         logits: (B, T, V) the LM's own, None unless asked for.
         cache: its key-value cache, None unless asked for.
+        mask: (B, columns of the cache) int64, where they are not those of the batch's mask.
     """
 
     states: Tensor
     logits: Tensor | None
     cache: Any
+    mask: Tensor | None = None
 
 
 @torch.no_grad()

@@ -54,22 +54,29 @@ class PairCache:
     is_compileable = False  # read by transformers' generate
 
     def __init__(
-        self, lm: Any, auxiliaries: list[AuxiliaryRows], prefix: int = 0, *, short: bool = False
+        self,
+        lm: Any,
+        auxiliaries: list[AuxiliaryRows],
+        mask: Tensor | None = None,
+        *,
+        before: int = 0,
+        short: bool = False,
     ) -> None:
         """The caches of a call.
 
         Args:
             lm, auxiliaries: of the models.
-            prefix: of the base's columns, those that stand before the text's and in no mask of it.
+            mask: (B, columns) int64 of the base's cache, where it holds more than the text.
+            before: how many of the columns that is.
             short: whether they are of the base's first layers only.
         """
         self.lm = lm
         self.auxiliaries = auxiliaries
-        self.prefix, self.short = prefix, short
+        self.mask, self.before, self.short = mask, before, short
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Text positions seen so far, padding included."""
-        return self.lm.get_seq_length(layer_idx) - self.prefix
+        return self.lm.get_seq_length(layer_idx) - self.before
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keeps the sequences ``beam_idx`` (B,), as beam search asks.
@@ -77,6 +84,7 @@ class PairCache:
         A sequence is only ever replaced by another beam of its own request, so it keeps its auxiliary.
         """
         self.lm.reorder_cache(beam_idx)
+        self.mask = None if self.mask is None else self.mask[beam_idx]
         for part in self.auxiliaries:
             if part.rows is None:
                 part.cache.reorder_cache(beam_idx)

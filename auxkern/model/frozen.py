@@ -75,7 +75,7 @@ def frozen_terms(
 def base_side(model: Any, batch: PairInputs, layers: Iterable[int]) -> BaseSide:
     """What the base makes of a batch, for auxiliaries that read these layers."""
     listed = sorted(layers)
-    states, logits, _ = model.run_lm(batch, listed, None, use_cache=False)
+    states, logits, *_ = model.run_lm(batch, listed, None, use_cache=False)
     return BaseSide(states, listed, logits, None)
 
 

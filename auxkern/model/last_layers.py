@@ -16,7 +16,7 @@ from auxkern.model.config import AuxTunedConfig
 from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput, AuxiliaryTraits
 from auxkern.model.native import final_states, use_native_kernels
 from auxkern.model.pointer import Pointer
-from auxkern.model.prefix import with_prefix
+from auxkern.model.prefix import read_behind
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ADAPTER = "default"
@@ -202,7 +202,6 @@ class LastLayers(AuxiliaryTraits, nn.Module):
 
     def forward(self, inputs: AuxiliaryInputs) -> AuxiliaryOutput:
         first, T = inputs.cache is None, inputs.input_ids.shape[1]
-        body = self.transformer
         # A batch's attention is in the layers' own dtype.
         vectors, final = inputs.lm_states[:, :, 0], inputs.lm_final
         if final is None:
@@ -213,22 +212,16 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             vectors = vectors.float()
             size = vectors.square().mean(-1, keepdim=True).sqrt()
             vectors = vectors + size * self.tells(coverage.marks)
-        mask, cache = inputs.attention_mask[:, -T:], None
-        if not first:
-            mask, cache = torch.cat([inputs.cache.mask, mask], 1), inputs.cache.attention
-        elif inputs.prefix:
-            cache = inputs.prefix.last(self._body_config.num_hidden_layers).cache(len(mask))
-            mask = with_prefix(mask, len(inputs.prefix))
         vectors = self.embedded(vectors.to(self._dtype()))
-        options: dict[str, Any] = {"inputs_embeds": vectors, "attention_mask": mask}
-        keeps = inputs.use_cache or cache is not None
-        options["use_cache"] = keeps
-        if self.counts_positions:
-            options["position_ids"] = positions_of(mask, T)
-        if cache is not None:
-            options[cache_argument(body)] = cache
-            options["attention_mask"] = mask_with_cache(cache, mask, T)
-        hidden, attention, _ = final_states(body, options, cache_argument(body) if keeps else None)
+        mask = inputs.attention_mask[:, -T:]
+        if inputs.prefix:
+            before = inputs.prefix.last(self._body_config.num_hidden_layers)
+            read = read_behind(before, vectors, mask, self._run, keeps=inputs.use_cache)
+            (hidden,), attention, mask = read
+        else:
+            past = None if first else inputs.cache.attention
+            mask = mask if first else torch.cat([inputs.cache.mask, mask], 1)
+            (hidden,), attention = self._run(vectors, mask, past, keeps=inputs.use_cache)
         kept = AuxiliaryCache(attention, mask, None, None, None)
         added = hidden.float() - final.float()
         scores = end = None
@@ -246,6 +239,20 @@ class LastLayers(AuxiliaryTraits, nn.Module):
                 inputs = replace(inputs, lm_scores=inputs.scores_of(hidden.detach()))
             _, scores, end = self.pointer(_normed(self.reads(hidden.to(dtype))), kept.keys, inputs, coverage)
         return AuxiliaryOutput(added, scores, end, kept if inputs.use_cache else None)
+
+    def _run(
+        self, vectors: Tensor, mask: Tensor, cache: Any, *, keeps: bool = True
+    ) -> tuple[tuple[Tensor], Any]:
+        """Final states (B, T, D) of vectors (B, T, D), with a mask (B, P + T), and the cache."""
+        body, T = self.transformer, vectors.shape[1]
+        options: dict[str, Any] = {"inputs_embeds": vectors, "attention_mask": mask, "use_cache": keeps}
+        if self.counts_positions:
+            options["position_ids"] = positions_of(mask, T)
+        if cache is not None:
+            options[cache_argument(body)] = cache
+            options["attention_mask"] = mask_with_cache(cache, mask, T)
+        hidden, attention, _ = final_states(body, options, cache_argument(body) if keeps else None)
+        return (hidden,), attention
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self.transformer.parameters()).dtype

@@ -18,7 +18,7 @@ from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.interface import AuxiliaryOutput, AuxiliaryTraits, traits_of
 from auxkern.model.last_layers import LastLayers
 from auxkern.model.mixing import Alone, alone, mixed
-from auxkern.model.prefix import BasePrefix, with_prefix
+from auxkern.model.prefix import BasePrefix, base_behind
 from auxkern.model.text import IGNORED
 from auxkern.nn import FrozenLinear
 from auxkern.ops.cross_entropy import cross_entropy
@@ -97,7 +97,7 @@ class PairSum:
             lm_states = self.run_lm(batch, layers, cache, use_cache=use_cache, short=short)
         else:
             layers = list(range(lm_states.states.shape[2] - 1))
-        states, logits, lm = lm_states
+        states, logits, lm, columns = lm_states
         hidden, head = states[:, -keep:, 0], None
         if logits is None:
             head = base.output_head(self.lm)
@@ -117,8 +117,11 @@ class PairSum:
             )
             caches.append(cache_of_part)
             added.append((part, terms))
-        before = len(self.base_prefix) if cache is None else cache.prefix
-        pair_cache = PairCache(lm, caches, before, short=short) if use_cache else None
+        pair_cache = None
+        if use_cache:
+            T = batch.attention_mask.shape[1]
+            before = 0 if columns is None else columns.shape[1] - T
+            pair_cache = PairCache(lm, caches, columns, before=before, short=short)
         V: Any = self.config.vocab_size
         sides = alone(lm_term, added, V) if separate else None
         return PairTerms(mixed(lm_term, added, V), pair_cache, sides)
@@ -293,20 +296,18 @@ class PairSum:
             use_cache: whether a cache is wanted.
             short: its first layers only, see ``first_layers``.
         """
-        own, length = None if cache is None else cache.lm, 0 if cache is None else cache.prefix
+        lm = self.first_layers() if short else self.lm
+        options: dict[str, Any] = {"layers": layers, "want_logits": self.config.lm_term == "logits"}
         if cache is None and self.base_prefix:
             before = self.base_prefix.states()
             before = before.first(self.config.lm_layers[0]) if short else before
-            own, length = before.cache(len(batch.input_ids)), len(before)
-        return base.run_base(
-            self.first_layers() if short else self.lm,
-            batch.input_ids,
-            with_prefix(batch.attention_mask, length),
-            layers=layers,
-            cache=own,
-            use_cache=use_cache or own is not None,
-            want_logits=self.config.lm_term == "logits",
-        )
+            return base_behind(before, lm, batch.input_ids, batch.attention_mask, keeps=use_cache, **options)
+        mask = batch.attention_mask
+        if cache is not None and cache.mask is not None:
+            mask = torch.cat([cache.mask, mask[:, -batch.input_ids.shape[1] :]], 1)
+        own = None if cache is None else cache.lm
+        output = base.run_base(lm, batch.input_ids, mask, cache=own, use_cache=use_cache, **options)
+        return output if cache is None or cache.mask is None else output._replace(mask=mask)
 
     def _check_states(self, states: Tensor, batch: PairInputs, layers: list[int], use_cache: bool) -> None:
         wanted = (*batch.input_ids.shape, 1 + len(self.config.lm_layers), self.config.lm_hidden_size)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from auxkern.model.base import output_device, run_base
+from auxkern.model.base import LmOutput, output_device, run_base
 from auxkern.model.native import compute_of
+from auxkern.model.order import padding_first, padding_last
 
 _ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -93,6 +94,76 @@ def _attended(lm: Any, layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def with_prefix(mask: Tensor, length: int) -> Tensor:
-    """A mask (B, P) with so many real tokens before it."""
-    return nn.functional.pad(mask, (length, 0), value=1) if length else mask
+class ReadBehind(NamedTuple):
+    """What a model made of a batch behind a prefix.
+
+    Attributes:
+        outputs: (B, T, ...) each, at the batch's own columns.
+        cache: of the prefix and the batch, padding first; None unless asked for.
+        mask: (B, columns of the cache) int64.
+    """
+
+    outputs: tuple[Tensor, ...]
+    cache: Any
+    mask: Tensor
+
+
+def read_behind(
+    before: PrefixStates,
+    values: Tensor,
+    mask: Tensor,
+    run: Callable[[Tensor, Tensor, Any], tuple[tuple[Tensor, ...], Any]],
+    *,
+    told: Tensor | None = None,
+    keeps: bool = True,
+) -> ReadBehind:
+    """Reads a batch behind a prefix of P tokens, so that no padding stands between them.
+
+    A row's numbers then depend neither on the padding that the others bring nor, in a cache, on where it is.
+
+    Args:
+        before: the model's states of the prefix.
+        values: (B, T, ...) what is read: ids or vectors.
+        mask: (B, T) int64, padding on either side.
+        run: the model, of values (B, T', ...), a mask (B, P + T') and a cache that holds the prefix: what it
+            makes, (B, T', ...) each, and the cache.
+        told: (B,) bool, the rows that stand behind the prefix; None for all. The others see nothing of it.
+        keeps: whether the cache is wanted.
+    """
+    order = padding_last(mask)
+    shown = torch.ones(len(mask), len(before), dtype=mask.dtype, device=mask.device)
+    shown = shown if told is None else shown * told[:, None]
+    seen = torch.cat([shown, order.mask], 1)
+    outputs, cache = run(order.take(values), seen, before.cache(len(mask)))
+    restored = tuple(order.restore(one) for one in outputs)
+    if not keeps:
+        return ReadBehind(restored, None, seen)
+    closed = padding_first(seen)
+    index = closed.positions[:, None, :, None]
+    for layer in cache.layers:
+        layer.keys, layer.values = (one.take_along_dim(index, 2) for one in (layer.keys, layer.values))
+    return ReadBehind(restored, cache, closed.mask)
+
+
+def base_behind(
+    before: PrefixStates,
+    lm: Any,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    layers: Sequence[int] = (),
+    want_logits: bool = False,
+    told: Tensor | None = None,
+    keeps: bool = True,
+) -> LmOutput:
+    """A pass of the base, or of its first layers, behind a prefix; see ``run_base`` and ``read_behind``."""
+
+    def run(ids: Tensor, mask: Tensor, cache: Any) -> tuple[tuple[Tensor, ...], Any]:
+        output = run_base(
+            lm, ids, mask, layers=list(layers), cache=cache, use_cache=True, want_logits=want_logits
+        )
+        made = (output.states,) if output.logits is None else (output.states, output.logits)
+        return made, output.cache
+
+    (states, *logits), cache, columns = read_behind(before, ids, mask, run, told=told, keeps=keeps)
+    return LmOutput(states, next(iter(logits), None), cache, columns)

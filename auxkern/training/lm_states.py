@@ -20,7 +20,7 @@ from auxkern.core.terms import Head
 from auxkern.model.base import check_output_head, hidden_width, output_head, run_base
 from auxkern.model.fingerprints import fingerprint
 from auxkern.model.native import compute_of
-from auxkern.model.prefix import BasePrefix, PrefixStates, with_prefix
+from auxkern.model.prefix import BasePrefix, PrefixStates, base_behind
 from auxkern.model.text import IGNORED, padded
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.examples import Items, data_fingerprint, packed_ids
@@ -272,9 +272,10 @@ def _states_and_nll(
     """States (n, 1 + L, D) of the n real tokens, row after row, and the nll (n,) of what follows each."""
     head = output_head(lm)
     input_ids, mask = (tensor.to(lm.device) for tensor in padded(batch, 0))
-    cache = None if before is None else before.cache(len(batch))
-    seen = with_prefix(mask, 0 if before is None else len(before))
-    states = run_base(lm, input_ids, seen, layers=layers, cache=cache, use_cache=cache is not None).states
+    if before is None:
+        states = run_base(lm, input_ids, mask, layers=layers).states
+    else:
+        states = base_behind(before, lm, input_ids, mask, layers=layers, keeps=False).states
     following = torch.full_like(input_ids, IGNORED)
     following[:, :-1] = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORED)
     real = mask.bool().to(states.device)

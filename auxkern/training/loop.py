@@ -559,7 +559,7 @@ def _base_nll(model: Any, batch: Mapping[str, Any]) -> float:
     own_logits = model.config.lm_term == "logits"
     if states is None or own_logits:
         inputs = PairInputs(batch["input_ids"], batch["attention_mask"])
-        states, logits, _ = model.run_lm(inputs, [], None, use_cache=False)
+        states, logits, *_ = model.run_lm(inputs, [], None, use_cache=False)
     term = lm_term(model.lm, states[:, :, 0], logits)
     V = model.config.vocab_size
     return float(cross_entropy([term], batch["labels"], shift=True, reduction="sum", vocab_size=V))

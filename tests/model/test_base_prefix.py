@@ -14,6 +14,7 @@ from auxkern.evaluation.perplexity import evaluate_nll, plain_nll
 from auxkern.generation import Engine, Member, Request
 from auxkern.model import AuxTunedForCausalLM, TextFormat, use_native_kernels
 from auxkern.model.inputs import PairInputs
+from auxkern.model.prefix import BasePrefix, base_behind
 from auxkern.model.text import IGNORED, Example
 from auxkern.ops.dense import dense_logits
 from auxkern.ops.sampling_params import SamplingParams
@@ -297,3 +298,40 @@ def test_the_base_is_scored_with_what_it_is_told_and_without(kind: str) -> None:
     bare_nll = plain_nll(model, encode(examples, text.plain), batch_tokens=6)
     assert bare_nll == pytest.approx(float(torch.cat(plain).mean()), rel=1e-5)
     assert abs(bare_nll - report.lm_nll) > 0.01
+
+
+def test_a_short_text_beside_a_long_one_has_room_for_its_tokens() -> None:
+    """Padding within a batch of newcomers takes no columns of a slot."""
+    model, text = told_pair("last layers"), text_format()
+    long, short = "w3 " * 12, ""
+    requests = [
+        Request("long", "w7", long, seed=1, max_new_tokens=2, ignore_eos=True),
+        Request("short", "w8", short, seed=2, max_new_tokens=14, ignore_eos=True),
+    ]
+    both = Engine(model, text, slots=2, max_length=17).generate(requests)
+    alone = [Engine(model, text, slots=1, max_length=17).generate([one])[0] for one in requests]
+    assert [one.error for one in both] == [None, None]
+    assert [one.text for one in both] == [one.text for one in alone]
+
+
+def test_padding_on_either_side_changes_nothing_behind_a_prefix() -> None:
+    lm = use_native_kernels(word_lm(hidden_size=64))
+    before = BasePrefix(lm, [1, 7, 9, 12, 30]).states()
+    rows = {
+        "alone": ([[11, 45]], [[1, 1]]),
+        "right": ([[11, 45, 0, 0], [3, 4, 5, 6]], [[1, 1, 0, 0], [1] * 4]),
+        "left": ([[0, 0, 11, 45], [3, 4, 5, 6]], [[0, 0, 1, 1], [1] * 4]),
+    }
+    read = {}
+    with torch.no_grad():
+        for name, (ids, mask) in rows.items():
+            read[name] = base_behind(before, lm, torch.tensor(ids), torch.tensor(mask), layers=[1])
+    for name, (_, mask) in rows.items():
+        made, real = read[name], torch.tensor(mask[0]) != 0
+        torch.testing.assert_close(made.states[0, real], read["alone"].states[0], rtol=0, atol=0)
+        assert made.mask is not None
+        columns = int(made.mask[0].sum())
+        assert columns == 7
+        assert made.mask[0, -columns:].all()
+        keys = made.cache.layers[2].keys[0, :, -columns:]
+        torch.testing.assert_close(keys, read["alone"].cache.layers[2].keys[0], rtol=0, atol=0)

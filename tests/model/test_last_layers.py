@@ -230,7 +230,8 @@ def test_a_view_of_a_base_follows_it() -> None:
 def test_requests_of_all_kinds_do_not_depend_on_each_other(native: bool) -> None:
     text = TextFormat(word_tokenizer(), base_prompt="{condition} w90")
     prefix = text.base_prefix([Example("w3", "w4 w3")])
-    model = last_layers(word_lm(), base_prompt=text.base_prompt, base_prefix_ids=prefix, pointer=True)
+    lm = word_lm(hidden_size=64)  # heads that native attention takes
+    model = last_layers(lm, base_prompt=text.base_prompt, base_prefix_ids=prefix, pointer=True)
     model = model.use_native_kernels() if native else model
     kinds: list[dict[str, Any]] = [
         {},
