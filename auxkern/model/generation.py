@@ -373,7 +373,9 @@ class PairGeneration(SumGeneration):
             used = set(model_kwargs["auxiliary_ids"].flatten().tolist())
             names += [name for i, name in enumerate(self.auxiliary_names) if i in used]
         for name in names:
+            behind = name is None or self.auxiliary_traits(name).reads_prefix
             needed = generation_config.max_length + (0 if name is None else K)
+            needed += len(self.base_prefix) if behind else 0
             who = "the base" if name is None else f"auxiliary {name!r}"
             check_positions(who, self.transformer_config(name), needed)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -46,6 +46,7 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         self.adapters: nn.ModuleDict | None = None
         self._own: Any = None  # past nn.Module's registration where its weights are the base's
         self._merged: Any = None
+        self._compute: str | None = None  # of the merged layers
         if config.lora_rank:
             body = self._with_adapters()
             object.__setattr__(self, "_own", body)
@@ -116,15 +117,16 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         """
         if self.adapters is None:
             return
-        object.__setattr__(self, "_merged", None)
         source = _tensors(transformer(lm))
-        for name, module in list(self._own.named_modules()):
+        for name, module in self._own.named_modules():
             for kind in (module._parameters, module._buffers):
                 for own_name, tensor in kind.items():
                     if tensor is None or "lora_" in name:
                         continue
                     path = f"{name}.{own_name}".replace(".base_layer", "")
                     kind[own_name] = self._of_base(path, tensor, source)
+        if self._merged is not None:
+            self.merge(self._compute)
 
     def _of_base(self, name: str, own: Tensor, source: dict[str, Tensor]) -> Tensor:
         # The first number of a name is that of a layer, whatever a family calls their list.
@@ -165,6 +167,7 @@ class LastLayers(AuxiliaryTraits, nn.Module):
                     kind[own_name] = nn.Parameter(value, False) if kind is module._parameters else value
         body.eval()
         object.__setattr__(self, "_merged", body if compute is None else use_native_kernels(body, compute))
+        self._compute = compute
 
     def train(self, mode: bool = True) -> LastLayers:
         if mode:

@@ -10,6 +10,7 @@ import torch
 
 from auxkern.model.base import load_base, load_tokenizer
 from auxkern.model.config import AuxTunedConfig
+from auxkern.model.last_layers import LastLayers
 from auxkern.model.modeling import AuxTunedForCausalLM
 from auxkern.model.native import native_refusal
 from auxkern.model.text import TextFormat
@@ -59,6 +60,8 @@ def open_pair(
         raise ValueError(f"the weights of {name_or_path} or of its base are damaged: {error}") from error
     if place.type == "cpu" and native_refusal() is None:
         model.use_native_kernels(compute)
+    elif isinstance(model.auxiliary, LastLayers):
+        model.auxiliary.merge()
     return model.eval(), TextFormat.of(known, tokenizer, max_length)
 
 

@@ -142,6 +142,11 @@ def test_weights_that_move_are_the_bases_still() -> None:
     shared = model.auxiliary.transformer.layers[0].self_attn.q_proj.base_layer.weight
     assert shared is model.lm.model.layers[1].self_attn.q_proj.weight
     assert model(**batch).loss.isfinite()
+    model.auxiliary.merge()
+    merged = model.auxiliary.transformer
+    model.float()
+    assert model.auxiliary.transformer is not merged
+    assert not any("lora" in name for name, _ in model.auxiliary.transformer.named_parameters())
 
 
 @pytest.mark.parametrize(
