@@ -28,11 +28,11 @@ from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
 from auxkern.terminal import INTERRUPTED, command_parser
 from auxkern.training import checkpoint
-from auxkern.training.examples import Items, PlacedExamples, encode
+from auxkern.training.examples import ExampleSet, Items, PlacedExamples, encode, fingerprint_of
 from auxkern.training.fit import check_fit, check_padding
 from auxkern.training.frozen import frozen_sources, hold_frozen, shared_text_prefix
 from auxkern.training.log import check_unused
-from auxkern.training.loop import ExampleSet, TrainingInterrupted, TrainResult, fingerprint_of, train
+from auxkern.training.loop import TrainingInterrupted, TrainResult, train
 from auxkern.training.progress import duration, progress_for
 from auxkern.training.settings import TrainSettings, add_flags, settings_from
 from auxkern.training.wording import PLAIN, SPACED, Wording, wording_of

@@ -21,6 +21,7 @@ from auxkern.core.files import replace_file
 from auxkern.core.seeds import drawn
 from auxkern.model.text import IGNORED, Example, TextFormat, check_unicode
 
+_IDENTIFYING = ("input_ids", "labels", "condition_ids")
 _KNOWN = tuple(field.name for field in fields(Example))
 _SHAPE = "an example has condition, text and, if you like, prompt and conditions"
 _AT_ONCE = 1024  # examples that a tokenizer gets in one call
@@ -38,6 +39,23 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples, and what is known of them without reading them all.
+
+    Attributes:
+        examples: encoded, with input_ids and labels, as the collator takes them.
+        fingerprint: names their content; ``fingerprint_of(examples)`` if None. One who knows it has read
+            them, and has looked whether the model can take them (``check_fit``).
+        lm_nll: gives for the index of an example the LM-alone nll (T,) of the token after each
+            position; computed with the LM where it is wanted if None.
+    """
+
+    examples: Items
+    fingerprint: str | None = None
+    lm_nll: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -291,6 +309,20 @@ def _naming_example(place: Callable[[int], str], i: int) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise type(error)(f"{place(i)}: {error}") from error
+
+
+def fingerprint_of(examples: Items) -> str:
+    """64 hexadecimal digits that name encoded examples: SHA-256 over ids, labels and conditions in order."""
+    digest = hashlib.sha256()
+    for index in range(len(examples)):
+        example = examples[index]
+        for name in _IDENTIFYING:
+            if name in example:
+                digest.update(f"{name} {[int(one) for one in example[name]]} ".encode())
+        for name, given in example.get("frozen", {}).items():
+            digest.update(f"{name!r} {[int(one) for one in given['condition_ids']]} ".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def data_fingerprint(encoded: Items) -> str:

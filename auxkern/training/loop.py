@@ -7,61 +7,36 @@ CPU with the same number of threads).
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from auxkern.core.seeds import mixed_seed
-from auxkern.model.base import lm_term
-from auxkern.model.inputs import PairInputs
-from auxkern.model.text import IGNORED
-from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training import checkpoint
 from auxkern.training.checkpoint import RunIdentity, TrainState, checkpoint_folder, newest_checkpoint
-from auxkern.training.examples import Items
+from auxkern.training.examples import ExampleSet, Items, fingerprint_of
 from auxkern.training.fit import check_fit
 from auxkern.training.log import RunLog
+from auxkern.training.order import DataOrder
 from auxkern.training.progress import Progress
 from auxkern.training.ranks import Ranks
+from auxkern.training.scoring import Batch, Collate, Scorer, label_count
 from auxkern.training.settings import LoopSettings, learning_rate_at
+from auxkern.training.signals import StopSignals
 
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-_IDENTIFYING = ("input_ids", "labels", "condition_ids")
 
-Collate = Callable[[list[Any]], dict[str, Any]]
 Measure = Callable[[int], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class ExampleSet:
-    """Examples, and what is known of them without reading them all.
-
-    Attributes:
-        examples: encoded, with input_ids and labels, as the collator takes them.
-        fingerprint: names their content; ``fingerprint_of(examples)`` if None. One who knows it has read
-            them, and has looked whether the model can take them (``check_fit``).
-        lm_nll: gives for the index of an example the LM-alone nll (T,) of the token after each
-            position; computed with the LM where it is wanted if None.
-    """
-
-    examples: Items
-    fingerprint: str | None = None
-    lm_nll: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +122,7 @@ def train(
     run = _Run(model, _as_set(training), settings, collate, held_out, progress, measure, process_group)
     # The caller's random state is as it was afterwards.
     devices = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _StopSignals() as stop, run:
+    with torch.random.fork_rng(devices=devices), StopSignals() as stop, run:
         while True:
             if run.is_evaluation_due():
                 run.evaluate(stop)
@@ -161,58 +136,6 @@ def train(
             run.step()
         run.publish()
     return TrainResult(run.state, run.output)
-
-
-def fingerprint_of(examples: Items) -> str:
-    """64 hexadecimal digits that name encoded examples: SHA-256 over ids, labels and conditions in order."""
-    digest = hashlib.sha256()
-    for index in range(len(examples)):
-        example = examples[index]
-        for name in _IDENTIFYING:
-            if name in example:
-                digest.update(f"{name} {[int(one) for one in example[name]]} ".encode())
-        for name, given in example.get("frozen", {}).items():
-            digest.update(f"{name!r} {[int(one) for one in given['condition_ids']]} ".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
-
-
-class DataOrder:
-    """Which examples a step takes, a function of the seed, the epoch and the step alone.
-
-    Epochs follow each other without a gap, so a batch may reach into the next one and all batches
-    have one size.
-
-    Args:
-        count: number of examples.
-        settings: batch_size, gradient_accumulation, seed and shuffle.
-    """
-
-    def __init__(self, count: int, settings: LoopSettings) -> None:
-        self._count, self._settings = count, settings
-        self._epoch, self._order = -1, list(range(count))
-
-    def of_step(self, step: int) -> list[list[int]]:
-        """Indices of the step's examples, a list per batch; steps count from 0."""
-        size, batches = self._settings.batch_size, self._settings.gradient_accumulation
-        first = step * size * batches
-        indices = [self._at(position) for position in range(first, first + size * batches)]
-        return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self._count)
-        if self._settings.shuffle and epoch != self._epoch:
-            generator = torch.Generator().manual_seed(mixed_seed(self._settings.seed, "epoch", epoch))
-            self._epoch, self._order = epoch, torch.randperm(self._count, generator=generator).tolist()
-        return self._order[place]
-
-
-class _Batch(NamedTuple):
-    """Arguments of the model, their place among the batches of all ranks, and which examples they are."""
-
-    arguments: dict[str, Any]
-    place: int
-    indices: Sequence[int]
 
 
 class _Run:
@@ -237,12 +160,13 @@ class _Run:
             if examples.fingerprint is None:
                 check_fit(model, examples.examples, f"{name} example {{}}".format)
         self.model, self.training, self.validation = model, training, validation
-        self.settings, self.collate, self.measure = settings, collate, measure
+        self.settings, self.measure = settings, measure
         self.output = Path(settings.output)
         self.optimizer = _optimizer(model, settings)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
         self.ranks = Ranks(process_group, self.device)
+        self.scorer = Scorer(model, collate, self.ranks, self.device)
         self.progress = Progress() if progress is None or not self.ranks.is_first else progress
         self.order = DataOrder(len(training.examples), settings)
         self.identity = RunIdentity(
@@ -307,7 +231,7 @@ class _Run:
         """One step of the optimizer, over an accumulation group."""
         state, settings = self.state, self.settings
         own, batches = self._batches()
-        tokens = int(self.ranks.total(sum(_label_count(batch) for batch, _, _ in own))[0])
+        tokens = int(self.ranks.total(sum(label_count(batch) for batch, _, _ in own))[0])
         rate = learning_rate_at(settings, state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -335,14 +259,17 @@ class _Run:
         if state.step % settings.log_every == 0 or state.step == settings.steps:
             self._log_step(loss, norm, rate, own, tokens)
 
-    def evaluate(self, stop: _StopSignals) -> None:
+    def evaluate(self, stop: StopSignals) -> None:
         """Validation nll of the pair, and once of the LM alone; abandoned if a signal comes."""
-        state = self.state
+        state, scorer, size = self.state, self.scorer, self.settings.batch_size
+        chosen = self.validation
+        if chosen is None:
+            return
         self.model.eval()
         try:
-            if state.lm_nll is None and self._knows_lm(self.validation):
-                state.lm_nll = self._validation_mean(self._lm_alone, stop)
-            nll = self._validation_mean(self._pair, stop)
+            if state.lm_nll is None and scorer.knows_lm(chosen):
+                state.lm_nll = scorer.mean(chosen, size, scorer.lm_alone, stop)
+            nll = scorer.mean(chosen, size, scorer.pair, stop)
             if nll is None:
                 return
             if not math.isfinite(nll):
@@ -402,7 +329,7 @@ class _Run:
             text = f"{what} cannot be written to {self.output}: {reason}; {kept}"
             raise (OSError(text) if number is None else OSError(number, text)) from error
 
-    def _batches(self) -> tuple[list[_Batch], int]:
+    def _batches(self) -> tuple[list[Batch], int]:
         """This rank's batches of the next step, and how many all ranks have together."""
         example = functools.cache(self.training.examples.__getitem__)
         groups = self.order.of_step(self.state.step)
@@ -410,62 +337,13 @@ class _Run:
             size = self.settings.batch_size
             order = sorted((i for group in groups for i in group), key=lambda i: len(example(i)["input_ids"]))
             groups = [order[start : start + size] for start in range(0, len(order), size)]
-        return self._own(groups, example), len(groups)
+        return self.scorer.batches(groups, example), len(groups)
 
-    def _own(self, groups: Sequence[Sequence[int]], example: Callable[[int], Any]) -> list[_Batch]:
-        """The batches among ``groups`` that are this rank's; one that does not count has no labels."""
-        own = []
-        for place, group, counts in self.ranks.mine(groups):
-            batch = _moved(self.collate([example(i) for i in group]), self.device)
-            if not counts:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-            own.append(_Batch(batch, place, group))
-        return own
-
-    @torch.no_grad()
-    def _validation_mean(
-        self, summed_nll: Callable[[ExampleSet, Sequence[int], dict[str, Any]], float], stop: _StopSignals
-    ) -> float | None:
-        """Mean nll over the validation labels; None if a signal came."""
-        chosen = self.validation
-        if chosen is None:
-            return None
-        total, labels = 0.0, 0.0
-        size, count = self.settings.batch_size, len(chosen.examples)
-        groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        for place in range(0, len(groups), self.ranks.count):
-            if self.ranks.any(stop.requested):
-                return None
-            ((batch, _, indices),) = self._own(
-                groups[place : place + self.ranks.count], chosen.examples.__getitem__
-            )
-            total += summed_nll(chosen, indices, batch)
-            labels += _label_count(batch)
-        total, labels = self.ranks.total(total, labels)
-        return total / max(1, labels)
-
-    def _pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Any]) -> float:
-        one = torch.tensor(1, device=self.device)
-        return float(self.model(**batch, num_items_in_batch=one, return_logits=False).loss)
-
-    def _lm_alone(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Any]) -> float:
-        if chosen.lm_nll is None:
-            return _base_nll(self.model, batch)
-        total = 0.0
-        for index, labels in zip(indices, batch["labels"].cpu(), strict=True):
-            nll = chosen.lm_nll(index)
-            # Position t holds the nll of token t + 1.
-            total += nll[:-1][labels[1 : len(nll)] != IGNORED].double().sum().item()
-        return total
-
-    def _knows_lm(self, chosen: ExampleSet | None) -> bool:
-        return chosen is not None and (chosen.lm_nll is not None or hasattr(self.model, "lm"))
-
-    def _log_step(self, loss: float, norm: float, rate: float, own: list[_Batch], tokens: int) -> None:
+    def _log_step(self, loss: float, norm: float, rate: float, own: list[Batch], tokens: int) -> None:
         state = self.state
         lm_loss = None
-        if self._knows_lm(self.training):
-            nll = sum(self._lm_alone(self.training, indices, batch) for batch, _, indices in own)
+        if self.scorer.knows_lm(self.training):
+            nll = sum(self.scorer.lm_alone(self.training, indices, batch) for batch, _, indices in own)
             lm_loss = self.ranks.total(nll)[0] / max(1, tokens)
         now = time.monotonic()
         done = state.step - self._first_step
@@ -511,58 +389,8 @@ class _Run:
         )
 
 
-class _StopSignals:
-    """Takes SIGINT and SIGTERM while it is open: the first is remembered, the second stops at once."""
-
-    requested = False
-
-    def __enter__(self) -> _StopSignals:
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # A shell's background job, for one, ignores SIGINT on purpose.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def _as_set(examples: ExampleSet | Items) -> ExampleSet:
     return examples if isinstance(examples, ExampleSet) else ExampleSet(examples)
-
-
-def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same on a device; what is known of auxiliaries held frozen is a mapping of its own."""
-    return {
-        name: _moved(value, device) if isinstance(value, Mapping) else value.to(device)
-        for name, value in batch.items()
-    }
-
-
-def _label_count(batch: Mapping[str, Any]) -> int:
-    # Nothing predicts position 0.
-    return int((batch["labels"][:, 1:] != IGNORED).sum().item())
-
-
-@torch.no_grad()
-def _base_nll(model: Any, batch: Mapping[str, Any]) -> float:
-    """Summed nll that the base alone gives the labels; it runs unless its states are cached."""
-    states, logits = batch.get("lm_states"), None
-    own_logits = model.config.lm_term == "logits"
-    if states is None or own_logits:
-        inputs = PairInputs(batch["input_ids"], batch["attention_mask"])
-        states, logits, *_ = model.run_lm(inputs, [], None, use_cache=False)
-    term = lm_term(model.lm, states[:, :, 0], logits)
-    V = model.config.vocab_size
-    return float(cross_entropy([term], batch["labels"], shift=True, reduction="sum", vocab_size=V))
 
 
 def _optimizer(model: Any, settings: LoopSettings) -> torch.optim.AdamW:

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
-from auxkern.training.loop import DataOrder, ExampleSet, TrainingInterrupted, fingerprint_of, train
+from auxkern.training.examples import ExampleSet, fingerprint_of
+from auxkern.training.loop import TrainingInterrupted, train
+from auxkern.training.order import DataOrder
 from auxkern.training.settings import LoopSettings, learning_rate_at
 from tests.support.stand_in import SETTINGS, At, StandIn, bits, examples, log, run, run_in_a_process
 
