@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import random
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from auxkern.commands.pair import CommandParser, check_model, input_file, quiet, sentence
 from auxkern.commands.ranks import Launched
 from auxkern.core.seeds import mixed_seed
+from auxkern.evaluation.diagnosis import Run, diagnosis
 from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.config import trained_on_top_of
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
 from auxkern.terminal import INTERRUPTED, command_parser
 from auxkern.training import checkpoint
-from auxkern.training.examples import ExampleSet, Items, PlacedExamples, encode, fingerprint_of
+from auxkern.training.defaults import Plan, plan_for
+from auxkern.training.examples import (
+    ExampleSet,
+    Items,
+    PlacedExamples,
+    encode,
+    fingerprint_of,
+    shared_examples,
+)
 from auxkern.training.fit import check_fit, check_padding
 from auxkern.training.frozen import frozen_sources, hold_frozen, shared_text_prefix
-from auxkern.training.log import check_unused
+from auxkern.training.log import LOG, check_unused
 from auxkern.training.loop import TrainingInterrupted, TrainResult, train
 from auxkern.training.progress import duration, progress_for
 from auxkern.training.settings import TrainSettings, add_flags, settings_from
@@ -55,7 +65,9 @@ Exit status: 0; 1 if the loss was not finite or the disk is full; 2 for bad opti
 class _Job:
     """What is trained, all of it checked; nothing is written yet."""
 
-    settings: TrainSettings
+    settings: TrainSettings  # with the plan's numbers
+    plan: Plan
+    chosen: Mapping[str, float]  # of the plan, what was left open
     model: Any
     text_format: TextFormat
     training: Items
@@ -132,7 +144,8 @@ def _run_job(settings: TrainSettings, device: str | None, launched: Launched) ->
         return 1
     except ValueError as error:
         return _say_error(error, 2)
-    _print_summary(job, result)
+    if job.launched.rank == 0:
+        _print_summary(job, result)
     return 0
 
 
@@ -147,6 +160,8 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     sides = _read_examples(settings, launched)
     shots, rest = _base_examples(settings, sides[0])
     sides = (rest, sides[1])
+    plan = plan_for(settings, len(rest.examples), checkpoint.saved_settings(output))
+    chosen, settings = plan.chosen(settings), plan.written_into(settings)
     text_format, model = _pair(settings, device, rest.examples, shots)
     check_padding(model, text_format.pad_id)
     formats = hold_frozen(model, settings.frozen, text_format)
@@ -161,8 +176,10 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     newest = checkpoint.newest_checkpoint(output)
     if newest is not None:
         checkpoint.load_state(newest, identity)
+    _warn_of_shared(*sides)
     condition = sides[1].examples[0].condition
-    return _Job(settings, model, text_format, training, validation, identity, condition, launched)
+    pair = (model, text_format, training, validation)
+    return _Job(settings, plan, chosen, *pair, identity, condition, launched)
 
 
 def _read_examples(settings: TrainSettings, launched: Launched) -> tuple[PlacedExamples, PlacedExamples]:
@@ -195,6 +212,16 @@ def _base_examples(settings: TrainSettings, side: PlacedExamples) -> tuple[list[
     left = [i for i in range(len(side.examples)) if i not in set(chosen)] if count else None
     rest = side if left is None else side.some(left)
     return [side.examples[i] for i in chosen], rest
+
+
+def _warn_of_shared(training: PlacedExamples, validation: PlacedExamples) -> None:
+    if shared := shared_examples(training, validation):
+        print(
+            f"auxkern train: {len(shared):,} of {len(validation.examples):,} validation examples also stand "
+            f"in the training set, such as {validation.place(shared[0])}: their nll says nothing of new "
+            "texts; take them out of one of the two",
+            file=sys.stderr,
+        )
 
 
 def _pair(
@@ -401,14 +428,16 @@ def _print_job(job: _Job) -> None:
     lm_size = sum(parameter.numel() for parameter in model.lm.parameters())
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     each = settings.batch_size * settings.gradient_accumulation
-    epochs = settings.steps * each / len(job.training)
+    epochs = job.plan.steps * each / len(job.training)
+    chosen = ", ".join(f"{name} {value:g}" for name, value in job.chosen.items())
     _print_rows(
         ("base", f"{settings.base}: {lm_size:,} parameters, {model.lm.dtype}, {model.lm.device}, frozen"),
         ("auxiliary", f"{model.config.architecture}: {size:,} trainable parameters"),
         *([("on top of", trained_on_top_of(model.config.on_top_of))] if model.config.on_top_of else []),
         ("training", _size_of(job.training)),
         ("validation", _size_of(job.validation)),
-        ("steps", f"{settings.steps:,} of {each:,} examples, {epochs:.1f} epochs"),
+        ("steps", f"{job.plan.steps:,} of {each:,} examples, {epochs:.1f} epochs"),
+        *([("defaults", f"{chosen}, from the amount of data")] if chosen else []),
     )
 
 
@@ -426,10 +455,20 @@ def _print_summary(job: _Job, result: TrainResult) -> None:
             # exp overflows beyond 709.
             rows.append((name, f"validation nll {nll:.4f}, perplexity {math.exp(min(nll, 700.0)):,.2f}"))
     command = ["auxkern", "generate", str(result.output), "--condition", job.condition]
+    records = (result.output / LOG).read_text(encoding="utf-8").splitlines()
+    run = Run(
+        state,
+        job.plan,
+        [json.loads(line) for line in records],
+        training=len(job.training),
+        validation=len(job.validation),
+        dropout=job.model.config.dropout,
+    )
     print()
     _print_rows(
         *rows,
         ("time", f"{duration(state.seconds)} for {state.step:,} steps, {state.tokens:,} tokens"),
+        ("result", diagnosis(run)),
         ("model", str(result.output)),
         ("try it", shlex.join(command)),
     )

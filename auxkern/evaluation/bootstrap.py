@@ -69,6 +69,46 @@ def bootstrap_mean(
         i = int((~x.isfinite()).nonzero()[0])
         raise ValueError(f"values[{i}] is {x[i].item()}; leave out what was not measured")
     sums, sizes = _cluster_sums(x, clusters)
+    ends = _ends(sums, sizes, confidence, resamples, seed)
+    return Interval((sums.sum() / sizes.sum()).item(), *ends, confidence, len(x), len(sums))
+
+
+def bootstrap_ratio(
+    sums: Sequence[float],
+    sizes: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = DATA_SEED,
+) -> Interval:
+    """Interval of a mean of which only the sum over each cluster is known, and how many values it has.
+
+    ``bootstrap_mean`` of the values, with these clusters.
+
+    Args:
+        sums: of the clusters, finite.
+        sizes: values of each; one at least must have some.
+        confidence, resamples, seed: as there.
+
+    Raises:
+        ValueError: sums and sizes have other lengths, all sizes are 0, or as ``bootstrap_mean``.
+    """
+    if len(sums) != len(sizes):
+        raise ValueError(f"there are {len(sums)} sums and {len(sizes)} sizes; pass as many")
+    known = [(total, size) for total, size in zip(sums, sizes, strict=True) if size > 0]
+    if not known:
+        raise ValueError(f"none of the {len(sizes)} clusters has a value; there is no mean")
+    x = torch.tensor(known, dtype=torch.float64)
+    if not bool(x.isfinite().all()):
+        raise ValueError("a sum or a size is not finite; leave out what was not measured")
+    totals, counts = x.unbind(1)
+    ends = _ends(totals, counts, confidence, resamples, seed)
+    mean = (totals.sum() / counts.sum()).item()
+    return Interval(mean, *ends, confidence, int(counts.sum().item()), len(totals))
+
+
+def _ends(sums: Tensor, sizes: Tensor, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
+    """Ends of the interval of clusters with (C,) sums and sizes."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it must be between 0 and 1, such as 0.95")
     least = math.ceil(2 / (1 - confidence))
@@ -82,7 +122,7 @@ def bootstrap_mean(
     means = _resampled(sums, sizes, resamples, seed)
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = torch.quantile(means, ends).tolist()
-    return Interval((sums.sum() / sizes.sum()).item(), low, high, confidence, len(x), len(sums))
+    return low, high
 
 
 def bootstrap_difference(

@@ -7,11 +7,12 @@ optimizer.safetensors and trainer.json. A folder has that name only once it is c
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,24 @@ _REMOVE = "remove that folder to go on from the checkpoint before"
 _PREFIX, _UNFINISHED = "checkpoint-", ".unfinished-"
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a model gives to a set of examples, in parts of consecutive ones: an interval resamples them.
+
+    Attributes:
+        sums: nll of each part's labels, in nats.
+        labels: how many each part has.
+    """
+
+    sums: list[float]
+    labels: list[float]
+
+    @property
+    def nll(self) -> float:
+        """The mean over all labels."""
+        return math.fsum(self.sums) / max(1.0, math.fsum(self.labels))
+
+
 @dataclass
 class TrainState:
     """Where a run is. Everything else that it computes follows from this, the weights and the settings.
@@ -37,9 +56,12 @@ class TrainState:
         tokens: text tokens (labels) seen.
         seconds: spent training and evaluating, over all parts of the run.
         evaluated_step: the last step after which the pair was evaluated.
-        nll: the pair's validation nll then, nats per token.
+        nll: the pair's validation nll then, nats per token; None before the first evaluation.
         lm_nll: the LM's alone, which never changes.
-        best_step, best_nll: the step with the lowest validation nll.
+        best_step, best_nll: the step with the lowest validation nll; 0 is before the first.
+        stale: evaluations in a row that brought no new best.
+        part_labels: labels in each part of the validation set, see ``Score``.
+        start_sums, best_sums: the pair's summed nll of each part, before the first step and at the best.
     """
 
     step: int = 0
@@ -50,6 +72,26 @@ class TrainState:
     lm_nll: float | None = None
     best_step: int | None = None
     best_nll: float | None = None
+    stale: int = 0
+    part_labels: list[float] = field(default_factory=list)
+    start_sums: list[float] = field(default_factory=list)
+    best_sums: list[float] = field(default_factory=list)
+
+    def evaluated(self, score: Score) -> bool:
+        """Takes in the validation score of this step; whether it is the best."""
+        self.nll, self.evaluated_step = score.nll, self.step
+        if self.step == 0:
+            self.part_labels, self.start_sums = score.labels, score.sums
+        if self.best_nll is not None and self.best_nll <= score.nll:
+            self.stale += 1
+            return False
+        self.best_nll, self.best_step, self.stale = score.nll, self.step, 0
+        self.best_sums = score.sums
+        return True
+
+
+# Fields of ``TrainState`` that older checkpoints lack.
+_LATER = ("stale", "part_labels", "start_sums", "best_sums")
 
 
 class Weights(NamedTuple):
@@ -243,10 +285,31 @@ def load_state(folder: Path, identity: RunIdentity) -> TrainState:
     Raises:
         ValueError: it belongs to another run, or is damaged.
     """
-    try:
+    with _naming_damage(folder):
         saved = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
         identity.check(saved, folder)
-        return TrainState(**{one.name: saved[one.name] for one in fields(TrainState)})
+        names = [one.name for one in fields(TrainState) if one.name in saved or one.name not in _LATER]
+        return TrainState(**{name: saved[name] for name in names})
+
+
+def saved_settings(output: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder, as its newest checkpoint has them; None if nothing is saved.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    folder = newest_checkpoint(output)
+    if folder is None:
+        return None
+    with _naming_damage(folder):
+        settings: dict[str, Any] = json.loads((folder / TRAINER).read_text(encoding="utf-8"))["settings"]
+        return settings
+
+
+@contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / TRAINER} is damaged ({error!r}); {_REMOVE}") from error
 

@@ -96,6 +96,12 @@ class PlacedExamples:
         return PlacedExamples([self.examples[i] for i in chosen], lambda i: self.place(chosen[i]))
 
 
+def shared_examples(training: PlacedExamples, validation: PlacedExamples) -> list[int]:
+    """Indices of the validation examples that also stand in the training set, every part the same."""
+    known = {frozenset(example.parts().items()) for example in training.examples}
+    return [i for i, one in enumerate(validation.examples) if frozenset(one.parts().items()) in known]
+
+
 def read_jsonl(path: str | Path) -> list[Example]:
     """The examples of a file with one JSON object a line, with the fields of ``Example``.
 

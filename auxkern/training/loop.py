@@ -22,8 +22,10 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from auxkern.core.seeds import mixed_seed
+from auxkern.model.text import IGNORED
 from auxkern.training import checkpoint
 from auxkern.training.checkpoint import RunIdentity, TrainState, checkpoint_folder, newest_checkpoint
+from auxkern.training.defaults import Plan, plan_for
 from auxkern.training.examples import ExampleSet, Items, fingerprint_of
 from auxkern.training.fit import check_fit
 from auxkern.training.log import RunLog
@@ -31,7 +33,7 @@ from auxkern.training.order import DataOrder
 from auxkern.training.progress import Progress
 from auxkern.training.ranks import Ranks
 from auxkern.training.scoring import Batch, Collate, Scorer, label_count
-from auxkern.training.settings import LoopSettings, learning_rate_at
+from auxkern.training.settings import LoopSettings
 from auxkern.training.signals import StopSignals
 
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -85,7 +87,9 @@ def train(
     of ragged batches equal one big batch. SIGINT and SIGTERM finish the step and save (in the main
     thread; elsewhere signals are left alone), a second one stops at once. torch's random state is
     the caller's again afterwards. The model holds the last step's weights at the end, ``output`` the
-    best ones.
+    best ones: those of the lowest validation nll, the one before the first step included, so that a run
+    never ends worse than it began. It ends early where ``settings.patience`` says so. What the settings
+    leave open depends on the amount of data, see ``auxkern.training.defaults``.
 
     With a process group its ranks share the batches of a step, of an evaluation too: the run is the
     same on any number of them but for rounding, and may be resumed on another. Gradients are summed once
@@ -101,9 +105,9 @@ def train(
             is saved there.
         collate: list of examples -> batch of tensors with labels (B, T), such as ``AuxCollator``.
         progress: is told of every step.
-        measure: called after each evaluation with the number of steps done, the model in evaluation
-            mode; what it returns, JSON's types, becomes "measured" in the evaluation's line of the log.
-            Of a group's ranks each calls it, and the first one's is taken.
+        measure: called after each evaluation with the number of steps done, from 0 on, the model in
+            evaluation mode; what it returns, JSON's types, becomes "measured" in the evaluation's line of
+            the log. Of a group's ranks each calls it, and the first one's is taken.
         process_group: a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension, with a copy of the auxiliary
             on each rank, or with FSDP2's shards (``fully_shard``) whose gradients are summed, as
             ``auxkern.model.shard_auxiliary`` sets it.
@@ -112,10 +116,11 @@ def train(
         A ``TrainResult``.
 
     Raises:
-        ValueError: no examples, no trainable parameters, ``output`` holds a run and resume is off,
-            it holds another run, or another process writes to it.
+        ValueError: no examples, nothing to learn or to score in them, no trainable parameters, ``output``
+            holds a run and resume is off, it holds another run, or another process writes to it.
         OSError: a file cannot be written; the last checkpoint stays whole. On all ranks.
-        FloatingPointError: loss or gradient is not finite; the last checkpoint stays.
+        FloatingPointError: loss or gradient is not finite; the last checkpoint stays, and ``output`` holds
+            the best weights so far, if there was an evaluation.
         TrainingInterrupted: a signal came; what to resume from is saved.
     """
     held_out = None if validation is None else _as_set(validation)
@@ -123,17 +128,14 @@ def train(
     # The caller's random state is as it was afterwards.
     devices = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), StopSignals() as stop, run:
-        while True:
-            if run.is_evaluation_due():
-                run.evaluate(stop)
-            stopping = run.ranks.any(stop.requested)
-            if run.is_save_due() or stopping:
-                run.save()
-            if run.state.step == settings.steps and not run.is_evaluation_due():
-                break
-            if stopping:
-                raise TrainingInterrupted(run.state.step, checkpoint_folder(run.output, run.state.step))
-            run.step()
+        try:
+            run.to_its_end(stop)
+        except FloatingPointError as error:
+            if run.state.best_step is None:
+                raise
+            run.publish()
+            best = f"{run.output} holds the best weights so far, of step {run.state.best_step}"
+            raise FloatingPointError(f"{error}; {best}") from error
         run.publish()
     return TrainResult(run.state, run.output)
 
@@ -160,9 +162,12 @@ class _Run:
             if examples.fingerprint is None:
                 check_fit(model, examples.examples, f"{name} example {{}}".format)
         self.model, self.training, self.validation = model, training, validation
-        self.settings, self.measure = settings, measure
-        self.output = Path(settings.output)
-        self.optimizer = _optimizer(model, settings)
+        self.output, self.measure = Path(settings.output), measure
+        checkpoint.check_output(self.output, settings.resume)
+        saved = checkpoint.saved_settings(self.output)
+        self.plan = plan_for(settings, len(training.examples), saved)
+        self.settings = settings = self.plan.written_into(settings)
+        self.optimizer = _optimizer(model, self.plan, settings.betas)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
         self.ranks = Ranks(process_group, self.device)
@@ -175,7 +180,6 @@ class _Run:
             None if validation is None else validation.fingerprint or fingerprint_of(validation.examples),
             checkpoint.model_fields(model),
         )
-        checkpoint.check_output(self.output, settings.resume)
         self.state = TrainState()
         self._log: RunLog | None = None
 
@@ -198,7 +202,7 @@ class _Run:
         self._seconds_before = self.state.seconds
         self._mark = (self.state.tokens, self._began)
         self.model.train()
-        self.progress.start(self.state.step, self.settings.steps, "training")
+        self.progress.start(self.state.step, self.plan.steps, "training")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -212,27 +216,52 @@ class _Run:
         if folder is not None:
             self.state = checkpoint.load_state(folder, self.identity)
             checkpoint.load_weights(folder, self.model, self.optimizer)
-        if self.state.step > self.settings.steps:
-            raise ValueError(f"{self.output} is at step {self.state.step}, past steps={self.settings.steps}")
-        self._saved = (self.state.step if folder else None, self.state.evaluated_step)
+        if self.state.step > self.plan.steps:
+            raise ValueError(f"{self.output} is at step {self.state.step}, past steps={self.plan.steps}")
+        self._saved = (self.state.step if folder else None, self.state.nll)
         self.ranks.same_weights(self.model.parameters())
+
+    def to_its_end(self, stop: StopSignals) -> None:
+        """All steps, evaluations and checkpoints that are left."""
+        while True:
+            if self.is_evaluation_due():
+                self.evaluate(stop)
+            stopping = self.ranks.any(stop.requested)
+            if self.is_save_due() or stopping:
+                self.save()
+            if self.is_over() and not self.is_evaluation_due():
+                break
+            if stopping:
+                raise TrainingInterrupted(self.state.step, checkpoint_folder(self.output, self.state.step))
+            self.step()
+        if self.state.step < self.plan.steps:
+            self.progress.say(
+                f"ended early, after step {self.state.step:,}: {self.state.stale} evaluations in a row were "
+                f"no better than that of step {self.state.best_step:,} (patience)"
+            )
+
+    def is_over(self) -> bool:
+        patience = self.settings.patience
+        return self.state.step == self.plan.steps or 0 < patience <= self.state.stale
 
     def is_evaluation_due(self) -> bool:
         step = self.state.step
-        due = step % self.settings.eval_every == 0 or step == self.settings.steps
-        return self.validation is not None and due and self.state.evaluated_step != step
+        due = step % self.plan.eval_every == 0 or step == self.plan.steps
+        known = self.state.nll is not None and self.state.evaluated_step == step
+        return self.validation is not None and due and not known
 
     def is_save_due(self) -> bool:
-        step = self.state.step
-        due = step % self.settings.save_every == 0 or step in (self.settings.steps, self.state.best_step)
-        return due and step > 0 and self._saved != (step, self.state.evaluated_step)
+        step, best = self.state.step, self.state.best_step
+        # The weights of step 0 are kept for the end, where they may be the best.
+        due = step == best or self.is_over() or (step > 0 and step % self.settings.save_every == 0)
+        return due and self._saved != (step, self.state.nll)
 
     def step(self) -> None:
         """One step of the optimizer, over an accumulation group."""
         state, settings = self.state, self.settings
         own, batches = self._batches()
         tokens = int(self.ranks.total(sum(label_count(batch) for batch, _, _ in own))[0])
-        rate = learning_rate_at(settings, state.step)
+        rate = self.plan.learning_rate_at(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
@@ -256,7 +285,7 @@ class _Run:
         state.tokens += tokens
         state.seconds = self._seconds_before + time.monotonic() - self._began
         self.progress.advance(state.step)
-        if state.step % settings.log_every == 0 or state.step == settings.steps:
+        if state.step % settings.log_every == 0 or state.step == self.plan.steps:
             self._log_step(loss, norm, rate, own, tokens)
 
     def evaluate(self, stop: StopSignals) -> None:
@@ -268,21 +297,22 @@ class _Run:
         self.model.eval()
         try:
             if state.lm_nll is None and scorer.knows_lm(chosen):
-                state.lm_nll = scorer.mean(chosen, size, scorer.lm_alone, stop)
-            nll = scorer.mean(chosen, size, scorer.pair, stop)
-            if nll is None:
+                alone = scorer.score(chosen, size, scorer.lm_alone, stop)
+                state.lm_nll = None if alone is None else alone.nll
+            score = scorer.score(chosen, size, scorer.pair, stop)
+            if score is None:
                 return
-            if not math.isfinite(nll):
-                raise FloatingPointError(self._what_to_try(nll, None))
+            if not sum(score.labels):
+                raise ValueError(f"validation has no label to score: all after the start are {IGNORED}")
+            for nll in (score.nll, state.lm_nll or 0.0):
+                if not math.isfinite(nll):
+                    raise FloatingPointError(self._what_to_try(nll, None))
             measured = {} if self.measure is None else {"measured": dict(self.measure(state.step))}
         finally:
             self.model.train()
-        state.nll, state.evaluated_step = nll, state.step
-        if state.best_nll is None or nll < state.best_nll:
-            state.best_nll, state.best_step = nll, state.step
+        best = state.evaluated(score)
         state.seconds = self._seconds_before + time.monotonic() - self._began
-        best = state.best_step == state.step
-        figures = {"nll": nll, "lm_nll": state.lm_nll, "best": best}
+        figures = {"nll": state.nll, "lm_nll": state.lm_nll, "best": best}
         self._record({"step": state.step, "evaluation": True, **figures, **measured})
         self._mark = (state.tokens, time.monotonic())
 
@@ -300,7 +330,7 @@ class _Run:
                     raise FileNotFoundError("the folder was removed; this checkpoint is in a new one")
                 keep = self.settings.keep_checkpoints
                 checkpoint.prune_checkpoints(self.output, keep, self.state.best_step)
-        self._saved = (self.state.step, self.state.evaluated_step)
+        self._saved = (self.state.step, self.state.nll)
 
     def publish(self) -> None:
         """The model of the best step, or of the last one, as the run's."""
@@ -347,7 +377,7 @@ class _Run:
             lm_loss = self.ranks.total(nll)[0] / max(1, tokens)
         now = time.monotonic()
         done = state.step - self._first_step
-        left = (now - self._began) / done * (self.settings.steps - state.step)
+        left = (now - self._began) / done * (self.plan.steps - state.step)
         speed = (state.tokens - self._mark[0]) / max(now - self._mark[1], 1e-9)
         self._mark = (state.tokens, now)
         self._record(
@@ -371,10 +401,16 @@ class _Run:
         self.progress.record(record)
 
     def _is_past(self, record: dict[str, Any]) -> bool:
-        past = self.state.evaluated_step if record.get("evaluation") else self.state.step
-        return bool(record["step"] <= past)
+        if not record.get("evaluation"):
+            return bool(record["step"] <= self.state.step)
+        return self.state.nll is not None and bool(record["step"] <= self.state.evaluated_step)
 
     def _what_to_try(self, loss: float, norm: float | None) -> str:
+        if not self.state.step and norm is None:
+            return (
+                f"the validation loss is {loss} before the first step: load the base in float32 (dtype), or "
+                "look at its weights"
+            )
         # Steps count from 1 for people.
         if norm is None:
             what = f"the validation loss is {loss} after step {self.state.step}"
@@ -383,8 +419,8 @@ class _Run:
         newest = newest_checkpoint(self.output)
         kept = f"; {newest} is kept" if newest else ""
         return (
-            f"{what}: try a lower learning_rate (it is {self.settings.learning_rate}), a longer warmup_steps "
-            f"({self.settings.warmup_steps}), max_grad_norm=1.0 ({self.settings.max_grad_norm}), or "
+            f"{what}: try a lower learning_rate (it is {self.plan.learning_rate}), a longer warmup_steps "
+            f"({self.plan.warmup_steps}), max_grad_norm=1.0 ({self.settings.max_grad_norm}), or "
             f"the base in float32{kept}"
         )
 
@@ -393,12 +429,12 @@ def _as_set(examples: ExampleSet | Items) -> ExampleSet:
     return examples if isinstance(examples, ExampleSet) else ExampleSet(examples)
 
 
-def _optimizer(model: Any, settings: LoopSettings) -> torch.optim.AdamW:
+def _optimizer(model: Any, plan: Plan, betas: tuple[float, float]) -> torch.optim.AdamW:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter that requires a gradient; there is nothing to train")
     matrices = [p for p in trainable if p.dim() >= 2]
     others = [p for p in trainable if p.dim() < 2]  # biases and norms are not pulled to 0
-    decays = ((matrices, settings.weight_decay), (others, 0.0))
+    decays = ((matrices, plan.weight_decay), (others, 0.0))
     groups = [{"params": some, "weight_decay": decay} for some, decay in decays if some]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=betas)

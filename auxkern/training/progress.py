@@ -153,7 +153,7 @@ def record_line(record: dict[str, Any], total: int) -> str:
     if not record.get("evaluation"):
         return f"{head}: {_figures(record)}"
     alone = "" if record["lm_nll"] is None else f", LM alone {record['lm_nll']:.4f}"
-    best = " (best)" if record["best"] else ""
+    best = " (best)" if record["best"] and record["step"] else ""
     return f"{head}: validation nll {record['nll']:.4f}{best}{alone}"
 
 

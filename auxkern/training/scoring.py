@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,14 @@ from auxkern.model.base import lm_term
 from auxkern.model.inputs import PairInputs
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
+from auxkern.training.checkpoint import Score
 from auxkern.training.examples import ExampleSet
 from auxkern.training.ranks import Ranks
 from auxkern.training.signals import StopSignals
 
 Collate = Callable[[list[Any]], dict[str, Any]]
+# Parts of a validation set, few enough to keep and enough to resample.
+_PARTS = 40
 SummedNll = Callable[[ExampleSet, Sequence[int], dict[str, Any]], float]
 
 
@@ -51,19 +55,23 @@ class Scorer:
         return own
 
     @torch.no_grad()
-    def mean(self, chosen: ExampleSet, size: int, summed: SummedNll, stop: StopSignals) -> float | None:
-        """Mean nll over the labels of a set, in batches of ``size``; None if a signal came."""
-        total, labels, count = 0.0, 0.0, len(chosen.examples)
+    def score(self, chosen: ExampleSet, size: int, summed: SummedNll, stop: StopSignals) -> Score | None:
+        """Nll of the labels of a set, in batches of at most ``size``; None if a signal came."""
+        count = len(chosen.examples)
+        size = min(size, math.ceil(count / _PARTS))
         groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        for place in range(0, len(groups), self._ranks.count):
+        parts = min(len(groups), _PARTS)
+        sums, labels = [0.0] * parts, [0.0] * parts
+        for start in range(0, len(groups), self._ranks.count):
             if self._ranks.any(stop.requested):
                 return None
-            some = groups[place : place + self._ranks.count]
-            ((batch, _, indices),) = self.batches(some, chosen.examples.__getitem__)
-            total += summed(chosen, indices, batch)
-            labels += label_count(batch)
-        total, labels = self._ranks.total(total, labels)
-        return total / max(1, labels)
+            some = groups[start : start + self._ranks.count]
+            ((batch, place, indices),) = self.batches(some, chosen.examples.__getitem__)
+            part = (start + place) * parts // len(groups)
+            sums[part] += summed(chosen, indices, batch)
+            labels[part] += label_count(batch)
+        totals = self._ranks.total(*sums, *labels)
+        return Score(totals[:parts], totals[parts:])
 
     def pair(self, chosen: ExampleSet, indices: Sequence[int], batch: dict[str, Any]) -> float:
         """Summed nll that the model gives a batch's labels."""

@@ -35,7 +35,7 @@ def _setting(help: str, default: Any = MISSING, *, resumable: bool = False, **li
     """A field with its help.
 
     ``resumable`` says that a resumed run may have another value; ``limits`` are choices, at_least,
-    above, at_most and below.
+    above, at_most and below, and from_data: None leaves it to ``auxkern.training.defaults``.
     """
     return field(default=default, metadata={"help": help, "resumable": resumable, **limits})
 
@@ -50,15 +50,19 @@ class LoopSettings:
     """
 
     output: str = _setting("folder for checkpoints, log and the trained model", resumable=True)
-    steps: int = _setting("optimizer steps of the whole run", 1000, at_least=1)
+    steps: int | None = _setting("optimizer steps of the whole run", None, at_least=1, from_data=True)
     batch_size: int = _setting(
         "examples that go through the model at a time", 32, at_least=1, at_most=1 << 20
     )
     gradient_accumulation: int = _setting("such batches in a step", 1, at_least=1, at_most=1 << 20)
-    learning_rate: float = _setting("AdamW's, after the warm-up", 1e-3, above=0.0)
-    warmup_steps: int = _setting("steps in which the learning rate rises from 0", 0, at_least=0)
+    learning_rate: float | None = _setting("AdamW's, after the warm-up", None, above=0.0, from_data=True)
+    warmup_steps: int | None = _setting(
+        "steps in which the learning rate rises from 0", None, at_least=0, from_data=True
+    )
     schedule: str = _setting("of the learning rate after the warm-up, down to 0", "cosine", choices=SCHEDULES)
-    weight_decay: float = _setting("of weights with two or more dimensions", 0.01, at_least=0.0)
+    weight_decay: float | None = _setting(
+        "of weights with two or more dimensions", None, at_least=0.0, from_data=True
+    )
     betas: tuple[float, float] = _setting("AdamW's", (0.9, 0.999), at_least=0.0, below=1.0)
     max_grad_norm: float = _setting(
         "gradients are clipped to this norm; 0 for no clipping", 1.0, at_least=0.0
@@ -70,7 +74,15 @@ class LoopSettings:
         False,
     )
     log_every: int = _setting("steps between two lines of the log", 10, resumable=True, at_least=1)
-    eval_every: int = _setting("steps between two evaluations", 100, resumable=True, at_least=1)
+    eval_every: int | None = _setting(
+        "steps between two evaluations", None, resumable=True, at_least=1, from_data=True
+    )
+    patience: int = _setting(
+        "evaluations in a row without a new best after which the run ends; 0: never",
+        3,
+        resumable=True,
+        at_least=0,
+    )
     save_every: int = _setting("steps between two checkpoints", 100, resumable=True, at_least=1)
     keep_checkpoints: int = _setting(
         "newest checkpoints that are kept, beside the best one", 2, resumable=True, at_least=1
@@ -83,10 +95,9 @@ class LoopSettings:
             value = _typed(one.name, getattr(self, one.name), hints[one.name])
             _check_limits(one, value)
             object.__setattr__(self, one.name, value)
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps} but steps is {self.steps}; lower the first"
-            )
+        warmup, steps = self.warmup_steps, self.steps
+        if warmup is not None and steps is not None and warmup > steps:
+            raise ValueError(f"warmup_steps is {warmup} but steps is {steps}; lower the first")
 
     @classmethod
     def from_mapping(cls: type[_Settings], values: Mapping[str, Any]) -> _Settings:
@@ -133,6 +144,10 @@ class LoopSettings:
         values = self.as_json()
         lines = [f"# {_help_of(one)}\n{written_yaml({one.name: values[one.name]})}" for one in fields(self)]
         return "".join(lines)
+
+
+# Settings that depend on the amount of data where they are not given.
+FROM_DATA = tuple(one.name for one in fields(LoopSettings) if one.metadata.get("from_data"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,17 +321,6 @@ def settings_from(options: argparse.Namespace, config: Path | None) -> TrainSett
     return TrainSettings.from_mapping({**values, **flags})
 
 
-def learning_rate_at(settings: LoopSettings, step: int) -> float:
-    """The learning rate of a step, counted from 0: warm-up, then the schedule down to 0 after the last."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    share = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    left = 1.0 - share if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
-    return settings.learning_rate * left
-
-
 def _help_of(one: Field[Any]) -> str:
     text = str(one.metadata["help"])
     if "choices" in one.metadata and one.name != "dtype":
@@ -324,6 +328,8 @@ def _help_of(one: Field[Any]) -> str:
     if one.default is not MISSING and one.default is not None:
         default = str(one.default).lower() if isinstance(one.default, bool) else one.default
         text += f" (default: {default})"
+    elif one.metadata.get("from_data"):
+        text += " (default: from the amount of data)"
     return text
 
 

@@ -219,7 +219,7 @@ def test_it_trains_saves_and_says_what_came_of_it(
     assert "40 examples" in said
     assert f"auxkern generate {out} --condition w50" in said
     lines = log(out)
-    assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8]
+    assert [line["step"] for line in lines] == [0, 2, 4, 4, 6, 8, 8]
     final = next(line for line in lines[::-1] if line.get("evaluation"))
 
     lm, tokenizer = load_base(str(base)), load_tokenizer(str(base))
@@ -234,6 +234,8 @@ def test_it_trains_saves_and_says_what_came_of_it(
     assert best < alone - 0.1
     assert f"{alone:.4f}" in said
     assert f"{best:.4f}" in said
+    assert "gain over the base " in said
+    assert "9 validation examples tell little" in said
     assert (base / "model.safetensors").read_bytes() == before
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 

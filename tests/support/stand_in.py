@@ -64,7 +64,7 @@ class StandIn(nn.Module):
 
 
 class DyingStandIn(StandIn):
-    """Killed in the middle of its 9th step, or of its second saving."""
+    """Killed in the middle of its 9th step, or of its third saving."""
 
     def __init__(self, point: str) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class DyingStandIn(StandIn):
     def save_pretrained(self, folder: Path) -> None:
         super().save_pretrained(folder)
         self.savings += 1
-        if self.point == "save" and self.savings == 2:
+        if self.point == "save" and self.savings == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -114,6 +114,10 @@ def run(
         validation=examples(5, seed=1),
         progress=progress,
     )
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 class At(Progress):

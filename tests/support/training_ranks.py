@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 3,
     "save_every": 3,
     "sort_by_length": True,
+    "patience": 0,
 }
 # Of each run: what it changes of SETTINGS.
 RUNS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "begun by ranks": {"steps": 6},
     "ended by ranks": {},
     "stopped": {},
+    "worse": {"learning_rate": 3.0, "patience": 2},
 }
 
 
@@ -193,7 +195,7 @@ def rank_result(folder: Path, rank: int, world: int) -> dict[str, Any]:
         "wrapped": _wrapped(),
         "accelerate": _sharded_by_accelerate(folder / "accelerate", mesh),
     }
-    for name in ("uneven", "fifty", "unlabelled", "counts", "begun by ranks"):
+    for name in ("uneven", "fifty", "unlabelled", "counts", "worse", "begun by ranks"):
         run(folder / name, name, process_group=dist.group.WORLD)
     run(folder / "ended by ranks", "ended by ranks", process_group=mesh, resume=True)
     model = new_pair("sharded")

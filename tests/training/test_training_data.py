@@ -66,7 +66,7 @@ def flags(tmp_path: Path) -> list[str]:
     """Of a small run on a base with a tokenizer of bytes."""
     save_base(tmp_path / "base", byte_tokenizer())
     write(tmp_path / "train.jsonl", *[LINE] * 4)
-    write(tmp_path / "held.jsonl", LINE)
+    write(tmp_path / "held.jsonl", {**LINE, "text": "rain again"})
     pair = [f"--pair=auxiliary_config={json.dumps(DECODER)}", "--steps=2", "--batch-size=2"]
     names = {"base": "base", "train-file": "train.jsonl", "validation-file": "held.jsonl", "output": "out"}
     return [*pair, *(f"--{name}={tmp_path / file}" for name, file in names.items())]

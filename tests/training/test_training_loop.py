@@ -15,15 +15,22 @@ from torch.nn import functional as F
 
 from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
+from auxkern.training.defaults import plan_for
 from auxkern.training.examples import ExampleSet, fingerprint_of
 from auxkern.training.loop import TrainingInterrupted, train
 from auxkern.training.order import DataOrder
-from auxkern.training.settings import LoopSettings, learning_rate_at
-from tests.support.stand_in import SETTINGS, At, StandIn, bits, examples, log, run, run_in_a_process
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+from auxkern.training.settings import LoopSettings
+from tests.support.stand_in import (
+    SETTINGS,
+    At,
+    StandIn,
+    bits,
+    examples,
+    interrupt,
+    log,
+    run,
+    run_in_a_process,
+)
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def uninterrupted(tmp_path: Path) -> Path:
 def test_learning_rates_of_the_schedules() -> None:
     def rates(schedule: str) -> list[float]:
         settings = LoopSettings(output="x", steps=6, warmup_steps=2, learning_rate=1.0, schedule=schedule)
-        return [learning_rate_at(settings, step) for step in range(6)]
+        return [plan_for(settings, 1).learning_rate_at(step) for step in range(6)]
 
     assert rates("constant") == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert rates("linear") == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -119,8 +126,8 @@ def test_what_is_measured_stands_in_the_evaluations_of_the_log(tmp_path: Path) -
         measure=measure,
     )
     measured = {line["step"]: line["measured"] for line in log(tmp_path) if line.get("evaluation")}
-    assert measured == {4: {"square": 16}, 8: {"square": 64}, 11: {"square": 121}}
-    assert modes == [False] * 3
+    assert measured == {step: {"square": step**2} for step in (0, 4, 8, 11)}
+    assert modes == [False] * 4
 
 
 def test_clipping_scales_the_gradient_to_the_limit(tmp_path: Path) -> None:
@@ -158,7 +165,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(
     output = tmp_path / "killed"
     done = run_in_a_process(output, point)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoint_steps(output) == ([6, 8] if point == "step" else [3])
+    assert checkpoint_steps(output) == ([6, 8] if point == "step" else [0, 3])
     run(output, resume=True)
     assert bits(output) == bits(uninterrupted)
     assert log(output) == log(uninterrupted)
@@ -195,8 +202,11 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path: Path, uninterrupted: Path) -> None:
     class Interrupting(StandIn):
+        steps = 0
+
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if not self.training:
+            self.steps += self.training
+            if not self.training and self.steps:
                 interrupt()
             return super().forward(*args, **kwargs)
 

@@ -38,7 +38,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which one process made the same runs."""
     folder = tmp_path_factory.mktemp("alone")
-    for name in ("uneven", "unlabelled", "counts"):
+    for name in ("uneven", "unlabelled", "counts", "worse"):
         run(folder / name, name)
     # Twice the batch, once.
     run(folder / "fifty", "fifty", batch_size=4, gradient_accumulation=1)
@@ -113,7 +113,16 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(shared: Path, alone:
     assert [rank["stopped"] for rank in found(shared)] == [(3, "checkpoint-3")] * len(found(shared))
     check_same_run(alone / "uneven", shared / "stopped")
     lines = [json.loads(line) for line in (shared / "stopped" / "log.jsonl").read_text().splitlines()]
-    assert [line["measured"] for line in lines if line.get("evaluation")] == [{"rank": 0}] * 4
+    assert [line["measured"] for line in lines if line.get("evaluation")] == [{"rank": 0}] * 5
+
+
+def test_ranks_that_learn_nothing_end_together_with_what_they_began_with(shared: Path, alone: Path) -> None:
+    before = {name: tensor for name, tensor in new_pair("worse").state_dict().items()}
+    for folder in (alone / "worse", shared / "worse"):
+        assert [line["step"] for line in log(folder) if line.get("evaluation")] == [0, 3, 6]
+        assert checkpoint_steps(folder) == [0, 3, 6]
+        published = load_file(folder / "model.safetensors")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in published.items())
 
 
 def test_what_ranks_saved_loads_on_one_device(shared: Path) -> None:
