@@ -53,6 +53,8 @@ file. --show prints such a file. `pair` holds fields of AuxTunedConfig, as in --
 --pair lm_layers=[10]. `frozen` holds auxiliaries that were trained on the same base, as in --frozen
 keyword=out/keyword:0.7: their logits are in the sum that is trained, with a weight, and stay what they are;
 the condition that each sees is an example's "conditions": {"keyword": "glacier"}.
+Settings that are null there depend on the amount of data. The model in the output folder is that of the best
+evaluation, the one before the first step included: no run ends worse than it began.
 Ctrl-C finishes the step and saves; --resume goes on from there, as if nothing had happened.
 Under torchrun (torchrun --nproc-per-node 4 -m auxkern train ...) processes share the batches of a step, of
 which --gradient-accumulation says how many there are; the run is the same, in any number of processes.
@@ -154,9 +156,9 @@ def _prepare(settings: TrainSettings, device: str | None, launched: Launched) ->
     if settings.shard_base and launched.count == 1:
         raise ValueError("shard_base is for several processes; start them with torchrun, or leave it out")
     output = Path(settings.output)
-    checkpoint.check_output(output, settings.resume)
     if launched.rank == 0:
         check_unused(output)
+    checkpoint.check_output(output, settings.resume)
     sides = _read_examples(settings, launched)
     shots, rest = _base_examples(settings, sides[0])
     sides = (rest, sides[1])

@@ -128,11 +128,13 @@ def loop_settings(
         sort_by_length=True,
         learning_rate=rate,
         warmup_steps=round(preset.warmup * steps),
+        weight_decay=0.01,
         betas=preset.betas,
         seed=seed,
         log_every=max(1, preset.steps // 20),
         eval_every=steps if trial else preset.steps // scores,
         save_every=steps if trial else preset.steps // preset.measures,
+        patience=0,  # curves have the same steps for all
         keep_checkpoints=1,
         resume=True,
     )
@@ -168,7 +170,7 @@ def train_method(
     every = preset.steps // preset.measures
 
     def measure(step: int) -> dict[str, Any]:
-        if judge is None or step % every:
+        if judge is None or step == 0 or step % every:
             return {}
         return judge.measure(_texts(place, method, model, text_format, seed))
 
@@ -191,7 +193,9 @@ def train_method(
         "seconds": result.state.seconds,
         "flops": _flops(cost, training, settings.steps * preset.sentences),
         "evaluations": [
-            {"step": r["step"], "nll": r["nll"], **r["measured"]} for r in records if r.get("evaluation")
+            {"step": r["step"], "nll": r["nll"], **r["measured"]}
+            for r in records
+            if r.get("evaluation") and r["step"]
         ],
     }
     if not trial and isinstance(model, AuxTunedForCausalLM):

@@ -155,6 +155,14 @@ def test_a_flag_beats_the_file_and_pair_is_merged(tmp_path: Path, capsys: pytest
     assert (shown["steps"], shown["seed"], shown["pair"]) == (9, 3, {"pointer": True, "dropout": 0})
 
 
+def test_what_depends_on_the_data_is_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [part for name, value in DATA.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert main([*arguments, "--show"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("steps", "learning_rate", "warmup_steps", "weight_decay", "eval_every"):
+        assert f"(default: from the amount of data)\n{name}: null\n" in shown
+
+
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -238,6 +246,73 @@ def test_it_trains_saves_and_says_what_came_of_it(
     assert "9 validation examples tell little" in said
     assert (base / "model.safetensors").read_bytes() == before
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_what_is_left_open_is_chosen_once_from_the_amount_of_data(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = yaml.safe_load(config.read_text())
+    for name in ("steps", "learning_rate", "eval_every"):
+        del given[name]
+    del given["pair"]["dropout"]
+    config.write_text(yaml.safe_dump(given))
+    assert main(["--config", str(config), "--train-examples", "30"]) == 0
+    said = capsys.readouterr().out
+    newest = tmp_path / "out" / f"checkpoint-{checkpoint_steps(tmp_path / 'out')[-1]}" / "trainer.json"
+    saved = json.loads(newest.read_text())["settings"]
+    assert saved["pair"]["dropout"] > 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dropout"] == saved["pair"]["dropout"]
+    written = {**saved, "dropout": saved["pair"]["dropout"]}
+    names = ("steps", "learning_rate", "warmup_steps", "weight_decay", "eval_every", "dropout")
+    chosen = ", ".join(f"{name} {written[name]:g}" for name in names)
+    assert f"defaults    {chosen}, from the amount of data" in said
+    # As an older version wrote it: the run keeps what it was begun with.
+    trainer = json.loads(newest.read_text())
+    del trainer["settings"]["pair"]["dropout"], trainer["settings"]["patience"]
+    trainer["settings"]["weight_decay"] = 0.125
+    trainer["model"]["dropout"] = 0.0
+    newest.write_text(json.dumps(trainer))
+    assert main(["--config", str(config), "--train-examples", "30", "--resume"]) == 0
+    assert "weight_decay 0.125, " in capsys.readouterr().out
+
+
+def test_a_run_that_learns_nothing_ends_as_the_base_and_says_so(
+    config: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config), "--learning-rate", "2", "--eval-every", "100"]) == 0
+    out = capsys.readouterr().out
+    assert "no gain over the base; no step was better than step 0, whose weights the model has" in out
+    assert "try a lower learning_rate (it is 2)" in out
+    model = AuxTunedForCausalLM.from_pretrained(tmp_path / "out", lm=load_base(str(base))).eval()
+    assert not model.head.weight.any()
+    before = weights(tmp_path / "out"), log(tmp_path / "out")
+    assert main(["--config", str(config), "--learning-rate", "2", "--eval-every", "100", "--resume"]) == 0
+    assert (weights(tmp_path / "out"), log(tmp_path / "out")) == before
+    assert "no gain over the base; no step was better than step 0" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_said_and_leaves_the_best_weights(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--eval-every", "100"]
+    assert main(["--config", str(config), *flags]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("auxkern train: ")]
+    assert "try a lower learning_rate (it is 1e+30)" in said
+    assert f"{tmp_path / 'out'} holds the best weights so far, of step 0" in said
+    assert not load_file(tmp_path / "out" / "model.safetensors")["head.weight"].any()
+
+
+def test_validation_examples_that_are_trained_on_are_said(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained_on = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    with (tmp_path / "validation.jsonl").open("a") as lines:
+        lines.writelines([trained_on[7], trained_on[3]])
+    assert main(["--config", str(config)]) == 0
+    said = (
+        f"2 of 11 validation examples also stand in the training set, such as {tmp_path / 'validation.jsonl'}"
+    )
+    assert f"{said}, line 10: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layers", ["[1]", "[]", "[1,3]"])

@@ -153,4 +153,4 @@ def run_in_a_process(output: Path, point: str) -> subprocess.CompletedProcess[st
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), DyingStandIn(sys.argv[2]))
+    run(Path(sys.argv[1]), DyingStandIn(sys.argv[2]), resume=True)

@@ -68,6 +68,7 @@ def test_trainer_and_plain_loop_give_the_same_loss_curve(tmp_path):
         gradient_accumulation=3,
         learning_rate=5e-3,
         schedule="constant",
+        warmup_steps=0,
         weight_decay=0.0,
         max_grad_norm=1.0,
         shuffle=False,

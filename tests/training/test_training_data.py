@@ -350,7 +350,7 @@ def test_a_resumed_run_names_the_field_that_differs(
     [
         ("--device=nope", "device is 'nope', which PyTorch does not know"),
         ("--device=cuda:99", "device is 'cuda:99', but PyTorch"),
-        ("--pair=auxiliary_config=3", "a value in pair {'auxiliary_config': 3} is wrong"),
+        ("--pair=auxiliary_config=3", "a value in pair {'auxiliary_config': 3, 'dropout': 0.0} is wrong"),
         ('--pair=auxiliary_config={"model_type": "llama", "hidden_size": 15}', "is wrong: Class validation"),
     ],
 )

@@ -33,13 +33,16 @@ def uninterrupted(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------ two runs, one folder
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_second_run_in_the_same_folder_is_refused(resume: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [(False, "holds a run with checkpoint-0 already"), (True, "another process writes to .*; wait for it")],
+)
+def test_a_second_run_in_the_same_folder_is_refused(resume: bool, message: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     refused = []
 
     def second() -> None:
-        with pytest.raises(ValueError, match=r"another process writes to .*log.jsonl; wait for it"):
+        with pytest.raises(ValueError, match=message):
             run(output, resume=resume)
         refused.append((output / "log.jsonl").read_bytes())
 
