@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 REAL := $(VENV)/real
 RAY := $(VENV)/ray
+DOCS := $(VENV)/docs
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench install bench-real families compose test test-slow test-oldest test-newest test-old-transformers test-triton test-gpu gpu lint format clean
+.PHONY: bench install bench-real families compose test test-slow test-oldest test-newest test-old-transformers test-triton test-gpu gpu lint format docs docs-links clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -97,6 +98,14 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The site, in build/site. A warning is an error, and so is a link to a page, a heading or a file that is not there.
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site $(ARGS)
+
+# The links to other sites, which needs a network.
+docs-links: $(DOCS)
+	$(BIN)/python -m sphinx -q -b linkcheck docs build/links $(ARGS)
+
 clean:
 	rm -rf build dist $(VENV) .venv-oldest .venv-newest auxkern/_native/libauxkern.* *.egg-info
 
@@ -113,6 +122,10 @@ $(REAL): $(INSTALLED)
 # A cluster of Ray's on this machine, for one of the slow tests.
 $(RAY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 # Two test processes, on two cores. Tests of several threads ask for them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +58,3 @@ def test_an_example_writes_the_sum(
     (want,) = engine.generate([Request(id, members=SUMS[id])])
     assert story.token_ids == want.token_ids
     assert len(story.token_ids) > 3
-
-
-def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "mixtures.md").read_text(encoding="utf-8")
-    section = page.partition("\n## From Python\n")[2].partition("\n## ")[0]
-    code = "".join(line for line in section.splitlines(keepends=True) if line.startswith((" ", "\n")))
-    model = tiny_pair("own head", tiny_lm_for(byte_tokenizer()))
-    model.save_pretrained(tmp_path)
-    model.load_auxiliary("length", tmp_path)
-    small, smaller = (tiny_lm_for(byte_tokenizer(), seed=seed) for seed in (7, 8))
-    names: dict[str, Any] = {"model": model, "text_format": TEXT, "small": small, "smaller": smaller}
-    exec(compile(textwrap.dedent(code), "docs/mixtures.md", "exec"), names)
-    assert [done.error for done in names["completions"]] == [None, None]
