@@ -85,7 +85,12 @@ def scaling(stack: ExitStack) -> Names:
     return {"pair": pair, "mesh": init_device_mesh("cpu", (1,))}
 
 
-STAGES: dict[str, Callable[[ExitStack], Names]] = {"mixtures": mixtures, "scaling": scaling}
+def told(stack: ExitStack) -> Names:
+    examples = [Example(word, f"It was {word}.") for word in ("rain", "snow", "fog")] * 5
+    return {"lm": lm(), "tokenizer": byte_tokenizer(), "examples": examples}
+
+
+STAGES: dict[str, Callable[[ExitStack], Names]] = {"mixtures": mixtures, "scaling": scaling, "told": told}
 WITH_PYTHON = [name for name, path in PAGES.items() if any(one.language == "python" for one in fences(path))]
 
 
