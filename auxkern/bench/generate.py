@@ -224,7 +224,7 @@ def two_model_loop(work: Work, rows: list[int]) -> None:
             logits_to_keep=1,
         )
         pair = PairInputs(new, mask, inputs["condition_ids"], inputs["condition_mask"])
-        nothing = embedding.new_zeros(*new.shape, 0, embedding.shape[1])
+        nothing = embedding.new_zeros(*new.shape, 1, embedding.shape[1])
         aux = work.plain_auxiliary(pair.for_auxiliary(nothing, embedding, None, aux_cache, True))
         lm_cache, aux_cache = lm.past_key_values, aux.cache
         pointer = aux.pointer[:, -1] * inputs["condition_mask"]

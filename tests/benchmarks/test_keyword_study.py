@@ -183,7 +183,7 @@ def _plain_logits(model: AuxTunedForCausalLM, ids: torch.Tensor, condition: torc
     batch = PairInputs(ids, None, condition, None)
     scores = model.lm_scores(states[:, :, 0], None, condition)
     output = model.auxiliary(
-        batch.for_auxiliary(states[:, :, 1:], model.lm.get_input_embeddings().weight, scores, None, False)
+        batch.for_auxiliary(states, model.lm.get_input_embeddings().weight, scores, None, False)
     )
     weight = model.lm.get_output_embeddings().weight
     if model.config.head == "shared":
