@@ -15,7 +15,7 @@ _Settings = TypeVar("_Settings", bound=LoopSettings)
 _FEW, _MANY = 200, 6400
 # Of few examples and of many. Few are learnt by heart within a few epochs: slower, and with more noise.
 _EPOCHS = (10.0, 2.0)
-_LEARNING_RATE = (3e-4, 1e-3)
+_LEARNING_RATE = (5e-4, 1e-3)
 _WEIGHT_DECAY = (0.1, 0.01)
 _DROPOUT = (0.3, 0.1)
 _MOST_STEPS, _LEAST_STEPS, _EVALUATIONS = 1000, 20, 10
