@@ -117,7 +117,7 @@ def _fit(run: Run) -> str:
     if state.lm_nll is None or not steps or steps[-1]["lm_loss"] is None:
         return ""
     learnt, held_out = steps[-1]["lm_loss"] - steps[-1]["loss"], state.lm_nll - state.best_nll
-    if learnt > 1.25 * held_out or best < state.step:
+    if learnt > 1.25 * held_out or (best is not None and best < state.step):
         return (
             f"fitted: {learnt:.3f} nats below the base on training examples, {held_out:.3f} on others; more "
             f"examples would help most ({run.training:,} now)"
