@@ -5,16 +5,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 
-import auxkern
+import auxkern  # noqa: E402
 
 project = "auxkern"
 version = release = auxkern.__version__
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "commands"]
 exclude_patterns = ["_*"]
 highlight_language = "text"
 myst_heading_anchors = 3  # a heading is reached as on GitHub: small letters with hyphens
+
+smartquotes = False  # two hyphens are an option's
+
+autodoc_member_order = "bysource"
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "auxkern"

@@ -11,12 +11,11 @@ from tests.support.launching import ROOT
 PAGES = {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
 # Written by programs from records; what they hold is tested with those.
 MADE = ("keyword", "compose", "gpu-model")
-_FENCE = re.compile(r"^```([^\s{]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-_ANY = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", flags=re.MULTILINE)
 
 
 class Fence(NamedTuple):
-    """Fenced code: its language, its text, and the line where it begins; no directives of Sphinx's."""
+    """Fenced code: its language, its text, and the line where it begins."""
 
     language: str
     code: str
@@ -24,10 +23,12 @@ class Fence(NamedTuple):
 
 
 def fences(path: Path) -> list[Fence]:
+    """Those of a page, without directives of Sphinx's."""
     text = path.read_text(encoding="utf-8")
-    return [Fence(one[1], one[2], text.count("\n", 0, one.start(2)) + 1) for one in _FENCE.finditer(text)]
+    found = [Fence(one[1], one[2], text.count("\n", 0, one.start(2)) + 1) for one in _FENCE.finditer(text)]
+    return [one for one in found if not one.language.startswith("{")]
 
 
 def prose(path: Path) -> str:
-    """The page without its fenced code."""
-    return _ANY.sub("", path.read_text(encoding="utf-8"))
+    """The page without anything fenced."""
+    return _FENCE.sub("", path.read_text(encoding="utf-8"))

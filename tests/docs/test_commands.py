@@ -1,0 +1,57 @@
+"""Commands on the pages have the options that they name."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import pytest
+
+from tests.docs.pages import PAGES, fences
+from tests.support.launching import ROOT
+
+sys.path.append(str(ROOT / "docs" / "_ext"))
+from parsers import BENCH_GENERATE, parsers
+
+PARSERS = dict(parsers())
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of each line of a page's shell code; lines that go on are one."""
+    code = "".join(one.code for one in fences(PAGES[name]) if one.language == "sh")
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def of_auxkern(words: list[str]) -> tuple[str, list[str]] | None:
+    """The command of auxkern that a line runs, and its arguments."""
+    for i, word in enumerate(words):
+        if word in ("auxkern", ".venv/bin/auxkern"):
+            return words[i + 1], words[i + 2 :]
+        if word in ("auxkern.bench", "auxkern.env", "auxkern.inspect"):
+            return word.partition(".")[2], words[i + 1 :]
+    return None
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_exist(name: str) -> None:
+    for words in commands(name):
+        found = of_auxkern(words)
+        if found is None:
+            continue
+        command, arguments = found
+        if arguments[:2] == ["--op", "generate"]:
+            command, arguments = BENCH_GENERATE, arguments[2:]
+        known = PARSERS[command]._option_string_actions
+        for argument in arguments:
+            flag = argument.partition("=")[0]
+            assert not flag.startswith("--") or flag in known, f"{shlex.join(words)}: no {flag}"
+
+
+def test_the_page_s_targets_of_make_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = next(line for line in makefile.splitlines() if line.startswith(".PHONY")).split()[1:]
+    for name in PAGES:
+        for words in commands(name):
+            if words[0] == "make":
+                assert words[1] in phony, f"{name}: make {words[1]}"
