@@ -17,6 +17,8 @@ from auxkern.model import AuxTunedForCausalLM, TextFormat, load_base, load_token
 from tests.support.launching import ROOT, run_ranks
 from tests.support.tiny import byte_tokenizer, tiny_lm_for, tiny_pair
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "examples"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 WORDS = ["glacier", "harbour", "letter", "river", "window", "garden", "engine", "mirror", "copper", "winter"]
