@@ -100,7 +100,8 @@ format: $(INSTALLED)
 
 # The site, in build/site. A warning is an error, and so is a link to a page, a heading or a file that is not there.
 docs: $(DOCS)
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site $(ARGS)
+	rm -rf build/site
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/site $(ARGS)
 
 # The links to other sites, which needs a network.
 docs-links: $(DOCS)

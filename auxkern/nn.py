@@ -21,8 +21,8 @@ class CrossEntropyLoss(torch.nn.Module):
     """``auxkern.cross_entropy`` with its options fixed; no parameters.
 
     Args:
-        ignore_index, reduction, label_smoothing, z_loss, shift, vocab_size, return_stats, chunk_rows,
-            backend: as in ``auxkern.cross_entropy``.
+        ignore_index, reduction, label_smoothing, z_loss: as in ``auxkern.cross_entropy``.
+        shift, vocab_size, return_stats, chunk_rows, backend: as there.
 
     Example:
         >>> loss_fn = auxkern.nn.CrossEntropyLoss(label_smoothing=0.1, shift=True)

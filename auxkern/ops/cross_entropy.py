@@ -132,7 +132,7 @@ def cross_entropy(
         chunk_rows: with heads, rows whose logits exist at a time: the call needs chunk_rows * V * 4
             bytes, times the number of terms with ``return_stats``, beside its results. Default:
             on a CPU 16 MiB of logits, but 64 rows at least (48 MiB where the library makes the
-            products, see README), on a GPU 512 MiB.
+            products, see docs/loss.md), on a GPU 512 MiB.
         gradient_memory: a ``GradientMemory`` that a training loop passes to every call, so that the
             gradients of logits on a CPU use the same memory again.
         return_stats: also return a ``CrossEntropyStats``, from the same pass.

@@ -22,13 +22,20 @@ class Command(SphinxDirective):
         if self.arguments[0] not in known:
             raise self.error(f"there is no command {self.arguments[0]!r}; known are {', '.join(known)}")
         parser = known[self.arguments[0]]
-        usage = nodes.literal_block(text=parser.format_usage().removeprefix("usage: ").rstrip())
+        given = [one for one in parser._actions if not isinstance(one, argparse._HelpAction)]
+        places = [str(one.metavar or one.dest) for one in given if not one.option_strings]
+        usage = nodes.literal_block(text=" ".join([parser.prog, *places, "[OPTIONS]" * (len(given) > 0)]))
         usage["language"] = "text"
-        return [*_paragraphs(parser.description), usage, _options(parser), *_paragraphs(parser.epilog)]
+        return [
+            *_paragraphs(parser.description),
+            usage,
+            _options(parser, given),
+            *_paragraphs(parser.epilog),
+        ]
 
 
 def _paragraphs(text: str | None) -> list[nodes.Node]:
-    """A paragraph for what stands between empty lines; a line that begins a sentence begins one, too."""
+    """One for what stands between empty lines, and for each line that begins with a sentence."""
     paragraphs: list[str] = []
     for line in (text or "").replace("``", "").splitlines():
         if not line or not paragraphs or paragraphs[-1].endswith((".", ":")):
@@ -38,15 +45,13 @@ def _paragraphs(text: str | None) -> list[nodes.Node]:
     return [nodes.paragraph(text=one) for one in paragraphs if one]
 
 
-def _options(parser: argparse.ArgumentParser) -> nodes.Node:
+def _options(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -> nodes.Node:
     formatter = parser._get_formatter()
-    items = nodes.definition_list()
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
+    items = nodes.definition_list(classes=["options"])
+    for action in actions:
         spelled = formatter._format_action_invocation(action)
-        term = nodes.term("", "", nodes.literal(text=spelled))
         text = formatter._expand_help(action) if action.help else ""
+        term = nodes.term("", "", nodes.literal(text=spelled))
         said = nodes.definition("", nodes.paragraph(text=text[:1].upper() + text[1:]))
         items += nodes.definition_list_item("", term, said)
     return items

@@ -35,7 +35,15 @@ def _skip(app: Sphinx, kind: str, name: str, value: object, skip: bool, options:
     return True if str(value.__doc__).startswith("Alias for field number") else None
 
 
+def _signature(
+    app: Sphinx, kind: str, name: str, value: object, options: object, given: str | None, back: str | None
+) -> tuple[str | None, str | None]:
+    # A field's default that is made anew is no expression, and the rest would not be read as one.
+    return (given or "").replace("<factory>", "...") or None, back
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-skip-member", _skip)
     # Before napoleon, which turns sections into fields, and indents them.
     app.connect("autodoc-process-docstring", _process, priority=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 
@@ -13,7 +14,10 @@ from tests.support.launching import ROOT
 sys.path.append(str(ROOT / "docs" / "_ext"))
 from parsers import BENCH_GENERATE, parsers
 
-PARSERS = dict(parsers())
+
+@functools.cache
+def options_of(command: str) -> set[str]:
+    return set(dict(parsers())[command]._option_string_actions)
 
 
 def commands(name: str) -> list[list[str]]:
@@ -42,7 +46,7 @@ def test_options_exist(name: str) -> None:
         command, arguments = found
         if arguments[:2] == ["--op", "generate"]:
             command, arguments = BENCH_GENERATE, arguments[2:]
-        known = PARSERS[command]._option_string_actions
+        known = options_of(command)
         for argument in arguments:
             flag = argument.partition("=")[0]
             assert not flag.startswith("--") or flag in known, f"{shlex.join(words)}: no {flag}"
