@@ -17,8 +17,6 @@ from auxkern.model import AuxTunedForCausalLM, TextFormat, load_base, load_token
 from tests.support.launching import ROOT, run_ranks
 from tests.support.tiny import byte_tokenizer, tiny_lm_for, tiny_pair
 
-pytestmark = pytest.mark.slow
-
 FOLDER = ROOT / "examples"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 WORDS = ["glacier", "harbour", "letter", "river", "window", "garden", "engine", "mirror", "copper", "winter"]
@@ -154,6 +152,7 @@ def parallel(folder: Path, rank: int, world: int) -> tuple[float, float]:
     return example("vocabulary_parallel").main(["--model", str(folder / "base")])
 
 
+@pytest.mark.slow
 def test_vocabulary_parallel(tmp_path: Path) -> None:
     save_lm(tmp_path / "base", 0)
     for of_parts, of_whole in run_ranks(parallel, tmp_path, 2):

@@ -11,8 +11,6 @@ import pytest
 from tests.support.launching import ROOT
 from tests.support.tiny import byte_tokenizer, tiny_lm_for
 
-pytestmark = pytest.mark.slow  # it starts a kernel
-
 PATH = ROOT / "examples" / "auxiliary_tuning.ipynb"
 
 
