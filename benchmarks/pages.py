@@ -29,6 +29,8 @@ class Page:
         pictures: by name: draws a record into a file. They stand beside the record's file.
         text: the Markdown, of the record, the paths from the page to the pictures, and the command that
             makes the page.
+        others: what further records of the kind there may be, for people: the first one has them as "others".
+            None where there are none.
     """
 
     module: str
@@ -36,6 +38,7 @@ class Page:
     path: Path
     pictures: Mapping[str, Callable[[Record, Path], None]]
     text: Callable[[Record, dict[str, str], str], str]
+    others: str | None = None
 
     def main(self, argv: list[str] | None = None) -> int:
         """Writes the page and its pictures.
@@ -52,24 +55,32 @@ class Page:
             allow_abbrev=False,
         )
         parser.add_argument("file", type=Path, metavar="FILE.json", help="what the study wrote")
+        if self.others is not None:
+            parser.add_argument("others", type=Path, nargs="*", metavar="OTHER.json", help=self.others)
         parser.add_argument("--page", type=Path, default=self.path, metavar="FILE.md")
         options = parser.parse_args(argv)
-        try:
-            record = json.loads(options.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            parser.exit(2, f"{parser.prog}: {options.file}: {error}\n")
-        if record.get("kind") != self.kind:
-            parser.exit(2, f"{parser.prog}: {options.file} is no record of a {self.kind}\n")
+        files = [options.file, *(options.others if self.others is not None else [])]
+        record, *others = (self._record(parser, file) for file in files)
+        record |= {"others": others} if self.others is not None else {}
         paths = {}
         for name, draw in self.pictures.items():
             path = options.file.with_name(f"{options.file.stem}_{name}.png")
             draw(record, path)
             paths[name] = os.path.relpath(path, options.page.parent)
         options.page.parent.mkdir(parents=True, exist_ok=True)
-        command = shlex.join([*parser.prog.split(), str(options.file)])
+        command = shlex.join([*parser.prog.split(), *map(str, files)])
         replace_file(options.page, self.text(record, paths, command))
         print(f"wrote {options.page} and {len(paths)} pictures beside {options.file}")
         return 0
+
+    def _record(self, parser: argparse.ArgumentParser, file: Path) -> Record:
+        try:
+            record: Record = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"{parser.prog}: {file}: {error}\n")
+        if record.get("kind") != self.kind:
+            parser.exit(2, f"{parser.prog}: {file} is no record of a {self.kind}\n")
+        return record
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -54,6 +54,11 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
+def _sizes(preset: Preset) -> dict[str, Any]:
+    """The keyword study's preset with the one size and number of steps that there are here."""
+    return {**asdict(preset.keyword), "training": preset.keyword.size, "steps": preset.steps}
+
+
 def study_record(preset: Preset, output: Path) -> dict[str, Any]:
     """The study's results from what its jobs wrote.
 
@@ -74,7 +79,7 @@ def study_record(preset: Preset, output: Path) -> dict[str, Any]:
     }
     guided = [guidance_row(scale).name for scale in preset.scales]
     return {
-        "preset": asdict(preset),
+        "preset": {**asdict(preset), "keyword": _sizes(preset)},
         "states": read_facts(facts_of(output, STATES).parent),
         "auxiliaries": [read_facts(facts_of(output, job).parent) for job in training_jobs(preset)],
         "shown": measured[REFERENCES.name][0]["conditions"][:SHOWN],

@@ -16,9 +16,8 @@ from auxkern.training.log import LOG
 from auxkern.training.loop import ExampleSet, train
 from auxkern.training.progress import Progress
 from benchmarks.compose.presets import BOTH, KEYWORD, LENGTH, Preset
-from benchmarks.keyword.data import pair_format
 from benchmarks.keyword.models import new_pair, trainable
-from benchmarks.keyword.presets import BY_NAME, HEADLINE
+from benchmarks.keyword.presets import BY_NAME, PAPER
 from benchmarks.keyword.runs import Workplace, loop_settings
 
 
@@ -69,17 +68,17 @@ def train_auxiliary(
 
     Raises: as ``auxkern.training.loop.train``.
     """
-    method, text_format = BY_NAME[HEADLINE], pair_format(preset.keyword, place.tokenizer)
-    model = new_pair(preset.keyword, method, place.lm, seed)
+    method, text_format = BY_NAME[PAPER], place.text_format(told=False)
+    model = new_pair(place.pair_fields(method), place.lm, seed=seed)
     sets = []
     for examples, left_out in ((place.data.training, preset.without_condition), (place.data.validation, 0)):
         encoded = encode(examples_for(auxiliary, examples, left_out), text_format)
-        states = place.states(encoded)
+        states = place.states(encoded, told=False)
         sets.append(ExampleSet(states.dataset(encoded), None, states.lm_nll))
     result = train(
         model,
         sets[0],
-        loop_settings(preset.keyword, method, seed, preset.learning_rate, folder),
+        loop_settings(preset.keyword, method, preset.steps, seed, preset.learning_rate, folder),
         collate=AuxCollator(text_format.pad_id),
         validation=sets[1],
         progress=progress,

@@ -16,7 +16,6 @@ from auxkern.model.text import Example
 from auxkern.tasks.lengths import count_words
 from benchmarks.compose.presets import AUXILIARIES, BOTH, REFERENCES, Preset, Row
 from benchmarks.compose.training import conditions_of
-from benchmarks.keyword.data import pair_format
 from benchmarks.keyword.measuring import Judge, write_texts
 from benchmarks.keyword.runs import Workplace
 
@@ -37,7 +36,7 @@ class Writer:
         self._asked = data.asked[seed :: preset.seeds]
         self._most = preset.keyword.max_new_tokens
         self._judge = Judge(place.lm, place.tokenizer, data.unigram_texts, self._asked, place.lm_fingerprint)
-        text_format = pair_format(preset.keyword, place.tokenizer)
+        text_format = place.text_format(told=False)
         conditions = [text for one in self._asked for text in conditions_of(one).values()]
         self._engine = Engine(
             _loaded(place, folders),

@@ -1,40 +1,67 @@
 """The study's jobs by name: what each does, and the file that says it is done.
 
-"states", "references", "METHOD:SEED" of a run, "try:METHOD:RATE" of a trial, "try:prompts".
+"states", "references", "untrained:METHOD", "try:METHOD:RATE" of a run at one of several learning rates, and
+"run:METHOD:SIZE:SEED" of one whose weights are tested: the best rate's where its size and seed are those that
+rates were tried at, elsewhere one that it trains itself.
 """
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from auxkern.training.checkpoint import checkpoint_folder, checkpoint_steps
 from auxkern.training.progress import Progress
-from benchmarks.keyword.presets import BY_NAME, FULL, LORA, METHODS, Preset
-from benchmarks.keyword.runs import (
-    Workplace,
-    cache_states,
-    measure_references,
-    measure_untrained,
-    run_folder,
-    train_method,
-)
-from benchmarks.keyword.tuning import PROMPTS_FOLDER, trial_folder, trials, try_prompts, try_rate
-from benchmarks.studies import FACTS, write_facts
+from benchmarks.keyword.presets import BY_NAME, FULL, LORA, Preset
+from benchmarks.keyword.runs import Workplace, cache_states, train_run
+from benchmarks.keyword.scoring import measure_references, score_run, score_untrained
+from benchmarks.studies import FACTS, read_facts, write_facts
 
-STATES, REFERENCES, TRY_PROMPTS = "states", "references", "try:prompts"
+STATES, REFERENCES, UNTRAINED, TRY, RUN = "states", "references", "untrained", "try", "run"
+TRIAL_SEED = 0
 
 
-def study_jobs() -> list[str]:
-    """All jobs of a study but the states, the longest first: at the end no core waits for one of them."""
-    runs = [(method, f"{method.name}:{seed}") for method in METHODS for seed in range(method.seeds)]
-    runs.sort(key=lambda run: run[0].kind not in (FULL, LORA))
-    return [*(name for _, name in runs), REFERENCES]
+def stages(preset: Preset) -> tuple[tuple[list[str], bool], ...]:
+    """What is done after what, the longest jobs first: at the end no core waits for one of them.
+
+    Returns:
+        Jobs, and whether some of them may run at a time, for each stage.
+    """
+
+    def longest(name: str, size: int) -> int:
+        cost = {LORA: 3, FULL: 4}.get(BY_NAME[name].kind, 1)
+        return -cost * preset.steps_of(name, size)
+
+    trials = sorted(preset.trials(), key=lambda trial: longest(trial[0], preset.tried_at))
+    runs = sorted(preset.runs(), key=lambda run: longest(run[0].name, run[1]))
+    return (
+        ([STATES], False),
+        ([trial_job(name, rate) for name, rate in trials], True),
+        (
+            [
+                *(run_job(method.name, size, seed) for method, size, seed in runs),
+                *(untrained_job(name) for name in preset.untrained),
+                REFERENCES,
+            ],
+            True,
+        ),
+    )
 
 
-def tuning_jobs(preset: Preset) -> list[str]:
-    """All trials, likewise."""
-    return [*(f"try:{name}:{rate:g}" for name, rate in reversed(trials(preset))), TRY_PROMPTS]
+def trial_job(name: str, rate: float) -> str:
+    """Of a learning rate."""
+    return f"{TRY}:{name}:{rate:g}"
+
+
+def run_job(name: str, size: int, seed: int) -> str:
+    """Of a run that is tested."""
+    return f"{RUN}:{name}:{size}:{seed}"
+
+
+def untrained_job(name: str) -> str:
+    """Of a row that is only measured."""
+    return f"{UNTRAINED}:{name}"
 
 
 def facts_of(output: Path, job: str) -> Path:
@@ -44,47 +71,82 @@ def facts_of(output: Path, job: str) -> Path:
         output: folder of the study.
         job: its name.
     """
-    if job in (STATES, REFERENCES):
-        return (output if job == STATES else output / "runs") / job / FACTS
-    if job == TRY_PROMPTS:
-        return output / PROMPTS_FOLDER / FACTS
-    if job.startswith("try:"):
-        _, method, rate = job.split(":")
-        return trial_folder(output, method, float(rate)) / FACTS
-    method, seed = job.split(":")
-    return run_folder(output, BY_NAME[method], int(seed)) / FACTS
+    return output / "jobs" / job.replace(":", "-") / FACTS
 
 
-def do_job(place: Workplace, job: str, tuning: Path, progress: Progress) -> None:
+def trial_facts(preset: Preset, output: Path, name: str) -> dict[float, dict[str, Any]]:
+    """What the runs of a method's learning rates came to; empty where none were tried.
+
+    Raises:
+        OSError: one is not complete.
+    """
+    return {
+        rate: read_facts(facts_of(output, trial_job(name, rate)).parent)
+        for tried, rate in preset.trials()
+        if tried == name
+    }
+
+
+def best_nll(facts: dict[str, Any]) -> float:
+    """The validation nll of a run's best step."""
+    return min(nll for _, nll in facts["curve"])
+
+
+def chosen_rate(preset: Preset, output: Path, name: str) -> float:
+    """The learning rate whose run has the lowest validation nll; the only one where none were tried.
+
+    Raises:
+        OSError: a trial is not complete.
+    """
+    tried = trial_facts(preset, output, name)
+    return min(tried, key=lambda rate: best_nll(tried[rate])) if tried else preset.rates[name][0]
+
+
+class _Trained(NamedTuple):
+    folder: Path
+    facts: dict[str, Any]
+
+
+def do_job(place: Workplace, job: str, progress: Progress) -> None:
     """Does a job, or what is left of it.
 
     Args:
         place: of the study.
         job: its name.
-        tuning: what the trials came to; runs read it.
         progress: is told of what goes on.
 
     Raises:
-        OSError, ValueError: the tuning's file is missing or another one, or a run cannot go on.
+        OSError, ValueError: what it reads is not there, or a run cannot go on.
     """
     path = facts_of(place.output, job)
     if not path.is_file():
-        write_facts(path.parent, _facts(place, job, path.parent, tuning, progress))
+        write_facts(path.parent, _facts(place, job, path.parent, progress))
+    for step in checkpoint_steps(path.parent):  # of fine-tuning 1.6 GB each
+        shutil.rmtree(checkpoint_folder(path.parent, step))
 
 
-def _facts(place: Workplace, job: str, folder: Path, tuning: Path, progress: Progress) -> dict[str, Any]:
-    if job == STATES:
+def _facts(place: Workplace, job: str, folder: Path, progress: Progress) -> dict[str, Any]:
+    preset = place.preset
+    kind, *rest = job.split(":")
+    if kind == STATES:
         return {"seconds": cache_states(place, progress)}
-    if job == REFERENCES:
+    if kind == REFERENCES:
         return measure_references(place)
-    if job == TRY_PROMPTS:
-        return {"shares": try_prompts(place)}
-    if job.startswith("try:"):
-        _, name, rate = job.split(":")
-        return try_rate(place, name, float(rate), folder, progress)
-    name, seed = job.split(":")
-    method, found = BY_NAME[name], json.loads(tuning.read_text(encoding="utf-8"))
-    if not method.trained:
-        return measure_untrained(place, method, found["prompt"])
-    rate = found["learning_rates"][method.tuned_as]
-    return train_method(place, method, int(seed), rate, folder, progress)
+    method = BY_NAME[rest[0]]
+    if kind == UNTRAINED:
+        return score_untrained(place, method)
+    if kind == TRY:
+        rate = float(rest[1])
+        return train_run(place, method, preset.tried_at, TRIAL_SEED, rate, folder, progress)
+    size, seed = map(int, rest[1:])
+    trained = _trained(place, job, size, seed, folder, progress)
+    return {**trained.facts, **score_run(place, method, size, seed, trained.folder)}
+
+
+def _trained(place: Workplace, job: str, size: int, seed: int, folder: Path, progress: Progress) -> _Trained:
+    """A run's weights: those of the trial that is the same run, or of one that is made now."""
+    preset, name = place.preset, job.split(":")[1]
+    tried, rate = trial_facts(preset, place.output, name), chosen_rate(preset, place.output, name)
+    if tried and size == preset.tried_at and seed == TRIAL_SEED:
+        return _Trained(facts_of(place.output, trial_job(name, rate)).parent, tried[rate])
+    return _Trained(folder, train_run(place, BY_NAME[name], size, seed, rate, folder, progress))

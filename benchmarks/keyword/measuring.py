@@ -1,21 +1,26 @@
-"""Texts for held-out keywords, and what is measured of them."""
+"""Texts for held-out keywords and what is measured of them, and the nll of held-out sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from auxkern.core.seeds import mixed_seed
 from auxkern.evaluation.diversity import distinct_n, self_bleu
 from auxkern.evaluation.slor import UnigramCounts, slor
 from auxkern.generation import Engine, Request
 from auxkern.model import AuxTunedForCausalLM
-from auxkern.model.text import Example, TextFormat, padded
+from auxkern.model.text import IGNORED, Example, TextFormat
+from auxkern.ops.sampling_params import SamplingParams
 from auxkern.tasks.keywords import contains_keyword
+from auxkern.training.collator import AuxCollator
+from auxkern.training.examples import Items
 
 _SLOTS = 64
+PART = 10  # sentences whose nll is one figure, which intervals resample
 
 
 class Judge:
@@ -68,39 +73,43 @@ class Judge:
         }
 
 
-def texts_of_pair(
+def texts_of(
     model: AuxTunedForCausalLM,
     text_format: TextFormat,
     keywords: Sequence[str],
     *,
+    auxiliary: str | None = "default",
+    params: SamplingParams,
     seed: int,
     max_new_tokens: int,
-    aux_scale: float | None = None,
 ) -> list[str]:
-    """A text of the pair for each keyword, drawn at temperature 1 from all of its distribution.
+    """A text of a pair or of its base for each keyword; it ends at the end token or the end of a line.
 
     Args:
         model, text_format: the pair, and how it reads conditions.
         keywords: what the texts are for.
+        auxiliary: None for the base alone, which is told the keyword where there is a base prompt.
+        params: how tokens are drawn.
         seed: a text depends on it and on its keyword alone.
-        max_new_tokens: a text ends there.
-        aux_scale: mixing weight instead of the pair's own.
+        max_new_tokens: a text ends there at the latest.
     """
-    longest = max(len(text_format.example(keyword, "")["condition_ids"]) for keyword in keywords)
+    inputs = text_format.prompts(keywords)
     engine = Engine(
         model,
         text_format,
         slots=min(_SLOTS, len(keywords)),
-        max_length=max_new_tokens + 2,
-        max_condition=longest,
+        max_length=inputs["input_ids"].shape[1] + max_new_tokens,
+        max_condition=inputs["condition_ids"].shape[1],
     )
     requests = [
         Request(
             keyword,
             condition=keyword,
+            params=params,
             seed=mixed_seed(seed, f"text for {keyword}"),
             max_new_tokens=max_new_tokens,
-            aux_scale=aux_scale,
+            stop=("\n",),
+            auxiliary=auxiliary,
         )
         for keyword in keywords
     ]
@@ -121,26 +130,28 @@ def write_texts(engine: Engine, requests: Sequence[Request]) -> list[str]:
 
 
 @torch.no_grad()
-def texts_of_lm(
-    lm: Any, text_format: TextFormat, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int
-) -> list[str]:
-    """A text of a causal LM after each prompt's ids, drawn at temperature 1 from all of its distribution.
+def nll_parts(model: Any, examples: Items, collate: AuxCollator, device: torch.device) -> list[list[float]]:
+    """Of each so many consecutive examples, the summed nll (nats) and the number of labels.
 
-    Hugging Face's ``generate``; all prompts are one batch, and the seed is its.
+    The model, a pair or a ``FineTunedLM``, is in evaluation mode afterwards.
     """
-    ids, mask = padded(prompts, text_format.pad_id, side="left")
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(mixed_seed(seed, "texts"))
-        written = lm.generate(
-            input_ids=ids.to(lm.device),
-            attention_mask=mask.to(lm.device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=text_format.end_id,
-            pad_token_id=text_format.pad_id,
-        )
-    return [text_format.decode(row[ids.shape[1] :]) for row in written.cpu()]
+    model.eval()
+    one, parts = torch.tensor(1, device=device), []
+    for first in range(0, len(examples), PART):
+        items = [examples[i] for i in range(first, min(first + PART, len(examples)))]
+        batch = {name: values.to(device) for name, values in collate(items).items()}
+        nll = model(**batch, num_items_in_batch=one, return_logits=False).loss
+        parts.append([float(nll), int((batch["labels"][:, 1:] != IGNORED).sum())])
+    return parts
+
+
+def nll_parts_of_lm(examples: Items, lm_nll: Callable[[int], Tensor]) -> list[list[float]]:
+    """The same of the base alone, whose nll (T,) of what follows each token is known by example."""
+    each = []
+    for i in range(len(examples)):
+        scored = torch.tensor(examples[i]["labels"][1:]) != IGNORED
+        each.append((float(lm_nll(i)[:-1][scored].double().sum()), int(scored.sum())))
+    return [
+        [sum(nll for nll, _ in each[first : first + PART]), sum(n for _, n in each[first : first + PART])]
+        for first in range(0, len(each), PART)
+    ]

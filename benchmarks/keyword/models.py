@@ -1,71 +1,73 @@
-"""The models of the study: pairs, the auxiliary without a language model, and the LM itself, fine-tuned."""
+"""The models of the study: pairs, and the LM itself, fine-tuned behind the same prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 import auxkern
 from auxkern.core.seeds import mixed_seed
-from auxkern.core.terms import Head, rows_of
-from auxkern.model import AuxTunedForCausalLM
-from auxkern.model.base import positions_of
+from auxkern.core.terms import Head
+from auxkern.model import AuxTunedForCausalLM, use_native_kernels
+from auxkern.model.base import cache_argument, freeze, positions_of
+from auxkern.model.native import native_refusal
+from auxkern.model.prefix import PrefixStates, with_prefix
 from auxkern.model.text import IGNORED
-from benchmarks.keyword.presets import LORA, SCRATCH, Method, Preset
+from benchmarks.keyword.presets import Preset
+
+BASE_PROMPT = " {condition}:"  # how a base is told the keyword, behind examples that are told theirs so
+# A word within a sentence has a space before it; with one before the text it has it everywhere.
+WORDING = {"condition_template": " {condition}", "text_prefix": " "}
+_ROWS = 16  # that a fine-tuned LM reads at a time: rows of like length have less padding
 
 
-def uniform_lm(lm: Any) -> LlamaForCausalLM:
-    """A base with the vocabulary of another and exactly equal logits, so that a pair is its auxiliary alone.
+def new_pair(
+    fields: dict[str, Any], lm: Any, prefix: Sequence[int] = (), seed: int = 0
+) -> AuxTunedForCausalLM:
+    """An untrained pair, from the seed's initial weights.
 
-    Its one layer is 16 wide, so it costs next to nothing.
+    Args:
+        fields: of ``AuxTunedConfig``.
+        lm: the base.
+        prefix: ids that it reads before every text, told the keyword then; none for a base that is told
+            nothing.
+        seed: of the weights.
     """
-    text = lm.config.get_text_config()
-    config = LlamaConfig(
-        vocab_size=text.vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=text.max_position_embeddings,
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
-    )
-    uniform = LlamaForCausalLM(config)
-    # All of them, so that it has one fingerprint, and a run can be resumed on it.
-    for parameter in uniform.parameters():
-        nn.init.zeros_(parameter)
-    return uniform.to(lm.device).eval()
-
-
-def new_pair(preset: Preset, method: Method, lm: Any, seed: int) -> AuxTunedForCausalLM:
-    """An untrained pair of a method, or the auxiliary without the LM, from the seed's initial weights."""
-    base = uniform_lm(lm) if method.kind == SCRATCH else lm
+    told = {"base_prompt": BASE_PROMPT, "base_prefix_ids": list(prefix)} if prefix else {}
     with torch.random.fork_rng():
         torch.manual_seed(mixed_seed(seed, "weights"))
-        return AuxTunedForCausalLM.from_lm(base, **{**preset.pair, **method.pair})
+        return AuxTunedForCausalLM.from_lm(lm, **WORDING, **told, **fields)
+
+
+def silent_pair(lm: Any, prefix: Sequence[int] = ()) -> AuxTunedForCausalLM:
+    """A pair with the smallest of auxiliaries, to write texts of the base alone; see ``new_pair``."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return new_pair({"auxiliary_config": {"model_type": "llama", **small}}, lm, prefix)
 
 
 class FineTunedLM(nn.Module):
-    """A language model that is trained itself, whole or through LoRA, in the place of a pair.
+    """A language model that is trained itself, whole or through LoRA, behind a prompt that it reads too.
 
-    Its layers train in bfloat16 mixed precision, with weights, head and loss in float32.
+    The prompt is read once for a batch, and gradients go through it. Layers train in bfloat16 mixed
+    precision, with weights, head and loss in float32. ``state_dict()`` holds what is trained.
 
     Args:
         lm: a causal LM with all its own layers (``load_base(native=False)``); it is changed.
+        prefix: ids that it reads before every text.
         rank: of LoRA's matrices in every linear layer but the output head; 0 trains all weights.
         seed: of LoRA's initial weights.
     """
 
-    def __init__(self, lm: Any, rank: int = 0, seed: int = 0) -> None:
+    def __init__(self, lm: Any, prefix: Sequence[int], rank: int = 0, seed: int = 0) -> None:
         super().__init__()
-        self.rank = rank
+        whole = lm
         if rank:
             from peft import LoraConfig, get_peft_model
 
@@ -74,10 +76,25 @@ class FineTunedLM(nn.Module):
             )
             with torch.random.fork_rng():
                 torch.manual_seed(mixed_seed(seed, "weights"))
-                lm = get_peft_model(lm, config).get_base_model()
+                whole = get_peft_model(lm, config)
+            lm = whole.get_base_model()
         else:
             lm.requires_grad_(True)
-        self.causal_lm = lm
+        self.prefix = tuple(prefix)
+        # Past nn.Module's registration: LoRA's base does not change, and need not be saved.
+        object.__setattr__(self, "causal_lm", lm)
+        object.__setattr__(self, "_whole", whole)
+        trained = {name: one for name, one in lm.named_parameters() if one.requires_grad}
+        self.trained = nn.ParameterDict({name.replace(".", "-"): one for name, one in trained.items()})
+        self._kept: PrefixStates | None = None
+
+    causal_lm: Any
+    _whole: Any
+
+    def train(self, mode: bool = True) -> FineTunedLM:
+        self._kept = None
+        self.causal_lm.train(mode)
+        return super().train(mode)
 
     def forward(
         self,
@@ -87,27 +104,57 @@ class FineTunedLM(nn.Module):
         num_items_in_batch: Tensor,
         **_: Any,
     ) -> CausalLMOutput:
-        """The summed nll of the labels (B, T), over ``num_items_in_batch``; the condition is in the ids."""
+        """The summed nll of the labels (B, T), over ``num_items_in_batch``; the keyword is in the ids."""
         lm = self.causal_lm
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.training):
-            hidden = lm.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions_of(attention_mask)
-            ).last_hidden_state.float()
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        rows = (target != IGNORED).flatten().nonzero()[:, 0]
-        head = rows_of(Head(hidden, lm.get_output_embeddings().weight), rows)
+        states, targets = [], []
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.training):
+            prefix = self._prefix_states(input_ids.device)
+            for rows in attention_mask.sum(1).argsort(stable=True).split(_ROWS):
+                mask = attention_mask[rows]
+                T = int(mask.sum(1).max())
+                behind = with_prefix(mask[:, :T], len(prefix))
+                hidden = lm.base_model(
+                    input_ids=input_ids[rows, :T],
+                    attention_mask=behind,
+                    position_ids=positions_of(behind, T),
+                    use_cache=True,
+                    **{cache_argument(lm.base_model): prefix.cache(len(rows))},
+                ).last_hidden_state.float()
+                own = target[rows, :T].flatten()
+                scored = (own != IGNORED).nonzero()[:, 0]
+                states.append(hidden.flatten(0, 1)[scored])
+                targets.append(own[scored])
+        head = Head(torch.cat(states), lm.get_output_embeddings().weight)
         loss = auxkern.cross_entropy(
-            [head], target.flatten()[rows], reduction="sum", normalizer=num_items_in_batch
+            [head], torch.cat(targets), reduction="sum", normalizer=num_items_in_batch
         )
         return CausalLMOutput(loss=loss)
+
+    def _prefix_states(self, device: torch.device) -> PrefixStates:
+        """Of the prompt; while nothing is trained they stay the same."""
+        if self._kept is not None:
+            return self._kept
+        cache, body = DynamicCache(), self.causal_lm.base_model
+        ids = torch.tensor([self.prefix], device=device)
+        body(input_ids=ids, use_cache=True, **{cache_argument(body): cache})
+        states = PrefixStates([(layer.keys, layer.values) for layer in cache.layers])
+        if not self.training:
+            self._kept = states
+        return states
+
+    def merged(self) -> Any:
+        """The causal LM as it is now, to write texts with; it can be trained no more."""
+        lm = freeze(self._whole if self._whole is self.causal_lm else self._whole.merge_and_unload())
+        return use_native_kernels(lm) if lm.device.type == "cpu" and native_refusal() is None else lm
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_model(self, str(Path(folder) / "model.safetensors"))
 
 
-def new_fine_tuned(preset: Preset, method: Method, lm: Any, seed: int) -> FineTunedLM:
-    """The LM, ready to be trained as a method says."""
-    return FineTunedLM(lm, preset.lora_rank if method.kind == LORA else 0, seed)
+def new_fine_tuned(preset: Preset, lm: Any, prefix: Sequence[int], seed: int, *, lora: bool) -> FineTunedLM:
+    """The LM, ready to be trained whole or through LoRA."""
+    return FineTunedLM(lm, prefix, preset.lora_rank if lora else 0, seed)
 
 
 def trainable(model: nn.Module) -> int:

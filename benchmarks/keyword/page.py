@@ -1,4 +1,4 @@
-"""``python -m benchmarks.keyword.page``: the study's page and pictures, from its JSON file alone."""
+"""``python -m benchmarks.keyword.page``: the study's page and pictures, from its JSON files alone."""
 
 from __future__ import annotations
 
@@ -8,317 +8,419 @@ from pathlib import Path
 from typing import Any
 
 from auxkern.training.progress import duration
-from benchmarks.keyword.plot import plot_flops, plot_scales, plot_steps
-from benchmarks.keyword.presets import BASELINE, HEADLINE, METHODS
+from benchmarks.keyword.measuring import PART
+from benchmarks.keyword.plot import plot_data, plot_training
+from benchmarks.keyword.presets import (
+    DECODER,
+    HEADLINE,
+    LAST_LAYERS,
+    PAPER,
+    PROMPTED,
+    TUNED_LORA,
+    TUNED_WHOLE,
+)
+from benchmarks.keyword.record import KIND
+from benchmarks.keyword.scoring import NARROW, PLAIN
 from benchmarks.pages import Page, cell, interval, table
 
-_ACCURACY, _MARGIN, _SHARE, _NEAR_0 = 0.80, 0.03, 1 / 3, 0.05  # what the study set out to show
+_NLL, _SHARE, _FEW = 0.08, 1 / 2, 1_000  # what the study set out to show
+_CUT = 300  # characters of a text that are shown
+_KEYWORDS = 5  # of which texts are shown
+_SOURCES = {None: "example sentences of WordNet", "austen": "sentences of Jane Austen's novels"}
+_Record = dict[str, Any]
 
 
-def page(record: dict[str, Any], pictures: dict[str, str], command: str) -> str:
+def page(record: _Record, pictures: dict[str, str], command: str) -> str:
     """The page in Markdown.
 
     Args:
-        record: of the study.
-        pictures: paths from the page to the pictures "steps", "flops" and "scales".
+        record: of the study, those on other sentences in its "others".
+        pictures: paths from the page to the pictures "training" and "data".
         command: what makes the page.
     """
-    preset = record["preset"]
     parts = [
         "# Auxiliary tuning and its alternatives: texts with a given keyword",
-        f"<!-- Made by `{command}`; every number is the JSON file's. -->",
+        f"<!-- Made by `{command}`; every number is the JSON files'. -->",
         _introduction(record),
         "## What was to be shown",
         table(("asked", "found", ""), _bars(record)),
         *_reading(record),
-        "## At the end of training",
-        _results(record, -1),
-        f"The first {record['comparisons']['fifth']} of {preset['steps']} steps, a fifth:",
-        _results(record, 0),
-        "## Over the steps",
-        f"![accuracy and SLOR over steps]({pictures['steps']})",
-        "## Over the arithmetic",
-        f"![accuracy and SLOR over training FLOPs]({pictures['flops']})",
-        _reached(record),
-        "## The mixing weight",
-        f"![accuracy and SLOR over the mixing weight]({pictures['scales']})",
-        "The last model of seed 0, drawn from softmax(LM + aux_scale · auxiliary). It was trained at 1, and "
-        "everything else on this page is at 1.",
+        "## On the test side",
+        _results(record, PLAIN),
+        f"The same weights, their texts drawn at {NARROW}:",
+        _results(record, NARROW),
+        "## Over steps and arithmetic",
+        f"![validation nll over steps and over training FLOPs]({pictures['training']})",
+        _arithmetic(record),
+        _shares(record),
+        "## Over the amount of data",
+        f"![test nll and accuracy over the number of training sentences]({pictures['data']})",
+        _over_data(record),
         "## Texts",
         *_texts(record),
+        *(part for other in record["others"] for part in _other(other)),
         "## What is the same for all",
         _fairness(record),
         "## How it is counted",
         _counting(record),
         "## Run it",
-        _commands(record),
+        *_commands(record),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _named(record: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(method for method in record["methods"] if method["name"] == name)
-    return found
+def _row(record: _Record, name: str) -> _Record:
+    row: _Record = next(one for one in record["rows"] if one["name"] == name)
+    return row
 
 
-def _introduction(record: dict[str, Any]) -> str:
-    preset, ours, theirs = record["preset"], _named(record, HEADLINE), _named(record, BASELINE)
+def _has(record: _Record, *names: str) -> bool:
+    return {*names} <= {row["name"] for row in record["rows"]}
+
+
+def _last(row: _Record) -> _Record:
+    """A row's point at the study's own size."""
+    point: _Record = row["points"][-1]
+    return point
+
+
+def _accuracy(row: _Record, way: str = PLAIN) -> float:
+    value: float = _last(row)["samples"][way]["accuracy"]
+    return value
+
+
+def _source(record: _Record) -> str:
+    source = record["preset"]["task_source"]
+    return _SOURCES.get(source, f"texts of {source}")
+
+
+def _introduction(record: _Record) -> str:
+    ours, prompted, preset = _row(record, HEADLINE), _row(record, PROMPTED), record["preset"]
+    point, layers = _last(ours), preset["pairs"][LAST_LAYERS]["last_layers"]
     return (
-        "A frozen language model is given a keyword through a small auxiliary model whose logits are "
-        "added to its own (Zeldes et al. 2020); the text must contain the keyword. After "
-        f"{preset['steps']} steps of {preset['sentences']} example sentences of WordNet, auxiliary tuning "
-        f"writes {_share(ours, -1)} of its texts with a keyword that was never trained on, the same "
-        f"architecture trained from scratch {_share(theirs, -1)}; their SLOR is {_slor(ours, -1)} and "
-        f"{_slor(theirs, -1)}, that of the dictionary's sentences "
-        f"{_slor(_named(record, 'references'), -1)}. "
-        f"The base is {preset['base'].removeprefix('pip:llm-')}, the auxiliary trains "
-        f"{ours['trainable']:,} parameters."
+        "A language model is to write a text with a given keyword. Auxiliary tuning (Zeldes et al. 2020) "
+        "keeps it frozen and adds the logits of an auxiliary model to its own. Here the LM reads "
+        f"{preset['shots']} examples first, and is told the keyword; the auxiliary is LoRA inside a copy of "
+        f"the LM's last {layers} layers, which goes on from the frozen LM's hidden states below them, made "
+        f"once, and a pointer to the keyword. After {_steps(point)} steps of {preset['sentences']} "
+        f"{_source(record)}, {point['size']:,} in all, sentences with keywords that were never seen have an "
+        f"nll of {point['nll']:.3f} a token, with the prompted LM alone {_last(prompted)['nll']:.3f}; "
+        f"{_accuracy(ours):.0%} of the texts hold their keyword, of the prompted LM's "
+        f"{_accuracy(prompted):.0%}. The LM is {preset['base'].removeprefix('pip:llm-')}, and "
+        f"{ours['trainable']:,} numbers are trained."
     )
 
 
-def _bars(record: dict[str, Any]) -> Iterable[Sequence[str]]:
+# --------------------------------------------------------------------------------- what was to be shown
+
+
+def _bars(record: _Record) -> Iterable[Sequence[str]]:
     compared = record["comparisons"]
-    accuracy = _named(record, HEADLINE)["points"][-1]["accuracy"]
-    difference = compared["accuracy_difference"]
-    early, late = compared["slor_at_a_fifth"], compared["slor_from_scratch_at_the_end"]
-    alone = _named(record, "lm")["points"][-1]["accuracy"]
-    yield f"accuracy of auxiliary tuning ≥ {_ACCURACY:.2f}", f"{accuracy:.3f}", _met(accuracy >= _ACCURACY)
-    yield (
-        f"not below from scratch's less {_MARGIN:.2f}",
-        f"difference {difference:+.3f} {interval(compared['accuracy_difference_interval'], 3)}",
-        _met(difference >= -_MARGIN),
-    )
-    yield (
-        f"SLOR after {compared['fifth']} steps above from scratch's at the end",
-        f"{early:.2f} and {late:.2f}",
-        _met(early > late),
-    )
-    yield "the LM alone near 0", f"{alone:.3f}", _met(alone <= _NEAR_0)
-    for how, ratio in compared["reached"].get("ratios", {}).items():
+    if "lora" in compared:
+        ours, theirs = _row(record, HEADLINE), _row(record, TUNED_LORA)
+        nll, accuracy, flops = (compared["lora"][name] for name in ("nll", "accuracy", "flops"))
         yield (
-            f"FLOPs to from scratch's final nll ≤ 1/3 of its own, where {how}",
-            f"{ratio:.3f}",
-            _met(ratio <= _SHARE),
+            f"the auxiliary's nll on the test side within {_NLL} of LoRA's best",
+            f"{_last(ours)['nll']:.3f} and {_last(theirs)['nll']:.3f}: {_signed(nll)}",
+            _holds(nll["difference"] <= _NLL),
         )
+        for name, how in (("shared", "with its share of the LM's states"), ("apart", "the states apart")):
+            yield (
+                f"at half of LoRA's training FLOPs or less, {how}",
+                f"{flops[name]:.2f} of them",
+                _holds(flops[name] <= _SHARE),
+            )
+        yield (
+            "accuracy not below LoRA's",
+            f"{_accuracy(ours):.3f} and {_accuracy(theirs):.3f}: {_signed(accuracy)}",
+            _holds(accuracy["difference"] >= 0),
+        )
+    for one in compared.get("full", []):
+        if one["size"] <= _FEW:
+            yield (
+                f"with {one['size']:,} sentences, nll below fine-tuning's",
+                _signed(one),
+                _holds(one["difference"] < 0),
+            )
 
 
-def _met(is_met: bool) -> str:
-    return "met" if is_met else "**not met**"
+def _holds(does: bool) -> str:
+    return "holds" if does else "**does not hold**"
 
 
-def _reading(record: dict[str, Any]) -> Iterable[str]:
+def _signed(found: _Record) -> str:
+    return f"{found['difference']:+.3f} {interval(found['interval'], 3)}"
+
+
+def _reading(record: _Record) -> Iterable[str]:
     """What a reader should not have to find in the tables alone, where it is so."""
-    ours, theirs = _named(record, HEADLINE), _named(record, BASELINE)
-    early = [method["points"][0]["accuracy"] for method in (ours, theirs)]
-    if early[1] >= early[0]:
+    compared, ours = record["comparisons"], _last(_row(record, HEADLINE))
+    near = [name for name, found, bar in _compared(record) if found[0] <= bar <= found[1]]
+    if near:
         yield (
-            f"From scratch has the keyword in its texts as early: accuracy {early[1]:.3f} after "
-            f"{theirs['points'][0]['step']} steps, auxiliary tuning {early[0]:.3f}. With a pointer that "
-            "copies, that needs no language model; what the LM gives is the sentence around the keyword "
-            f"(SLOR {_slor(ours, 0)} and {_slor(theirs, 0)} then)."
+            "The bar lies within the interval, so that another test side could say otherwise, of "
+            f"{'; '.join(near)}."
         )
-    known = {method["name"]: method for method in record["methods"]}
-    end = str(ours["points"][-1]["step"])
-    for method in (known[name] for name in ("full", "lora") if name in known):
-        point = method["points"][-1]
-        nll = method["nll"][str(point["step"])]
-        if nll < ours["nll"][end]:
-            yield (
-                f"After {point['step']} steps {method['label']} has a lower nll than auxiliary tuning after "
-                f"{end} ({nll:.3f}, {ours['nll'][end]:.3f}), and an accuracy of {point['accuracy']:.3f}."
-            )
-    for how, ratio in record["comparisons"]["reached"].get("ratios", {}).items():
-        if ratio > _SHARE:
-            yield (
-                f"Where {how}, from scratch's nll costs {ratio:.2f} times its training: it pays where "
-                "several runs, or several epochs, read them."
-            )
+    lower = [
+        f"{row['label']} ({_last(row)['nll']:.3f})"
+        for row in record["rows"]
+        if row["name"] != HEADLINE and _last(row)["nll"] < ours["nll"]
+    ]
+    if lower:
+        yield f"A lower nll than the auxiliary's {ours['nll']:.3f} has: {', '.join(lower)}."
+    if "lora" in compared and compared["lora"]["flops"]["all"] > _SHARE:
+        yield (
+            "An auxiliary that is trained once and makes all of its LM's states for that takes "
+            f"{compared['lora']['flops']['all']:.2f} of LoRA's FLOPs: states pay where several runs, or "
+            "several epochs, read them."
+        )
+    if _has(record, DECODER, PAPER):
+        told, paper = (_last(_row(record, name))["nll"] for name in (DECODER, PAPER))
+        yield (
+            f"The same small decoder has a test nll of {paper:.3f} on an LM that is told nothing, as in the "
+            f"paper, and of {told:.3f} behind the prompt; the last layers have {ours['nll']:.3f} there."
+        )
+    late = [
+        row["label"]
+        for row in record["rows"]
+        if row["name"] in (HEADLINE, TUNED_LORA, TUNED_WHOLE)
+        and min(_last(row)["best_steps"]) == _last(row)["steps"]
+    ]
+    if late:
+        yield (
+            "The validation nll was lowest at the last step, so that more steps could lower it, with "
+            f"{', '.join(late)}."
+        )
 
 
-def _results(record: dict[str, Any], which: int) -> str:
-    """A table of all methods at their last measurement, or at their first."""
+def _compared(record: _Record) -> Iterable[tuple[str, Sequence[float], float]]:
+    """The differences that are set against a bar: what of, interval and bar."""
+    compared = record["comparisons"]
+    if "lora" in compared:
+        yield "the nll's difference from LoRA's", compared["lora"]["nll"]["interval"], _NLL
+        yield "the accuracy's from LoRA's", compared["lora"]["accuracy"]["interval"], 0.0
+    for one in compared.get("full", []):
+        if one["size"] <= _FEW:
+            yield f"the nll's from fine-tuning's with {one['size']:,} sentences", one["interval"], 0.0
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def _results(record: _Record, way: str) -> str:
+    """A table of all methods at the study's own size."""
     rows = []
-    for method in record["methods"]:
-        point = method["points"][which]
-        step = point.get("step")
-        nll = method.get("nll", {}).get(str(step))
-        flops = method.get("flops")
-        done = None if flops is None else step / method["steps"]
+    for row in [*record["rows"], None]:
+        label = "reference sentences" if row is None else row["label"]
+        samples = record["references"] if row is None else _last(row)["samples"]
+        if way not in samples:
+            continue
+        sample = samples[way]
+        cells = [label]
+        if way == PLAIN:
+            cells += ["", ""] if row is None else [_steps(_last(row)), _nll(_last(row))]
+        cells += [
+            _with_interval(sample, "accuracy", 3),
+            _with_interval(sample, "slor", 2),
+            f"{sample['words']:.1f}",
+            *(
+                "" if sample[name] is None else f"{sample[name]:.3f}"
+                for name in ("distinct_2", "self_bleu_4")
+            ),
+        ]
+        rows.append(cells)
+    head = ["", *(["best step", "test nll"] if way == PLAIN else [])]
+    return table([*head, "accuracy", "SLOR", "words", "distinct-2", "self-BLEU-4"], rows)
+
+
+def _steps(point: _Record) -> str:
+    if "best_steps" not in point:
+        return ""
+    return f"{', '.join(map(str, point['best_steps']))} of {point['steps']}"
+
+
+def _nll(point: _Record) -> str:
+    return _with_interval(point, "nll", 3)
+
+
+def _with_interval(found: _Record, name: str, digits: int) -> str:
+    value = found[name]
+    return "" if value is None else f"{value:.{digits}f} {interval(found[f'{name}_interval'], digits)}"
+
+
+def _arithmetic(record: _Record) -> str:
+    rows = []
+    for row in record["rows"]:
+        if "trainable" not in row:
+            continue
+        flops = _last(row)["flops"]
+        trained, states, shared = (flops[name] / 1e12 for name in ("trained", "states", "shared"))
         rows.append(
             (
-                method["label"],
-                "" if not step else str(step),
-                f"{point['accuracy']:.3f} {interval(point['accuracy_interval'], 2)}",
-                _spread(point["accuracy_of_seeds"]),
-                f"{point['slor']:.2f} {interval(point['slor_interval'], 2)}",
-                "" if nll is None else f"{nll:.3f}",
-                f"{point['words']:.1f}",
-                f"{point['distinct_2']:.2f}",
-                f"{point['self_bleu_4']:.3f}",
-                "" if flops is None else f"{(flops['trained'] + flops['lm_forward']) * done / 1e12:,.0f}",
+                row["label"],
+                f"{row['trainable']:,}",
+                f"{trained:.1f}",
+                f"{shared:.1f}" if states else "",
+                f"{trained + shared:.1f}",
+                f"{states:.1f}" if states else "",
+                f"{trained + states:.1f}",
             )
         )
     head = (
         "",
-        "steps",
-        "accuracy",
-        "seeds",
-        "SLOR",
-        "nll",
-        "words",
-        "distinct-2",
-        "self-BLEU-4",
-        "training TFLOP",
+        "numbers trained",
+        "TFLOP trained",
+        "its share of states",
+        "together",
+        "all states",
+        "together",
     )
     return table(head, rows)
 
 
-def _reached(record: dict[str, Any]) -> str:
-    reached = record["comparisons"]["reached"]
-    if reached["step"] is None:
-        return (
-            f"Training from scratch ends with a validation nll of {reached['nll']:.3f}, which auxiliary "
-            "tuning did not reach."
-        )
-    rows = [
-        (how, f"{flops / 1e12:,.1f}", f"{reached['ratios'][how]:.3f}")
-        for how, flops in reached["flops"].items()
-    ]
-    rates = table(("auxiliary tuning, where", "TFLOP", "of from scratch's"), rows)
+def _shares(record: _Record) -> str:
     return (
-        f"Training from scratch ends with a validation nll of {reached['nll']:.3f} after {reached['steps']} "
-        f"steps and {reached['flops_from_scratch'] / 1e12:,.1f} TFLOP. Auxiliary tuning is there by step "
-        f"{reached['step']}:\n\n{rates}"
+        "Up to the step whose weights are taken. The frozen LM's hidden states of a sentence do not change: "
+        "they are computed once and kept. *All states* are those of all sentences of a run, and of the "
+        "prompt; *its share* divides each sentence's equally among the runs of this study that read them: "
+        "those at another learning rate, on fewer sentences, and of the other auxiliary behind the prompt."
     )
 
 
-def _texts(record: dict[str, Any]) -> Iterable[str]:
-    shown = [HEADLINE, BASELINE, "full", "lora", "prompt", "lm"]
-    known = {method["name"] for method in record["methods"]}
-    keywords = list(_named(record, HEADLINE)["points"][0]["texts"])
+def _over_data(record: _Record) -> str:
+    sizes = record["preset"]["sizes"]
+    rows = []
+    for row in record["rows"]:
+        by_size = {point.get("size"): point for point in row["points"]}
+        found = [by_size.get(size, by_size.get(None)) for size in sizes]
+        cells = [
+            "" if one is None else f"{_nll(one)}; {one['samples'][PLAIN]['accuracy']:.2f}" for one in found
+        ]
+        rows.append((row["label"], *cells))
+    head = ("test nll; accuracy", *(f"{size:,} sentences" for size in sizes))
+    return table(head, rows)
+
+
+# ---------------------------------------------------------------------------------------------- texts
+
+
+def _texts(record: _Record) -> Iterable[str]:
+    shots = "; ".join(f"*{cell(keyword)}*: {cell(text)}" for keyword, text in record["data"]["shots"])
     yield (
-        "The first text that was drawn for each of the first held-out keywords, seed 0, after the first and "
-        "the last measured step."
+        f"The texts for the first of the test keywords, as they were drawn with seed 0, at {PLAIN} and at "
+        f"{NARROW}; long ones are cut. The prompt's examples are: {shots}."
     )
-    for keyword in keywords:
-        rows = []
-        for method in (_named(record, name) for name in shown if name in known):
-            for point in method["points"] if len(method["points"]) == 1 else _ends(method["points"]):
-                step = point["step"] or ""
-                rows.append((method["label"], str(step), cell(point["texts"][keyword])))
-        yield f"**{cell(keyword)}**\n\n{table(('', 'step', 'text'), rows)}"
+    for keyword in record["data"]["keywords"][:_KEYWORDS]:
+        rows = [
+            (
+                row["label"],
+                *(_beginning(_last(row)["samples"][way]["texts"][keyword]) for way in (PLAIN, NARROW)),
+            )
+            for row in record["rows"]
+        ]
+        yield f"**{cell(keyword)}**\n\n{table(('', PLAIN, NARROW), rows)}"
 
 
-def _ends(points: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    return points[0], points[-1]
+def _beginning(text: str) -> str:
+    return cell(text if len(text) <= _CUT else f"{text[:_CUT]} ...")
 
 
-def _fairness(record: dict[str, Any]) -> str:
-    preset, tuning = record["preset"], record["tuning"]
-    nll = tuning["trials"]["validation nll"]
-    labels = {method.name: method.label for method in METHODS}
-    rows = [
+def _other(record: _Record) -> Iterable[str]:
+    """A section about the same on other sentences."""
+    size = record["preset"]["sizes"][-1]
+    yield f"## On {_source(record)}"
+    yield (
+        f"The same with {size:,} {_source(record)}, of {record['data']['training words']:.0f} words each, "
+        f"and {record['data']['test']} on the test side."
+    )
+    bars = list(_bars(record))
+    if bars:
+        yield table(("the same bars", "found", ""), bars)
+    yield _results(record, PLAIN)
+    yield f"At {NARROW}:"
+    yield _results(record, NARROW)
+    yield _arithmetic(record)
+    yield from _texts(record)
+
+
+# ------------------------------------------------------------------------------------------- the rules
+
+
+def _fairness(record: _Record) -> str:
+    preset, data, rows = record["preset"], record["data"], record["rows"]
+    tried = [
         (
-            labels[name],
-            ", ".join(f"{rate}: {value:.3f}" for rate, value in found.items()),
-            f"{tuning['learning_rates'][name]:g}",
+            row["label"],
+            ", ".join(f"{rate}: {value:.3f}" for rate, value in row["tried"].items()),
+            f"{row['learning_rate']:g}",
         )
-        for name, found in nll.items()
+        for row in rows
+        if "tried" in row
     ]
-    trials = table(("", "learning rate: validation nll", "taken"), rows)
-    prompts = table(
-        ("prompt", "accuracy on training keywords"),
-        [
-            (cell(one["prompt"]), f"{one['accuracy on training keywords']:.2f}")
-            for one in tuning["trials"]["prompts"]
-        ],
+    most = "; ".join(
+        f"{row['label']} {', '.join(str(point['steps']) for point in row['points'])}"
+        for row in rows
+        if "trainable" in row
     )
-    short = ""
-    if preset["lm_steps"] < preset["steps"]:
-        short = (
-            f" Methods that train the LM itself take {preset['lm_steps']} steps, in a schedule of their own: "
-            f"a step costs them several times as much, and {preset['steps']} would not fit the preset's hour."
-        )
+    rates = max(len(row.get("tried", {})) for row in rows)
     return f"""\
-- The same sentences in the same order, {preset["sentences"]} a step, one epoch or less; seeds change
-  initial weights, order, dropout and what is drawn.{short}
-- Sentences that write their keyword in another way than it is given, in capitals or in quotes, are left out
-  of training and validation: about one in fifty.
-- The same tuning: three learning rates each, tried for {tuning["trials"][_TRIAL_SHARE]:.0%} of a method's
-  steps with seed 0, by validation nll on other keywords than those asked for; variants of auxiliary
-  tuning take its rate. AdamW, betas {tuple(preset["betas"])}, a tenth of the steps to warm up, cosine
-  decay, gradients clipped to 1.
-- From scratch: the auxiliary's transformer and its pointer with embeddings and an output head of its own,
-  and no language model; the part of the pointer that reads the LM's logits has nothing to read.
-- LoRA: rank {preset["lora_rank"]} in every linear layer but the head (PEFT). Fine-tuned models train their
-  layers in bfloat16 mixed precision, and read the keyword and a colon before the text.
+- Three sides share neither keyword nor sentence: training; validation ({data["validation"]} sentences), by
+  which learning rates, the end of a run and the step whose weights are taken are chosen; and test, on which
+  nothing was chosen ({data["test"]} sentences for the nll, {preset["samples"]} keywords for texts).
+- The same sentences in the same order, {preset["sentences"]} a step, and the same {preset["shots"]} examples
+  in the prompt, which nothing is trained on. LoRA and fine-tuning read the prompt too, once a step, and train
+  on what it does to them. Seeds ({preset["seeds"]}) change initial weights, order, dropout and draws.
+- The same tuning: {rates} learning rates for each method, each a whole run on {preset["tried_at"]:,}
+  sentences; other sizes take the best one's. AdamW, betas {tuple(preset["betas"])}, a tenth of the steps to
+  warm up, cosine decay, gradients clipped to 1.
+- The same early stopping: {preset["evaluations"]} evaluations of the validation side in a run, which ends
+  after {preset["patience"]} in a row without a new best; the best one's weights are taken.
+- Most steps, at each size: {most}. What a step costs is in the table above.
+- LoRA: rank {preset["lora_rank"]} in every linear layer but the head (PEFT). LoRA and fine-tuned models train
+  their layers in bfloat16 mixed precision, auxiliaries in float32.
+- Sentences that write their keyword in another way than it is given, in capitals or in quotes, are neither
+  trained nor scored on.
 
-{trials}
-
-For prompting, three prompts were tried on training keywords:
-
-{prompts}"""
-
-
-_TRIAL_SHARE = "share of a method's steps"
+{table(("", "learning rate: validation nll", "taken"), tried)}"""
 
 
-def _counting(record: dict[str, Any]) -> str:
+def _counting(record: _Record) -> str:
     preset = record["preset"]
     return f"""\
-- Texts: one for each of {preset["samples"]} keywords of the test side, which share neither keyword nor
-  sentence with training or validation; drawn at temperature 1 from the whole distribution,
-  {preset["max_new_tokens"]} tokens at most.
+- nll: nats per token of held-out sentences and their ends. *LM alone* is told nothing, and reads no example.
+- Texts end with the end token, at the end of a line, which separates the prompt's examples, or after
+  {preset["max_new_tokens"]} tokens. A keyword has the same seed in every row.
 - Accuracy: the share of texts that contain the keyword's words, whole and in a row, in any case of
   letters; an inflected form does not count.
 - SLOR: (log p_LM - log p_unigram) / tokens (Kann et al. 2018), in nats. p_LM is the frozen base's after
   its start token, unigrams are counted in all sentences of the training side. The base finds its own
   samples the most probable and a dictionary's fragments odd, so reference sentences are no ceiling.
-- nll: nats per token of held-out sentences and their ends.
-- Brackets and bands: 95% bootstrap intervals over the keywords, seeds together. Rows with one seed say
-  less than their intervals.
-- FLOPs: products of linear layers and output heads for real tokens, forward and backward; attention's own
-  products (below 1% here), embeddings and the optimizer are left out. The frozen LM's forward passes are
-  in, at every step, in tables and pictures, unless it is said that its states are read from disk."""
+- Brackets and bands: 95% bootstrap intervals, of the nll over groups of {PART} test sentences, of texts over
+  the keywords, seeds together. Differences are of the same sentences and keywords. Intervals do not say how
+  much another training would differ.
+- FLOPs: products of linear layers and output heads for real tokens: 2 for each number of a weight and token
+  forward, as many for the gradient of the input, and as many for that of a weight that is trained. Frozen
+  weights that a gradient goes through (LoRA's, and the last layers') take 4, trained ones 6, those of the
+  frozen LM 2, once. Attention's own products, embeddings, the optimizer and evaluations are left out."""
 
 
-def _commands(record: dict[str, Any]) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
-    seconds = record["seconds of this command"]
-    missing = [
-        f"{method.label} (seed {seed})"
-        for method in METHODS
-        for seed in range(method.seeds)
-        if seed not in next((m["seeds"] for m in record["methods"] if m["name"] == method.name), [])
-    ]
-    took = "" if seconds is None else f"That command took {duration(seconds)}. "
-    left = f"\n\nNot finished, and left out: {', '.join(missing)}." if missing else ""
-    return (
-        f"    python -m benchmarks.keyword --preset {record['preset']['name']} --tune\n"
-        f"    {record['command']}\n\n"
-        f"{took}The base's states took {duration(record['states']['seconds'])}, within it where they were "
-        f"not there yet. {record['date']}; {machine}.{left}"
-    )
-
-
-def _share(method: dict[str, Any], which: int) -> str:
-    return f"{method['points'][which]['accuracy']:.0%}"
-
-
-def _slor(method: dict[str, Any], which: int) -> str:
-    return f"{method['points'][which]['slor']:.2f}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return "" if len(values) == 1 else ", ".join(f"{value:.2f}" for value in values)
+def _commands(record: _Record) -> Iterable[str]:
+    for one in (record, *record["others"]):
+        machine = ", ".join(f"{name} {value}" for name, value in one["machine"].items())
+        yield (
+            f"    {one['command']}\n\n"
+            f"That command took {duration(one['seconds of this command'])}, of which the base's states "
+            f"{duration(one['states']['seconds'])}, where they were not there yet. {one['date']}; {machine}."
+        )
 
 
 PAGE = Page(
     "benchmarks.keyword.page",
-    "keyword study",
+    KIND,
     Path("docs/keyword.md"),
-    {"steps": plot_steps, "flops": plot_flops, "scales": plot_scales},
+    {"training": plot_training, "data": plot_data},
     page,
+    "records of the same on other sentences, for sections of their own",
 )
 
 if __name__ == "__main__":

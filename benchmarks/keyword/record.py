@@ -7,120 +7,158 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from auxkern.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
-from benchmarks.keyword.data import study_data
-from benchmarks.keyword.presets import BASELINE, HEADLINE, METHODS, Method, Preset
-from benchmarks.keyword.runs import run_folder
-from benchmarks.studies import FACTS, read_facts
+from auxkern.evaluation.bootstrap import Interval, bootstrap_difference, bootstrap_mean
+from benchmarks.keyword.data import StudyData, study_data
+from benchmarks.keyword.jobs import (
+    REFERENCES,
+    STATES,
+    best_nll,
+    facts_of,
+    run_job,
+    trial_facts,
+    untrained_job,
+)
+from benchmarks.keyword.presets import HEADLINE, PAIR, TUNED_LORA, TUNED_WHOLE, Method, Preset
+from benchmarks.keyword.scoring import PLAIN
+from benchmarks.studies import read_facts
 
-SHOWN = 6  # keywords whose texts stand in the record
+KIND = "keyword study, second edition"
+SHOWN = 8  # keywords whose texts stand in the record
 _SINGLE = ("distinct_1", "distinct_2", "self_bleu_4")
+_Facts = dict[str, Any]
 
 
-def study_record(
-    preset: Preset, output: Path, tuning: dict[str, Any], *, partial: bool = False
-) -> dict[str, Any]:
-    """The study's results from what its runs wrote.
+def study_record(preset: Preset, output: Path) -> dict[str, Any]:
+    """The study's results from what its jobs wrote.
 
     Args:
         preset: of the study.
         output: its folder.
-        tuning: what ``--tune`` wrote.
-        partial: whether runs that are not complete are left out, instead of an error. States, references
-            and one run of auxiliary tuning, of training from scratch and of the LM alone there must be.
 
     Returns:
-        preset, tuning, data, states, methods (one for each, in ``METHODS``' order, then the references)
-        and comparisons, in JSON's types.
+        preset, data, states, rows (one for each method, with a point for each size), references and
+        comparisons, in JSON's types.
 
     Raises:
-        FileNotFoundError: a run is missing.
+        FileNotFoundError: a job is not complete.
     """
-    keywords = [example.condition for example in study_data(preset).asked]
-    found = {
-        method.name: [
-            read_facts(run_folder(output, method, seed))
-            for seed in range(method.seeds)
-            if not partial or (run_folder(output, method, seed) / FACTS).is_file()
-        ]
-        for method in METHODS
-    }
-    runs = {name: some for name, some in found.items() if some}
-    references = read_facts(output / "runs" / "references")
+    data = study_data(preset)
+    keywords = [example.condition for example in data.asked]
+    runs: dict[str, dict[int, list[_Facts]]] = {}
+    for method, size, seed in preset.runs():
+        facts = _read(output, run_job(method.name, size, seed))
+        runs.setdefault(method.name, {}).setdefault(size, []).append(facts)
+    shares = state_shares(preset, runs)
+    rows = []
+    for method in preset.methods:
+        row: dict[str, Any] = {
+            "name": method.name,
+            "label": method.label,
+            "kind": method.kind,
+            "told": method.told,
+        }
+        if method.trained:
+            tried = trial_facts(preset, output, method.name)
+            some = runs[method.name]
+            row |= {
+                "trainable": some[preset.size][0]["trainable"],
+                "learning_rate": some[preset.size][0]["learning_rate"],
+                "tried": {f"{rate:g}": best_nll(facts) for rate, facts in tried.items()},
+                "points": [
+                    _trained_point(found, keywords, shares.get((method.name, size), 0.0))
+                    for size, found in some.items()
+                ],
+            }
+        else:
+            row["points"] = [_point([_read(output, untrained_job(method.name))], keywords)]
+        rows.append(row)
+    references = _read(output, REFERENCES)
     return {
         "preset": asdict(preset),
-        "tuning": tuning,
-        "keywords": keywords,
-        "states": read_facts(output / "states"),
-        "methods": [
-            *(
-                {"steps": preset.steps_of(method), **_method(method, runs[method.name], keywords)}
-                for method in METHODS
-                if method.name in runs
-            ),
-            {
-                "name": "references",
-                "label": "reference sentences",
-                "points": [_point([references["evaluations"][0]], keywords)],
-            },
-        ],
-        "comparisons": comparisons(runs, keywords),
+        "data": _data(data),
+        "states": _read(output, STATES),
+        "rows": rows,
+        "references": {way: sample_point([one], keywords) for way, one in references["samples"].items()},
+        "comparisons": comparisons(preset, rows, runs),
     }
 
 
-def _method(method: Method, runs: Sequence[dict[str, Any]], keywords: Sequence[str]) -> dict[str, Any]:
-    first = runs[0]
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for run in runs:
-        for evaluation in run["evaluations"]:
-            by_step.setdefault(evaluation["step"], []).append(evaluation)
-    row: dict[str, Any] = {
-        "name": method.name,
-        "label": method.label,
-        "kind": method.kind,
-        "seeds": [run["seed"] for run in runs],
-        "trainable": first["trainable"],
-        "learning_rate": first.get("learning_rate"),
-        "flops": first.get("flops"),
-        "seconds": [round(run["seconds"], 1) for run in runs if "seconds" in run],
-        "nll": {str(step): _mean([one["nll"] for one in found]) for step, found in by_step.items()},
-        "points": [
-            {"step": step, **_point(found, keywords)}
-            for step, found in by_step.items()
-            if "texts" in found[0]
-        ],
+def _read(output: Path, job: str) -> _Facts:
+    return read_facts(facts_of(output, job).parent)
+
+
+def _data(data: StudyData) -> dict[str, Any]:
+    return {
+        "shots": [[one.condition, one.text] for one in data.shots],
+        "validation": len(data.validation),
+        "test": len(data.test),
+        "keywords": [one.condition for one in data.asked],
+        "training words": sum(len(one.text.split()) for one in data.training) / len(data.training),
     }
-    if first.get("scales"):
-        row["scales"] = [
-            {"aux_scale": one["aux_scale"], **_point([one], keywords)} for one in first["scales"]
-        ]
-    return row
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+# ------------------------------------------------------------------------------------------------ one method
 
 
-def _point(measured: Sequence[dict[str, Any]], keywords: Sequence[str]) -> dict[str, Any]:
-    """One method at one step, its seeds together; intervals over the keywords."""
+def _trained_point(found: Sequence[_Facts], keywords: Sequence[str], share: float) -> dict[str, Any]:
+    """A method at one size, its seeds together."""
+    first = found[0]
+    trained = _mean([one["step_flops"] * one["best_step"] for one in found])
+    return {
+        "size": first["size"],
+        "steps": first["steps"],
+        "best_steps": [one["best_step"] for one in found],
+        "seconds": [round(one["seconds"], 1) for one in found],
+        "curve": _curve([one["curve"] for one in found]),
+        "flops": {
+            "step": _mean([one["step_flops"] for one in found]),
+            "trained": trained,
+            "states": first["state_flops"],
+            "shared": share,
+        },
+        **_point(found, keywords),
+    }
+
+
+def _curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Steps and the mean validation nll of the seeds, where all have one."""
+    by_step = [dict(map(tuple, curve)) for curve in curves]
+    common = [step for step in by_step[0] if all(step in other for other in by_step)]
+    return [[step, _mean([other[step] for other in by_step])] for step in common]
+
+
+def _point(found: Sequence[_Facts], keywords: Sequence[str]) -> dict[str, Any]:
+    nll = nll_of(found)
+    return {
+        "nll": nll.mean,
+        "nll_interval": [nll.low, nll.high],
+        "nll_of_seeds": [sum(nll for nll, _ in one["parts"]) / _labels(one) for one in found],
+        "samples": {
+            way: sample_point([one["samples"][way] for one in found], keywords) for way in found[0]["samples"]
+        },
+    }
+
+
+def sample_point(measured: Sequence[_Facts], keywords: Sequence[str]) -> dict[str, Any]:
+    """Texts for the keywords, those of all seeds together; intervals are over the keywords."""
     point: dict[str, Any] = {}
     for name, key in (("accuracy", "contains"), ("slor", "slor")):
         values, clusters = _pooled(measured, key, keywords)
+        if not values:  # nothing but empty texts has no SLOR
+            point |= {name: None, f"{name}_interval": None, f"{name}_of_seeds": [None] * len(measured)}
+            continue
         interval = bootstrap_mean(values, clusters=clusters)
         point[name] = interval.mean
         point[f"{name}_interval"] = [interval.low, interval.high]
-        point[f"{name}_of_seeds"] = [_mean(one[key]) for one in measured]
+        point[f"{name}_of_seeds"] = [_known_mean(one[key]) for one in measured]
     for name in _SINGLE:
-        point[name] = _mean([one[name] for one in measured])
+        point[name] = _known_mean([one[name] for one in measured])
     point["words"] = _mean([len(text.split()) for one in measured for text in one["texts"]])
     point["texts"] = dict(zip(keywords[:SHOWN], measured[0]["texts"], strict=False))
     return point
 
 
-def _pooled(
-    measured: Sequence[dict[str, Any]], key: str, keywords: Sequence[str]
-) -> tuple[list[float], list[str]]:
+def _pooled(measured: Sequence[_Facts], key: str, keywords: Sequence[str]) -> tuple[list[float], list[str]]:
     pairs = [
         (float(value), keyword)
         for one in measured
@@ -130,65 +168,130 @@ def _pooled(
     return [value for value, _ in pairs], [keyword for _, keyword in pairs]
 
 
-def comparisons(runs: dict[str, list[dict[str, Any]]], keywords: Sequence[str]) -> dict[str, Any]:
-    """What is asked of auxiliary tuning beside the same architecture from scratch.
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
+
+
+# --------------------------------------------------------------------------------------- what states cost
+
+
+def state_shares(preset: Preset, runs: dict[str, dict[int, list[_Facts]]]) -> dict[tuple[str, int], float]:
+    """What of the base's states' FLOPs is a run's, by method and size.
+
+    A sentence's states are counted once in the study: in equal parts among the runs that read them, which
+    are the pairs' whose base reads the same, on sets that hold the sentence, those that tried rates among
+    them.
+
+    Args:
+        preset: of the study.
+        runs: facts by method and size.
+    """
+    shares: dict[tuple[str, int], float] = {}
+    for told in (True, False):
+        methods = [one for one in preset.methods if one.kind == PAIR and one.told == told]
+        sizes = sorted({size for one in methods for size in runs[one.name]})
+        read = [size for one in methods for size in _sizes_read(preset, one)]
+        flops = {size: _state_flops(methods, size, runs) for size in sizes}
+        before, total = 0.0, 0.0
+        for size in sizes:
+            # Of the sentences that this set adds to the one before it.
+            total += (flops[size] - before) / sum(other >= size for other in read)
+            before = flops[size]
+            shares |= {(one.name, size): total for one in methods if size in runs[one.name]}
+    return shares
+
+
+def _sizes_read(preset: Preset, method: Method) -> list[int]:
+    """The size of each run of a method; of those at different rates one is the run that is tested."""
+    tested = [size for one, size, _ in preset.runs() if one == method]
+    trials = [preset.tried_at for name, _ in preset.trials() if name == method.name]
+    return [*tested, *trials[1:]]
+
+
+def _state_flops(methods: Sequence[Method], size: int, runs: dict[str, dict[int, list[_Facts]]]) -> float:
+    flops: float = next(runs[one.name][size][0]["state_flops"] for one in methods if size in runs[one.name])
+    return flops
+
+
+# ------------------------------------------------------------------------------------------- comparisons
+
+
+def nll_of(found: Sequence[_Facts], less: Sequence[_Facts] = ()) -> Interval:
+    """Mean nll of a label on the test side, seeds together, or its difference from another method's.
+
+    Args:
+        found: runs, of which each has the same parts.
+        less: those whose nll is taken off.
 
     Returns:
-        accuracy_difference: at the end, the first's less the second's, with a 95% interval over the
-            keywords; slor_at_a_fifth and slor_from_scratch_at_the_end; reached: the first step at which
-            auxiliary tuning's validation nll is what training from scratch ends with, and the FLOPs up
-            to there by how the frozen LM is counted, over those of the whole run from scratch.
+        With an interval over the parts: what is common to both methods falls out.
     """
-    ours, theirs = runs[HEADLINE], runs[BASELINE]
-    ends = [[_measured(run)[-1] for run in some] for some in (ours, theirs)]
-    pooled = [_per_keyword(some, "contains", keywords) for some in ends]
-    difference = bootstrap_difference(*pooled, clusters=list(keywords))
-    fifths = [_measured(run)[0] for run in ours]
-    early, late = (_pooled(some, "slor", keywords)[0] for some in (fifths, ends[1]))
-    return {
-        "accuracy_difference": difference.mean,
-        "accuracy_difference_interval": [difference.low, difference.high],
-        "slor_at_a_fifth": _mean(early),
-        "slor_from_scratch_at_the_end": _mean(late),
-        "fifth": fifths[0]["step"],
-        "reached": _reached(ours, theirs),
-    }
+    labels = [int(count) for _, count in found[0]["parts"]]
+    values: list[float] = []
+    clusters: list[int] = []
+    for i, count in enumerate(labels):
+        sums = [_mean([one["parts"][i][0] for one in some]) for some in (found, less) if some]
+        value = (sums[0] - (sums[1] if less else 0.0)) / count
+        values += [value] * count  # a part weighs as much as it has labels
+        clusters += [i] * count
+    return bootstrap_mean(values, clusters=clusters)
 
 
-def _measured(run: dict[str, Any]) -> list[dict[str, Any]]:
-    return [one for one in run["evaluations"] if "texts" in one]
+def _labels(facts: _Facts) -> float:
+    return float(sum(count for _, count in facts["parts"]))
 
 
-def _per_keyword(measured: Sequence[dict[str, Any]], key: str, keywords: Sequence[str]) -> list[float]:
-    """The mean over the seeds, for each keyword."""
-    return [sum(float(one[key][i]) for one in measured) / len(measured) for i in range(len(keywords))]
+def comparisons(
+    preset: Preset, rows: Sequence[dict[str, Any]], runs: dict[str, dict[int, list[_Facts]]]
+) -> dict[str, Any]:
+    """What is asked of auxiliary tuning beside LoRA and fine-tuning, as far as the preset has both.
+
+    Returns:
+        "lora": at the study's size the difference of the nll and of the accuracy, the auxiliary's less
+        LoRA's, with 95% intervals over the test side, and the auxiliary's training FLOPs over LoRA's: without
+        its base's states, with its share of them, and with all of them. "full": the difference of the nll
+        from fine-tuning's at every size that both have.
+    """
+    found: dict[str, Any] = {}
+    if {HEADLINE, TUNED_LORA} <= runs.keys():
+        ours, theirs = (runs[name][preset.size] for name in (HEADLINE, TUNED_LORA))
+        accuracies = [_per_keyword(some) for some in (ours, theirs)]
+        mine, other = (_flops(rows, name) for name in (HEADLINE, TUNED_LORA))
+        found["lora"] = {
+            "nll": _difference(nll_of(ours, theirs)),
+            "accuracy": _difference(bootstrap_difference(*accuracies)),
+            "flops": {
+                "apart": mine["trained"] / other["trained"],
+                "shared": (mine["trained"] + mine["shared"]) / other["trained"],
+                "all": (mine["trained"] + mine["states"]) / other["trained"],
+            }
+            if other["trained"]
+            else {},
+        }
+    if {HEADLINE, TUNED_WHOLE} <= runs.keys():
+        found["full"] = [
+            {"size": size, **_difference(nll_of(runs[HEADLINE][size], runs[TUNED_WHOLE][size]))}
+            for size in preset.sizes
+            if size in runs[HEADLINE] and size in runs[TUNED_WHOLE]
+        ]
+    return found
 
 
-def _reached(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    target = _mean([run["evaluations"][-1]["nll"] for run in theirs])
-    by_step = {
-        one["step"]: _mean([other["evaluations"][i]["nll"] for other in ours])
-        for i, one in enumerate(ours[0]["evaluations"])
-    }
-    steps = max(by_step)
-    step = next((step for step, nll in by_step.items() if nll is not None and nll <= target), None)
-    found: dict[str, Any] = {"nll": target, "step": step, "steps": steps}
-    if step is None:
-        return found
-    ours_flops, whole = ours[0]["flops"], theirs[0]["flops"]["trained"]
-    trained = ours_flops["trained"] * step / steps
-    read = ours_flops["lm_forward"] * step / steps
-    return {
-        **found,
-        "flops_from_scratch": whole,
-        "flops": {
-            "the LM runs at each step": trained + read,
-            "its states are made first, for all sentences": trained + ours_flops["lm_states"],
-            "its states are there": trained,
-        },
-        "ratios": {
-            "the LM runs at each step": (trained + read) / whole,
-            "its states are made first, for all sentences": (trained + ours_flops["lm_states"]) / whole,
-            "its states are there": trained / whole,
-        },
-    }
+def _flops(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    flops: dict[str, float] = next(row for row in rows if row["name"] == name)["points"][-1]["flops"]
+    return flops
+
+
+def _difference(interval: Interval) -> dict[str, Any]:
+    return {"difference": interval.mean, "interval": [interval.low, interval.high]}
+
+
+def _per_keyword(found: Sequence[_Facts]) -> list[float]:
+    """Whether a text has its keyword, the mean over the seeds."""
+    each = [one["samples"][PLAIN]["contains"] for one in found]
+    return [_mean(list(map(float, values))) for values in zip(*each, strict=True)]

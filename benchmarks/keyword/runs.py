@@ -1,40 +1,34 @@
-"""One run of the study: a method and a seed, trained, measured on the way, and resumed where it stopped."""
+"""One run of the study: a method on some sentences, trained, and resumed where it stopped."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import Subset
 
-from auxkern.model import AuxTunedForCausalLM, load_base, load_tokenizer
+from auxkern.model import load_base, load_tokenizer
 from auxkern.model.fingerprints import fingerprint
-from auxkern.model.text import IGNORED, TextFormat
+from auxkern.model.prefix import BasePrefix
+from auxkern.model.text import TextFormat
 from auxkern.training.collator import AuxCollator
-from auxkern.training.examples import EncodedExamples, data_fingerprint, encode
+from auxkern.training.examples import EncodedExamples, Items, data_fingerprint, encode
 from auxkern.training.lm_states import LMStates, cache_lm_states, states_folder
 from auxkern.training.log import LOG
 from auxkern.training.loop import ExampleSet, train
 from auxkern.training.progress import Progress
 from auxkern.training.settings import LoopSettings
-from benchmarks.keyword.data import (
-    StudyData,
-    encoded_for_lm,
-    lm_format,
-    pair_format,
-    prompt_ids,
-    study_data,
-)
-from benchmarks.keyword.flops import TokenCost, token_cost
-from benchmarks.keyword.measuring import Judge, texts_of_lm, texts_of_pair
-from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable
-from benchmarks.keyword.presets import HEADLINE, PAIR, SCRATCH, Method, Preset
-
-SCALES = (0.75, 1.25, 1.5)  # mixing weights that the headline's last model is sampled with, beside its own
+from benchmarks.keyword.data import StudyData, study_data
+from benchmarks.keyword.flops import run_cost, token_cost
+from benchmarks.keyword.measuring import Judge
+from benchmarks.keyword.models import BASE_PROMPT, WORDING, new_fine_tuned, new_pair, trainable
+from benchmarks.keyword.presets import LORA, PAIR, Method, Preset
 
 
 @dataclass
@@ -71,15 +65,46 @@ class Workplace:
         lm = load_base(preset.base, device=device)
         return cls(preset, output, data, lm, fingerprint(lm), load_tokenizer(preset.base), device)
 
+    @cached_property
     def judge(self) -> Judge:
         data = self.data
         return Judge(self.lm, self.tokenizer, data.unigram_texts, data.asked, self.lm_fingerprint)
 
-    def states(self, encoded: EncodedExamples, progress: Progress | None = None) -> LMStates:
-        """The base's states for the layers of the preset's pairs, computed where they are not on disk yet."""
-        layers = self.preset.pair["lm_layers"]
-        folder = states_folder(self.output / "states", data_fingerprint(encoded), self.lm_fingerprint, layers)
-        show = progress or Progress()
+    def text_format(self, told: bool) -> TextFormat:
+        """How texts become ids: where the LM is told the keyword, and where it is told nothing."""
+        return TextFormat(self.tokenizer, **WORDING, base_prompt=BASE_PROMPT if told else None)
+
+    def prefix(self, told: bool) -> list[int]:
+        """What the LM reads before every text: the prompt's examples, or nothing."""
+        return self.text_format(told).base_prefix(self.data.shots) if told else []
+
+    def pair_fields(self, method: Method) -> dict[str, Any]:
+        """Of ``AuxTunedConfig``, with the layers that it reads."""
+        given = self.preset.pairs[method.pair]
+        if "lm_layers" in given:
+            return given
+        return {**given, "lm_layers": [self.lm.config.num_hidden_layers - given["last_layers"]]}
+
+    def layers(self, told: bool) -> list[int]:
+        """Of the LM whose states the preset's pairs read, of those that are told the keyword or not."""
+        pairs = [one for one in self.preset.methods if one.kind == PAIR and one.told == told]
+        return sorted({layer for one in pairs for layer in self.pair_fields(one)["lm_layers"]})
+
+    def states(self, encoded: EncodedExamples, told: bool, progress: Progress | None = None) -> LMStates:
+        """The base's states for the pairs' layers, computed where they are not on disk yet.
+
+        Args:
+            encoded: examples, by ``text_format(told)``.
+            told: whether the base reads the prompt before them.
+            progress: is told of what is computed.
+        """
+        prefix, layers, show = (
+            BasePrefix(self.lm, self.prefix(told)),
+            self.layers(told),
+            progress or Progress(),
+        )
+        behind = prefix.fingerprint(self.lm_fingerprint)
+        folder = states_folder(self.output / "states", data_fingerprint(encoded), behind, layers)
         try:
             return cache_lm_states(
                 self.lm,
@@ -87,236 +112,176 @@ class Workplace:
                 folder,
                 layers=layers,
                 base_fingerprint=self.lm_fingerprint,
+                prefix=prefix,
                 progress=lambda done, _: show.advance(done),
             )
         finally:
             show.close()
 
 
-def run_folder(output: Path, method: Method, seed: int) -> Path:
-    """Where a run's checkpoints, log and facts are."""
-    return output / "runs" / f"{method.name}-{seed}"
-
-
 def cache_states(place: Workplace, progress: Progress) -> float:
-    """Computes the base's states that pairs read, once for all of them.
+    """Computes the base's states that pairs read, once for all of them, and its own nll of the test side.
 
     Returns:
-        Seconds that it took, 0 where they were on disk.
+        Seconds that it took, next to none where they were on disk.
     """
-    text_format = pair_format(place.preset, place.tokenizer)
     began = time.monotonic()
-    for name, examples in (("training", place.data.training), ("validation", place.data.validation)):
-        encoded = encode(examples, text_format)
-        progress.start(0, sum(len(encoded[i]["input_ids"]) for i in range(len(encoded))), f"{name} states")
-        place.states(encoded, progress)
+    for told in (True, False):
+        rows = [one for one in place.preset.methods if one.told == told]
+        for side, examples in place.data.sides.items():
+            if any(one.kind == PAIR or (side == "test" and not one.trained) for one in rows):
+                encoded = encode(examples, place.text_format(told))
+                tokens = sum(len(encoded[i]["input_ids"]) for i in range(len(encoded)))
+                progress.start(
+                    0, tokens, f"{side} states {'behind the prompt' if told else 'of the bare text'}"
+                )
+                place.states(encoded, told, progress)
     return time.monotonic() - began
 
 
+class Setup(NamedTuple):
+    """An untrained model, and all that it is trained and scored on.
+
+    Attributes:
+        model: a pair or a ``FineTunedLM``.
+        text_format: how its texts become ids.
+        sides: "training", "validation" and "test".
+    """
+
+    model: Any
+    text_format: TextFormat
+    sides: dict[str, ExampleSet]
+
+
+def set_up(place: Workplace, method: Method, size: int, seed: int) -> Setup:
+    """What a run of a method begins with.
+
+    Args:
+        place: of the study.
+        method: a trained one.
+        size: training sentences; they are the same ones for all methods.
+        seed: of the initial weights.
+    """
+    text_format, prefix, preset = place.text_format(method.told), place.prefix(method.told), place.preset
+    if method.kind == PAIR:
+        model: Any = new_pair(place.pair_fields(method), place.lm, prefix, seed)
+    else:
+        # The base's own copy: it is changed.
+        lm = load_base(preset.base, dtype=torch.float32, device=place.device, native=False)
+        model = new_fine_tuned(preset, lm, prefix, seed, lora=method.kind == LORA)
+    sides = {}
+    for side, examples in place.data.sides.items():
+        encoded = encode(examples, text_format)
+        chosen = place.data.some(size) if side == "training" else list(range(len(encoded)))
+        if method.kind == PAIR:
+            sides[side] = _with_states(place.states(encoded, method.told), encoded, model.config, chosen)
+        else:
+            sides[side] = ExampleSet(Subset(encoded, chosen))
+    return Setup(model, text_format, sides)
+
+
+def _with_states(
+    states: LMStates, encoded: EncodedExamples, config: Any, chosen: Sequence[int]
+) -> ExampleSet:
+    """Some examples, with those of the cached states that a pair reads."""
+    columns = [0, *(1 + states.layers.index(layer) for layer in config.lm_layers)]
+    examples = Subset(_OfLayers(states.dataset(encoded), columns), chosen)
+    return ExampleSet(examples, None, lambda index: states.lm_nll(chosen[index]))
+
+
+class _OfLayers(torch.utils.data.Dataset[dict[str, Any]]):
+    """Examples with some of their cached states, final ones and then the layers', by their places."""
+
+    def __init__(self, examples: Items, columns: Sequence[int]) -> None:
+        self._examples, self._columns = examples, columns
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example: Mapping[str, Any] = self._examples[index]
+        return {**example, "lm_states": example["lm_states"][:, self._columns]}
+
+
 def loop_settings(
-    preset: Preset, method: Method, seed: int, rate: float, output: Path, *, trial: bool = False
+    preset: Preset, method: Method, steps: int, seed: int, rate: float, output: Path
 ) -> LoopSettings:
-    """The loop of a run, or of a trial of a learning rate, which is shorter and is scored at its end."""
-    steps = preset.steps_of(method)
-    steps = round(steps * preset.tuning_share) if trial else steps
-    scores = preset.scores if method.kind in (PAIR, SCRATCH) else preset.measures
+    """The loop of a run; a fine-tuned LM reads the prompt once for all sentences of a step."""
+    at_a_time = preset.micro_batch if method.kind == PAIR else preset.sentences
+    every = -(-steps // preset.evaluations)
     return LoopSettings(
         output=str(output),
         steps=steps,
-        batch_size=preset.micro_batch,
-        gradient_accumulation=preset.sentences // preset.micro_batch,
+        batch_size=at_a_time,
+        gradient_accumulation=preset.sentences // at_a_time,
         sort_by_length=True,
         learning_rate=rate,
         warmup_steps=round(preset.warmup * steps),
         weight_decay=0.01,
         betas=preset.betas,
         seed=seed,
-        log_every=max(1, preset.steps // 20),
-        eval_every=steps if trial else preset.steps // scores,
-        save_every=steps if trial else preset.steps // preset.measures,
-        patience=0,  # curves have the same steps for all
+        log_every=every,
+        eval_every=every,
+        patience=preset.patience,
+        save_every=every,
         keep_checkpoints=1,
         resume=True,
     )
 
 
-def train_method(
-    place: Workplace,
-    method: Method,
-    seed: int,
-    rate: float,
-    output: Path,
-    progress: Progress,
-    *,
-    trial: bool = False,
+def train_run(
+    place: Workplace, method: Method, size: int, seed: int, rate: float, output: Path, progress: Progress
 ) -> dict[str, Any]:
     """Trains a method, goes on where it was stopped, and says what it came to.
 
-    The order of the data is the seed's, the same for all methods.
+    The order of the data is the seed's, the same for all methods. ``output`` holds the weights of the step
+    with the lowest validation nll afterwards.
+
+    Args:
+        place: of the study.
+        method: a trained one.
+        size: training sentences.
+        seed: of initial weights, order and dropout.
+        rate: learning rate.
+        output: folder for the run.
+        progress: is told of what goes on.
 
     Returns:
-        parameters, tokens and flops of the whole run, seconds, and its evaluations: step, nll and, where
-        texts were written, what ``Judge.measure`` says of them.
+        method, size, seed, learning_rate; trainable parameters; steps at most, best_step, and the validation
+        nll by step (curve); seconds; FLOPs of a step and of the base's states.
 
     Raises: as ``auxkern.training.loop.train``.
     """
-    preset = place.preset
-    settings = loop_settings(preset, method, seed, rate, output, trial=trial)
-    if method.kind in (PAIR, SCRATCH):
-        model, text_format, training, validation = _pair_run(place, method, seed)
-    else:
-        model, text_format, training, validation = _lm_run(place, method, seed)
-    judge = None if trial else place.judge()
-    every = preset.steps // preset.measures
-
-    def measure(step: int) -> dict[str, Any]:
-        if judge is None or step == 0 or step % every:
-            return {}
-        return judge.measure(_texts(place, method, model, text_format, seed))
-
-    cost = token_cost(model, method)
+    model, text_format, sides = set_up(place, method, size, seed)
+    steps, training = place.preset.steps_of(method.name, size), sides["training"]
+    settings = loop_settings(place.preset, method, steps, seed, rate, output)
+    cost = run_cost(
+        token_cost(model), training.examples, place.preset.sentences, len(place.prefix(method.told))
+    )
     result = train(
         model,
         training,
         settings,
         collate=AuxCollator(text_format.pad_id),
-        validation=validation,
+        validation=sides["validation"],
         progress=progress,
-        measure=measure,
     )
-    records = [json.loads(line) for line in (output / LOG).read_text(encoding="utf-8").splitlines()]
-    facts = {
+    return {
         "method": method.name,
+        "size": size,
         "seed": seed,
         "learning_rate": rate,
         "trainable": trainable(model),
+        "steps": steps,
+        "best_step": result.state.best_step,
+        "curve": [[one["step"], one["nll"]] for one in evaluations(output)],
         "seconds": result.state.seconds,
-        "flops": _flops(cost, training, settings.steps * preset.sentences),
-        "evaluations": [
-            {"step": r["step"], "nll": r["nll"], **r["measured"]}
-            for r in records
-            if r.get("evaluation") and r["step"]
-        ],
-    }
-    if not trial and isinstance(model, AuxTunedForCausalLM):
-        own = {"aux_scale": model.config.aux_scale, **facts["evaluations"][-1]}
-        others = _scales(place, method, model, text_format, seed, judge)
-        facts["scales"] = sorted([own, *others], key=lambda one: one["aux_scale"]) if others else []
-    return facts
-
-
-def _pair_run(place: Workplace, method: Method, seed: int) -> tuple[Any, TextFormat, ExampleSet, ExampleSet]:
-    text_format = pair_format(place.preset, place.tokenizer)
-    model = new_pair(place.preset, method, place.lm, seed)
-    sets = []
-    for examples in (place.data.training, place.data.validation):
-        encoded = encode(examples, text_format)
-        if method.kind == SCRATCH:
-            sets.append(ExampleSet(encoded))
-        else:
-            states = place.states(encoded)
-            sets.append(ExampleSet(_OfLayers(states.dataset(encoded), model.config), None, states.lm_nll))
-    return model, text_format, sets[0], sets[1]
-
-
-def _lm_run(place: Workplace, method: Method, seed: int) -> tuple[Any, TextFormat, ExampleSet, ExampleSet]:
-    text_format = lm_format(place.preset, place.tokenizer)
-    # The base's own copy: it is changed.
-    lm = load_base(place.preset.base, dtype=torch.float32, device=place.device, native=False)
-    model = new_fine_tuned(place.preset, method, lm, seed)
-    training, validation = (
-        ExampleSet(encoded_for_lm(examples, text_format))
-        for examples in (place.data.training, place.data.validation)
-    )
-    return model, text_format, training, validation
-
-
-class _OfLayers:
-    """Examples with those of the cached states that a pair reads: all of them, or the final ones alone."""
-
-    def __init__(self, examples: Any, config: Any) -> None:
-        self._examples, self._count = examples, 1 + len(config.lm_layers)
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._examples[index]
-        return {**example, "lm_states": example["lm_states"][:, : self._count]}
-
-
-def _texts(place: Workplace, method: Method, model: Any, text_format: TextFormat, seed: int) -> list[str]:
-    keywords = [example.condition for example in place.data.asked]
-    most = place.preset.max_new_tokens
-    if isinstance(model, FineTunedLM):
-        prompts = [prompt_ids(text_format, method, keyword, 0) for keyword in keywords]
-        return texts_of_lm(model.causal_lm, text_format, prompts, seed=seed, max_new_tokens=most)
-    return texts_of_pair(model, text_format, keywords, seed=seed, max_new_tokens=most)
-
-
-def _scales(
-    place: Workplace,
-    method: Method,
-    model: AuxTunedForCausalLM,
-    text_format: TextFormat,
-    seed: int,
-    judge: Judge,
-) -> list[dict[str, Any]]:
-    """The last model of the headline's seed 0 at other mixing weights."""
-    if method.name != HEADLINE or seed:
-        return []
-    keywords = [example.condition for example in place.data.asked]
-    most = place.preset.max_new_tokens
-    return [
-        {
-            "aux_scale": scale,
-            **judge.measure(
-                texts_of_pair(model, text_format, keywords, seed=seed, max_new_tokens=most, aux_scale=scale)
-            ),
-        }
-        for scale in SCALES
-    ]
-
-
-def _flops(cost: TokenCost, training: ExampleSet, sentences: int) -> dict[str, int]:
-    """Of a run that takes so many sentences, and of the frozen LM's states, once for all of them."""
-    text, condition, labels = 0, 0, 0
-    for i in range(len(training.examples)):
-        example = training.examples[i]
-        text += len(example["input_ids"]) - 1  # the end is not read
-        condition += len(example["condition_ids"])
-        labels += sum(label != IGNORED for label in example["labels"][1:])
-    share = sentences / len(training.examples)
-    return {
-        "trained": round(share * cost.of(text + condition, 0, labels)),
-        "lm_forward": round(share * cost.lm * text),
-        "lm_states": cost.lm * text,
+        "step_flops": cost.step,
+        "state_flops": cost.states,
     }
 
 
-def measure_untrained(
-    place: Workplace, method: Method, prompt: int, keywords: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Texts of the LM, alone or prompted, and what is measured of them.
-
-    Args:
-        place: of the study.
-        method: "prompt" or "lm".
-        prompt: index of the prompt.
-        keywords: other ones than the held-out ones; then only texts come back.
-    """
-    text_format = lm_format(place.preset, place.tokenizer)
-    asked = keywords or [example.condition for example in place.data.asked]
-    prompts = [prompt_ids(text_format, method, keyword, prompt) for keyword in asked]
-    most = place.preset.max_new_tokens
-    texts = texts_of_lm(place.lm, text_format, prompts, seed=0, max_new_tokens=most)
-    if keywords is not None:
-        return {"texts": texts}
-    facts = {"method": method.name, "seed": 0, "trainable": 0}
-    return {**facts, "evaluations": [{"step": 0, "nll": None, **place.judge().measure(texts)}]}
-
-
-def measure_references(place: Workplace) -> dict[str, Any]:
-    """The test side's own sentences for the same keywords."""
-    measured = place.judge().measure([example.text for example in place.data.asked])
-    return {"method": "references", "seed": 0, "evaluations": [{"step": 0, "nll": None, **measured}]}
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that are about the validation side."""
+    records = map(json.loads, (output / LOG).read_text(encoding="utf-8").splitlines())
+    return [record for record in records if record.get("evaluation")]

@@ -7,11 +7,7 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import signal
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,34 +16,62 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from auxkern.model import AuxTunedForCausalLM
+from auxkern.model import AuxTunedForCausalLM, load_base
+from auxkern.model.base import run_base
+from auxkern.model.inputs import PairInputs
 from auxkern.model.text import Example
+from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
+from auxkern.training.examples import encode
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import Progress
-from benchmarks.keyword.__main__ import main as study_main
+from benchmarks.keyword import __main__ as command
 from benchmarks.keyword.data import written_alike
-from benchmarks.keyword.flops import token_cost
-from benchmarks.keyword.jobs import REFERENCES, STATES, do_job, facts_of, study_jobs, tuning_jobs
-from benchmarks.keyword.models import FineTunedLM, new_fine_tuned, new_pair, trainable, uniform_lm
+from benchmarks.keyword.flops import run_cost, token_cost
+from benchmarks.keyword.jobs import (
+    REFERENCES,
+    chosen_rate,
+    do_job,
+    facts_of,
+    run_job,
+    stages,
+    trial_job,
+)
+from benchmarks.keyword.measuring import nll_parts, nll_parts_of_lm
+from benchmarks.keyword.models import FineTunedLM, silent_pair, trainable
 from benchmarks.keyword.page import PAGE, page
-from benchmarks.keyword.presets import BY_NAME, METHODS, PRESETS, Preset
-from benchmarks.keyword.record import comparisons, study_record
-from benchmarks.keyword.runs import Workplace, train_method
-from benchmarks.keyword.tuning import chosen
-from benchmarks.studies import run_all
-from tests.support.tiny import DECODER, WORDS, word_lm, word_tokenizer
+from benchmarks.keyword.presets import (
+    BY_NAME,
+    DECODER,
+    HEADLINE,
+    LAST_LAYERS,
+    METHODS,
+    PAPER,
+    PRESETS,
+    TUNED_LORA,
+    TUNED_WHOLE,
+    Preset,
+    decoder_pair,
+)
+from benchmarks.keyword.record import KIND, nll_of, state_shares, study_record
+from benchmarks.keyword.runs import Workplace, set_up, train_run
+from benchmarks.keyword.scoring import NARROW, PLAIN
+from benchmarks.studies import read_facts, write_facts
+from tests.support.tiny import WORDS, word_lm, word_tokenizer
+
+pytest.importorskip("peft")
 
 TRAINED = [method for method in METHODS if method.trained]
-PAIRS = [method for method in TRAINED if method.kind in ("pair", "from scratch")]
+PICTURES = {"training": "a.png", "data": "b.png"}
 
 
 @pytest.fixture(scope="session")
 def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
-    """Sentences of four words, one of them the keyword, for a base of three layers."""
+    """The tiny preset on sentences of four words, one of them the keyword, for a base of three layers."""
     folder = tmp_path_factory.mktemp("study")
-    word_lm().save_pretrained(folder / "base")
-    word_tokenizer().save_pretrained(folder / "base")
+    tokenizer = word_tokenizer((*WORDS, ":"))
+    word_lm(vocab_size=len(tokenizer)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     draw = random.Random(0)
     records = []
     for keyword in WORDS:
@@ -58,22 +82,14 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
         shouted = [word for word in words if word != keyword]
         records.append({"condition": keyword, "text": " ".join([keyword.upper(), *shouted])})
     (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    pair = {**PRESETS["cpu"].pair, "auxiliary_config": DECODER, "lm_layers": [1, 3]}
     return dataclasses.replace(
-        PRESETS["cpu"],
+        PRESETS["tiny"],
         base=str(folder / "base"),
         task_source=f"jsonl:{folder / 'texts.jsonl'}?condition=condition",
-        steps=4,
-        sentences=8,
-        micro_batch=4,
-        training=40,
-        validation=10,
-        samples=5,
-        measures=2,
-        scores=4,
-        lm_steps=4,
-        max_new_tokens=6,
-        pair=pair,
+        pairs={
+            LAST_LAYERS: {"architecture": LAST_LAYERS, "last_layers": 2, "lora_rank": 2, "pointer": True},
+            DECODER: decoder_pair(16, 2, 2, lm_layers=(1, 3)),
+        },
         lora_rank=2,
     )
 
@@ -83,21 +99,28 @@ def place(preset: Preset, tmp_path: Path) -> Workplace:
     return Workplace.open(preset, tmp_path / "study")
 
 
-def model_of(preset: Preset, name: str) -> Any:
-    method = BY_NAME[name]
-    lm = word_lm()
-    return new_pair(preset, method, lm, 0) if method in PAIRS else new_fine_tuned(preset, method, lm, 0)
+def setup_of(place: Workplace, name: str) -> Any:
+    return set_up(place, BY_NAME[name], place.preset.size, 0)
+
+
+# ------------------------------------------------------------------------------------ presets and data
 
 
 def test_presets_say_what_can_be_run() -> None:
     for preset in PRESETS.values():
-        assert set(preset.rates) == {method.tuned_as for method in TRAINED}
-    with pytest.raises(ValueError, match="micro_batch is 7"):
-        dataclasses.replace(PRESETS["cpu"], micro_batch=7)
-    with pytest.raises(ValueError, match="scores is 7"):
-        dataclasses.replace(PRESETS["cpu"], scores=7)
-    with pytest.raises(ValueError, match="lm_steps is 50"):
-        dataclasses.replace(PRESETS["cpu"], lm_steps=50)
+        counts = {len(rates) for rates in preset.rates.values()}
+        assert len(counts) == 1  # equal effort
+    cpu = PRESETS["cpu"]
+    for fields, message in (
+        ({"micro_batch": 7}, "micro_batch is 7"),
+        ({"tried_at": 200}, "tried_at=200"),
+        ({"sizes": (100, 1_000, 1_000)}, "they must rise"),
+        ({"steps": {**cpu.steps, HEADLINE: (12, 24)}}, r"steps of 'auxiliary' are \(12, 24\)"),
+        ({"steps": {**cpu.steps, HEADLINE: (12, 0, 100)}}, "none at tried_at=1000"),
+        ({"rates": {HEADLINE: (1e-3,)}}, "rates are of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(cpu, **fields)
 
 
 @pytest.mark.parametrize(
@@ -119,65 +142,138 @@ def test_sentences_that_write_the_keyword_in_another_way_are_left_out(
     assert written_alike(Example(keyword, text)) == alike
 
 
-def test_a_study_trains_on_sentences_that_hold_their_keyword(place: Workplace) -> None:
+def test_sides_share_no_keyword_and_the_prompt_no_sentence(place: Workplace) -> None:
     data = place.data
-    assert all(written_alike(example) for example in [*data.training, *data.validation])
+    sides = [data.training, data.validation, data.test]
+    assert all(written_alike(one) for side in (*sides, data.shots) for one in side)
+    keywords = [{one.condition for one in side} for side in sides]
+    assert not (keywords[0] & keywords[1])
+    assert not (keywords[0] & keywords[2])
+    assert not (keywords[1] & keywords[2])
+    assert len(data.shots) == 2
+    assert not set(data.shots) & set(data.training)
+    small, whole = data.some(8), data.some(24)
+    assert set(small) < set(whole) == set(range(24))
 
 
-def test_a_base_that_knows_nothing_leaves_the_auxiliary_alone() -> None:
-    lm = uniform_lm(word_lm())
-    logits = lm(input_ids=torch.tensor([[0, 5, 9]])).logits
-    assert not logits.any()
-    assert logits.shape[-1] == word_lm().config.vocab_size
+def test_a_preset_that_wants_more_than_there_is_is_refused(preset: Preset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs 1000002 training, but there are"):
+        Workplace.open(dataclasses.replace(preset, sizes=(8, 1_000_000), tried_at=1_000_000), tmp_path)
 
 
-def test_a_fine_tuned_lm_has_the_loss_of_transformers(preset: Preset) -> None:
-    for name in ("full", "lora"):
-        model = model_of(preset, name).eval()  # training rounds to bfloat16
-        ids = torch.tensor([[0, 5, 9, 7, 1], [0, 6, 1, 2, 2]])
-        mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
-        labels = ids.masked_fill(mask == 0, -100)
-        labels[:, 1] = -100
-        count = torch.tensor(int((labels[:, 1:] != -100).sum()))
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=count).loss
-        expected = model.causal_lm(input_ids=ids, attention_mask=mask, labels=labels).loss
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+# ------------------------------------------------------------------------------------------- the models
 
 
-def test_lora_trains_its_matrices_and_nothing_else(preset: Preset) -> None:
-    model = model_of(preset, "lora")
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+def by_hand(model: FineTunedLM, ids: list[int], labels: list[int]) -> torch.Tensor:
+    """Summed nll of one row behind the prompt, in one pass of the language model over both."""
+    whole = torch.tensor([[*model.prefix, *ids]])
+    own = torch.tensor([[*[-100] * len(model.prefix), *labels]])
+    logits = model.causal_lm(input_ids=whole).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits[0], own[0, 1:], reduction="sum")
+
+
+@pytest.mark.parametrize("name", [TUNED_LORA, TUNED_WHOLE])
+def test_a_fine_tuned_lm_reads_the_prompt_once_and_learns_from_it(place: Workplace, name: str) -> None:
+    model, text_format, sides = setup_of(place, name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    examples = [sides["training"].examples[i] for i in range(24)]  # more than are read at a time
+    batch = AuxCollator(text_format.pad_id)(examples)
+    model.eval()  # training rounds to bfloat16
+    ours = model(**batch, num_items_in_batch=torch.tensor(1)).loss
+    ours.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    exact = torch.stack([by_hand(model, one["input_ids"], one["labels"]) for one in examples]).sum()
+    exact.backward()
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=0)
+    for ours_of, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours_of, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_prompt_is_read_anew_after_each_step(place: Workplace) -> None:
+    model, text_format, sides = setup_of(place, TUNED_WHOLE)
+    batch = AuxCollator(text_format.pad_id)([sides["training"].examples[0]])
+    one = torch.tensor(1)
+    model.eval()
+    with torch.no_grad():
+        before = model(**batch, num_items_in_batch=one).loss
+        model.train()
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        model.eval()
+        after = model(**batch, num_items_in_batch=one).loss
+        exact = by_hand(model, *(sides["training"].examples[0][name] for name in ("input_ids", "labels")))
+    torch.testing.assert_close(after, exact, rtol=1e-5, atol=0)
+    assert abs(after - before) > 1e-3
+
+
+def test_lora_trains_its_matrices_and_nothing_else(place: Workplace) -> None:
+    model = setup_of(place, TUNED_LORA).model
+    names = list(model.state_dict())
     assert names
     assert all("lora_" in name for name in names)
-    assert trainable(model_of(preset, "full")) == sum(p.numel() for p in word_lm().parameters())
+    whole = setup_of(place, TUNED_WHOLE).model
+    assert trainable(whole) == sum(p.numel() for p in whole.causal_lm.parameters())
+
+
+def test_merged_weights_write_what_was_trained(place: Workplace) -> None:
+    model, text_format, sides = setup_of(place, TUNED_LORA)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    collate, device = AuxCollator(text_format.pad_id), torch.device("cpu")
+    before = nll_parts(model, sides["test"].examples, collate, device)
+    pair = silent_pair(model.merged(), place.prefix(True))
+    after = nll_parts(pair, sides["test"].examples, collate, device)
+    torch.testing.assert_close(torch.tensor(after), torch.tensor(before), rtol=1e-4, atol=0)
+
+
+def test_the_nll_of_a_part_is_that_of_its_sentences(place: Workplace) -> None:
+    _, text_format, sides = setup_of(place, HEADLINE)
+    examples, states = encode(place.data.test, text_format), sides["test"].lm_nll
+    pair = silent_pair(place.lm, place.prefix(True))
+    parts = nll_parts(pair, examples, AuxCollator(text_format.pad_id), torch.device("cpu"))
+    assert [count for _, count in parts] == [50, 10]  # four words and the end, of 12 sentences
+    torch.testing.assert_close(
+        torch.tensor(nll_parts_of_lm(examples, states)), torch.tensor(parts), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", [method.name for method in TRAINED])
-def test_flops_are_those_that_torch_counts(preset: Preset, name: str) -> None:
-    model = model_of(preset, name)
-    cost = token_cost(model, BY_NAME[name])
-    T, K, V = 12, 2, 97
+def test_flops_are_those_that_torch_counts(place: Workplace, name: str) -> None:
+    place.lm = load_base(place.preset.base, native=False)  # torch sees nothing of native kernels
+    model, _, sides = setup_of(place, name)
+    cost = token_cost(model)
+    T, K, V = 12, 2, model.causal_lm.config.vocab_size if isinstance(model, FineTunedLM) else 98
     ids = torch.randint(4, V, (1, T))
     one, condition = torch.ones_like(ids), ids[:, :K]
     if isinstance(model, FineTunedLM):
         with FlopCounterMode(display=False) as counter:
-            lm = model.causal_lm
-            hidden = lm.base_model(input_ids=ids, attention_mask=one).last_hidden_state
-            lm.get_output_embeddings()(hidden).sum().backward()
-        expected = cost.of(T, 0, T)
+            hidden = model.causal_lm.base_model(input_ids=ids, attention_mask=one).last_hidden_state
+            model.causal_lm.get_output_embeddings()(hidden).sum().backward()
+        assert cost.shown == len(model.prefix)
+        assert not cost.state
     else:
         with FlopCounterMode(display=False) as counter:
-            z = _plain_logits(model, ids, condition)
-            z.sum().backward()
-        expected = cost.of(T + K, T, T)
+            _plain_sum(model, ids, condition).backward()
+        assert cost.state
+        assert not cost.shown
+    expected = cost.read * T + cost.condition * K + cost.label * T + cost.state * T
     # Attention's products of queries and keys are left out: here at 14 tokens and widths of 16 to 32.
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.25)
+    examples = sides["training"].examples
+    run, count = run_cost(cost, examples, 8, 5), len(examples)
+    read = sum(len(examples[i]["input_ids"]) - 1 for i in range(count))
+    words = sum(len(examples[i]["condition_ids"]) for i in range(count))
+    step = (cost.read * read + cost.condition * words + cost.label * 5 * count) * 8 / count
+    assert run.step == pytest.approx(step + cost.read * cost.shown)
+    assert run.states == cost.state * (read + 5)
 
 
-def _plain_logits(model: AuxTunedForCausalLM, ids: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    from auxkern.model.base import run_base
-    from auxkern.model.inputs import PairInputs
-
+def _plain_sum(model: AuxTunedForCausalLM, ids: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    """Of all logits, and of all that the pointer adds to them."""
     with torch.no_grad():
         states = run_base(model.lm, ids, layers=model.config.lm_layers).states
     batch = PairInputs(ids, None, condition, None)
@@ -186,30 +282,37 @@ def _plain_logits(model: AuxTunedForCausalLM, ids: torch.Tensor, condition: torc
         batch.for_auxiliary(states, model.lm.get_input_embeddings().weight, scores, None, False)
     )
     weight = model.lm.get_output_embeddings().weight
-    if model.config.head == "shared":
-        return (states[:, :, 0] + model.head(output.hidden)) @ weight.T
-    return states[:, :, 0] @ weight.T + output.hidden @ model.head.weight.T
+    added = output.hidden if model.head is None else model.head(output.hidden)
+    return ((states[:, :, 0] + added) @ weight.T).sum() + output.pointer.sum() + output.end.sum()
 
 
-@pytest.mark.parametrize("name", ["auxiliary", "scratch", "lora"])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(place: Workplace, tmp_path: Path, name: str) -> None:
-    method = BY_NAME[name]
+# ---------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("name", [HEADLINE, PAPER, TUNED_LORA])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(preset: Preset, tmp_path: Path, name: str) -> None:
+    job = run_job(name, preset.size, 0)
+    preset = dataclasses.replace(preset, rates={one: (1e-3,) for one in preset.rates})  # nothing is tried
 
     class Stop(Progress):
         def advance(self, done: int) -> None:
             if done == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    whole = train_method(place, method, 1, 1e-3, tmp_path / "whole", Progress())
+    whole, parts = (Workplace.open(preset, tmp_path / one) for one in ("whole", "parts"))
+    do_job(whole, job, Progress())
+    do_job(parts, "states", Progress())
     with pytest.raises(TrainingInterrupted):
-        train_method(place, method, 1, 1e-3, tmp_path / "parts", Stop())
-    parts = train_method(place, method, 1, 1e-3, tmp_path / "parts", Progress())
-    for facts in (whole, parts):
-        facts.pop("seconds")
-    assert parts == whole
-    measured = [one for one in whole["evaluations"] if "texts" in one]
-    assert [one["step"] for one in measured] == [2, 4]
-    assert all(len(one["contains"]) == 5 for one in measured)
+        do_job(parts, job, Stop())
+    assert not facts_of(parts.output, job).is_file()
+    do_job(parts, job, Progress())
+    facts = [read_facts(facts_of(one.output, job).parent) for one in (whole, parts)]
+    for one in facts:
+        one.pop("seconds")
+    assert facts[0] == facts[1]
+    assert not checkpoint_steps(facts_of(whole.output, job).parent)
+    assert [step for step, _ in facts[0]["curve"] if step] == [2, 4]
+    assert set(facts[0]["samples"]) == {PLAIN, NARROW}
 
 
 def test_all_methods_take_the_same_sentences_in_the_same_order(
@@ -217,26 +320,62 @@ def test_all_methods_take_the_same_sentences_in_the_same_order(
 ) -> None:
     from benchmarks.keyword import runs
 
-    seen: dict[str, list[list[str]]] = {}
+    seen: dict[str, list[str]] = {}
+    groups: dict[str, list[int]] = {}
 
     def recorded(name: str) -> Callable[..., Any]:
         collate = AuxCollator(2)
 
         def call(items: list[Any]) -> Any:
-            # The text's words and the end; a fine-tuned LM has the keyword before them.
             seen.setdefault(name, []).extend([str([x for x in item["labels"] if x >= 0]) for item in items])
+            groups.setdefault(name, []).append(len(items))
             return collate(items)
 
         return call
 
-    for name in ("auxiliary", "scratch", "full"):
+    for name in (HEADLINE, PAPER, TUNED_WHOLE):
         monkeypatch.setattr(runs, "AuxCollator", lambda pad, name=name: recorded(name))
-        train_method(place, BY_NAME[name], 0, 1e-3, tmp_path / name, Progress(), trial=True)
+        train_run(place, BY_NAME[name], 24, 0, 1e-3, tmp_path / name, Progress())
         monkeypatch.undo()
-    # One step; what is collated after it is the validation side.
-    sentences = {name: found[:8] for name, found in seen.items()}
-    assert sentences["auxiliary"] == sentences["scratch"] == sentences["full"]
-    assert len(set(sentences["full"])) == 8
+
+    def first_step(name: str) -> list[str]:
+        # Before it, what is collated is the validation side where the untrained model is scored too.
+        training = {
+            str([*place.text_format(False).example("", one.text)["input_ids"][1:]])
+            for one in place.data.training
+        }
+        return [one for one in seen[name] if one in training][:8]
+
+    assert first_step(HEADLINE) == first_step(PAPER) == first_step(TUNED_WHOLE)
+    assert len(set(first_step(HEADLINE))) == 8
+    assert 8 in groups[TUNED_WHOLE]
+    assert max(groups[HEADLINE]) == 4
+
+
+def test_smaller_sets_are_parts_of_the_whole_one_with_its_states(place: Workplace) -> None:
+    for name in (HEADLINE, TUNED_LORA):
+        small, whole = (set_up(place, BY_NAME[name], size, 0).sides["training"] for size in (8, 24))
+        assert len(small.examples) == 8
+        assert len(whole.examples) == 24
+        for place_of, index in enumerate(place.data.some(8)):
+            item, same = small.examples[place_of], whole.examples[index]
+            assert item["input_ids"] == same["input_ids"]
+            if small.lm_nll is not None and whole.lm_nll is not None:
+                assert torch.equal(item["lm_states"], same["lm_states"])
+                assert torch.equal(small.lm_nll(place_of), whole.lm_nll(index))
+
+
+def test_a_pair_reads_the_states_of_its_own_layers(place: Workplace) -> None:
+    assert place.layers(True) == [1, 3]
+    assert place.layers(False) == [1, 3]
+    last = set_up(place, BY_NAME[HEADLINE], 24, 0).sides["test"].examples[0]
+    small = set_up(place, BY_NAME[DECODER], 24, 0).sides["test"].examples[0]
+    assert last["lm_states"].shape[1] == 2
+    assert small["lm_states"].shape[1] == 3
+    assert torch.equal(last["lm_states"], small["lm_states"][:, :2])
+
+
+# ------------------------------------------------------------------------------------- a whole study
 
 
 @pytest.fixture(scope="module")
@@ -249,94 +388,101 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(preset: Preset, folder: Path) -> dict[str, Any]:
     """A whole study, as its command writes it."""
     place = Workplace.open(preset, folder)
-    tuning = place.output / "tuning.json"
-    for job in tuning_jobs(preset):
-        do_job(place, job, tuning, Progress())
-    tuning.write_text(json.dumps(chosen(preset, place.output)))
-    for job in (STATES, *study_jobs()):
-        do_job(place, job, tuning, Progress())
+    for some, _ in stages(preset):
+        for job in some:
+            do_job(place, job, Progress())
     return {
-        "kind": "keyword study",
+        "kind": KIND,
         "command": "python -m benchmarks.keyword",
         "date": "2026-01-01",
         "machine": {"device": "a machine"},
         "seconds of this command": 100,
-        **study_record(preset, place.output, json.loads(tuning.read_text())),
+        **study_record(preset, place.output),
+        "others": [],
     }
 
 
 def test_a_study_says_of_each_method_what_its_runs_found(finished: dict[str, Any]) -> None:
-    rows = {row["name"]: row for row in finished["methods"]}
-    assert list(rows) == [*(method.name for method in METHODS), "references"]
+    rows = {row["name"]: row for row in finished["rows"]}
+    assert list(rows) == [method.name for method in METHODS]
     for method in METHODS:
-        row = rows[method.name]
-        steps = [point["step"] for point in row["points"]]
-        assert steps == ([2, 4] if method.trained else [0])
-        assert len(row["points"][-1]["accuracy_of_seeds"]) == method.seeds
-        low, high = row["points"][-1]["accuracy_interval"]
-        assert 0 <= low <= row["points"][-1]["accuracy"] <= high <= 1
-    assert rows["references"]["points"][0]["accuracy"] == 1
-    assert set(rows["auxiliary"]["nll"]) == {"1", "2", "3", "4"}
-    assert set(rows["full"]["nll"]) == {"2", "4"}
-    assert [one["aux_scale"] for one in rows["auxiliary"]["scales"]] == [0.75, 1, 1.25, 1.5]
-    reads = {name: row["flops"]["lm_forward"] > 0 for name, row in rows.items() if row.get("flops")}
-    assert reads == {method.name: method.kind == "pair" for method in TRAINED}
+        points = rows[method.name]["points"]
+        sizes = [point.get("size") for point in points]
+        assert sizes == ([None] if not method.trained else [24] if method.pair == DECODER else [8, 24])
+        for point in points:
+            assert set(point["samples"]) == ({PLAIN} if point.get("size") == 8 else {PLAIN, NARROW})
+            sample = point["samples"][PLAIN]
+            low, high = sample["accuracy_interval"]
+            assert 0 <= low <= sample["accuracy"] <= high <= 1
+            low, high = point["nll_interval"]
+            assert low <= point["nll"] <= high
+            assert len(point["nll_of_seeds"]) == 1
+    tried = rows[HEADLINE]["tried"]
+    assert set(tried) == {"0.002", "0.004"}
+    assert f"{rows[HEADLINE]['learning_rate']:g}" == min(tried, key=tried.__getitem__)
+    best = {point["size"]: min(nll for _, nll in point["curve"]) for point in rows[HEADLINE]["points"]}
+    assert best[24] == min(tried.values())  # the best trial is that size's run
+    assert finished["references"][PLAIN]["accuracy"] == 1
+    flops = {name: row["points"][-1]["flops"] for name, row in rows.items() if "trainable" in row}
+    assert all((flops[one.name]["states"] > 0) == (one.kind == "pair") for one in TRAINED)
+    # Behind the prompt two pairs read the states of all sentences, each at two rates.
+    assert flops[HEADLINE]["shared"] == flops[DECODER]["shared"]
+    assert flops[HEADLINE]["states"] / 5 < flops[HEADLINE]["shared"] < flops[HEADLINE]["states"] / 4
+    assert flops[PAPER]["shared"] == pytest.approx(flops[PAPER]["states"] / 2)
 
 
-def test_the_page_shows_the_records_numbers_and_no_others(finished: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "study.json"
+def test_states_are_shared_among_those_that_read_them(preset: Preset) -> None:
+    preset = dataclasses.replace(preset, seeds=2)
+    flops = {8: 800, 24: 2_400}
+    runs = {
+        method.name: {
+            size: [{"state_flops": flops[size]}] * 2
+            for size in preset.sizes
+            if preset.steps_of(method.name, size)
+        }
+        for method in TRAINED
+    }
+    shares = state_shares(preset, runs)
+    # Of all 24: two seeds and another rate, of two auxiliaries; the first 8 are read by two seeds more.
+    assert shares[HEADLINE, 8] == 800 / 8
+    assert shares[HEADLINE, 24] == shares[DECODER, 24] == 800 / 8 + 1_600 / 6
+    assert shares[PAPER, 24] == 2_400 / 3
+    assert (TUNED_LORA, 24) not in shares
+
+
+def test_differences_are_of_the_same_sentences() -> None:
+    first = [{"parts": [[20.0, 10], [8.0, 2]]}, {"parts": [[22.0, 10], [10.0, 2]]}]
+    second = [{"parts": [[10.0, 10], [7.0, 2]]}]
+    assert nll_of(first).mean == pytest.approx((21 + 9) / 12)
+    difference = nll_of(first, second)
+    assert difference.mean == pytest.approx((11 + 2) / 12)
+    assert difference.low >= 1
+    assert difference.high <= 1.1 + 1e-9
+
+
+def test_the_page_shows_the_records_numbers_and_others_beside(
+    finished: dict[str, Any], tmp_path: Path
+) -> None:
+    file, other = tmp_path / "study.json", tmp_path / "novels.json"
     file.write_text(json.dumps(finished))
-    assert PAGE.main([str(file), "--page", str(tmp_path / "docs" / "study.md")]) == 0
+    novels = copy.deepcopy(finished)
+    novels["preset"]["task_source"] = "austen"
+    novels["command"] = "python -m benchmarks.keyword --preset austen"
+    other.write_text(json.dumps(novels))
+    assert PAGE.main([str(file), str(other), "--page", str(tmp_path / "docs" / "study.md")]) == 0
     text = (tmp_path / "docs" / "study.md").read_text()
-    for row in finished["methods"]:
+    for row in finished["rows"]:
+        point = row["points"][-1]
         assert row["label"] in text
-        assert f"{row['points'][-1]['slor']:.2f} [" in text
-    for name in ("steps", "flops", "scales"):
+        assert f"{point['nll']:.3f} [" in text
+        assert f"{point['samples'][PLAIN]['slor']:.2f} [" in text
+    assert "## On sentences of Jane Austen's novels" in text
+    assert "    python -m benchmarks.keyword --preset austen\n" in text
+    for name in PICTURES:
         assert f"(../study_{name}.png)" in text
         assert (tmp_path / f"study_{name}.png").stat().st_size > 10_000
     assert all(len(set(map(len, table))) == 1 for table in _tables(text))
-
-
-def test_the_page_says_what_does_not_speak_for_auxiliary_tuning(finished: dict[str, Any]) -> None:
-    def text_of(scratch: float, full_nll: float, ratio: float) -> str:
-        record = copy.deepcopy(finished)
-        rows = {row["name"]: row for row in record["methods"]}
-        rows["auxiliary"]["points"][0]["accuracy"] = 0.5
-        rows["scratch"]["points"][0]["accuracy"] = scratch
-        for name, nll in (("auxiliary", 4.0), ("full", full_nll), ("lora", 9.0)):
-            rows[name]["nll"] = dict.fromkeys(rows[name]["nll"], nll)
-        record["comparisons"]["reached"] |= {
-            "step": 1,
-            "flops": {"states are made": 1e12},
-            "ratios": {"states are made": ratio},
-            "flops_from_scratch": 1e12,
-        }
-        return page(record, {"steps": "a", "flops": "b", "scales": "c"}, "command")
-
-    said = (
-        "From scratch has the keyword in its texts as early: accuracy 0.600",
-        "has a lower nll than auxiliary tuning",
-        "Where states are made, from scratch's nll costs 0.40 times",
-    )
-    for index, text in enumerate((text_of(0.6, 5.0, 0.2), text_of(0.4, 3.5, 0.2), text_of(0.4, 5.0, 0.4))):
-        assert [part in text for part in said] == [index == i for i in range(3)]
-
-
-def test_runs_that_are_missing_are_left_out_and_named(
-    finished: dict[str, Any], preset: Preset, folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(folder, tmp_path / "part")
-    for name in ("full-0", "scratch-1", "auxiliary-2"):
-        shutil.rmtree(tmp_path / "part" / "runs" / name)
-    with pytest.raises(FileNotFoundError, match="auxiliary-2"):
-        study_record(preset, tmp_path / "part", finished["tuning"])
-    part = {**finished, **study_record(preset, tmp_path / "part", finished["tuning"], partial=True)}
-    rows = {row["name"]: row for row in part["methods"]}
-    assert "full" not in rows
-    assert (rows["auxiliary"]["seeds"], rows["scratch"]["seeds"]) == ([0, 1], [0, 2])
-    text = page(part, {"steps": "a", "flops": "b", "scales": "c"}, "command")
-    named = "auxiliary tuning (seed 2), same architecture from scratch (seed 1), fine-tuning the LM (seed 0)"
-    assert f"left out: {named}." in text
+    assert all(len(line) < 5_000 for line in text.splitlines())
 
 
 def _tables(text: str) -> list[list[list[str]]]:
@@ -347,72 +493,109 @@ def _tables(text: str) -> list[list[list[str]]]:
     ]
 
 
-def test_when_from_scratchs_nll_is_reached(finished: dict[str, Any]) -> None:
-    def run(nll: list[float], flops: dict[str, int]) -> dict[str, Any]:
-        points = [{"step": 10 * (i + 1), "nll": value} for i, value in enumerate(nll)]
-        for point in points[1::2]:
-            point |= {"texts": ["a", "b"], "contains": [1, 0], "slor": [1.0, 2.0]}
-        return {"evaluations": points, "flops": flops}
+def test_the_page_claims_what_the_record_shows_and_nothing_else(finished: dict[str, Any]) -> None:
+    def text_of(nll: float, share: float, accuracy: float, few: float) -> str:
+        changed = copy.deepcopy(finished)
+        near = {"difference": nll, "interval": [nll - 0.01, nll + 0.01]}
+        changed["comparisons"] = {
+            "lora": {
+                "nll": near,
+                "accuracy": {"difference": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]},
+                "flops": {"shared": share, "apart": share - 0.1, "all": share + 0.3},
+            },
+            "full": [
+                {"size": 1_000, "difference": few, "interval": [few - 0.1, few + 0.1]},
+                {"size": 6_400, "difference": 0.5, "interval": [0.4, 0.6]},
+            ],
+        }
+        return page(changed, PICTURES, "command")
 
-    ours = run([6.0, 5.0, 4.0, 3.0], {"trained": 400, "lm_forward": 800, "lm_states": 500})
-    theirs = run([9.0, 8.0, 7.0, 5.5], {"trained": 1000, "lm_forward": 0, "lm_states": 0})
-    found = comparisons({"auxiliary": [ours, ours], "scratch": [theirs]}, ["x", "y"])
-    reached = found["reached"]
-    assert (reached["nll"], reached["step"], reached["steps"]) == (5.5, 20, 40)
-    assert list(reached["flops"].values()) == [200 + 400, 200 + 500, 200]
-    assert list(reached["ratios"].values()) == [0.6, 0.7, 0.2]
-    assert found["accuracy_difference"] == 0
-    never = run([9.0, 8.0, 7.0, 6.0], ours["flops"])
-    assert comparisons({"auxiliary": [never], "scratch": [theirs]}, ["x", "y"])["reached"]["step"] is None
+    good = text_of(0.05, 0.5, 0.2, -0.2)
+    assert "does not hold" not in good
+    assert good.count("| holds |") == 5
+    assert "+0.050 [0.040, 0.060] | holds" in good
+    assert "with 6,400 sentences, nll below" not in good
+    assert "takes 0.80 of LoRA's FLOPs" in good
+    for values, said in (
+        ((0.09, 0.5, 0.2, -0.2), "within 0.08 of LoRA's best"),
+        ((0.05, 0.51, 0.2, -0.2), "with its share of the LM's states"),
+        ((0.05, 0.5, -0.01, -0.2), "accuracy not below LoRA's"),
+        ((0.05, 0.5, 0.2, 0.2), "with 1,000 sentences, nll below fine-tuning's"),
+    ):
+        (missed,) = [line for line in text_of(*values).splitlines() if "**does not hold**" in line]
+        assert said in missed
+    assert "The bar lies within the interval" not in good
+    assert "The bar lies within the interval" in text_of(0.05, 0.5, 0.05, -0.2)
 
 
-def test_a_job_that_is_done_is_not_done_again(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    do_job(place, REFERENCES, Path("nowhere"), Progress())
+def test_the_page_says_who_has_a_lower_nll(finished: dict[str, Any]) -> None:
+    def text_of(lora: float, step: int) -> str:
+        changed = copy.deepcopy(finished)
+        for row in changed["rows"]:
+            row["points"][-1]["nll"] = {HEADLINE: 3.0, TUNED_LORA: lora}.get(row["name"], 5.0)
+            if "trainable" in row:
+                row["points"][-1]["best_steps"] = [step]
+        return page(changed, PICTURES, "command")
+
+    said = "A lower nll than the auxiliary's 3.000 has: LoRA (PEFT) (2.900)."
+    assert said in text_of(2.9, 2)
+    assert "A lower nll" not in text_of(3.1, 2)
+    late = "The validation nll was lowest at the last step"
+    assert late in text_of(3.1, 4)
+    assert late not in text_of(3.1, 2)
+
+
+def test_a_record_needs_every_run(
+    preset: Preset, folder: Path, finished: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "part"
+    for path in folder.glob("jobs/*/facts.json"):
+        if path.parent.name != "run-lora-24-0":
+            write_facts(output / path.parent.relative_to(folder), read_facts(path.parent))
+    with pytest.raises(FileNotFoundError, match="run-lora-24-0"):
+        study_record(preset, output)
+
+
+def test_an_old_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps({"kind": "keyword study"}))
+    with pytest.raises(SystemExit):
+        PAGE.main([str(file)])
+    assert "is no record of a keyword study, second edition" in capsys.readouterr().err
+
+
+def test_rates_are_chosen_on_the_validation_side(preset: Preset, tmp_path: Path) -> None:
+    for rate, nll in ((2e-3, [3.0, 2.5, 2.9]), (4e-3, [2.8, 2.6])):
+        curve = [[step, value] for step, value in enumerate(nll)]
+        write_facts(facts_of(tmp_path, trial_job(HEADLINE, rate)).parent, {"curve": curve})
+    assert chosen_rate(preset, tmp_path, HEADLINE) == 2e-3
+    single = dataclasses.replace(preset, rates={**preset.rates, HEADLINE: (7e-3,)})
+    assert chosen_rate(single, tmp_path, HEADLINE) == 7e-3
+    with pytest.raises(FileNotFoundError):
+        chosen_rate(preset, tmp_path, TUNED_LORA)
+
+
+def test_a_job_that_is_done_is_not_done_again(place: Workplace) -> None:
+    do_job(place, REFERENCES, Progress())
     before = facts_of(place.output, REFERENCES).stat().st_mtime_ns
-    do_job(place, REFERENCES, Path("nowhere"), Progress())
+    do_job(place, REFERENCES, Progress())
     assert facts_of(place.output, REFERENCES).stat().st_mtime_ns == before
 
 
-def test_failing_jobs_do_not_keep_the_others_from_running(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_does_the_jobs_that_are_left_and_writes_the_record(
+    preset: Preset, folder: Path, finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def command_of(name: str) -> list[str]:
-        return [sys.executable, "-c", f"print({name!r}); raise SystemExit({int(name == 'b')})"]
+    asked: list[str] = []
 
-    assert not run_all(["a", "b", "c:0"], command_of, jobs=2, logs=tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "a.log": "a\n",
-        "b.log": "b\n",
-        "c-0.log": "c:0\n",
-    }
-    assert "b: status 1" in capsys.readouterr().out
-    assert run_all(["a"], command_of, jobs=2, logs=tmp_path)
+    def run_all(waiting: Any, *_: Any, **__: Any) -> bool:
+        asked.extend(waiting)
+        return True
 
-
-def test_ctrl_c_lets_every_job_save(tmp_path: Path) -> None:
-    script = (
-        "import signal, time, pathlib\n"
-        "def save(*_):\n    time.sleep(0.3); pathlib.Path(r'{0}.saved').touch(); raise SystemExit(130)\n"
-        "signal.signal(signal.SIGTERM, save)\npathlib.Path(r'{0}.ready').touch()\ntime.sleep(60)\n"
-    )
-
-    def command_of(name: str) -> list[str]:
-        return [sys.executable, "-c", script.format(tmp_path / name)]
-
-    def interrupt() -> None:
-        while len(list(tmp_path.glob("*.ready"))) < 2:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_all(["a", "b", "c"], command_of, jobs=2, logs=tmp_path / "logs")
-    assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["a.saved", "b.saved"]
-
-
-def test_a_study_without_its_tuning_says_how_to_get_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    missing = str(tmp_path / "tuning.json")
-    assert study_main(["--output", str(tmp_path), "--tuning", missing]) == 2
-    assert f"{missing} is missing; --tune writes it" in capsys.readouterr().err
+    monkeypatch.setattr(command, "PRESETS", {"cpu": dataclasses.replace(preset, name=folder.name)})
+    monkeypatch.setattr("benchmarks.studies.run_all", run_all)
+    path = tmp_path / "out.json"
+    assert command.main(["--output", str(folder.parent), "--json", str(path)]) == 0
+    assert not asked
+    written = json.loads(path.read_text())
+    assert written["rows"] == json.loads(json.dumps(finished["rows"]))
+    assert written["command"].startswith("python -m benchmarks.keyword --output")
