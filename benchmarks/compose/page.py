@@ -227,11 +227,11 @@ def _fairness(record: dict[str, Any]) -> str:
         for name in AUXILIARIES
     ]
     return f"""\
-- Every auxiliary is the keyword study's pair ([keyword.md](keyword.md)), trained by itself for
-  {sizes["steps"]} steps of the same {sizes["sentences"]} sentences in the same order, at the learning rate
-  that was found there for keywords, {preset["learning_rate"]:g}: nothing was tuned here, neither for the
-  length nor for both. The condition is the keyword, the number of words ("7 words"), or both
-  ("glacier, 7 words").
+- Every auxiliary is the keyword study's small decoder on an LM that is told nothing
+  ([keyword.md](keyword.md)), trained by itself for {sizes["steps"]} steps of the same {sizes["sentences"]}
+  sentences in the same order, at the best learning rate of that study's first edition for keywords,
+  {preset["learning_rate"]:g}: nothing was tuned here, neither for the length nor for both. The condition is
+  the keyword, the number of words ("7 words"), or both ("glacier, 7 words").
 - One training sentence in {preset["without_condition"]} has no condition, for each auxiliary, so that it
   knows how to write without one.
 - All weights are 1, the one that each auxiliary was trained with, but for guidance's.

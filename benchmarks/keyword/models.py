@@ -18,7 +18,7 @@ from auxkern.core.terms import Head
 from auxkern.model import AuxTunedForCausalLM, use_native_kernels
 from auxkern.model.base import cache_argument, freeze, positions_of
 from auxkern.model.native import native_refusal
-from auxkern.model.prefix import PrefixStates, with_prefix
+from auxkern.model.prefix import PrefixStates, read_behind
 from auxkern.model.text import IGNORED
 from benchmarks.keyword.presets import Preset
 
@@ -105,27 +105,16 @@ class FineTunedLM(nn.Module):
         **_: Any,
     ) -> CausalLMOutput:
         """The summed nll of the labels (B, T), over ``num_items_in_batch``; the keyword is in the ids."""
-        lm = self.causal_lm
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         states, targets = [], []
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.training):
             prefix = self._prefix_states(input_ids.device)
             for rows in attention_mask.sum(1).argsort(stable=True).split(_ROWS):
-                mask = attention_mask[rows]
-                T = int(mask.sum(1).max())
-                behind = with_prefix(mask[:, :T], len(prefix))
-                hidden = lm.base_model(
-                    input_ids=input_ids[rows, :T],
-                    attention_mask=behind,
-                    position_ids=positions_of(behind, T),
-                    use_cache=True,
-                    **{cache_argument(lm.base_model): prefix.cache(len(rows))},
-                ).last_hidden_state.float()
-                own = target[rows, :T].flatten()
-                scored = (own != IGNORED).nonzero()[:, 0]
-                states.append(hidden.flatten(0, 1)[scored])
-                targets.append(own[scored])
-        head = Head(torch.cat(states), lm.get_output_embeddings().weight)
+                read = read_behind(prefix, input_ids[rows], attention_mask[rows], self._run, keeps=False)
+                scored = target[rows] != IGNORED
+                states.append(read.outputs[0][scored].float())
+                targets.append(target[rows][scored])
+        head = Head(torch.cat(states), self.causal_lm.get_output_embeddings().weight)
         loss = auxkern.cross_entropy(
             [head], torch.cat(targets), reduction="sum", normalizer=num_items_in_batch
         )
@@ -135,13 +124,19 @@ class FineTunedLM(nn.Module):
         """Of the prompt; while nothing is trained they stay the same."""
         if self._kept is not None:
             return self._kept
-        cache, body = DynamicCache(), self.causal_lm.base_model
-        ids = torch.tensor([self.prefix], device=device)
-        body(input_ids=ids, use_cache=True, **{cache_argument(body): cache})
+        ids, cache = torch.tensor([self.prefix], device=device), DynamicCache()
+        self._run(ids, torch.ones_like(ids), cache)
         states = PrefixStates([(layer.keys, layer.values) for layer in cache.layers])
         if not self.training:
             self._kept = states
         return states
+
+    def _run(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[tuple[Tensor], Any]:
+        """Final hidden states (B, T, D) of ids (B, T) behind what is in the cache, to which it adds."""
+        body = self.causal_lm.base_model
+        known = {cache_argument(body): cache, "position_ids": positions_of(mask, ids.shape[1])}
+        output = body(input_ids=ids, attention_mask=mask, use_cache=True, **known)
+        return (output.last_hidden_state,), cache
 
     def merged(self) -> Any:
         """The causal LM as it is now, to write texts with; it can be trained no more."""

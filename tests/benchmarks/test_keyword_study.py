@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from auxkern.model import AuxTunedForCausalLM, load_base
 from auxkern.model.base import run_base
-from auxkern.model.inputs import PairInputs
+from auxkern.model.caches import AuxiliaryRows
+from auxkern.model.inputs import BaseSide, PairInputs
+from auxkern.model.pair_terms import DEFAULT
 from auxkern.model.text import Example
 from auxkern.training.checkpoint import checkpoint_steps
 from auxkern.training.collator import AuxCollator
@@ -274,16 +276,15 @@ def test_flops_are_those_that_torch_counts(place: Workplace, name: str) -> None:
 
 def _plain_sum(model: AuxTunedForCausalLM, ids: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
     """Of all logits, and of all that the pointer adds to them."""
+    layers = model.config.lm_layers
     with torch.no_grad():
-        states = run_base(model.lm, ids, layers=model.config.lm_layers).states
-    batch = PairInputs(ids, None, condition, None)
-    scores = model.lm_scores(states[:, :, 0], None, condition)
-    output = model.auxiliary(
-        batch.for_auxiliary(states, model.lm.get_input_embeddings().weight, scores, None, False)
-    )
-    weight = model.lm.get_output_embeddings().weight
+        states = run_base(model.lm, ids, layers=layers).states
+    side = BaseSide(states, layers, None, None)
+    part = AuxiliaryRows(DEFAULT, None, None)
+    output = model.auxiliary_output(part, PairInputs(ids, None, condition, None), side, use_cache=False)
     added = output.hidden if model.head is None else model.head(output.hidden)
-    return ((states[:, :, 0] + added) @ weight.T).sum() + output.pointer.sum() + output.end.sum()
+    z = (states[:, :, 0] + added) @ model.lm.get_output_embeddings().weight.T
+    return z.sum() + output.pointer.sum() + output.end.sum()
 
 
 # ---------------------------------------------------------------------------------------------- runs
