@@ -9,6 +9,10 @@ from auxkern.ops.sampling_params import SamplingParams
 from tests.support.batches import ragged_batch
 from tests.support.tiny import KIND, byte_tokenizer, tiny_lm, tiny_lm_for, tiny_pair
 
+LAST = "last layers of the LM"
+KINDS = [KIND, LAST]
+TOLD = {"base_prompt": "{condition}:", "base_prefix_ids": [5, 6, 7, 8]}
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -19,20 +23,22 @@ def _on_gpu(batch):
     return {name: tensor.cuda() for name, tensor in batch.items()}
 
 
-def test_the_base_follows_the_device_and_keeps_its_dtype():
-    model = tiny_pair(KIND, tiny_lm().half())
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_follows_the_device_and_keeps_its_dtype(kind):
+    model = tiny_pair(kind, tiny_lm().half())
     model.cuda()
     assert {p.device.type for p in model.lm.parameters()} == {"cuda"}
     assert {p.dtype for p in model.lm.parameters()} == {torch.float16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_loss_and_gradients_are_the_cpus():
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_the_cpus(kind):
     lm, batch = tiny_lm(), ragged_batch()
-    exact = tiny_pair(KIND, lm)
+    exact = tiny_pair(kind, lm)
     expected = exact(**batch).loss
     expected.backward()
-    model = tiny_pair(KIND, tiny_lm().half()).cuda()
+    model = tiny_pair(kind, tiny_lm().half()).cuda()
     loss = model(**_on_gpu(batch)).loss
     loss.backward()
     # fp16 weights and states of the base: 11 bits
@@ -43,8 +49,9 @@ def test_loss_and_gradients_are_the_cpus():
         assert difference <= 0.05 * largest, name
 
 
-def test_steps_under_autocast_learn():
-    model = tiny_pair(KIND, tiny_lm().half(), trained=False).cuda().train()
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_under_autocast_learn(kind):
+    model = tiny_pair(kind, tiny_lm().half(), trained=False).cuda().train()
     batch = _on_gpu(ragged_batch(8))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
@@ -58,10 +65,12 @@ def test_steps_under_autocast_learn():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_the_engine_writes_what_generate_writes():
+@pytest.mark.parametrize("fields", [{}, TOLD], ids=["plain", "told"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_writes_what_generate_writes(kind, fields):
     tokenizer = byte_tokenizer()
-    lm = tiny_lm_for(tokenizer)
-    model, text = tiny_pair(KIND, lm).cuda(), TextFormat(tokenizer)
+    model = tiny_pair(kind, tiny_lm_for(tokenizer), **fields).cuda()
+    text = TextFormat.of(model.config, tokenizer)
     requests = [Request(i, "abc"[: 1 + i % 3], seed=i, max_new_tokens=5 + i) for i in range(8)]
     for request, done in zip(
         requests, Engine(model, text, slots=3, max_length=64).generate(requests), strict=True
@@ -94,9 +103,12 @@ def test_nothing_waits_for_the_device_while_the_same_texts_are_written():
             engine.step()
 
 
-def test_graphs_write_what_single_steps_write():
+@pytest.mark.parametrize("fields", [{}, TOLD], ids=["plain", "told"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_write_what_single_steps_write(kind, fields):
     tokenizer = byte_tokenizer()
-    model, text = tiny_pair(KIND, tiny_lm_for(tokenizer).half()).cuda(), TextFormat(tokenizer)
+    model = tiny_pair(kind, tiny_lm_for(tokenizer).half(), **fields).cuda()
+    text = TextFormat.of(model.config, tokenizer)
     requests = [Request(i, "abc"[: 1 + i % 3], seed=i, max_new_tokens=5 + i % 30) for i in range(60)]
     plain = Engine(model, text, slots=9, max_length=64, graphs=False).generate(requests)
     engine = Engine(model, text, slots=9, max_length=64)
