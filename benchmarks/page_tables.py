@@ -194,6 +194,9 @@ _RUNS = {
     "engine": "engine_cpu",
     "mixtures": "mixtures_cpu",
     "h100": "h100",
+    "h100_loss": "h100_loss",
+    "h100_linear": "h100_linear",
+    "h100_linear_llama3": "h100_linear_llama3",
     "h100_sample": "h100_sample",
 }
 TABLES: dict[str, Callable[[], str]] = {

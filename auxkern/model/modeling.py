@@ -149,10 +149,11 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
         model = cls(config, lm=lm, auxiliary=auxiliary)
         if config.from_lm_layers:
             fitting.copy_layers(model.auxiliary.body, lm)
+        model.to(base.output_device(lm))
         if isinstance(model.auxiliary, LastLayers):
             model.auxiliary.copy_weights(lm)
             refusals.check_last_layers(model)
-        return model.to(base.output_device(lm)).train()
+        return model.train()
 
     @classmethod
     def from_pretrained(

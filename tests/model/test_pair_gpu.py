@@ -1,13 +1,19 @@
 """The pair and the engine on a GPU: an fp16 base beside a float32 auxiliary."""
 
+import copy
+
 import pytest
 import torch
 
 from auxkern.generation import Engine, Request
-from auxkern.model import TextFormat
+from auxkern.model import AuxTunedForCausalLM, TextFormat
+from auxkern.model.text import Example
 from auxkern.ops.sampling_params import SamplingParams
+from auxkern.training.collator import AuxCollator
+from auxkern.training.examples import encode
+from auxkern.training.lm_states import cache_lm_states
 from tests.support.batches import ragged_batch
-from tests.support.tiny import KIND, byte_tokenizer, tiny_lm, tiny_lm_for, tiny_pair
+from tests.support.tiny import KIND, PAIRS, byte_tokenizer, tiny_lm, tiny_lm_for, tiny_pair
 
 LAST = "last layers of the LM"
 KINDS = [KIND, LAST]
@@ -30,6 +36,39 @@ def test_the_base_follows_the_device_and_keeps_its_dtype(kind):
     assert {p.device.type for p in model.lm.parameters()} == {"cuda"}
     assert {p.dtype for p in model.lm.parameters()} == {torch.float16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [KIND, LAST, "own head"])
+def test_a_pair_is_made_where_its_base_is(kind):
+    model = AuxTunedForCausalLM.from_lm(tiny_lm().cuda(), **PAIRS[kind])
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert model(**_on_gpu(ragged_batch())).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [1, 2, 4], ids=lambda heads: f"{heads} of 4 heads")
+def test_a_base_that_is_told_is_the_cpus(tmp_path, kind, heads):
+    """Behind a long prefix, in float32 and in grouped queries, at once and by cached states."""
+    tokenizer = byte_tokenizer()
+    lm = tiny_lm_for(tokenizer, num_key_value_heads=heads)
+    told = {"base_prompt": "{condition}:", "base_prefix_ids": list(range(5, 140))}
+    exact = tiny_pair(kind, lm, **told)
+    text = TextFormat.of(exact.config, tokenizer)
+    encoded = encode([Example("abc"[: 1 + i % 3], "defgh" * (1 + i)) for i in range(6)], text)
+    batch = AuxCollator(text.pad_id)([encoded[i] for i in range(len(encoded))])
+    model = copy.deepcopy(exact).cuda()
+    nll = {}
+    with torch.no_grad():
+        for scale in (0.0, 1.0):
+            expected = exact(**batch, aux_scale=scale).loss
+            # float32 products in another order
+            torch.testing.assert_close(
+                model(**_on_gpu(batch), aux_scale=scale).loss.cpu(), expected, rtol=1e-4, atol=0
+            )
+    for name, one in (("cpu", exact), ("gpu", model)):
+        states = cache_lm_states(one.lm, encoded, tmp_path / name, layers=[1], prefix=one.base_prefix)
+        nll[name] = torch.cat([states.lm_nll(i) for i in range(len(encoded))])
+    torch.testing.assert_close(nll["gpu"], nll["cpu"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
