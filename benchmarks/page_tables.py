@@ -1,4 +1,4 @@
-"""``python -m benchmarks.page_tables``: every table on the pages of docs/, from the committed records.
+"""``python -m benchmarks.page_tables``: every table on the pages, from the committed records.
 
 A page has ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` around each; a test holds what stands between
 them to the records.
@@ -18,10 +18,11 @@ from typing import Any
 from auxkern.bench import results, tables
 from auxkern.bench.report import between_markers
 from auxkern.core.files import replace_file
+from benchmarks.front import front_table
 from benchmarks.pages import interval, table
 
 RESULTS = Path("benchmarks/results")
-DOCS = Path("docs")
+DOCS, README = Path("docs"), Path("README.md")
 _MARKER = re.compile(r"<!-- bench:([a-z0-9_]+) -->")
 
 
@@ -200,6 +201,7 @@ _RUNS = {
     "h100_sample": "h100_sample",
 }
 TABLES: dict[str, Callable[[], str]] = {
+    "front": front_table,
     **{name: partial(_run, file) for name, file in _RUNS.items()},
     "scaling": _scaling,
     "computes": _computes,
@@ -222,12 +224,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.page_tables",
-        description="Every table on the pages of docs/, from the committed records.",
+        description="Every table on the pages of docs/ and in the README, from the committed records.",
         allow_abbrev=False,
     )
     parser.parse_args(argv)
     try:
-        for path in _changed(sorted(DOCS.glob("*.md"))):
+        for path in _changed([*sorted(DOCS.glob("*.md")), README]):
             print(f"wrote {path}")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

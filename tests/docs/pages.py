@@ -1,4 +1,4 @@
-"""The pages of docs/, and the fenced code on them."""
+"""The README, the pages of docs/, and the fenced code on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from tests.support.launching import ROOT
 
-PAGES = {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
+README = ROOT / "README.md"
+PAGES = {path.stem: path for path in (*sorted((ROOT / "docs").glob("*.md")), README)}
 # Written by programs from records; what they hold is tested with those.
 MADE = ("keyword", "compose", "gpu-model")
 _FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", flags=re.MULTILINE)

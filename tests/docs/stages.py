@@ -57,6 +57,11 @@ def tensors(*leading: int) -> Names:
     }
 
 
+def readme(stack: ExitStack) -> Names:
+    base_folder(num_hidden_layers=20)
+    return {}
+
+
 def index(stack: ExitStack) -> Names:
     return tensors(B, T)
 
@@ -127,7 +132,9 @@ def mixtures(stack: ExitStack) -> Names:
         "lm": lm(),
         "small": lm(7),
         "smaller": lm(8),
-        "text_format": TextFormat(tokenizer),
+        "text_format": (text := TextFormat(tokenizer)),
+        "text": text,
+        "tuned_small": lm(8),
         "tokenizer": tokenizer,
         "input_ids": torch.tensor([[256, 72, 105]]),
         "attention_mask": torch.ones(1, 3, dtype=torch.int64),
@@ -179,6 +186,7 @@ def told(stack: ExitStack) -> Names:
 
 
 STAGES: dict[str, Callable[[ExitStack], Names]] = {
+    "README": readme,
     "index": index,
     "loss": loss,
     "sampling": sampling,
@@ -193,4 +201,7 @@ STAGES: dict[str, Callable[[ExitStack], Names]] = {
     "scaling": scaling,
 }
 # What a page has for people, and how the test runs it.
-SHORTER = {"training": {"steps=1000": "steps=2"}}
+SHORTER = {
+    "training": {"steps=1000": "steps=2"},
+    "README": {"seed=number": "seed=number, max_new_tokens=4", "max_new_tokens=32": "max_new_tokens=4"},
+}

@@ -31,6 +31,7 @@ def test_every_record_s_table_and_picture_is_on_a_page() -> None:
 def test_only_what_has_changed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(page_tables, "DOCS", tmp_path)
+    monkeypatch.setattr(page_tables, "README", tmp_path / "plain.md")
     (tmp_path / "plain.md").write_text("no table\n")
     (tmp_path / "page.md").write_text("<!-- bench:computes -->\n1 typed by hand\n<!-- /bench:computes -->\n")
     page_tables.main([])

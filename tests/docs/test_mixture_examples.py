@@ -1,4 +1,4 @@
-"""The README's mixtures run as they stand there, and are the sums that their names say."""
+"""The page's three mixtures run as they stand there, and are the sums that their names say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from auxkern.generation import Engine, Member, Request
 from auxkern.model import TextFormat
-from tests.support.launching import ROOT
+from tests.docs.pages import PAGES
 from tests.support.tiny import DECODER, byte_tokenizer, tiny_lm_for, tiny_pair
 
 TEXT = TextFormat(byte_tokenizer())
@@ -31,8 +31,8 @@ SUMS: dict[str, tuple[Member, ...]] = {
 
 
 def examples() -> list[str]:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = page.partition("\n## Mixtures\n")[2].partition("\n## ")[0]
+    page = PAGES["mixtures"].read_text(encoding="utf-8")
+    section = page.partition("\n## Three of them\n")[2].partition("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
 
@@ -51,7 +51,7 @@ def test_an_example_writes_the_sum(
     model = tiny_pair("own head", lm, auxiliary_config=DECODER)
     small, tuned = (tiny_lm_for(byte_tokenizer(), seed=seed, num_hidden_layers=2) for seed in (7, 8))
     names: dict[str, Any] = {"model": model, "text": TEXT, "small": small, "tuned_small": tuned}
-    exec(compile(example, f"README.md, {id}", "exec"), names)
+    exec(compile(example, f"mixtures.md, {id}", "exec"), names)
     story = names["story"]
     assert (story.id, story.error) == (id, None)
     engine = Engine(model, TEXT, models={"tuned": tuned, "plain": small})
