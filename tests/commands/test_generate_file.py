@@ -253,7 +253,7 @@ def test_errors_are_asked_again_where_wanted(folder: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "out.jsonl.errors.jsonl").read_text())["line"] == 31
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 0.99])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.01, marks=pytest.mark.slow), 0.4, 0.99])
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     folder: Path, tmp_path: Path, share: float, capsys: pytest.CaptureFixture[str]
 ) -> None:

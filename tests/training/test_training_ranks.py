@@ -25,7 +25,7 @@ TIMES = ("seconds", "tokens_per_second", "seconds_left", "measured")
 ROUNDING = 2e-4
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which 2 or 4 processes made all runs."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")

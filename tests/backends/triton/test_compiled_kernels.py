@@ -64,7 +64,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", one_compiled())
 @pytest.mark.parametrize("name", _quick(LOSSES, {"fp16", "fp16+fp32", "3 terms"}))
 def test_losses_and_gradients(on, arch, name):
     dtypes, V = LOSSES[name]
@@ -115,7 +115,7 @@ HEADS = {
 QUICK_HEADS = {"bf16", "fp16+fp32", "fp32 x bf16, beside fp32", "bf16 x fp32, capped, beside bf16 x fp16"}
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", one_compiled())
 @pytest.mark.parametrize("name", _quick(HEADS, QUICK_HEADS))
 def test_losses_of_heads(on, arch, name):
     # 80 is a step of a product and a part of one.
@@ -146,7 +146,7 @@ def test_draws(on, arch):
             assert_equal(terms, SamplingParams(**settings), seed=seeds(3))
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", one_compiled())
 def test_draws_with_penalties_and_bad_rows(on, arch):
     N, V = 5, 300
     g = torch.Generator().manual_seed(5)
@@ -184,7 +184,7 @@ def test_draws_of_heads(on, arch, dtypes):
                 assert_equal(terms, params, seed=seeds(rows))
 
 
-@pytest.mark.parametrize("arch", compiled())
+@pytest.mark.parametrize("arch", one_compiled())
 def test_approximate_instructions_may_err_as_far_as_they_may(on, arch):
     with on(arch, 2, Noise(1)):
         terms = [random_logits(3, 2049, dtype=dtype, seed=i) for i, dtype in enumerate((H, F))]
