@@ -23,11 +23,12 @@ namespace {
 // operating system's part, the registers, is that of AVX2 and AVX-512. Asked for once: a virtual machine
 // takes microseconds to answer.
 bool has_feature(int bit) {
-    static const unsigned features = [] {
+    static std::atomic<int64_t> features{-1};
+    if (features.load(std::memory_order_relaxed) < 0) {
         unsigned a = 0, b = 0, c = 0, d = 0;
-        return __get_cpuid_count(7, 1, &a, &b, &c, &d) ? a : 0;
-    }();
-    return features >> bit & 1;
+        features.store(__get_cpuid_count(7, 1, &a, &b, &c, &d) ? a : 0, std::memory_order_relaxed);
+    }
+    return features.load(std::memory_order_relaxed) >> bit & 1;
 }
 
 bool has_avx_vnni() { return has_feature(4); }

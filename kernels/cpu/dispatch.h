@@ -1,14 +1,16 @@
 // How the C interface runs a kernel: which instruction set, on which threads.
+//
+// Nothing here or in the kernels takes functions of the C++ run-time (std::thread, vectors, exceptions): the
+// library needs the C library alone, whatever compiler made it.
 #pragma once
+
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "auxkern.h"
 
@@ -36,18 +38,29 @@ Function pick(int32_t isa, Function generic, Function avx2, Function avx512) {
 #define AUXKERN_PICK(Function, name, isa) pick<Function>(isa, generic::name, nullptr, nullptr)
 #endif
 
+struct Body {
+    void (*run)(void *);
+    void *context;
+
+    static void *begin(void *body) {
+        const Body &here = *static_cast<Body *>(body);
+        here.run(here.context);
+        return nullptr;
+    }
+};
+
 // Runs body(context) on at most `threads` threads, this one among them, and returns when all are done.
 inline void in_parallel(void (*body)(void *), void *context, unsigned threads, const auxkern_execution &execution) {
     if (threads <= 1) return body(context);
     if (execution.parallel) return execution.parallel(body, context, threads, 0);
-    std::vector<std::thread> others;
-    try {
-        for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, context);
-    } catch (const std::system_error &) {
-        // The system gives no more threads; those there are, and this one, do the work.
-    }
+    Body other{body, context};
+    auto *others = static_cast<pthread_t *>(std::malloc(sizeof(pthread_t) * threads));
+    unsigned begun = 0;
+    // Where the system gives no more threads, those there are, and this one, do the work.
+    while (others && begun + 1 < threads && pthread_create(others + begun, nullptr, Body::begin, &other) == 0) ++begun;
     body(context);
-    for (auto &thread : others) thread.join();
+    for (unsigned i = 0; i < begun; ++i) pthread_join(others[i], nullptr);
+    std::free(others);
 }
 
 // Pieces of work (rows, or segments of the vocabulary) are taken from a shared counter, so that a slow

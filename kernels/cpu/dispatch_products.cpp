@@ -140,7 +140,8 @@ int32_t auxkern_pack(const auxkern_product *product, const auxkern_weight_rows *
     }
     if (rows != product->N) return AUXKERN_BAD_ARGUMENT;
     const int64_t panels = panels_of(*product);
-    const std::unique_ptr<bool[]> not_finite(new (std::nothrow) bool[size_t(panels)]);
+    const std::unique_ptr<bool, decltype(&std::free)> not_finite(
+        static_cast<bool *>(std::malloc(size_t(panels))), &std::free);
     if (!not_finite) return AUXKERN_OUT_OF_MEMORY;
     const PackingTask task{product, weights, count, static_cast<char *>(values), scales, not_finite.get()};
     constexpr int64_t MIN_NUMBERS_PER_THREAD = 1 << 14;

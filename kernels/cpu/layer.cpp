@@ -1,6 +1,8 @@
 // A decoder layer: norms, products, attention and residuals as stages of one parallel region.
 #include "layer.h"
 
+#include <pthread.h>
+
 #include <cstring>
 
 #include "attention.h"
@@ -16,6 +18,13 @@ constexpr int64_t BLOCK_ROWS = 512;  // of a region: what stands between two pro
 constexpr int MOST_STAGES = 12;
 constexpr int64_t ROW_FLOATS = 4096;  // of a piece of a stage that goes by rows
 
+// Whose value is freed when its thread ends. A destructor of a thread_local would take the C++ run-time.
+const pthread_key_t freed_at_end = [] {
+    pthread_key_t key{};
+    pthread_key_create(&key, &std::free);
+    return key;
+}();
+
 // Memory of a thread that is taken once and grows: a call of a layer is too short to ask for it anew.
 struct Kept {
     char *memory = nullptr;
@@ -26,10 +35,10 @@ struct Kept {
             std::free(memory);
             memory = static_cast<char *>(std::aligned_alloc(64, wanted));
             bytes = memory ? wanted : 0;
+            pthread_setspecific(freed_at_end, memory);
         }
         return memory;
     }
-    ~Kept() { std::free(memory); }
 };
 thread_local Kept kept;
 

@@ -4,10 +4,11 @@
 // thread that comes late, or never, holds nobody up.
 #pragma once
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -65,7 +66,7 @@ private:
     static void wait(const std::atomic<int64_t> &done, int64_t pieces) {
         constexpr int SPINS = 4000;  // about 100 us; then the thread that is waited for may want this core
         for (int spin = 0; done.load(std::memory_order_acquire) < pieces; ++spin) {
-            if (spin >= SPINS) std::this_thread::yield();
+            if (spin >= SPINS) sched_yield();
 #if defined(__x86_64__)
             else _mm_pause();
 #endif
