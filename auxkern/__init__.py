@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from auxkern.ops.sample import Sample, sample
     from auxkern.ops.sampling_params import SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CrossEntropyStats",

@@ -9,6 +9,7 @@ import signal
 import sys
 from types import FrameType
 
+from auxkern import __version__
 from auxkern.terminal import INTERRUPTED
 
 COMMANDS = {
@@ -24,7 +25,7 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    head, foot = "usage: auxkern COMMAND [OPTIONS]", "auxkern COMMAND --help says more."
+    head, foot = "usage: auxkern COMMAND [OPTIONS]", "auxkern COMMAND --help says more; auxkern --version."
     return "\n".join([head, "", *lines, "", foot])
 
 
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and arguments[0] in ("-h", "--help"):
         print(_usage())
+        return 0
+    if arguments == ["--version"]:
+        print(f"auxkern {__version__}")
         return 0
     if not arguments or arguments[0] not in COMMANDS:
         if arguments:
