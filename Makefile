@@ -1,6 +1,11 @@
-# Every target does its own set-up in .venv, once, from constraints.txt.
-PYTHON ?= python3
+# Every target does its own set-up in .venv, once, from constraints.txt. A Python that is named has a virtual
+# environment of its own: make test PYTHON=python3.12 works in .venv-python3.12.
+ifdef PYTHON
+VENV := .venv-$(notdir $(PYTHON))
+else
+PYTHON := python3
 VENV := .venv
+endif
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 REAL := $(VENV)/real
@@ -49,9 +54,9 @@ ENDS := tests/model/test_pair.py tests/model/test_pair_generation.py tests/model
 test-oldest: PACKAGES = $(OLDEST)
 test-newest: PACKAGES = $(NEWEST)
 test-oldest test-newest: test-%:
-	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[real,test]" $(PACKAGES)
-	.venv-$*/bin/python -m pytest -q -n 2 $(or $(ARGS),$(ENDS))
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[real,test]" $(PACKAGES)
+	$(VENV)-$*/bin/python -m pytest -q -n 2 $(or $(ARGS),$(ENDS))
 
 # The oldest transformers beside the other packages of .venv: minutes less than the whole of test-oldest.
 OLD_TRANSFORMERS := build/transformers-5.17
@@ -139,7 +144,7 @@ release-check:
 		{ echo "CHANGELOG.md has no heading '## $(VERSION) (date)'; give what is unreleased there its version"; exit 1; }
 
 clean:
-	rm -rf build dist $(VENV) .venv-oldest .venv-newest .venv-wheel auxkern/_native/libauxkern.* *.egg-info
+	rm -rf build dist .venv .venv-* auxkern/_native/libauxkern.* *.egg-info
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -59,3 +62,17 @@ def test_the_page_s_targets_of_make_exist() -> None:
         for words in commands(name):
             if words[0] == "make":
                 assert words[1] in phony, f"{name}: make {words[1]}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("named", "folder"), [([], ".venv"), (["PYTHON=/opt/bin/python3.12"], ".venv-python3.12")]
+)
+def test_a_python_that_is_named_has_a_virtual_environment_of_its_own(named: list[str], folder: str) -> None:
+    told = ("PYTHON", "MAKEFLAGS")  # by a make that runs this test
+    environment = {name: value for name, value in os.environ.items() if name not in told}
+    command = ["make", "--dry-run", "--always-make", "lint", *named]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    python = named[0].removeprefix("PYTHON=") if named else "python3"
+    assert f"{python} -m venv {folder}\n" in done.stdout
+    assert f"\n{folder}/bin/ruff check .\n" in done.stdout
