@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import math
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from auxkern.core.files import is_descriptor
 
 # The others are imported where they are needed: a usage line waits for none of them.
 if TYPE_CHECKING:
@@ -12,6 +18,32 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+class CommandParser(argparse.ArgumentParser):
+    """With errors of one line: the usage of many flags would bury it."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """First what was given and means nothing: argparse would name what is missing instead."""
+        from auxkern.model.text import check_unicode
+
+        given = list(sys.argv[1:] if args is None else args)
+        for word in given:
+            try:
+                check_unicode("an argument", word)
+            except ValueError as error:
+                self.error(str(error))
+        known = self._option_string_actions
+        for word in itertools.takewhile(lambda word: word != "--", given):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                close = difflib.get_close_matches(flag, known, n=1)
+                remedy = f"; did you mean {close[0]}?" if close else ""
+                self.error(f"unrecognized arguments: {flag}{remedy}")
+        return super().parse_known_args(given, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def command_parser(
@@ -49,6 +81,40 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{value} is not finite")
     return value
+
+
+def input_file(name: str) -> Path:
+    """What a name of an input stands for, for argparse too; "-" is standard input.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not name:
+        raise argparse.ArgumentTypeError("the name is empty; name a file, or - for standard input")
+    return Path("/dev/stdin" if name == "-" else name)
+
+
+def output_file(name: str) -> Path:
+    """The file that an option names, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing can be written there; the message says why.
+    """
+    path = Path(name)
+    problem = None
+    if not name:
+        problem = "the name is empty"
+    elif name == "-":
+        problem = "- is no file; /dev/stdout is standard output"
+    elif path.is_dir():
+        problem = f"{name} is a folder"
+    elif not path.resolve().parent.is_dir():
+        problem = f"{name}: the folder {path.resolve().parent} does not exist; make it first"
+    elif path.is_fifo() and not is_descriptor(path):
+        problem = f"{name} is a pipe, which may have no reader; pipe /dev/stdout"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{problem}; give a file name")
+    return path
 
 
 def device_from(parser: argparse.ArgumentParser, name: str | None) -> torch.device:

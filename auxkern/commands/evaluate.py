@@ -28,7 +28,15 @@ from auxkern.model.base import positions_for
 from auxkern.model.text import Example, TextFormat
 from auxkern.tasks.keywords import contains_keyword
 from auxkern.tasks.registry import TASKS, load_task
-from auxkern.terminal import INTERRUPTED, command_parser, natural, positive
+from auxkern.terminal import (
+    INTERRUPTED,
+    CommandParser,
+    command_parser,
+    input_file,
+    natural,
+    output_file,
+    positive,
+)
 from auxkern.training.examples import PlacedExamples, encode, read_jsonl
 from auxkern.training.fit import check_fit
 from auxkern.training.progress import Progress, progress_for
@@ -424,12 +432,12 @@ def _clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     description = "Measure a trained pair, its base alone and its auxiliary alone."
-    parser = command_parser("auxkern evaluate", description, _EPILOG, pair.CommandParser)
+    parser = command_parser("auxkern evaluate", description, _EPILOG, CommandParser)
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--file",
-        type=pair.input_file,
+        type=input_file,
         metavar="FILE.jsonl",
         help="condition, text and prompt a line; - is standard input",
     )
@@ -453,12 +461,12 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=shown)
     parser.add_argument(
         "--unigram",
-        type=pair.input_file,
+        type=input_file,
         metavar="FILE",
         help="for SLOR: texts to count (.jsonl) or counts (.safetensors); default: what the task trains on",
     )
     parser.add_argument(
-        "--json", type=pair.output_file, metavar="FILE", help="write figures, command, date and versions"
+        "--json", type=output_file, metavar="FILE", help="write figures, command, date and versions"
     )
     return parser
 

@@ -14,7 +14,7 @@ from auxkern.commands.ranks import Launched
 from auxkern.core.files import is_descriptor, replace_file
 from auxkern.model.text import Example
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.terminal import command_parser, natural, positive
+from auxkern.terminal import CommandParser, command_parser, natural, output_file, positive
 
 _EPILOG = """\
 Without options it draws from the pair's own distribution: temperature 1, no filter. Each sample has a seed
@@ -119,7 +119,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 def _check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.json is not None:
         try:
-            pair.output_file(str(options.json))
+            output_file(str(options.json))
         except argparse.ArgumentTypeError as error:
             parser.error(f"--json {error}")
     _check_input(parser, options)
@@ -190,7 +190,7 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 def _parser() -> argparse.ArgumentParser:
     description = "Write texts with a trained pair, for conditions."
-    parser = command_parser("auxkern generate", description, _EPILOG, pair.CommandParser)
+    parser = command_parser("auxkern generate", description, _EPILOG, CommandParser)
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--condition", action="append", metavar="TEXT", help="a condition (repeatable)")

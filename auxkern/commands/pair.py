@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import itertools
 import json
 import re
 import sys
@@ -12,15 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
-from auxkern.core.files import is_descriptor
 from auxkern.core.packed import COMPUTES
 from auxkern.core.seeds import mixed_seed
 from auxkern.machine import machine_facts, version
-from auxkern.model.text import Example, check_unicode
+from auxkern.model.text import Example
 from auxkern.terminal import INTERRUPTED, device_from, finite
 from auxkern.training.checkpoint import newest_checkpoint
 from auxkern.training.settings import DTYPES
@@ -41,30 +38,6 @@ class Continuation(NamedTuple):
     finished: bool
 
 
-class CommandParser(argparse.ArgumentParser):
-    """With errors of one line: the usage of many flags would bury it."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """First what was given and means nothing: argparse would name what is missing instead."""
-        given = list(sys.argv[1:] if args is None else args)
-        for word in given:
-            try:
-                check_unicode("an argument", word)
-            except ValueError as error:
-                self.error(str(error))
-        known = self._option_string_actions
-        for word in itertools.takewhile(lambda word: word != "--", given):
-            flag = word.partition("=")[0]
-            if flag.startswith("--") and flag not in known:
-                close = difflib.get_close_matches(flag, known, n=1)
-                remedy = f"; did you mean {close[0]}?" if close else ""
-                self.error(f"unrecognized arguments: {flag}{remedy}")
-        return super().parse_known_args(given, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL and the options that say how it is loaded and mixed."""
     parser.add_argument("model", metavar="MODEL", help="folder that auxkern train wrote, or a Hub name")
@@ -83,40 +56,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="how a CPU multiplies: float32, or bfloat16 or int8, which are faster (default float32)",
     )
-
-
-def input_file(name: str) -> Path:
-    """What a name of an input stands for, for argparse too; "-" is standard input.
-
-    Raises:
-        argparse.ArgumentTypeError: it is empty.
-    """
-    if not name:
-        raise argparse.ArgumentTypeError("the name is empty; name a file, or - for standard input")
-    return Path("/dev/stdin" if name == "-" else name)
-
-
-def output_file(name: str) -> Path:
-    """The file that an option names, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: nothing can be written there; the message says why.
-    """
-    path = Path(name)
-    problem = None
-    if not name:
-        problem = "the name is empty"
-    elif name == "-":
-        problem = "- is no file; /dev/stdout is standard output"
-    elif path.is_dir():
-        problem = f"{name} is a folder"
-    elif not path.resolve().parent.is_dir():
-        problem = f"{name}: the folder {path.resolve().parent} does not exist; make it first"
-    elif path.is_fifo() and not is_descriptor(path):
-        problem = f"{name} is a pipe, which may have no reader; pipe /dev/stdout"
-    if problem:
-        raise argparse.ArgumentTypeError(f"{problem}; give a file name")
-    return path
 
 
 def run(prog: str, work: Callable[[], int]) -> int:

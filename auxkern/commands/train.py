@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from auxkern.commands.pair import CommandParser, check_model, input_file, quiet, sentence
+from auxkern.commands.pair import check_model, quiet, sentence
 from auxkern.commands.ranks import Launched
 from auxkern.core.seeds import mixed_seed
 from auxkern.evaluation.diagnosis import Run, diagnosis
@@ -28,7 +28,7 @@ from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_t
 from auxkern.model.config import trained_on_top_of
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
-from auxkern.terminal import INTERRUPTED, command_parser
+from auxkern.terminal import INTERRUPTED, CommandParser, command_parser, input_file
 from auxkern.training import checkpoint
 from auxkern.training.defaults import Plan, plan_for
 from auxkern.training.examples import (
