@@ -152,7 +152,10 @@ def check_slots_of_lm(who: str, lm: Any, config: Any, max_length: int) -> None:
     name = type(lm).__name__
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
-        raise ValueError(f"max_length is {max_length}, but {who} has positions for {positions} tokens")
+        raise ValueError(
+            f"max_length is {max_length}, but {who} has positions for {positions} tokens; lower it "
+            "(--max-length)"
+        )
     cache = DynamicCache(config=config)
     kinds = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in cache.layers]
     for kind, layer in zip(kinds, cache.layers, strict=False):

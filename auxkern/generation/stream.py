@@ -170,6 +170,9 @@ class CompletionWriter:
                     _id_field(errors_path, n, record, "line") for n, record in self._errors.recover()
                 }
         except BaseException:
+            for file in (self._out, self._errors):
+                if file is not None:
+                    file.withdraw()
             self.close()
             raise
 
@@ -304,6 +307,7 @@ class _Appender:
         # Beside the file itself, not beside a link to it, for it will have its name.
         target = path.resolve()
         self._copy = target.with_name(f".{target.name}.retried")
+        self._made = not path.exists()
         self._file: int | None = lock_file(path)
         # Of a process that was killed as it wrote it; nobody else does while the lock is ours.
         self._copy.unlink(missing_ok=True)
@@ -313,6 +317,11 @@ class _Appender:
     def size(self) -> int:
         """Bytes in the file."""
         return os.fstat(self._open()).st_size
+
+    def withdraw(self) -> None:
+        """Removes the file if it was made here and holds nothing."""
+        if self._made and not self.size:
+            self.path.unlink()
 
     def recover(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbers and objects of the lines that are there; cuts off a last one that is not whole."""

@@ -217,6 +217,11 @@ def check_output(output: Path, resume: bool) -> None:
             f"output {output} holds a run with {newest.name} already; "
             "resume it (resume=True, --resume), or name another folder"
         )
+    if newest is None and (output / "config.json").exists():
+        raise ValueError(
+            f"output {output} holds a model (config.json) already, which this run would write over; name "
+            "another folder"
+        )
 
 
 def save_checkpoint(
