@@ -25,8 +25,8 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    head, foot = "usage: auxkern COMMAND [OPTIONS]", "auxkern COMMAND --help says more; auxkern --version."
-    return "\n".join([head, "", *lines, "", foot])
+    foot = "auxkern COMMAND --help says more; auxkern --version prints the version."
+    return "\n".join(["usage: auxkern COMMAND [OPTIONS]", "", *lines, "", foot])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    if arguments == ["--version"]:
+    if arguments and arguments[0] in ("-V", "--version"):
         print(f"auxkern {__version__}")
         return 0
     if not arguments or arguments[0] not in COMMANDS:
         if arguments:
-            close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            close = difflib.get_close_matches(arguments[0], [*COMMANDS, "--help", "--version"], n=1)
             remedy = f"; did you mean {close[0]}?" if close else ""
             print(f"auxkern: there is no command {arguments[0]!r}{remedy}\n", file=sys.stderr)
         print(_usage(), file=sys.stderr)

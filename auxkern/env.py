@@ -1,8 +1,7 @@
-"""What a bug report needs: ``python -m auxkern.env``."""
+"""``auxkern env``: what a bug report needs."""
 
 from __future__ import annotations
 
-import argparse
 import platform
 
 import torch
@@ -10,7 +9,9 @@ import torch
 import auxkern
 from auxkern.backends import choice
 from auxkern.machine import cpu_name, version
+from auxkern.terminal import command_parser
 
+_EPILOG = "Exit status: 0; 2 for bad options; 130 after Ctrl-C.\n"
 _PACKAGES = ("triton", "transformers", "safetensors", "numpy", "liger-kernel", "cut-cross-entropy")
 
 
@@ -55,7 +56,7 @@ def _configs(gpu: torch.device) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print ``describe()``; takes no options."""
-    argparse.ArgumentParser(prog="auxkern env", description=__doc__).parse_args(argv)
+    command_parser("auxkern env", "Print what a bug report needs.", _EPILOG).parse_args(argv)
     print(describe())
     return 0
 

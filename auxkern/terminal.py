@@ -6,6 +6,7 @@ import argparse
 import difflib
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -46,11 +47,9 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def command_parser(
-    prog: str, description: str, epilog: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser
-) -> argparse.ArgumentParser:
+def command_parser(prog: str, description: str, epilog: str) -> CommandParser:
     """A parser that knows no abbreviations and shows the epilog as it is written."""
-    return kind(
+    return CommandParser(
         prog=prog,
         description=description,
         epilog=epilog,
@@ -61,17 +60,21 @@ def command_parser(
 
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
-    return value
+    return _whole(text, 1)
 
 
 def natural(text: str) -> int:
     """A whole number of at least 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 0")
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return value
 
 
@@ -84,14 +87,22 @@ def finite(text: str) -> float:
 
 
 def input_file(name: str) -> Path:
-    """What a name of an input stands for, for argparse too; "-" is standard input.
+    """The file or pipe that an option names, for argparse; "-" is standard input.
 
     Raises:
-        argparse.ArgumentTypeError: it is empty.
+        argparse.ArgumentTypeError: there is nothing to read; the message says why.
     """
+    path = Path("/dev/stdin" if name == "-" else name)
+    problem = None
     if not name:
-        raise argparse.ArgumentTypeError("the name is empty; name a file, or - for standard input")
-    return Path("/dev/stdin" if name == "-" else name)
+        problem = "the name is empty"
+    elif not path.exists():
+        problem = f"{name} does not exist"
+    elif path.is_dir():
+        problem = f"{name} is a folder"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{problem}; name a file, or - for standard input")
+    return path
 
 
 def output_file(name: str) -> Path:
@@ -100,7 +111,7 @@ def output_file(name: str) -> Path:
     Raises:
         argparse.ArgumentTypeError: nothing can be written there; the message says why.
     """
-    path = Path(name)
+    path, folder = Path(name), Path(name).resolve().parent
     problem = None
     if not name:
         problem = "the name is empty"
@@ -108,13 +119,20 @@ def output_file(name: str) -> Path:
         problem = "- is no file; /dev/stdout is standard output"
     elif path.is_dir():
         problem = f"{name} is a folder"
-    elif not path.resolve().parent.is_dir():
-        problem = f"{name}: the folder {path.resolve().parent} does not exist; make it first"
-    elif path.is_fifo() and not is_descriptor(path):
+    elif not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: the folder {folder} does not exist; make it first")
+    elif not is_descriptor(path) and path.is_fifo():
         problem = f"{name} is a pipe, which may have no reader; pipe /dev/stdout"
+    elif not is_descriptor(path) and not path.is_char_device() and not _writable(path.parent):
+        # A file that is there is replaced by a new one beside it.
+        raise argparse.ArgumentTypeError(f"{name}: nothing can be written to {folder}; name another folder")
     if problem:
         raise argparse.ArgumentTypeError(f"{problem}; give a file name")
     return path
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def device_from(parser: argparse.ArgumentParser, name: str | None) -> torch.device:

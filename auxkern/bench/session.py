@@ -7,7 +7,6 @@ import importlib.util
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from auxkern.bench.results import AnyRun
 from auxkern.bench.runner import Progress
 from auxkern.core.files import replace_file
 from auxkern.machine import machine_facts, now
-from auxkern.terminal import INTERRUPTED, console_for_stdout
+from auxkern.terminal import INTERRUPTED, console_for_stdout, output_file
 
 # Title, and a function that measures one part of a run, or gives None and adds to the run itself.
 Job = tuple[str, Callable[[Progress], Any]]
@@ -39,23 +38,18 @@ def add_effort(parser: argparse.ArgumentParser) -> None:
 def add_files(parser: argparse.ArgumentParser, part: str, drawn: str) -> None:
     """--json, written after each ``part``, and --plot of what is ``drawn``."""
     written = f"write everything measured, after each {part}"
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help=written)
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {drawn} (.png or .svg)")
+    parser.add_argument("--json", type=output_file, metavar="FILE.json", help=written)
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help=f"draw {drawn} (.png or .svg)")
 
 
 def check_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the program with a message if files cannot be written or a package is missing."""
+    """Ends the program with a message if a picture's file is none, or a package is missing."""
     needed = ["rich"] + (["matplotlib"] if options.plot else [])
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
         parser.error(f"{' and '.join(missing)} is not installed; pip install 'auxkern[bench]'")
     paths = {"--json": options.json, "--plot": options.plot}
     given = {name: path.resolve() for name, path in paths.items() if path is not None}
-    for name, path in given.items():
-        if path.is_dir():
-            parser.error(f"{name} {paths[name]} is a folder; give a file name")
-        if not path.parent.is_dir():
-            parser.error(f"{name} {paths[name]}: the folder {path.parent} does not exist; make it first")
     if "--plot" in given and options.plot.suffix not in SUFFIXES:
         parser.error(f"--plot {options.plot} must end in {' or '.join(SUFFIXES)}")
     if len(set(given.values())) < len(given):

@@ -30,7 +30,6 @@ from auxkern.tasks.keywords import contains_keyword
 from auxkern.tasks.registry import TASKS, load_task
 from auxkern.terminal import (
     INTERRUPTED,
-    CommandParser,
     command_parser,
     input_file,
     natural,
@@ -432,7 +431,7 @@ def _clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     description = "Measure a trained pair, its base alone and its auxiliary alone."
-    parser = command_parser("auxkern evaluate", description, _EPILOG, CommandParser)
+    parser = command_parser("auxkern evaluate", description, _EPILOG)
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

@@ -14,7 +14,7 @@ from auxkern.commands.ranks import Launched
 from auxkern.core.files import is_descriptor, replace_file
 from auxkern.model.text import Example
 from auxkern.ops.sampling_params import SamplingParams
-from auxkern.terminal import CommandParser, command_parser, natural, output_file, positive
+from auxkern.terminal import command_parser, input_file, natural, output_file, positive
 
 _EPILOG = """\
 Without options it draws from the pair's own distribution: temperature 1, no filter. Each sample has a seed
@@ -117,11 +117,6 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.json is not None:
-        try:
-            output_file(str(options.json))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"--json {error}")
     _check_input(parser, options)
     if options.greedy and options.num_beams > 1:
         parser.error("--greedy and --num-beams are two ways to search; leave one out")
@@ -157,17 +152,21 @@ def _check_input(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--json goes with --condition; --output is what --input writes")
     if options.num_beams > 1:
         parser.error("--num-beams goes with --condition; the engine draws, or takes the likeliest token")
+    if str(options.input) != "-" and not options.input.exists():
+        parser.error(f"--input {options.input} does not exist; name a file with a request on each line")
     if not options.input.is_file():
         parser.error(
             f"--input {options.input} is no file, which is read several times and gone on with; what comes "
             "from a pipe has to be written to one first"
         )
-    path, folder = options.output, options.output.absolute().parent
+    path = options.output
     # A run goes on with its output, and has files beside it: a pipe or a device has neither.
     if str(path) == "-" or is_descriptor(path) or (path.exists() and not path.is_file()):
         parser.error(f"--output {path} is no plain file, which a stopped run could go on with; name one")
-    if not folder.is_dir():
-        parser.error(f"--output {path}: the folder {folder} does not exist; make it first")
+    try:
+        output_file(str(path))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--output {error}")
     if path.exists() and path.samefile(options.input):
         parser.error(f"--input and --output are both {options.input}; the texts need a file of their own")
     options.max_length = options.max_length or 512
@@ -190,7 +189,7 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 def _parser() -> argparse.ArgumentParser:
     description = "Write texts with a trained pair, for conditions."
-    parser = command_parser("auxkern generate", description, _EPILOG, CommandParser)
+    parser = command_parser("auxkern generate", description, _EPILOG)
     pair.add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--condition", action="append", metavar="TEXT", help="a condition (repeatable)")
@@ -208,7 +207,12 @@ def _parser() -> argparse.ArgumentParser:
         ("--repetition-penalty", float, "X", "above 1: tokens of prompt and text so far are less likely"),
         ("--seed", natural, "N", "of the draws (default 0)"),
         ("--output", _file, "FILE.jsonl", "with --input: the texts"),
-        ("--mixture", _file, "FILE.yaml", "with --input: models beside the pair's own; see docs/mixtures.md"),
+        (
+            "--mixture",
+            input_file,
+            "FILE.yaml",
+            "with --input: models beside the pair's; see docs/mixtures.md",
+        ),
         ("--max-length", positive, "N", "with --input: most tokens of a text and its prompt (default 512)"),
         ("--max-condition", positive, "N", "with --input: most tokens of a condition (default 64)"),
     ):
@@ -222,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--greedy", "always take the most likely token"),
     ):
         parser.add_argument(flag, action="store_true", help=what)
-    parser.add_argument("--json", type=_file, metavar="FILE.jsonl", help="write the texts there too")
+    parser.add_argument("--json", type=output_file, metavar="FILE.jsonl", help="write the texts there too")
     parser.set_defaults(prompt="", number=1, max_new_tokens=64, batch_size=16, num_beams=1)
     return parser
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import warnings
@@ -19,11 +18,9 @@ from auxkern.core.seeds import mixed_seed
 from auxkern.machine import machine_facts, version
 from auxkern.model.text import Example
 from auxkern.terminal import INTERRUPTED, device_from, finite
-from auxkern.training.checkpoint import newest_checkpoint
 from auxkern.training.settings import DTYPES
 
 _ERRNO = re.compile(r"^\[Errno \d+\] ")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Continuation(NamedTuple):
@@ -73,6 +70,8 @@ def run(prog: str, work: Callable[[], int]) -> int:
 
 def sentence(error: Exception) -> str:
     """What an error says, on one line, and without the number that the system has for it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     return " ".join(_ERRNO.sub("", str(error)).split())
 
 
@@ -113,14 +112,14 @@ def load_pair(
     Raises:
         OSError, ValueError: there is no such model or base, it is damaged, or the base is another one.
     """
-    from auxkern.model import AuxTunedConfig, open_pair
+    from auxkern.model import open_pair
+    from auxkern.model.saving import HUB_NAME, pair_config
 
     device = device_from(parser, options.device)
-    check_model(options.model)
-    config = AuxTunedConfig.from_pretrained(options.model)
+    config: Any = pair_config(options.model)
     base = options.base or config.base_model_name_or_path
     here = base is None or "/" not in base or base.startswith("pip:") or Path(base).is_dir()
-    if not here and not _HUB_NAME.fullmatch(base):
+    if not here and not HUB_NAME.fullmatch(base):
         raise ValueError(f"the base {base} is no folder here; if it has moved, pass --base NAME")
     return open_pair(
         options.model,
@@ -186,33 +185,6 @@ def _continuation(text_format: Any, ids: torch.Tensor, start: int, ends: Sequenc
 def sample_seeds(seed: int, count: int) -> list[int]:
     """The seeds of ``count`` samples; each depends on ``seed`` and its place alone."""
     return [mixed_seed(seed, "sample", index) for index in range(count)]
-
-
-def check_model(name: str) -> None:
-    """Says what is wrong with a folder before transformers looks for it on the Hub.
-
-    Raises:
-        ValueError: it holds no auxiliary.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.exists() or not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
-            raise ValueError(
-                f"there is no folder {name}; name the one that auxkern train wrote, or a Hub name"
-            )
-        return
-    path = folder / "config.json"
-    if not path.is_file():
-        newest = newest_checkpoint(folder)
-        hint = f"; its run is not finished, try {newest}" if newest else ""
-        raise ValueError(f"{folder} holds no config.json, so no model{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "aux_tuned":
-        raise ValueError(f"{folder} holds a model of type {kind!r}, not an auxiliary; see auxkern train")
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
+import os
 import random
 import shlex
 import shutil
@@ -20,15 +22,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from auxkern.commands.pair import check_model, quiet, sentence
+from auxkern.commands.pair import quiet, sentence
 from auxkern.commands.ranks import Launched
 from auxkern.core.seeds import mixed_seed
 from auxkern.evaluation.diagnosis import Run, diagnosis
 from auxkern.model import AuxTunedConfig, AuxTunedForCausalLM, load_base, load_tokenizer
 from auxkern.model.config import trained_on_top_of
+from auxkern.model.saving import pair_config
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
-from auxkern.terminal import INTERRUPTED, CommandParser, command_parser, input_file
+from auxkern.terminal import INTERRUPTED, command_parser, input_file
 from auxkern.training import checkpoint
 from auxkern.training.defaults import Plan, plan_for
 from auxkern.training.examples import (
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     description = "An auxiliary for a frozen language model."
-    parser = command_parser("auxkern train", description, _EPILOG, CommandParser)
+    parser = command_parser("auxkern train", description, _EPILOG)
     parser.add_argument("--config", type=input_file, metavar="FILE", help="YAML file with settings")
     parser.add_argument("--show", action="store_true", help="print all settings as a YAML file, and stop")
     add_flags(parser)
@@ -193,12 +196,19 @@ def _read_examples(settings: TrainSettings, launched: Launched) -> tuple[PlacedE
             for name, examples in zip(("training", "validation"), splits, strict=False)
         ]
     else:
-        files = [input_file(str(name)) for name in (settings.train_file, settings.validation_file)]
+        files = [_data_file(settings, name) for name in ("train_file", "validation_file")]
         for path in files:
             if launched.count > 1 and path.exists() and not path.is_file():
                 raise ValueError(f"{path} is a pipe, which processes cannot share; write it to a file first")
         sides = [PlacedExamples.of_file(path) for path in files]
     return sides[0].drawn(settings.train_examples), sides[1].drawn(settings.validation_examples)
+
+
+def _data_file(settings: TrainSettings, name: str) -> Path:
+    try:
+        return input_file(getattr(settings, name))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _base_examples(settings: TrainSettings, side: PlacedExamples) -> tuple[list[Example], PlacedExamples]:
@@ -288,8 +298,7 @@ def _frozen_configs(settings: TrainSettings) -> dict[str, AuxTunedConfig]:
     configs = {}
     for name, source in frozen_sources(settings.frozen).items():
         with _saying(f"frozen {name!r}", OSError, ValueError):
-            check_model(source.path)
-            configs[name] = AuxTunedConfig.from_pretrained(source.path)
+            configs[name] = pair_config(source.path)
     return configs
 
 
@@ -379,7 +388,11 @@ def _with_states(job: _Job) -> tuple[ExampleSet, ExampleSet]:
     root = Path(settings.states_folder) if settings.states_folder else cache_folder() / "states"
     sides = {side: _to_store(job, side, root) for side in ("training", "validation")}
     needed = sum(one.size for side in sides.values() for one in side.values() if not one.folder.is_dir())
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if needed and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ValueError(
+            f"states_folder is {root}, but nothing can be written to {existing}; name another folder"
+        )
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
@@ -491,8 +504,5 @@ def _say_how_to_resume(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int
 
 
 def _say_error(error: Exception, status: int) -> int:
-    text = sentence(error)
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
-    print(f"auxkern train: {text}", file=sys.stderr)
+    print(f"auxkern train: {sentence(error)}", file=sys.stderr)
     return status

@@ -17,7 +17,7 @@ import torch
 from auxkern import machine
 from auxkern.core.files import replace_file
 from auxkern.inspect.targets import TARGETS
-from auxkern.terminal import INTERRUPTED, command_parser
+from auxkern.terminal import INTERRUPTED, command_parser, output_file, positive
 
 if TYPE_CHECKING:
     from auxkern.inspect.survey import Finding
@@ -58,10 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{' and '.join(missing)} is not installed; pip install 'auxkern[triton,bench]'")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler by an interpreter; unset it")
-    for name in ("json", "record"):
-        path = getattr(options, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f"--{name} {path}: the folder {path.resolve().parent} does not exist")
     _check_names(parser, options)
     from auxkern.inspect import page, tables
 
@@ -105,13 +101,16 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="Llama-3", metavar="NAME", help="whose floor the table shows; default: Llama-3"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="processes that compile at once; default: one per core"
+        "--jobs", type=positive, metavar="N", help="processes that compile at once; default: one per core"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write everything found, floors of all models"
+        "--json", type=output_file, metavar="FILE", help="write everything found, floors of all models"
     )
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="write what auxkern.inspect.page draws its tables of"
+        "--record",
+        type=output_file,
+        metavar="FILE",
+        help="write what auxkern.inspect.page draws tables of",
     )
     return parser
 
@@ -126,8 +125,6 @@ def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -
             parser.error(f"--kernel {name}: choose from {', '.join(names)}")
     if options.model not in VOCABULARIES:
         parser.error(f"--model {options.model}: choose from {', '.join(VOCABULARIES)}")
-    if options.jobs is not None and options.jobs < 1:
-        parser.error(f"--jobs {options.jobs}: must be at least 1")
 
 
 def _survey(options: argparse.Namespace) -> list[Finding]:

@@ -30,7 +30,7 @@ from auxkern.model.mixing import with_frozen
 from auxkern.model.native import compute_of, use_native_kernels
 from auxkern.model.pair_terms import DEFAULT, PairSum, label_loss
 from auxkern.model.prefix import BasePrefix
-from auxkern.model.saving import check_complete, tied_weights
+from auxkern.model.saving import check_complete, pair_config, tied_weights
 from auxkern.ops.dense import dense_logits
 
 # A causal LM of transformers, by the name of its class.
@@ -179,13 +179,13 @@ class AuxTunedForCausalLM(PairGeneration, PairSum, PreTrainedModel, GenerationMi
 
         Raises:
             ValueError: the base has another fingerprint than the one that the auxiliary was made for, or
-                weights are missing or left over.
-            OSError: there is no such checkpoint.
+                weights are missing or left over, or the folder holds no auxiliary.
+            OSError: there is no such checkpoint; the message says how one is trained.
         """
         if not isinstance(config, AuxTunedConfig):
             asked = ("revision", "token", "cache_dir", "local_files_only")
             hub = {name: kwargs[name] for name in asked if name in kwargs}
-            config = AuxTunedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            config = pair_config(pretrained_model_name_or_path, **hub)
         if lm is None or isinstance(lm, str):
             lm = fitting.base_of(config, lm, base_options)
         refusals.check_kind(lm)

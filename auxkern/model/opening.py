@@ -13,6 +13,7 @@ from auxkern.model.config import AuxTunedConfig
 from auxkern.model.last_layers import LastLayers
 from auxkern.model.modeling import AuxTunedForCausalLM
 from auxkern.model.native import native_refusal
+from auxkern.model.saving import pair_config
 from auxkern.model.text import TextFormat
 
 
@@ -43,11 +44,17 @@ def open_pair(
         OSError, ValueError: there is no such pair or base, it is damaged, or the base is another one.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    known: Any = config or AuxTunedConfig.from_pretrained(name_or_path)
+    known: Any = config or pair_config(name_or_path)
     name = base or known.base_model_name_or_path
     if name is None:
         raise ValueError(f"{name_or_path} does not name its base; pass base (--base NAME)")
-    tokenizer = load_tokenizer(name, revision=known.base_revision, gguf_file=known.base_gguf_file)
+    try:
+        tokenizer = load_tokenizer(name, revision=known.base_revision, gguf_file=known.base_gguf_file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the base {name!r} cannot be loaded: {str(error).rstrip('.')}; if it has moved, pass base "
+            "(--base NAME)"
+        ) from error
     try:
         model = AuxTunedForCausalLM.from_pretrained(
             name_or_path,

@@ -2,9 +2,74 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from auxkern.model.config import AuxTunedConfig
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_RECIPE = Path(__file__).parents[1] / "recipes" / "wordnet_keywords.yaml"
+
+
+def pair_config(name_or_path: Any, **hub: Any) -> AuxTunedConfig:
+    """The config of a trained pair.
+
+    Args:
+        name_or_path: folder that was saved, or a Hub name.
+        hub: of what the Hub is asked, as in transformers: revision, token, cache_dir, local_files_only.
+
+    Raises:
+        OSError: there is no such folder, and the Hub gives none; the message says how a pair is trained.
+        ValueError: the folder holds something else.
+    """
+    _check_folder(str(name_or_path))
+    try:
+        return AuxTunedConfig.from_pretrained(name_or_path, **hub)
+    except OSError as error:
+        raise OSError(
+            f"there is no folder {name_or_path}, and the Hub has none for us: {str(error).rstrip('.')}; "
+            + _how_to_train()
+        ) from error
+
+
+def _check_folder(name: str) -> None:
+    """Says what is wrong with a folder before transformers looks for it on the Hub."""
+    folder, shown = Path(name), name or "''"
+    if not name or not folder.is_dir():
+        if folder.exists() or not HUB_NAME.fullmatch(name) or folder.parent.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {shown}; name the one that auxkern train wrote, or a Hub name; "
+                + _how_to_train()
+            )
+        return
+    path = folder / "config.json"
+    if not path.is_file():
+        # The longer number is the larger.
+        newest = max(folder.glob("checkpoint-*"), key=lambda one: (len(one.name), one.name), default=None)
+        remedy = f"its run is not finished, try {newest}" if newest else _how_to_train()
+        raise FileNotFoundError(f"{folder} holds no config.json, so no model; {remedy}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != AuxTunedConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {kind!r}, not an auxiliary; {_how_to_train()}")
+
+
+def _how_to_train() -> str:
+    """Two commands."""
+    recipe = _RECIPE.relative_to(Path.cwd()) if _RECIPE.is_relative_to(Path.cwd()) else _RECIPE
+    return (
+        f"to train one: auxkern train --config {shlex.quote(str(recipe))} (a recipe that comes along) or, on "
+        "your own data, auxkern train --base NAME --train-file TRAIN.jsonl --validation-file HELD_OUT.jsonl "
+        "--output FOLDER"
+    )
 
 
 def tied_weights(model: nn.Module) -> dict[str, str] | None:

@@ -124,6 +124,11 @@ def _numbered_examples(path: str | Path) -> Iterator[tuple[int, Example]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     yield number, _as_example(json.loads(text))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number} is not JSON: {error.msg} at character {error.pos + 1}; write an "
+                    'object such as {"condition": "rain", "text": "It rained."}'
+                ) from error
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 

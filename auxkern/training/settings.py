@@ -116,7 +116,10 @@ class LoopSettings:
                 raise ValueError(f"there is no setting {name!r}; {remedy}")
         for name, one in known.items():
             if name not in values and one.default is MISSING and one.default_factory is MISSING:
-                raise ValueError(f"the setting {name!r} is missing: {one.metadata['help']}")
+                raise ValueError(
+                    f"the setting {name!r} is missing: {one.metadata['help']}; pass --{name}, or write it "
+                    "into the YAML file"
+                )
         hints = get_type_hints(cls)
         return cls(**{name: _number_of(value, hints[name]) for name, value in values.items()})
 

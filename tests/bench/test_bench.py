@@ -94,7 +94,7 @@ def stored_run():
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--op", "conv"], "invalid choice: 'conv'"),
         (["--n", "0"], "not a whole number of at least 1"),
-        (["--n", "many"], "invalid positive value: 'many'"),
+        (["--n", "many"], "many is not a whole number of at least 1"),
         (["--terms", "9"], "invalid choice: 9"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--quic"], "unrecognized arguments: --quic"),

@@ -306,7 +306,7 @@ def test_an_output_of_another_run_is_left_alone(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--input", "no.jsonl", "--output", "x"], "is no file"),
+        (["--input", "no.jsonl", "--output", "x"], "--input no.jsonl does not exist"),
         (["--input", "setup.py"], "--input needs --output"),
         (["--input", "setup.py", "--output", "x", "--num-beams", "2"], "--num-beams goes with --condition"),
         (["--input", "setup.py", "--output", "x", "--json", "y"], "--json goes with --condition"),

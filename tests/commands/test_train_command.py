@@ -169,8 +169,8 @@ def test_what_depends_on_the_data_is_shown_as_such(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config", "missing.yaml"], "missing.yaml: No such file"),
-        (["--train-file", "missing.jsonl"], "missing.jsonl: No such file"),
+        (["--config", "missing.yaml"], "missing.yaml does not exist"),
+        (["--train-file", "missing.jsonl"], "train_file: missing.jsonl does not exist"),
         (["--base", "."], "the base '.' cannot be loaded: "),
         (["--base", "pip:other"], "'pip:other'"),
         (["--pair", "pointr=true"], "AuxTunedConfig has no field 'pointr'; did you mean 'pointer'?"),

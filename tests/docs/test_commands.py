@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import shlex
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 
+from auxkern.cli import COMMANDS
 from tests.docs.pages import PAGES, fences
 from tests.support.launching import ROOT
 
@@ -19,8 +21,12 @@ from parsers import BENCH_GENERATE, parsers
 
 
 @functools.cache
+def parser_of(command: str) -> argparse.ArgumentParser:
+    return dict(parsers())[command]
+
+
 def options_of(command: str) -> set[str]:
-    return set(dict(parsers())[command]._option_string_actions)
+    return set(parser_of(command)._option_string_actions)
 
 
 def commands(name: str) -> list[list[str]]:
@@ -53,6 +59,18 @@ def test_options_exist(name: str) -> None:
         for argument in arguments:
             flag = argument.partition("=")[0]
             assert not flag.startswith("--") or flag in known, f"{shlex.join(words)}: no {flag}"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, BENCH_GENERATE])
+def test_a_command_s_help_ends_with_its_exit_statuses(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser_of(command).parse_args(["--help"])
+    assert ended.value.code == 0
+    statuses = capsys.readouterr().out.rpartition("\nExit status: 0; ")[2].replace("\n", " ")
+    assert "2 for bad options" in statuses
+    assert "130 after Ctrl-C" in statuses
 
 
 def test_the_page_s_targets_of_make_exist() -> None:

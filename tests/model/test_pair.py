@@ -194,6 +194,25 @@ def test_another_base_is_refused_unless_told_otherwise(tmp_path):
         AuxTunedForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (
+            "none",
+            FileNotFoundError,
+            "there is no folder .*none; name the one .*; to train one: auxkern train",
+        ),
+        ("empty", FileNotFoundError, "empty holds no config.json, so no model; to train one: auxkern train"),
+        ("lm", ValueError, "lm holds a model of type 'llama', not an auxiliary; to train one: auxkern train"),
+    ],
+)
+def test_a_folder_without_an_auxiliary_is_answered_with_how_to_train_one(name, error, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    tiny_lm().save_pretrained(tmp_path / "lm")
+    with pytest.raises(error, match=message):
+        AuxTunedForCausalLM.from_pretrained(tmp_path / name)
+
+
 def test_a_checkpoint_with_other_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
