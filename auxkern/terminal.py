@@ -161,5 +161,5 @@ def console_for_stdout() -> Console:
     """A console that is 100 columns wide where nobody says how wide it is."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=100)
+    # FORCE_COLOR makes rich take anything for a terminal.
+    return Console() if sys.stdout.isatty() else Console(width=100)

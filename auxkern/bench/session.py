@@ -17,6 +17,7 @@ from auxkern.bench.runner import Progress
 from auxkern.core.files import replace_file
 from auxkern.machine import machine_facts, now
 from auxkern.terminal import INTERRUPTED, console_for_stdout, output_file
+from auxkern.training.progress import takes_bars
 
 # Title, and a function that measures one part of a run, or gives None and adds to the run itself.
 Job = tuple[str, Callable[[Progress], Any]]
@@ -84,7 +85,7 @@ def carry_out(
     parts, finished = run.parts, 0
     try:
         # The bar is for eyes: a log file gets none of it.
-        with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        with Progress(*columns, console=err, disable=not takes_bars(sys.stderr), transient=True) as bar:
             task = bar.add_task("", total=len(jobs))
             for index, (title, measure) in enumerate(jobs):
 

@@ -31,6 +31,7 @@ from auxkern.tasks.registry import TASKS, load_task
 from auxkern.terminal import (
     INTERRUPTED,
     command_parser,
+    console_for_stdout,
     input_file,
     natural,
     output_file,
@@ -379,7 +380,6 @@ def _print_cells(heads: list[str], rows: list[list[str]]) -> None:
             print("  ".join([f"{name:<{widths[0]}}", *columns]))
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -387,7 +387,7 @@ def _print_cells(heads: list[str], rows: list[list[str]]) -> None:
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == _NAMES["pair"] else None)
-    Console().print(table)
+    console_for_stdout().print(table)
 
 
 def _model_record(model: Any, options: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from auxkern import machine
 from auxkern.core.files import replace_file
 from auxkern.inspect.targets import TARGETS
 from auxkern.terminal import INTERRUPTED, command_parser, output_file, positive
+from auxkern.training.progress import takes_bars
 
 if TYPE_CHECKING:
     from auxkern.inspect.survey import Finding
@@ -138,7 +139,7 @@ def _survey(options: argparse.Namespace) -> list[Finding]:
     err = Console(stderr=True)
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # The bar is for eyes: a log file gets none of it.
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=err, disable=not takes_bars(sys.stderr), transient=True) as bar:
         task = bar.add_task("", total=len(work))
         return survey.survey(work, processes, lambda: bar.advance(task))
 

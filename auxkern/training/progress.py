@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -49,23 +50,28 @@ class Progress:
 
 
 class LineProgress(Progress):
-    """Plain lines, at most one every ``seconds`` for what only advances."""
+    """Plain lines: evaluations, the first logged step, and else one every ``seconds`` at most."""
 
-    def __init__(self, stream: TextIO, seconds: float = 30.0) -> None:
+    def __init__(self, stream: TextIO, seconds: float = 10.0) -> None:
         self._stream, self._seconds = stream, seconds
         self._total, self._what, self._figures = 0, "", ""
-        self._next = math.inf
+        self._next, self._logged = math.inf, False
 
     def start(self, done: int, total: int, what: str) -> None:
-        self._total, self._what = total, what
-        self._next = time.monotonic() + self._seconds
+        self._total, self._what, self._figures = total, what, ""
+        self._next, self._logged = time.monotonic() + self._seconds, False
 
     def advance(self, done: int) -> None:
         if time.monotonic() >= self._next:
             self.say(f"{self._what} {done:,}/{self._total:,}" + (self._figures and f", {self._figures}"))
 
     def record(self, record: dict[str, Any]) -> None:
-        self.say(record_line(record, self._total))
+        is_step = not record.get("evaluation")
+        if is_step:
+            self.figures(_figures(record))  # of the line that comes when it is time
+        if not (is_step and self._logged) or time.monotonic() >= self._next:
+            self.say(record_line(record, self._total))
+        self._logged |= is_step
 
     def figures(self, text: str) -> None:
         self._figures = text
@@ -88,7 +94,7 @@ class BarProgress(Progress):
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            console=Console(file=stream),
+            console=Console(file=stream, force_terminal=True),  # who asked for it has looked
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -139,10 +145,15 @@ class PartsDone:
             self.call(self.done, self.total)
 
 
+def takes_bars(stream: TextIO) -> bool:
+    """Whether a line can be drawn anew there: a terminal that goes back, whatever colours are asked for."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
 def progress_for(stream: TextIO | None = None) -> Progress:
-    """A bar if the stream (stderr if None) is a terminal and rich is installed, lines otherwise."""
+    """A bar if the stream (stderr if None) ``takes_bars`` and rich is installed, lines otherwise."""
     stream = sys.stderr if stream is None else stream
-    if stream.isatty() and importlib.util.find_spec("rich") is not None:
+    if takes_bars(stream) and importlib.util.find_spec("rich") is not None:
         return BarProgress(stream)
     return LineProgress(stream)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ pytest.importorskip("rich")
 
 from auxkern.backends import choice
 from auxkern.bench import __main__ as bench
-from auxkern.bench import memory, real, report, runner, tables
+from auxkern.bench import memory, real, report, runner, session, tables
 from auxkern.bench.cases import new_case, select_cases
 from auxkern.bench.losses import CROSS_ENTROPY as OPERATOR
 from auxkern.bench.losses import LossInputs
@@ -119,6 +120,22 @@ def test_a_device_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--device", "cuda"])
     assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_a_file_gets_colours_if_they_are_asked_for_and_never_a_bar(capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    run, options = Run("command", "date", {"device": "cpu"}), argparse.Namespace(json=None, plot=None)
+
+    def job(progress):
+        progress(0.5, "timing")
+        return measured(implementation("eager", eager))
+
+    assert session.carry_out(run, [("a case", job)], options) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "\x1b[1m" in said.out
+    assert "eager" in said.out
 
 
 def test_options_select_every_combination_once():

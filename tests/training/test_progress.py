@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
 import sys
 
 import pytest
@@ -51,6 +53,53 @@ def test_lines_of_what_only_advances_come_seldom() -> None:
     progress.start(0, 5000, "tokens")
     progress.advance(1000)
     assert stream.getvalue() == "tokens 1,000/5,000\n"
+
+
+def test_logged_steps_come_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))  # a second goes by with each look
+    stream = io.StringIO()
+    progress = LineProgress(stream, seconds=10.0)
+    progress.start(0, 100, "training")
+    for step in range(1, 101):
+        progress.advance(step)
+        progress.record({**STEP, "step": step})
+    progress.record({**EVALUATION, "step": 100})
+    first, *between, last = stream.getvalue().splitlines()
+    assert first == f"step 1/100: {WORDS}"
+    assert last.startswith("step 100/100: validation nll")
+    assert 5 <= len(between) <= 20
+    assert all(line.endswith(WORDS) for line in between)
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_a_terminal_that_cannot_go_back_gets_lines(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    assert isinstance(progress_for(Terminal()), LineProgress)
+
+
+def test_colours_that_are_asked_for_make_no_bar_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(progress_for(io.StringIO()), LineProgress)
+
+
+@pytest.mark.parametrize("coloured", [True, False])
+def test_a_bar_has_colours_unless_they_are_unwanted(coloured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not coloured:
+        monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    progress = progress_for(stream)
+    progress.start(0, 10, "training")
+    progress.advance(5)
+    progress.close()
+    shown = stream.getvalue()
+    assert "training" in shown
+    assert "5/10" in shown
+    assert bool(re.search(r"\x1b\[(3|38;5;)\d", shown)) == coloured
 
 
 def test_a_terminal_gets_a_bar_and_keeps_the_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
