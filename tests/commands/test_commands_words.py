@@ -75,11 +75,6 @@ def test_an_unknown_command_is_answered_with_a_near_one(capsys: pytest.CaptureFi
     assert "there is no command 'trian'; did you mean train?" in capsys.readouterr().err
 
 
-def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"auxkern {auxkern.__version__}\n"
-
-
 def test_public_names_are_there_without_torch_until_they_are_asked_for() -> None:
     assert all(getattr(auxkern, name) is not None for name in auxkern.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'cross_entropie'"):
