@@ -58,7 +58,7 @@ def page(record: _Record, pictures: dict[str, str], command: str) -> str:
         _over_data(record),
         "## Texts",
         *_texts(record),
-        *(part for other in record["others"] for part in _other(other)),
+        *(part for other in record["others"] for part in _other(other, record)),
         "## What is the same for all",
         _fairness(record),
         "## How it is counted",
@@ -325,8 +325,11 @@ def _beginning(text: str) -> str:
     return cell(text if len(text) <= _CUT else f"{text[:_CUT]} ...")
 
 
-def _other(record: _Record) -> Iterable[str]:
-    """A section about the same on other sentences."""
+def _other(record: _Record, first: _Record) -> Iterable[str]:
+    """A section about the same on other sentences, or with an auxiliary of another depth on the same."""
+    if record["preset"]["task_source"] == first["preset"]["task_source"]:
+        yield from _depth(record, first)
+        return
     size = record["preset"]["sizes"][-1]
     yield f"## On {_source(record)}"
     yield (
@@ -341,6 +344,32 @@ def _other(record: _Record) -> Iterable[str]:
     yield _results(record, NARROW)
     yield _arithmetic(record)
     yield from _texts(record)
+
+
+def _depth(record: _Record, first: _Record) -> Iterable[str]:
+    layers = record["preset"]["pairs"][LAST_LAYERS]["last_layers"]
+    yield f"## With a copy of the LM's last {layers} layers"
+    yield (
+        "The same on the same sentences, but for the depth of the auxiliary and what that costs. The rows of "
+        "the others are repeated."
+    )
+    deep = _row(record, HEADLINE)
+    others = [_row(first, name) for name in (HEADLINE, TUNED_LORA, TUNED_WHOLE)]
+    rows = []
+    for point in deep["points"]:
+        for label, found in (
+            (f"auxiliary tuning, last {layers} layers", point),
+            *((row["label"], _at(row, point["size"])) for row in others),
+        ):
+            accuracy = _with_interval(found["samples"][PLAIN], "accuracy", 3)
+            flops = f"{found['flops']['trained'] / 1e12:.1f}"
+            rows.append((f"{point['size']:,}", label, _steps(found), _nll(found), accuracy, flops))
+    yield table(("sentences", "", "best step", "test nll", "accuracy", "TFLOP trained"), rows)
+
+
+def _at(row: _Record, size: int) -> _Record:
+    point: _Record = next(one for one in row["points"] if one["size"] == size)
+    return point
 
 
 # ------------------------------------------------------------------------------------------- the rules
@@ -420,7 +449,7 @@ PAGE = Page(
     Path("docs/keyword.md"),
     {"training": plot_training, "data": plot_data},
     page,
-    "records of the same on other sentences, for sections of their own",
+    "records of the same on other sentences, or at another depth, for sections of their own",
 )
 
 if __name__ == "__main__":

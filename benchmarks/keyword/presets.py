@@ -107,9 +107,9 @@ class Preset:
         if self.rates.keys() != self.steps.keys():
             raise ValueError(f"rates are of {list(self.rates)} but steps of {list(self.steps)}; give both")
         for name, steps in self.steps.items():
-            if len(steps) != len(self.sizes) or not steps[-1]:
+            if len(steps) != len(self.sizes) or not any(steps):
                 raise ValueError(
-                    f"steps of {name!r} are {steps}; give a number for each of {self.sizes}, the last above 0"
+                    f"steps of {name!r} are {steps}; give a number for each of {self.sizes}, one above 0"
                 )
             if len(self.rates[name]) > 1 and not self.steps_of(name, self.tried_at):
                 raise ValueError(f"steps of {name!r} are {steps}: none at tried_at={self.tried_at}")
@@ -241,6 +241,15 @@ PRESETS = MappingProxyType(
             validation=1_000,
             test=2_000,
             samples=1_000,
+        ),
+        # The same data where it is little, with LoRA inside a copy of all layers: what the frozen half costs.
+        "deep": replace(
+            _CPU,
+            name="deep",
+            untrained=(PROMPTED,),
+            steps={HEADLINE: (12, 24, 0)},
+            rates={HEADLINE: _RATES[HEADLINE]},
+            pairs={LAST_LAYERS: {**_PAIRS[LAST_LAYERS], "last_layers": 30}},
         ),
         # Sentences that can be read, of 23 tokens each, at the rates that were best of WordNet's. By the same
         # estimate: states 110, 40 steps of last layers and 60 of LoRA 590, the rest 200: 15 minutes.

@@ -61,8 +61,8 @@ def study_record(preset: Preset, output: Path) -> dict[str, Any]:
             tried = trial_facts(preset, output, method.name)
             some = runs[method.name]
             row |= {
-                "trainable": some[preset.size][0]["trainable"],
-                "learning_rate": some[preset.size][0]["learning_rate"],
+                "trainable": some[max(some)][0]["trainable"],
+                "learning_rate": some[max(some)][0]["learning_rate"],
                 "tried": {f"{rate:g}": best_nll(facts) for rate, facts in tried.items()},
                 "points": [
                     _trained_point(found, keywords, shares.get((method.name, size), 0.0))

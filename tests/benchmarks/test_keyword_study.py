@@ -118,6 +118,7 @@ def test_presets_say_what_can_be_run() -> None:
         ({"tried_at": 200}, "tried_at=200"),
         ({"sizes": (100, 1_000, 1_000)}, "they must rise"),
         ({"steps": {**cpu.steps, HEADLINE: (12, 24)}}, r"steps of 'auxiliary' are \(12, 24\)"),
+        ({"steps": {**cpu.steps, HEADLINE: (0, 0, 0)}}, "one above 0"),
         ({"steps": {**cpu.steps, HEADLINE: (12, 0, 100)}}, "none at tried_at=1000"),
         ({"rates": {HEADLINE: (1e-3,)}}, "rates are of"),
     ):
@@ -470,7 +471,14 @@ def test_the_page_shows_the_records_numbers_and_others_beside(
     novels["preset"]["task_source"] = "austen"
     novels["command"] = "python -m benchmarks.keyword --preset austen"
     other.write_text(json.dumps(novels))
-    assert PAGE.main([str(file), str(other), "--page", str(tmp_path / "docs" / "study.md")]) == 0
+    deep, depth = copy.deepcopy(finished), tmp_path / "deep.json"
+    deep["preset"]["pairs"][LAST_LAYERS]["last_layers"] = 3
+    deep["rows"] = [row for row in deep["rows"] if row["name"] == HEADLINE]
+    deep["rows"][0]["points"] = deep["rows"][0]["points"][:1]
+    deep["rows"][0]["points"][0]["nll"] = 1.2345
+    depth.write_text(json.dumps(deep))
+    files = [str(file), str(other), str(depth)]
+    assert PAGE.main([*files, "--page", str(tmp_path / "docs" / "study.md")]) == 0
     text = (tmp_path / "docs" / "study.md").read_text()
     for row in finished["rows"]:
         point = row["points"][-1]
@@ -478,6 +486,10 @@ def test_the_page_shows_the_records_numbers_and_others_beside(
         assert f"{point['nll']:.3f} [" in text
         assert f"{point['samples'][PLAIN]['slor']:.2f} [" in text
     assert "## On sentences of Jane Austen's novels" in text
+    section = text.partition("## With a copy of the LM's last 3 layers")[2].partition("\n## ")[0]
+    assert "auxiliary tuning, last 3 layers" in section
+    assert "1.234 [" in section or "1.235 [" in section
+    assert section.count("fine-tuning the LM") == 1
     assert "    python -m benchmarks.keyword --preset austen\n" in text
     for name in PICTURES:
         assert f"(../study_{name}.png)" in text
