@@ -15,7 +15,7 @@ from auxkern.core.packed import STORED_COMPUTES, PackedWeight, check_compute
 from auxkern.core.terms import Head, Logits, Term, softcapped
 from auxkern.model.layers import row_products
 from auxkern.model.native import final_states, leave, native_refusal, use_native_kernels
-from auxkern.model.smollm2 import smollm2_folder
+from auxkern.model.smollm2 import set_start_and_end, smollm2_folder
 from auxkern.model.stored import StoredWeights
 from auxkern.nn import FrozenLinear
 from auxkern.ops.dense import dense_logits
@@ -162,10 +162,13 @@ def _check_narrow(compute: str, native: bool | None, elsewhere: bool) -> None:
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
     """The tokenizer of a base; arguments as in ``load_base``."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    return AutoTokenizer.from_pretrained(_folder(name_or_path), revision=revision or "main", **options)
+    source = {"revision": revision or "main", **({"gguf_file": gguf_file} if gguf_file else {})}
+    tokenizer = AutoTokenizer.from_pretrained(_folder(name_or_path), **source)
+    if gguf_file:
+        set_start_and_end(tokenizer, AutoConfig.from_pretrained(_folder(name_or_path), **source))
+    return tokenizer
 
 
 def freeze(lm: Any) -> Any:

