@@ -1,6 +1,6 @@
 """``python -m benchmarks.front``: the README's picture. Its table, one figure a row, ``page_tables`` writes.
 
-Both are made from committed records; a record of a machine that was not quiet is refused.
+Both are made from committed records. Times of a machine that was not quiet, and that scatter, are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from benchmarks.pages import table
 
 RESULTS = Path("benchmarks/results")
 PICTURE = RESULTS / "front.png"
-_UNQUIET = ("Noisy", "Busy")
 _CPU, _H100 = "two CPU cores", "an H100"
 
 
@@ -55,7 +54,7 @@ def figures() -> list[Figure]:
         ValueError: a record is of a machine that was busy or whose times were far apart.
     """
     return [
-        _loss("cpu", ("gpt2", "bfloat16"), "loss of two models' logits", _CPU, "eager", "bench-loss.md"),
+        _loss("cpu", ("gpt2", "bfloat16"), "loss of two models' logits, bfloat16", _CPU, "eager", "bench-loss.md"),
         _loss("cpu", ("gpt2", "bfloat16"), "the same", _CPU, "torch.compile", "bench-loss.md"),
         _loss(
             "linear_cpu", ("smollm2", "float32"), "loss of two heads", _CPU, "torch.compile", "bench-loss.md"
@@ -81,12 +80,23 @@ def _run(name: str) -> Any:
 
 
 def _case(name: str, wanted: Callable[[CaseResult], bool]) -> CaseResult:
-    """A quiet case of a run."""
     run: Run = _run(name)
-    case = next(one for one in run.cases if wanted(one))
-    if unquiet := [note for note in (*run.notes, *case.notes) if note.startswith(_UNQUIET)]:
-        raise ValueError(f"{RESULTS / name}.json is not for the front page: {unquiet[0]} Run it again.")
-    return case
+    return next(one for one in run.cases if wanted(one))
+
+
+def _times(name: str, case: CaseResult, kind: str, *compared: Result) -> list[float]:
+    """Seconds of a pass of each, where the machine was quiet and they do not scatter.
+
+    Args:
+        name: of the record.
+        kind: a key of ``PASSES``, or "draw".
+        compared: implementations.
+    """
+    words = {"forward_backward": "fwd + bwd", "draw": "draw"}[kind]
+    for note in case.notes:
+        if note.startswith("Busy") or any(f"{one.name} ({words})" in note for one in compared):
+            raise ValueError(f"{RESULTS / name}.json is not for the front page: {note} Run it again.")
+    return [one.passes[kind].time.median for one in compared]
 
 
 def _named(case: CaseResult, name: str) -> Result:
@@ -95,27 +105,24 @@ def _named(case: CaseResult, name: str) -> Result:
 
 def _loss(name: str, case_of: tuple[str, str], what: str, where: str, peer: str, page: str) -> Figure:
     case = _case(name, lambda case: (case.model, case.dtype) == case_of)
-    ours = min((one for one in case.results if one.ours), key=_step_seconds)
-    times = _step_seconds(_named(case, peer)) / _step_seconds(ours)
-    taken = [one.passes["forward_backward"].extra_bytes or 0 for one in (ours, _named(case, peer))]
+    kind = "forward_backward"
+    ours = min((one for one in case.results if one.ours), key=lambda one: one.passes[kind].time.median)
+    compared = (ours, _named(case, peer))
+    mine, other = _times(name, case, kind, *compared)
+    taken = [one.passes[kind].extra_bytes or 0 for one in compared]
     share = taken[0] / taken[1] if all(taken) else None  # memory is not known on every machine
-    said = f"{times:.1f} times faster" + ("" if share is None else f", {share:.0%} of its memory")
-    return Figure(f"{what}, forward and backward", where, peer, times, said, page, share)
-
-
-def _step_seconds(one: Result) -> float:
-    return one.passes["forward_backward"].time.median
+    said = f"{other / mine:.1f} times faster" + ("" if share is None else f", {share:.0%} of its memory")
+    return Figure(f"{what}, forward and backward", where, peer, other / mine, said, page, share)
 
 
 def _draw() -> Figure:
-    wanted = ("gpt2", 64, "top-k 50 + top-p 0.9")
-    case = _case("sample_cpu", lambda case: (case.model, case.N, case.filters) == wanted)
+    name, wanted = "sample_cpu", ("gpt2", 512, "top-k 50 + top-p 0.9")
+    case = _case(name, lambda case: (case.model, case.N, case.filters) == wanted)
     ours = next(one for one in case.results if one.ours)
-    times = _named(case, "eager").passes["draw"].time.median / ours.passes["draw"].time.median
-    peer = "Hugging Face's pipeline"
-    said = f"{times:.0f} times faster"
+    mine, other = _times(name, case, "draw", ours, _named(case, "eager"))
+    said, peer = f"{other / mine:.0f} times faster", "Hugging Face's pipeline"
     return Figure(
-        "a token for each of 64 rows, top-k and top-p", _CPU, peer, times, said, "bench-sampling.md"
+        "a token for each of 512 rows, top-k and top-p", _CPU, peer, other / mine, said, "bench-sampling.md"
     )
 
 

@@ -67,10 +67,16 @@ def _computes() -> str:
 def _recipe() -> str:
     """The keyword recipe's pair beside its base, its auxiliary and the reference sentences."""
     record = _record("keywords_cpu")
-    names = {"lm": "LM alone", "aux": "auxiliary alone", "pair": "pair", "reference": "reference sentences"}
+    names = {
+        "plain": "LM alone, told nothing",
+        "lm": "LM alone",
+        "aux": "auxiliary alone",
+        "pair": "pair",
+        "reference": "reference sentences",
+    }
     columns = ("nll", "perplexity", "contains_condition", "slor", "distinct_2")
     rows = [
-        [label, *(_number(record["results"][name][column]) for column in columns)]
+        [label, *(_number(record["results"][name].get(column)) for column in columns)]
         for name, label in names.items()
     ]
     head = ("", "Nll", "Perplexity", "Texts with the keyword", "SLOR", "Distinct-2")

@@ -49,6 +49,7 @@ def test_an_example_writes_the_sum(
     lm = tiny_lm_for(byte_tokenizer())
     tiny_pair("encoder-decoder", lm).save_pretrained("out/length")
     model = tiny_pair("own head", lm, auxiliary_config=DECODER)
+    model.load_auxiliary("length", "out/length")
     small, tuned = (tiny_lm_for(byte_tokenizer(), seed=seed, num_hidden_layers=2) for seed in (7, 8))
     names: dict[str, Any] = {"model": model, "text": TEXT, "small": small, "tuned_small": tuned}
     exec(compile(example, f"mixtures.md, {id}", "exec"), names)

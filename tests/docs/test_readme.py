@@ -1,4 +1,4 @@
-"""The front page is short, leads somewhere, and says no figure of a machine that was not quiet."""
+"""The front page is short, leads somewhere, and says no figure of times that scatter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ def test_its_snippets_are_few_and_its_table_short(monkeypatch: pytest.MonkeyPatc
     assert len(front.figures()) <= 10
 
 
-@pytest.mark.parametrize("note", ["Noisy: quartiles lie far apart.", "Busy: other programs kept a core."])
+@pytest.mark.parametrize(
+    "note",
+    [
+        "Noisy: quartiles lie far apart for floor (forward), eager (fwd + bwd).",
+        "Noisy: quartiles lie far apart for auxkern cpu, memory kept (fwd + bwd).",
+        "Busy: other programs kept a core.",
+    ],
+)
 def test_a_record_of_a_restless_machine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

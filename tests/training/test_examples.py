@@ -53,7 +53,6 @@ def test_empty_lines_count_for_nothing(tmp_path):
         (b'{"condition": "c", "text": "t", "label": 1}', "'label' is unknown"),
         (b'{"condition": 3, "text": "t"}', "condition must be a str, got int: 3"),
         (b'["c", "t"]', "got a list"),
-        (b'{"condition": "c", "text": "t"', "delimiter"),
         (b'{"condition": "c", "text": "\xff"}', "utf-8"),
     ],
 )
@@ -61,6 +60,13 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "examples.jsonl"
     path.write_bytes(b'{"condition": "c", "text": "t"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"examples\.jsonl, line 3: .*{message}"):
+        read_jsonl(path)
+
+
+def test_a_line_that_is_no_json_is_named_with_the_place(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    path.write_bytes(b'{"condition": "c", "text": "t"}\n{"condition": "c", "text": "t"\n')
+    with pytest.raises(ValueError, match=r"examples\.jsonl, line 2 is not JSON: .*delimiter at character 31;"):
         read_jsonl(path)
 
 
