@@ -31,7 +31,7 @@ class Figure:
         what: is done.
         where: on which machine.
         beside: what it is compared with; empty where the figure stands by itself.
-        times: how many times faster than that; None where the figure is no speed.
+        times: how many times as fast as that; None where the figure is no speed.
         said: the figure, as the table has it.
         memory: share of the other's memory beside the inputs, where both were measured.
         page: of docs/ that has the whole table.
@@ -54,7 +54,14 @@ def figures() -> list[Figure]:
         ValueError: a record is of a machine that was busy or whose times were far apart.
     """
     return [
-        _loss("cpu", ("gpt2", "bfloat16"), "loss of two models' logits, bfloat16", _CPU, "eager", "bench-loss.md"),
+        _loss(
+            "cpu",
+            ("gpt2", "bfloat16"),
+            "loss of two models' logits, bfloat16",
+            _CPU,
+            "eager",
+            "bench-loss.md",
+        ),
         _loss("cpu", ("gpt2", "bfloat16"), "the same", _CPU, "torch.compile", "bench-loss.md"),
         _loss(
             "linear_cpu", ("smollm2", "float32"), "loss of two heads", _CPU, "torch.compile", "bench-loss.md"
@@ -63,6 +70,7 @@ def figures() -> list[Figure]:
         _loss(
             "h100_linear_llama3", ("llama3", "bfloat16"), "the same", _H100, "Cut Cross-Entropy", "h100.md"
         ),
+        _loss("h100_linear_llama3", ("llama3", "bfloat16"), "the same", _H100, "compile, tuned", "h100.md"),
         _draw(),
         _texts(),
         _guidance(),
@@ -111,8 +119,9 @@ def _loss(name: str, case_of: tuple[str, str], what: str, where: str, peer: str,
     mine, other = _times(name, case, kind, *compared)
     taken = [one.passes[kind].extra_bytes or 0 for one in compared]
     share = taken[0] / taken[1] if all(taken) else None  # memory is not known on every machine
-    said = f"{other / mine:.1f} times faster" + ("" if share is None else f", {share:.0%} of its memory")
-    return Figure(f"{what}, forward and backward", where, peer, other / mine, said, page, share)
+    said = f"{other / mine:.1f} times as fast" + ("" if share is None else f", {share:.0%} of its memory")
+    shown = peer.replace("compile, tuned", "tuned torch.compile")
+    return Figure(f"{what}, forward and backward", where, shown, other / mine, said, page, share)
 
 
 def _draw() -> Figure:
@@ -120,7 +129,7 @@ def _draw() -> Figure:
     case = _case(name, lambda case: (case.model, case.N, case.filters) == wanted)
     ours = next(one for one in case.results if one.ours)
     mine, other = _times(name, case, "draw", ours, _named(case, "eager"))
-    said, peer = f"{other / mine:.0f} times faster", "Hugging Face's pipeline"
+    said, peer = f"{other / mine:.0f} times as fast", "Hugging Face's pipeline"
     return Figure(
         "a token for each of 512 rows, top-k and top-p", _CPU, peer, other / mine, said, "bench-sampling.md"
     )
@@ -164,7 +173,7 @@ def front_table() -> str:
 
 
 def draw(path: Path) -> None:
-    """Bars: how many times faster than each peer, on a logarithmic axis, and the share of its memory."""
+    """Bars: how many times as fast as each peer, on a logarithmic axis, and the share of its memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -178,15 +187,15 @@ def draw(path: Path) -> None:
         f"{one.what.removesuffix(', forward and backward')}\n{one.where}, beside {one.beside}"
         for one in shown
     ]
-    speed.barh(places, times, color="#1f6fb4", height=0.62)
+    speed.barh(places, [one - 1 for one in times], left=1, color="#1f6fb4", height=0.62)
     speed.set_xscale("log")
-    speed.set_xlim(0.9, 2.2 * max(times))
+    speed.set_xlim(0.6, 2.2 * max(times))
     speed.axvline(1, color="#7f7f7f", linewidth=1)
     speed.set_yticks(places, labels, fontsize=8)
-    speed.set_title("times faster", fontsize=10, loc="left")
+    speed.set_title("times as fast", fontsize=10, loc="left")
     memory.set_title("share of its memory", fontsize=10, loc="left")
     for place, one in zip(places, shown, strict=True):
-        speed.text(1.05 * (one.times or 1.0), place, f"{one.times:.1f}", va="center", fontsize=8)
+        speed.text(1.05 * max(one.times or 1.0, 1.0), place, f"{one.times:.1f}", va="center", fontsize=8)
         if one.memory is not None:
             memory.barh(place, one.memory, color="#2a8c82", height=0.62)
             memory.text(one.memory + 0.02, place, f"{one.memory:.0%}", va="center", fontsize=8)
