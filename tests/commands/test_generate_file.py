@@ -270,7 +270,8 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     # The file that says what the run is comes first, and needs some room too.
     named = output if room > 1000 else output.with_name("out.jsonl.run.json")
     assert f"{named}: " in said[0]
-    there = output.read_bytes()
+    # A run that could not begin leaves no file.
+    there = output.read_bytes() if output.exists() else b""
     assert there.endswith(b"\n") or not there
     assert set(there.decode().splitlines()) <= set(whole)
     assert len(there) > room * 0.7 or room < 1000
