@@ -193,7 +193,7 @@ _RATES = {
 #   test            11 runs and 2 untrained: 500 sentences 5 to 10, 150 texts 14 and their measures 6; 7 once
 #                   more with the other sampling: 490
 #   processes       22, of which each reads the base and the data: 6 each: 130; checkpoints: 50
-# Together 3,320: 55 minutes.
+# Together 3,320: 55 minutes. It took 3,970: steps of LoRA and fine-tuning are slower than this.
 _CPU = Preset(
     name="cpu",
     sizes=(100, 1_000, 6_400),
