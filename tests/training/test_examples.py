@@ -66,7 +66,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 def test_a_line_that_is_no_json_is_named_with_the_place(tmp_path):
     path = tmp_path / "examples.jsonl"
     path.write_bytes(b'{"condition": "c", "text": "t"}\n{"condition": "c", "text": "t"\n')
-    with pytest.raises(ValueError, match=r"examples\.jsonl, line 2 is not JSON: .*delimiter at character 32;"):
+    with pytest.raises(ValueError, match=r"examples\.jsonl, line 2 is not JSON: .* at character 32;"):
         read_jsonl(path)
 
 
