@@ -101,6 +101,7 @@ def _measured() -> Iterator[tuple[str, cases.Case, cases.Kernel]]:
                     yield target, case, kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "case", "kernel"),
     [

@@ -41,7 +41,13 @@ def run(
     )
 
 
-@pytest.mark.parametrize("name", FILES)
+# Left to the slow tests: the compiled code of the same kernels is executed in the quick ones.
+SLOW = ("test_filter_kernels.py", "test_mixed_heads.py", "test_draw_splits.py")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FILES]
+)
 def test_kernels_are_right_in_the_interpreter(name, tmp_path):
     run([name], "not slow", FILES[name], tmp_path / "report.xml", 600)
 
