@@ -6,19 +6,13 @@ Both are made from committed records. Times of a machine that was not quiet, and
 from __future__ import annotations
 
 import argparse
-import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from auxkern.bench import results
 from auxkern.bench.results import CaseResult, GenerateRun, Result, Run
-from auxkern.core.files import replace_file
-from benchmarks.pages import table
+from benchmarks.pages import RESULTS, committed, committed_run, save_figure, table
 
-RESULTS = Path("benchmarks/results")
 PICTURE = RESULTS / "front.png"
 _CPU, _H100 = "two CPU cores", "an H100"
 
@@ -78,17 +72,8 @@ def figures() -> list[Figure]:
     ]
 
 
-def _record(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _run(name: str) -> Any:
-    path = RESULTS / f"{name}.json"
-    return results.read(path.read_text(encoding="utf-8"), path)
-
-
 def _case(name: str, wanted: Callable[[CaseResult], bool]) -> CaseResult:
-    run: Run = _run(name)
+    run: Run = committed_run(name)
     return next(one for one in run.cases if wanted(one))
 
 
@@ -103,8 +88,12 @@ def _times(name: str, case: CaseResult, kind: str, *compared: Result) -> list[fl
     words = {"forward_backward": "fwd + bwd", "draw": "draw"}[kind]
     for note in case.notes:
         if note.startswith("Busy") or any(f"{one.name} ({words})" in note for one in compared):
-            raise ValueError(f"{RESULTS / name}.json is not for the front page: {note} Run it again.")
+            raise _unfit(name, note)
     return [one.passes[kind].time.median for one in compared]
+
+
+def _unfit(name: str, note: str) -> ValueError:
+    return ValueError(f"{RESULTS / name}.json is not for the front page: {note} Run it again.")
 
 
 def _named(case: CaseResult, name: str) -> Result:
@@ -137,7 +126,9 @@ def _draw() -> Figure:
 
 def _speeds(name: str) -> dict[tuple[str, int], float]:
     """Tokens/s by implementation and batch."""
-    run: GenerateRun = _run(name)
+    run: GenerateRun = committed_run(name)
+    if busy := next((note for note in run.notes if note.startswith("Busy")), None):
+        raise _unfit(name, busy)
     return {(one.implementation, one.batch): one.tokens / one.seconds for one in run.results}
 
 
@@ -161,7 +152,7 @@ def _guidance() -> Figure:
 
 
 def _recipe() -> Figure:
-    pair = _record("keywords_cpu")["results"]["pair"]
+    pair = committed("keywords_cpu")["results"]["pair"]
     said = f"{pair['contains_condition']:.0%} of texts hold their keyword, nll {pair['nll']:.2f}"
     return Figure("the quick start's auxiliary, minutes of training", _CPU, "", None, said, "bench-recipe.md")
 
@@ -204,9 +195,7 @@ def draw(path: Path) -> None:
     for axes in (speed, memory):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    image = io.BytesIO()
-    canvas.savefig(image, format="png", dpi=140)
-    replace_file(path, image.getvalue())
+    save_figure(canvas, path)
 
 
 def main(argv: list[str] | None = None) -> int:

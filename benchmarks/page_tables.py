@@ -7,7 +7,6 @@ them to the records.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -15,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from auxkern.bench import results, tables
+from auxkern.bench import tables
 from auxkern.bench.report import between_markers
 from auxkern.core.files import replace_file
 from benchmarks.front import front_table
-from benchmarks.pages import interval, table
+from benchmarks.pages import RESULTS, committed, committed_run, interval, table
 
-RESULTS = Path("benchmarks/results")
 DOCS, README = Path("docs"), Path("README.md")
 _MARKER = re.compile(r"<!-- bench:([a-z0-9_]+) -->")
 
@@ -40,25 +38,20 @@ def updated(text: str) -> str:
     return text
 
 
-def _record(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def _run(name: str) -> str:
     """The tables of a run of auxkern.bench."""
-    path = RESULTS / f"{name}.json"
-    return tables.markdown(results.read(path.read_text(encoding="utf-8"), path))
+    return tables.markdown(committed_run(name))
 
 
 def _scaling() -> str:
     from benchmarks.scaling import page_part  # imports what it measures
 
-    return page_part(_record("scaling_cpu"))
+    return page_part(committed("scaling_cpu"))
 
 
 def _computes() -> str:
     """What each arithmetic of the CPU's kernels does to the keyword recipe's pair."""
-    records = [_record(f"keywords_cpu_{compute}") for compute in ("float32", "bfloat16", "int8")]
+    records = [committed(f"keywords_cpu_{compute}") for compute in ("float32", "bfloat16", "int8")]
     rows = [[record["model"]["compute"], *_quality(record["results"])] for record in records]
     head = ("Compute", "Nll of the LM", "Nll of the pair", "Samples with the keyword")
     return f"{table(head, rows)}\n\n{_counted(records[0])}"
@@ -66,7 +59,7 @@ def _computes() -> str:
 
 def _recipe() -> str:
     """The keyword recipe's pair beside its base, its auxiliary and the reference sentences."""
-    record = _record("keywords_cpu")
+    record = committed("keywords_cpu")
     names = {
         "plain": "LM alone, told nothing",
         "lm": "LM alone",
@@ -110,7 +103,7 @@ def _made_by(record: dict[str, Any]) -> str:
 
 
 def _cached_states() -> str:
-    record = _record("cached_states_cpu")
+    record = committed("cached_states_cpu")
     rows = [
         [name, f"{one['seconds']:.1f}", str(one["forward passes of the base"])]
         for name, one in record["results"].items()
@@ -124,7 +117,7 @@ def _h100_right() -> str:
     rows = [
         [stage["name"], stage["summary"], f"[{name}.json](../{RESULTS}/{name}.json)"]
         for name in ("h100_tests", "h100_memcheck", "h100_racecheck")
-        for stage in _record(name)["stages"]
+        for stage in committed(name)["stages"]
     ]
     return table(("Stage of `python3 -m benchmarks.gpu`", "Result", "Record"), rows)
 
@@ -138,13 +131,13 @@ _WIDTHS = re.compile(r"(\d+)\+(\d+)")
 
 def _h100_calls() -> str:
     """The device's time of every call that tuning measured, with what was the default before."""
-    record = _record("h100_tuning")
+    record = committed("h100_tuning")
     rows = [
         [work, f"{1e3 * seconds:.3f}", _rate(work, seconds)]
         for choice in record["measured"].values()
         for work, seconds in zip(choice["works"], choice["seconds"], strict=True)
     ]
-    figures = next(s["figures"] for s in _record("h100")["stages"] if s["name"] == "ceilings")
+    figures = next(s["figures"] for s in committed("h100")["stages"] if s["name"] == "ceilings")
     ceilings = ", ".join(
         f"{name} {_per_second(one['rate'], '' if 'product' in name else 'B')}"
         for name, one in figures.items()
@@ -174,7 +167,7 @@ def _per_second(rate: float, unit: str) -> str:
 
 def _h100_tuned() -> str:
     """What tuning chose in place of defaults, and how long calls then take."""
-    record = _record("h100_tuning")
+    record = committed("h100_tuning")
     rows = []
     for name, choice in record["measured"].items():
         if choice["chosen"] is None:

@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from auxkern.bench import results
 from auxkern.bench.plot import SUFFIXES
 from auxkern.core.files import replace_file
 
 Record = dict[str, Any]
+RESULTS = Path("benchmarks/results")
+
+
+def committed(name: str) -> Any:
+    """A committed record: what is in its JSON file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def committed_run(name: str) -> Any:
+    """A committed record of auxkern.bench, as ``auxkern.bench.results.read`` gives it."""
+    path = RESULTS / f"{name}.json"
+    return results.read(path.read_text(encoding="utf-8"), path)
 
 
 @dataclass(frozen=True)

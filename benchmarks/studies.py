@@ -19,9 +19,9 @@ from auxkern.core.files import replace_file
 from auxkern.terminal import INTERRUPTED, command_parser, positive
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import duration
+from benchmarks.shared import record_head, write_json
 
 FACTS = "facts.json"  # in the folder of a job, written when it is complete
-RESULTS = Path("benchmarks") / "results"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -79,12 +79,47 @@ def take_own_threads() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def run_study(
+    module: str,
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    stages: Sequence[tuple[Sequence[str], bool]],
+    facts_of: Callable[[Path, str], Path],
+    kind: str,
+    results: Callable[[], dict[str, Any]],
+) -> int:
+    """Does what is left of a study, and writes its record.
+
+    Args:
+        module, options, stages, facts_of: as of ``run_stages``.
+        arguments: that were typed.
+        kind: of the record.
+        results: of all jobs, once they are done.
+
+    Returns:
+        0; 1 if a job failed.
+    """
+    began = time.monotonic()
+    if not run_stages(module, options, stages, facts_of):
+        return 1
+    seconds = time.monotonic() - began
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = {
+        **record_head(kind, f"python -m {module}", arguments, device),
+        "seconds of this command": round(seconds),
+        **results(),
+    }
+    path = options.json or options.output / f"{module.rpartition('.')[2]}.json"
+    write_json(path, record)
+    print(f"wrote {path} after {duration(seconds)}")
+    return 0
+
+
 def run_stages(
     module: str,
     options: argparse.Namespace,
     stages: Sequence[tuple[Sequence[str], bool]],
     facts_of: Callable[[Path, str], Path],
-    more: Sequence[str] = (),
 ) -> bool:
     """Does the jobs that are not done yet, a stage after the other, until one fails.
 
@@ -93,7 +128,6 @@ def run_stages(
         options: of ``study_parser``.
         stages: jobs, and whether some of them may run at a time.
         facts_of: of output folder and job, the file that says that it is done.
-        more: arguments for every job.
 
     Returns:
         Whether all are done.
@@ -101,7 +135,7 @@ def run_stages(
 
     def command_of(job: str) -> list[str]:
         command = [sys.executable, "-m", module, "--preset", options.preset, "--run", job]
-        return [*command, "--output", str(options.output), *more]
+        return [*command, "--output", str(options.output)]
 
     at_a_time = options.jobs or (1 if torch.cuda.is_available() else 2)
     for jobs, together in stages:

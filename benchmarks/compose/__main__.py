@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from auxkern.training.progress import duration, progress_for
+from auxkern.training.progress import progress_for
 from benchmarks.compose.jobs import STATES, do_job, facts_of, training_jobs, writing_jobs
 from benchmarks.compose.presets import PRESETS
 from benchmarks.compose.record import KIND, study_record
 from benchmarks.keyword.runs import Workplace
-from benchmarks.shared import record_head, write_json
-from benchmarks.studies import run_stages, study_parser, study_status, take_own_threads
+from benchmarks.studies import run_study, study_parser, study_status, take_own_threads
 
 _MODULE = "benchmarks.compose"
 _ABOUT = "Keyword and length auxiliaries trained apart and composed, beside one that was trained on both."
@@ -47,21 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             place = Workplace.open(preset.keyword, options.output)
             do_job(preset, place, options.run, progress_for())
             return 0
-        began = time.monotonic()
         stages = (((STATES,), False), (training_jobs(preset), True), (writing_jobs(preset), True))
-        if not run_stages(_MODULE, options, stages, facts_of):
-            return 1
-        seconds = time.monotonic() - began
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        record = {
-            **record_head(KIND, parser.prog, arguments, device),
-            "seconds of this command": round(seconds),
-            **study_record(preset, options.output),
-        }
-        path = options.json or options.output / "compose.json"
-        write_json(path, record)
-        print(f"wrote {path} after {duration(seconds)}")
-        return 0
+        results = partial(study_record, preset, options.output)
+        return run_study(_MODULE, options, arguments, stages, facts_of, KIND, results)
 
     return study_status(parser.prog, work)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from auxkern.training.progress import duration, progress_for
+from auxkern.training.progress import progress_for
 from benchmarks.keyword.jobs import do_job, facts_of, stages
 from benchmarks.keyword.presets import PRESETS
 from benchmarks.keyword.record import KIND, study_record
 from benchmarks.keyword.runs import Workplace
-from benchmarks.shared import record_head, write_json
-from benchmarks.studies import run_stages, study_parser, study_status, take_own_threads
+from benchmarks.studies import run_study, study_parser, study_status, take_own_threads
 
 _MODULE = "benchmarks.keyword"
 _ABOUT = "Auxiliary tuning and its alternatives on the keyword task."
@@ -48,20 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             take_own_threads()
             do_job(Workplace.open(preset, options.output), options.run, progress_for())
             return 0
-        began = time.monotonic()
-        if not run_stages(_MODULE, options, stages(preset), facts_of):
-            return 1
-        seconds = time.monotonic() - began
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        record = {
-            **record_head(KIND, parser.prog, arguments, device),
-            "seconds of this command": round(seconds),
-            **study_record(preset, options.output),
-        }
-        path = options.json or options.output / "keyword.json"
-        write_json(path, record)
-        print(f"wrote {path} after {duration(seconds)}")
-        return 0
+        results = partial(study_record, preset, options.output)
+        return run_study(_MODULE, options, arguments, stages(preset), facts_of, KIND, results)
 
     return study_status(parser.prog, work)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import front
+from benchmarks import front, pages
 from tests.docs.pages import README, fences, prose
 from tests.support.launching import ROOT
 
@@ -42,11 +42,11 @@ def test_its_snippets_are_few_and_its_table_short(monkeypatch: pytest.MonkeyPatc
 def test_a_record_of_a_restless_machine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = json.loads((ROOT / front.RESULTS / "cpu.json").read_text(encoding="utf-8"))
+    record = json.loads((ROOT / pages.RESULTS / "cpu.json").read_text(encoding="utf-8"))
     for case in record["cases"]:
         case["notes"] = [note]
     (tmp_path / "cpu.json").write_text(json.dumps(record))
-    monkeypatch.setattr(front, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
     monkeypatch.setattr(front, "PICTURE", tmp_path / "front.png")
     with pytest.raises(SystemExit) as ended:
         front.main([])
