@@ -1,4 +1,4 @@
-"""What commands share: the exit status of Ctrl-C, a parser, kinds of arguments, the console."""
+"""What commands share: exit status of Ctrl-C, a parser, kinds of arguments, errors in words, a console."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import itertools
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+_ERRNO = re.compile(r"^\[Errno \d+\] ")
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -129,6 +131,13 @@ def output_file(name: str) -> Path:
     if problem:
         raise argparse.ArgumentTypeError(f"{problem}; give a file name")
     return path
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, on one line, and without the number that the system has for it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(_ERRNO.sub("", str(error)).split())
 
 
 def _writable(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from auxkern.core.files import replace_file
-from auxkern.terminal import INTERRUPTED, command_parser, positive
+from auxkern.terminal import INTERRUPTED, command_parser, positive, sentence
 from auxkern.training.loop import TrainingInterrupted
 from auxkern.training.progress import duration
 from benchmarks.shared import record_head, write_json
@@ -63,7 +63,7 @@ def study_status(prog: str, work: Callable[[], int]) -> int:
     try:
         return work()
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {sentence(error)}", file=sys.stderr)
         return 2
     except TrainingInterrupted as stop:
         print(f"{prog}: {stop}", file=sys.stderr)

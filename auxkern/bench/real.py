@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print("loading SmolLM2-135M (the first time it is converted, about a minute)", file=sys.stderr)
         batch = real_batch(options.wordnet, options.n // T, device)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

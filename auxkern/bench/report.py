@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 from auxkern.bench import results
 from auxkern.core.files import replace_file
+from auxkern.terminal import command_parser, output_file, sentence
+
+_EPILOG = "Exit status: 0; 2 for bad options, or a file that cannot be read, drawn or updated.\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,14 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     ``argv`` are the arguments after the program's name; None: those of the process. Returns 0, or 2 if a
     file cannot be read, drawn or updated.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m auxkern.bench.report",
-        description="Render the JSON of a benchmark run. Without options it prints the tables.",
-        allow_abbrev=False,
-    )
+    about = "Render the JSON of a benchmark run. Without options it prints the tables."
+    parser = command_parser("python -m auxkern.bench.report", about, _EPILOG)
     parser.add_argument("file", type=Path, help="JSON written by a benchmark's --json")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (.png or .svg)")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw it (.png or .svg)")
     put = "put the Markdown table between markers there"
     parser.add_argument("--update", type=Path, metavar="FILE.md", help=put)
     parser.add_argument("--name", help="the markers are <!-- bench:NAME --> and <!-- /bench:NAME -->")
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"{parser.prog}: {error}; pip install 'auxkern[bench]'", file=sys.stderr)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {sentence(error)}", file=sys.stderr)
     else:
         return 0
     return 2

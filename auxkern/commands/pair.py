@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +15,8 @@ from auxkern.core.packed import COMPUTES
 from auxkern.core.seeds import mixed_seed
 from auxkern.machine import machine_facts, version
 from auxkern.model.text import Example
-from auxkern.terminal import INTERRUPTED, device_from, finite
+from auxkern.terminal import INTERRUPTED, device_from, finite, sentence
 from auxkern.training.settings import DTYPES
-
-_ERRNO = re.compile(r"^\[Errno \d+\] ")
 
 
 class Continuation(NamedTuple):
@@ -68,13 +64,6 @@ def run(prog: str, work: Callable[[], int]) -> int:
         return 2
 
 
-def sentence(error: Exception) -> str:
-    """What an error says, on one line, and without the number that the system has for it."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(_ERRNO.sub("", str(error)).split())
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the bars and warnings of transformers, which would break up ours.
@@ -113,18 +102,11 @@ def load_pair(
         OSError, ValueError: there is no such model or base, it is damaged, or the base is another one.
     """
     from auxkern.model import open_pair
-    from auxkern.model.saving import HUB_NAME, pair_config
 
     device = device_from(parser, options.device)
-    config: Any = pair_config(options.model)
-    base = options.base or config.base_model_name_or_path
-    here = base is None or "/" not in base or base.startswith("pip:") or Path(base).is_dir()
-    if not here and not HUB_NAME.fullmatch(base):
-        raise ValueError(f"the base {base} is no folder here; if it has moved, pass --base NAME")
     return open_pair(
         options.model,
-        config=config,
-        base=base,
+        base=options.base,
         device=device,
         dtype=options.dtype,
         compute=options.compute,

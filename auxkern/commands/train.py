@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from auxkern.commands.pair import quiet, sentence
+from auxkern.commands.pair import quiet
 from auxkern.commands.ranks import Launched
 from auxkern.core.seeds import mixed_seed
 from auxkern.evaluation.diagnosis import Run, diagnosis
@@ -31,7 +31,7 @@ from auxkern.model.config import trained_on_top_of
 from auxkern.model.saving import pair_config
 from auxkern.model.text import IGNORED, Example, TextFormat
 from auxkern.tasks.registry import load_task
-from auxkern.terminal import INTERRUPTED, command_parser, input_file
+from auxkern.terminal import INTERRUPTED, command_parser, input_file, sentence
 from auxkern.training import checkpoint
 from auxkern.training.defaults import Plan, plan_for
 from auxkern.training.examples import (

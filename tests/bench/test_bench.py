@@ -446,7 +446,9 @@ def test_report_refuses_what_it_cannot_do(tmp_path, capsys):
     assert report.main(arguments) == 2
     assert "<!-- bench:cpu -->" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "no markers\n"
+    capsys.readouterr()
     assert report.main([str(tmp_path / "missing.json")]) == 2
+    assert capsys.readouterr().err.endswith("missing.json: No such file or directory\n")
     with pytest.raises(SystemExit):
         report.main(arguments[:3])
 
@@ -532,6 +534,17 @@ def test_real_needs_a_whole_sentence(capsys):
     with pytest.raises(SystemExit):
         real.main(["--n", "3", "--device", "cpu"])
     assert "one sentence" in capsys.readouterr().err
+
+
+def test_more_sentences_than_there_are_is_one_line(monkeypatch, capsys):
+    def few(wordnet, B, device):
+        raise ValueError(f"{wordnet} has 7 fitting sentences but {B} are asked for; lower --n")
+
+    monkeypatch.setattr(real, "real_batch", few)
+    assert real.main(["--n", "800", "--device", "cpu"]) == 2
+    assert (
+        "has 7 fitting sentences but 50 are asked for; lower --n" in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_real_compares_shifted_and_padded_rows_with_float64():

@@ -157,7 +157,8 @@ def test_a_base_that_moved_is_found_by_option(
     (tmp_path / "pair" / "config.json").write_text(json.dumps(config))
     shutil.copytree(folder.parent / "base", moved)
     assert generate.main([str(tmp_path / "pair"), "--condition", "w1"]) == 2
-    assert f"{tmp_path / 'gone'} is no folder here; if it has moved, pass --base" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'gone'}; if it has moved, pass base (--base NAME)" in said
     assert run(tmp_path / "pair", "--base", str(moved), "--max-new-tokens", "5") == expected
 
 

@@ -41,7 +41,9 @@ WRONG = {
     f"{GENERATE} --number many": "argument --number: many is not a whole number of at least 1",
     f"{GENERATE} --top-p 2": "top_p is 2.0; it must lie in [0.0, 1.0]",
     f"{GENERATE} --bath-size 2": "unrecognized arguments: --bath-size; did you mean --batch-size?",
+    f"{TRAIN} {LAST} --base ./none": "the base './none' cannot be loaded: there is no folder ./none",
     f"{GENERATE} --base folder": "the base 'folder' cannot be loaded",
+    f"{GENERATE} --base a/b/c": "the base 'a/b/c' cannot be loaded: there is no folder a/b/c; if it has",
     f"{GENERATE} --json folder": "argument --json: folder is a folder; give a file name",
     f"{GENERATE} --json sealed/x": "sealed; name another folder",
     "generate pair --input none.jsonl --output o": "--input none.jsonl does not exist; name a file with a re",
@@ -106,6 +108,17 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     assert WRONG[command] in refusal(command, capsys)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_a_folder_for_states_that_is_none_is_refused_before_they_are_computed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    command = f"{TRAIN} {LAST} --cache-states --states-folder data.jsonl/x"
+    assert cli.main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert f"states_folder is data.jsonl/x, but nothing can be written to {place}/data.jsonl; name" in said
+    assert not (place / "out").exists()
 
 
 # ------------------------------------------------------------------------------------- no auxiliary yet
