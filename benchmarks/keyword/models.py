@@ -9,23 +9,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 import auxkern
 from auxkern.core.seeds import mixed_seed
 from auxkern.core.terms import Head
 from auxkern.model import AuxTunedForCausalLM, use_native_kernels
-from auxkern.model.base import cache_argument, freeze, positions_of
+from auxkern.model.base import freeze
 from auxkern.model.native import native_refusal
-from auxkern.model.prefix import PrefixStates, read_behind
 from auxkern.model.text import IGNORED
 from benchmarks.keyword.presets import Preset
 
 BASE_PROMPT = " {condition}:"  # how a base is told the keyword, behind examples that are told theirs so
 # A word within a sentence has a space before it; with one before the text it has it everywhere.
 WORDING = {"condition_template": " {condition}", "text_prefix": " "}
-_ROWS = 16  # that a fine-tuned LM reads at a time: rows of like length have less padding
 
 
 def new_pair(
@@ -55,7 +52,8 @@ def silent_pair(lm: Any, prefix: Sequence[int] = ()) -> AuxTunedForCausalLM:
 class FineTunedLM(nn.Module):
     """A language model that is trained itself, whole or through LoRA, behind a prompt that it reads too.
 
-    The prompt is read once for a batch, and gradients go through it. Layers train in bfloat16 mixed
+    The prompt and all texts of a batch are one row, in which a text sees the prompt and itself: nothing is
+    padded, the prompt is read once, and gradients go through it. Layers train in bfloat16 mixed
     precision, with weights, head and loss in float32. ``state_dict()`` holds what is trained.
 
     Args:
@@ -86,15 +84,9 @@ class FineTunedLM(nn.Module):
         object.__setattr__(self, "_whole", whole)
         trained = {name: one for name, one in lm.named_parameters() if one.requires_grad}
         self.trained = nn.ParameterDict({name.replace(".", "-"): one for name, one in trained.items()})
-        self._kept: PrefixStates | None = None
 
     causal_lm: Any
     _whole: Any
-
-    def train(self, mode: bool = True) -> FineTunedLM:
-        self._kept = None
-        self.causal_lm.train(mode)
-        return super().train(mode)
 
     def forward(
         self,
@@ -105,38 +97,15 @@ class FineTunedLM(nn.Module):
         **_: Any,
     ) -> CausalLMOutput:
         """The summed nll of the labels (B, T), over ``num_items_in_batch``; the keyword is in the ids."""
-        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        states, targets = [], []
+        kept = attention_mask.bool()
+        packed = _packed(self.prefix, input_ids, kept)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.training):
-            prefix = self._prefix_states(input_ids.device)
-            for rows in attention_mask.sum(1).argsort(stable=True).split(_ROWS):
-                read = read_behind(prefix, input_ids[rows], attention_mask[rows], self._run, keeps=False)
-                scored = target[rows] != IGNORED
-                states.append(read.outputs[0][scored].float())
-                targets.append(target[rows][scored])
-        head = Head(torch.cat(states), self.causal_lm.get_output_embeddings().weight)
-        loss = auxkern.cross_entropy(
-            [head], torch.cat(targets), reduction="sum", normalizer=num_items_in_batch
-        )
+            states = self.causal_lm.base_model(**packed, use_cache=False).last_hidden_state[0]
+        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[kept]
+        scored = target != IGNORED
+        head = Head(states[len(self.prefix) :][scored].float(), self.causal_lm.get_output_embeddings().weight)
+        loss = auxkern.cross_entropy([head], target[scored], reduction="sum", normalizer=num_items_in_batch)
         return CausalLMOutput(loss=loss)
-
-    def _prefix_states(self, device: torch.device) -> PrefixStates:
-        """Of the prompt; while nothing is trained they stay the same."""
-        if self._kept is not None:
-            return self._kept
-        ids, cache = torch.tensor([self.prefix], device=device), DynamicCache()
-        self._run(ids, torch.ones_like(ids), cache)
-        states = PrefixStates([(layer.keys, layer.values) for layer in cache.layers])
-        if not self.training:
-            self._kept = states
-        return states
-
-    def _run(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[tuple[Tensor], Any]:
-        """Final hidden states (B, T, D) of ids (B, T) behind what is in the cache, to which it adds."""
-        body = self.causal_lm.base_model
-        known = {cache_argument(body): cache, "position_ids": positions_of(mask, ids.shape[1])}
-        output = body(input_ids=ids, attention_mask=mask, use_cache=True, **known)
-        return (output.last_hidden_state,), cache
 
     def merged(self) -> Any:
         """The causal LM as it is now, to write texts with; it can be trained no more."""
@@ -145,6 +114,30 @@ class FineTunedLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_model(self, str(Path(folder) / "model.safetensors"))
+
+
+def _packed(prefix: Sequence[int], ids: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """One row of the prefix and all texts, none of which sees another one.
+
+    Args:
+        prefix: ids before every text, P of them.
+        ids: (B, T) texts.
+        kept: (B, T) whether each is one of a text's own.
+
+    Returns:
+        input_ids and position_ids (1, P + N), and attention_mask (1, 1, P + N, P + N).
+    """
+    before = torch.tensor(prefix, dtype=torch.int64, device=ids.device)
+    row, column = kept.nonzero(as_tuple=True)
+    first = kept.int().argmax(1)
+    positions = torch.cat([torch.arange(len(before), device=ids.device), len(before) + column - first[row]])
+    owner = torch.cat([torch.full_like(before, -1), row])
+    seen = ((owner == owner[:, None]) | (owner == -1)).tril()
+    return {
+        "input_ids": torch.cat([before, ids[kept]])[None],
+        "position_ids": positions[None],
+        "attention_mask": seen[None, None],
+    }
 
 
 def new_fine_tuned(preset: Preset, lm: Any, prefix: Sequence[int], seed: int, *, lora: bool) -> FineTunedLM:

@@ -11,7 +11,9 @@ from auxkern.training.progress import duration
 from benchmarks.keyword.measuring import PART
 from benchmarks.keyword.plot import plot_data, plot_training
 from benchmarks.keyword.presets import (
+    ALL_LAYERS,
     DECODER,
+    DEEP,
     HEADLINE,
     LAST_LAYERS,
     PAPER,
@@ -56,9 +58,10 @@ def page(record: _Record, pictures: dict[str, str], command: str) -> str:
         "## Over the amount of data",
         f"![test nll and accuracy over the number of training sentences]({pictures['data']})",
         _over_data(record),
+        *_depth(record),
         "## Texts",
         *_texts(record),
-        *(part for other in record["others"] for part in _other(other, record)),
+        *(part for other in record["others"] for part in _other(other)),
         "## What is the same for all",
         _fairness(record),
         "## How it is counted",
@@ -78,8 +81,14 @@ def _has(record: _Record, *names: str) -> bool:
     return {*names} <= {row["name"] for row in record["rows"]}
 
 
+def _whole(record: _Record) -> list[_Record]:
+    """The rows with a point at the study's own size; those of methods for less data have none."""
+    size = record["preset"]["sizes"][-1]
+    return [row for row in record["rows"] if _last(row).get("size", size) == size]
+
+
 def _last(row: _Record) -> _Record:
-    """A row's point at the study's own size."""
+    """A row's point at its largest size."""
     point: _Record = row["points"][-1]
     return point
 
@@ -135,13 +144,17 @@ def _bars(record: _Record) -> Iterable[Sequence[str]]:
             f"{_accuracy(ours):.3f} and {_accuracy(theirs):.3f}: {_signed(accuracy)}",
             _holds(accuracy["difference"] >= 0),
         )
-    for one in compared.get("full", []):
-        if one["size"] <= _FEW:
-            yield (
-                f"with {one['size']:,} sentences, nll below fine-tuning's",
-                _signed(one),
-                _holds(one["difference"] < 0),
-            )
+    for label, one in _with_few(record):
+        yield (f"{label}, nll below fine-tuning's", _signed(one), _holds(one["difference"] < 0))
+
+
+def _with_few(record: _Record) -> Iterable[tuple[str, _Record]]:
+    """What is compared with fine-tuning where data is little, and how."""
+    layers = record["preset"]["pairs"]
+    for name, pair in ((HEADLINE, LAST_LAYERS), (DEEP, ALL_LAYERS)):
+        for one in record["comparisons"].get("full", {}).get(name, []):
+            if one["size"] <= _FEW:
+                yield f"{one['size']:,} sentences, {layers[pair]['last_layers']} layers", one
 
 
 def _holds(does: bool) -> str:
@@ -163,7 +176,7 @@ def _reading(record: _Record) -> Iterable[str]:
         )
     lower = [
         f"{row['label']} ({_last(row)['nll']:.3f})"
-        for row in record["rows"]
+        for row in _whole(record)
         if row["name"] != HEADLINE and _last(row)["nll"] < ours["nll"]
     ]
     if lower:
@@ -199,9 +212,8 @@ def _compared(record: _Record) -> Iterable[tuple[str, Sequence[float], float]]:
     if "lora" in compared:
         yield "the nll's difference from LoRA's", compared["lora"]["nll"]["interval"], _NLL
         yield "the accuracy's from LoRA's", compared["lora"]["accuracy"]["interval"], 0.0
-    for one in compared.get("full", []):
-        if one["size"] <= _FEW:
-            yield f"the nll's from fine-tuning's with {one['size']:,} sentences", one["interval"], 0.0
+    for label, one in _with_few(record):
+        yield f"the nll's from fine-tuning's with {label}", one["interval"], 0.0
 
 
 # -------------------------------------------------------------------------------------------- tables
@@ -210,7 +222,7 @@ def _compared(record: _Record) -> Iterable[tuple[str, Sequence[float], float]]:
 def _results(record: _Record, way: str) -> str:
     """A table of all methods at the study's own size."""
     rows = []
-    for row in [*record["rows"], None]:
+    for row in [*_whole(record), None]:
         label = "reference sentences" if row is None else row["label"]
         samples = record["references"] if row is None else _last(row)["samples"]
         if way not in samples:
@@ -250,7 +262,7 @@ def _with_interval(found: _Record, name: str, digits: int) -> str:
 
 def _arithmetic(record: _Record) -> str:
     rows = []
-    for row in record["rows"]:
+    for row in _whole(record):
         if "trainable" not in row:
             continue
         flops = _last(row)["flops"]
@@ -301,6 +313,19 @@ def _over_data(record: _Record) -> str:
     return table(head, rows)
 
 
+def _depth(record: _Record) -> Iterable[str]:
+    """Why there are auxiliaries of two depths."""
+    if _has(record, DEEP):
+        pairs = record["preset"]["pairs"]
+        few, every = (pairs[name]["last_layers"] for name in (LAST_LAYERS, ALL_LAYERS))
+        yield (
+            f"With few sentences there are few steps, and training a copy of all {every} layers is cheap: "
+            f"what the layers below the last {few} could learn is worth more nll than their arithmetic. The "
+            "logits of such a copy take the place of the LM's own: it is LoRA in a second LM, with a "
+            "pointer, and the frozen one is there for other auxiliaries."
+        )
+
+
 # ---------------------------------------------------------------------------------------------- texts
 
 
@@ -316,7 +341,7 @@ def _texts(record: _Record) -> Iterable[str]:
                 row["label"],
                 *(_beginning(_last(row)["samples"][way]["texts"][keyword]) for way in (PLAIN, NARROW)),
             )
-            for row in record["rows"]
+            for row in _whole(record)
         ]
         yield f"**{cell(keyword)}**\n\n{table(('', PLAIN, NARROW), rows)}"
 
@@ -325,11 +350,8 @@ def _beginning(text: str) -> str:
     return cell(text if len(text) <= _CUT else f"{text[:_CUT]} ...")
 
 
-def _other(record: _Record, first: _Record) -> Iterable[str]:
-    """A section about the same on other sentences, or with an auxiliary of another depth on the same."""
-    if record["preset"]["task_source"] == first["preset"]["task_source"]:
-        yield from _depth(record, first)
-        return
+def _other(record: _Record) -> Iterable[str]:
+    """A section about the same on other sentences."""
     size = record["preset"]["sizes"][-1]
     yield f"## On {_source(record)}"
     yield (
@@ -344,32 +366,6 @@ def _other(record: _Record, first: _Record) -> Iterable[str]:
     yield _results(record, NARROW)
     yield _arithmetic(record)
     yield from _texts(record)
-
-
-def _depth(record: _Record, first: _Record) -> Iterable[str]:
-    layers = record["preset"]["pairs"][LAST_LAYERS]["last_layers"]
-    yield f"## With a copy of the LM's last {layers} layers"
-    yield (
-        "The same on the same sentences, but for the depth of the auxiliary and what that costs. The rows of "
-        "the others are repeated."
-    )
-    deep = _row(record, HEADLINE)
-    others = [_row(first, name) for name in (HEADLINE, TUNED_LORA, TUNED_WHOLE)]
-    rows = []
-    for point in deep["points"]:
-        for label, found in (
-            (f"auxiliary tuning, last {layers} layers", point),
-            *((row["label"], _at(row, point["size"])) for row in others),
-        ):
-            accuracy = _with_interval(found["samples"][PLAIN], "accuracy", 3)
-            flops = f"{found['flops']['trained'] / 1e12:.1f}"
-            rows.append((f"{point['size']:,}", label, _steps(found), _nll(found), accuracy, flops))
-    yield table(("sentences", "", "best step", "test nll", "accuracy", "TFLOP trained"), rows)
-
-
-def _at(row: _Record, size: int) -> _Record:
-    point: _Record = next(one for one in row["points"] if one["size"] == size)
-    return point
 
 
 # ------------------------------------------------------------------------------------------- the rules
@@ -449,7 +445,7 @@ PAGE = Page(
     Path("docs/keyword.md"),
     {"training": plot_training, "data": plot_data},
     page,
-    "records of the same on other sentences, or at another depth, for sections of their own",
+    "records of the same on other sentences, for sections of their own",
 )
 
 if __name__ == "__main__":

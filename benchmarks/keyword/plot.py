@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.keyword.presets import (
     ALONE,
     DECODER,
+    DEEP,
     HEADLINE,
     PAPER,
     PROMPTED,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Colour and marker of each method: one hue for auxiliary tuning, others for its alternatives.
 _STYLES = {
     HEADLINE: ("#08519c", "o"),
+    DEEP: ("#1b9e9e", "D"),
     DECODER: ("#6baed6", "^"),
     PAPER: ("#9e9ac8", "v"),
     TUNED_LORA: ("#c8102e", "s"),
@@ -46,7 +48,7 @@ def plot_training(record: dict[str, Any], path: Path) -> None:
     size, sentences = record["preset"]["sizes"][-1], record["preset"]["sentences"]
     figure, (left, right) = two_panels(f"Keyword task, {size:,} sentences: what training brings")
     for row in record["rows"]:
-        if row["name"] not in _STYLES:
+        if row["name"] not in _STYLES or row["points"][-1]["size"] != size:
             continue
         point, (colour, marker) = row["points"][-1], _STYLES[row["name"]]
         # Before the first step an nll may be known: a logarithmic axis has no place for it.

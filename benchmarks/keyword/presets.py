@@ -32,11 +32,12 @@ class Method:
         return self.kind not in (PROMPT, LM)
 
 
-HEADLINE, DECODER, PAPER, PROMPTED, ALONE = "auxiliary", "decoder", "paper", "prompt", "lm"
-TUNED_LORA, TUNED_WHOLE = "lora", "full"
-LAST_LAYERS = "last-layers"
+HEADLINE, DEEP, DECODER, PAPER = "auxiliary", "deep", "decoder", "paper"
+TUNED_LORA, TUNED_WHOLE, PROMPTED, ALONE = "lora", "full", "prompt", "lm"
+LAST_LAYERS, ALL_LAYERS = "last-layers", "all-layers"
 METHODS = (
     Method(name=HEADLINE, label="auxiliary tuning, last layers", kind=PAIR, pair=LAST_LAYERS),
+    Method(name=DEEP, label="auxiliary tuning, all layers", kind=PAIR, pair=ALL_LAYERS),
     Method(name=DECODER, label="auxiliary tuning, small decoder", kind=PAIR, pair=DECODER),
     Method(name=PAPER, label="the paper's form, no prompt", kind=PAIR, pair=DECODER, told=False),
     Method(name=TUNED_LORA, label="LoRA (PEFT)", kind=LORA),
@@ -169,46 +170,39 @@ def decoder_pair(
     }
 
 
+_LAYERS = {"architecture": "last-layers", "lora_rank": 16, "pointer": True}
 _PAIRS = {
-    LAST_LAYERS: {"architecture": LAST_LAYERS, "last_layers": 15, "lora_rank": 16, "pointer": True},
+    LAST_LAYERS: {**_LAYERS, "last_layers": 15},
+    ALL_LAYERS: {**_LAYERS, "last_layers": 30},
     DECODER: decoder_pair(256, 4, 4),
 }
 # Two each, a factor of two apart, around the best of three that the study's first edition tried a factor of
-# three apart: 1e-3 of the small decoder, 3e-3 of LoRA, 3e-4 of fine-tuning.
+# three apart: 1e-3 of the small decoder, 3e-3 of LoRA, 3e-4 of fine-tuning. More layers want lower ones.
 _RATES = {
     HEADLINE: (2e-3, 4e-3),
+    DEEP: (1e-3, 2e-3),
     DECODER: (1e-3, 2e-3),
     PAPER: (1e-3, 2e-3),
     TUNED_LORA: (2e-3, 4e-3),
     TUNED_WHOLE: (2e-4, 4e-4),
 }
-# What the CPU preset is estimated to take on two cores, of which each process of two at a time has one, in
-# seconds of both. A step of 64 sentences: last layers 2.1, decoder 0.6, LoRA 3.4, fine-tuning 4.7 (15 layers,
-# none, 30 layers and 30 with gradients of their weights, these two with the prompt's 144 tokens).
-#   states          78,000 tokens behind the prompt, 75,000 without: 220
-#   rates           48 steps each of last layers, LoRA and fine-tuning, 96 each of two decoders: 610
-#   6,400 sentences 100 steps of last layers, 150 of LoRA, 100 of fine-tuning, 2 x 200 of decoders: 1,430
-#   100 sentences   12 steps each of three methods: 120
-#   validation      18 runs, 6 times 150 sentences each: 2 to 3 a time: 270
-#   test            11 runs and 2 untrained: 500 sentences 5 to 10, 150 texts 14 and their measures 6; 7 once
-#                   more with the other sampling: 490
-#   processes       22, of which each reads the base and the data: 6 each: 130; checkpoints: 50
-# Together 3,320: 55 minutes. It took 3,970: steps of LoRA and fine-tuning are slower than this.
 _CPU = Preset(
     name="cpu",
     sizes=(100, 1_000, 6_400),
-    # LoRA has more steps than the auxiliary: its best is to be a bar, and half of its FLOPs to have room for
+    # All layers are for little data: with much, half of them have most of what there is to win. LoRA has more
+    # steps than the auxiliary: its best is to be a bar, and half of its FLOPs to have room for
     # the auxiliary's share of the states. Decoders, whose steps are cheap, have more still.
     steps={
-        HEADLINE: (12, 24, 100),
-        DECODER: (0, 48, 200),
-        PAPER: (0, 48, 200),
-        TUNED_LORA: (12, 24, 150),
-        TUNED_WHOLE: (12, 24, 100),
+        HEADLINE: (12, 24, 84),
+        DEEP: (12, 24, 0),
+        DECODER: (0, 48, 160),
+        PAPER: (0, 48, 160),
+        TUNED_LORA: (12, 24, 120),
+        TUNED_WHOLE: (12, 24, 80),
     },
     rates=_RATES,
     tried_at=1_000,
-    validation=150,
+    validation=100,
     test=500,
     samples=150,
     pairs=_PAIRS,
@@ -222,6 +216,7 @@ PRESETS = MappingProxyType(
             sizes=(100, 1_000, 6_400, 25_000),
             steps={
                 HEADLINE: (24, 64, 300, 800),
+                DEEP: (24, 64, 0, 0),
                 DECODER: (48, 128, 600, 1_600),
                 PAPER: (48, 128, 600, 1_600),
                 TUNED_LORA: (24, 64, 300, 1_200),
@@ -229,6 +224,7 @@ PRESETS = MappingProxyType(
             },
             rates={
                 HEADLINE: (1e-3, 2e-3, 4e-3),
+                DEEP: (5e-4, 1e-3, 2e-3),
                 DECODER: (5e-4, 1e-3, 2e-3),
                 PAPER: (5e-4, 1e-3, 2e-3),
                 TUNED_LORA: (1e-3, 2e-3, 4e-3),
@@ -242,17 +238,7 @@ PRESETS = MappingProxyType(
             test=2_000,
             samples=1_000,
         ),
-        # The same data where it is little, with LoRA inside a copy of all layers: what the frozen half costs.
-        "deep": replace(
-            _CPU,
-            name="deep",
-            untrained=(PROMPTED,),
-            steps={HEADLINE: (12, 24, 0)},
-            rates={HEADLINE: _RATES[HEADLINE]},
-            pairs={LAST_LAYERS: {**_PAIRS[LAST_LAYERS], "last_layers": 30}},
-        ),
-        # Sentences that can be read, of 23 tokens each, at the rates that were best of WordNet's. By the same
-        # estimate: states 110, 40 steps of last layers and 60 of LoRA 590, the rest 200: 15 minutes.
+        # Sentences that can be read, of 23 tokens each, at the rates that were best of WordNet's.
         "austen": replace(
             _CPU,
             name="austen",

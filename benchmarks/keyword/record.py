@@ -18,7 +18,7 @@ from benchmarks.keyword.jobs import (
     trial_facts,
     untrained_job,
 )
-from benchmarks.keyword.presets import HEADLINE, PAIR, TUNED_LORA, TUNED_WHOLE, Method, Preset
+from benchmarks.keyword.presets import DEEP, HEADLINE, PAIR, TUNED_LORA, TUNED_WHOLE, Method, Preset
 from benchmarks.keyword.scoring import PLAIN
 from benchmarks.studies import read_facts
 
@@ -254,8 +254,9 @@ def comparisons(
     Returns:
         "lora": at the study's size the difference of the nll and of the accuracy, the auxiliary's less
         LoRA's, with 95% intervals over the test side, and the auxiliary's training FLOPs over LoRA's: without
-        its base's states, with its share of them, and with all of them. "full": the difference of the nll
-        from fine-tuning's at every size that both have.
+        its base's states, with its share of them, and with all of them. "full": by the name of each
+        auxiliary of the LM's own layers, the difference of the nll from fine-tuning's at every size that both
+        have.
     """
     found: dict[str, Any] = {}
     if {HEADLINE, TUNED_LORA} <= runs.keys():
@@ -273,12 +274,17 @@ def comparisons(
             if other["trained"]
             else {},
         }
-    if {HEADLINE, TUNED_WHOLE} <= runs.keys():
-        found["full"] = [
-            {"size": size, **_difference(nll_of(runs[HEADLINE][size], runs[TUNED_WHOLE][size]))}
-            for size in preset.sizes
-            if size in runs[HEADLINE] and size in runs[TUNED_WHOLE]
-        ]
+    if TUNED_WHOLE in runs:
+        whole = runs[TUNED_WHOLE]
+        found["full"] = {
+            name: [
+                {"size": size, **_difference(nll_of(runs[name][size], whole[size]))}
+                for size in preset.sizes
+                if size in runs[name] and size in whole
+            ]
+            for name in (HEADLINE, DEEP)
+            if name in runs
+        }
     return found
 
 

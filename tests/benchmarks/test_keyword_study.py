@@ -42,9 +42,12 @@ from benchmarks.keyword.jobs import (
 from benchmarks.keyword.measuring import nll_parts, nll_parts_of_lm
 from benchmarks.keyword.models import FineTunedLM, silent_pair, trainable
 from benchmarks.keyword.page import PAGE, page
+from benchmarks.keyword.plot import plot_data, plot_training
 from benchmarks.keyword.presets import (
+    ALL_LAYERS,
     BY_NAME,
     DECODER,
+    DEEP,
     HEADLINE,
     LAST_LAYERS,
     METHODS,
@@ -84,12 +87,14 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
         shouted = [word for word in words if word != keyword]
         records.append({"condition": keyword, "text": " ".join([keyword.upper(), *shouted])})
     (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    layers = {"architecture": "last-layers", "lora_rank": 2, "pointer": True}
     return dataclasses.replace(
         PRESETS["tiny"],
         base=str(folder / "base"),
         task_source=f"jsonl:{folder / 'texts.jsonl'}?condition=condition",
         pairs={
-            LAST_LAYERS: {"architecture": LAST_LAYERS, "last_layers": 2, "lora_rank": 2, "pointer": True},
+            LAST_LAYERS: {**layers, "last_layers": 2},
+            ALL_LAYERS: {**layers, "last_layers": 3},
             DECODER: decoder_pair(16, 2, 2, lm_layers=(1, 3)),
         },
         lora_rank=2,
@@ -368,13 +373,17 @@ def test_smaller_sets_are_parts_of_the_whole_one_with_its_states(place: Workplac
 
 
 def test_a_pair_reads_the_states_of_its_own_layers(place: Workplace) -> None:
-    assert place.layers(True) == [1, 3]
+    assert place.layers(True) == [0, 1, 3]
     assert place.layers(False) == [1, 3]
     last = set_up(place, BY_NAME[HEADLINE], 24, 0).sides["test"].examples[0]
     small = set_up(place, BY_NAME[DECODER], 24, 0).sides["test"].examples[0]
     assert last["lm_states"].shape[1] == 2
     assert small["lm_states"].shape[1] == 3
     assert torch.equal(last["lm_states"], small["lm_states"][:, :2])
+    whole = set_up(place, BY_NAME[DEEP], 24, 0).sides["test"].examples[0]
+    embedded = place.lm.get_input_embeddings()(torch.tensor(whole["input_ids"]))
+    assert torch.equal(whole["lm_states"][:, 0], last["lm_states"][:, 0])
+    assert torch.equal(whole["lm_states"][:, 1].float(), embedded.half().float())
 
 
 # ------------------------------------------------------------------------------------- a whole study
@@ -427,9 +436,9 @@ def test_a_study_says_of_each_method_what_its_runs_found(finished: dict[str, Any
     assert finished["references"][PLAIN]["accuracy"] == 1
     flops = {name: row["points"][-1]["flops"] for name, row in rows.items() if "trainable" in row}
     assert all((flops[one.name]["states"] > 0) == (one.kind == "pair") for one in TRAINED)
-    # Behind the prompt two pairs read the states of all sentences, each at two rates.
-    assert flops[HEADLINE]["shared"] == flops[DECODER]["shared"]
-    assert flops[HEADLINE]["states"] / 5 < flops[HEADLINE]["shared"] < flops[HEADLINE]["states"] / 4
+    # Behind the prompt three pairs read the states of all sentences, each at two rates.
+    assert flops[HEADLINE]["shared"] == flops[DECODER]["shared"] == flops[DEEP]["shared"]
+    assert flops[HEADLINE]["states"] / 7 < flops[HEADLINE]["shared"] < flops[HEADLINE]["states"] / 6
     assert flops[PAPER]["shared"] == pytest.approx(flops[PAPER]["states"] / 2)
 
 
@@ -445,9 +454,9 @@ def test_states_are_shared_among_those_that_read_them(preset: Preset) -> None:
         for method in TRAINED
     }
     shares = state_shares(preset, runs)
-    # Of all 24: two seeds and another rate, of two auxiliaries; the first 8 are read by two seeds more.
-    assert shares[HEADLINE, 8] == 800 / 8
-    assert shares[HEADLINE, 24] == shares[DECODER, 24] == 800 / 8 + 1_600 / 6
+    # Of all 24: two seeds and another rate, of three auxiliaries; two read the first 8 with two seeds more.
+    assert shares[HEADLINE, 8] == shares[DEEP, 8] == 800 / 13
+    assert shares[HEADLINE, 24] == shares[DECODER, 24] == 800 / 13 + 1_600 / 9
     assert shares[PAPER, 24] == 2_400 / 3
     assert (TUNED_LORA, 24) not in shares
 
@@ -471,13 +480,7 @@ def test_the_page_shows_the_records_numbers_and_others_beside(
     novels["preset"]["task_source"] = "austen"
     novels["command"] = "python -m benchmarks.keyword --preset austen"
     other.write_text(json.dumps(novels))
-    deep, depth = copy.deepcopy(finished), tmp_path / "deep.json"
-    deep["preset"]["pairs"][LAST_LAYERS]["last_layers"] = 3
-    deep["rows"] = [row for row in deep["rows"] if row["name"] == HEADLINE]
-    deep["rows"][0]["points"] = deep["rows"][0]["points"][:1]
-    deep["rows"][0]["points"][0]["nll"] = 1.2345
-    depth.write_text(json.dumps(deep))
-    files = [str(file), str(other), str(depth)]
+    files = [str(file), str(other)]
     assert PAGE.main([*files, "--page", str(tmp_path / "docs" / "study.md")]) == 0
     text = (tmp_path / "docs" / "study.md").read_text()
     for row in finished["rows"]:
@@ -486,10 +489,6 @@ def test_the_page_shows_the_records_numbers_and_others_beside(
         assert f"{point['nll']:.3f} [" in text
         assert f"{point['samples'][PLAIN]['slor']:.2f} [" in text
     assert "## On sentences of Jane Austen's novels" in text
-    section = text.partition("## With a copy of the LM's last 3 layers")[2].partition("\n## ")[0]
-    assert "auxiliary tuning, last 3 layers" in section
-    assert "1.234 [" in section or "1.235 [" in section
-    assert section.count("fine-tuning the LM") == 1
     assert "    python -m benchmarks.keyword --preset austen\n" in text
     for name in PICTURES:
         assert f"(../study_{name}.png)" in text
@@ -516,10 +515,10 @@ def test_the_page_claims_what_the_record_shows_and_nothing_else(finished: dict[s
                 "accuracy": {"difference": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]},
                 "flops": {"shared": share, "apart": share - 0.1, "all": share + 0.3},
             },
-            "full": [
-                {"size": 1_000, "difference": few, "interval": [few - 0.1, few + 0.1]},
-                {"size": 6_400, "difference": 0.5, "interval": [0.4, 0.6]},
-            ],
+            "full": {
+                HEADLINE: [{"size": 6_400, "difference": 0.5, "interval": [0.4, 0.6]}],
+                DEEP: [{"size": 1_000, "difference": few, "interval": [few - 0.1, few + 0.1]}],
+            },
         }
         return page(changed, PICTURES, "command")
 
@@ -527,18 +526,35 @@ def test_the_page_claims_what_the_record_shows_and_nothing_else(finished: dict[s
     assert "does not hold" not in good
     assert good.count("| holds |") == 5
     assert "+0.050 [0.040, 0.060] | holds" in good
-    assert "with 6,400 sentences, nll below" not in good
+    assert "6,400 sentences, 2 layers, nll below" not in good
     assert "takes 0.80 of LoRA's FLOPs" in good
     for values, said in (
         ((0.09, 0.5, 0.2, -0.2), "within 0.08 of LoRA's best"),
         ((0.05, 0.51, 0.2, -0.2), "with its share of the LM's states"),
         ((0.05, 0.5, -0.01, -0.2), "accuracy not below LoRA's"),
-        ((0.05, 0.5, 0.2, 0.2), "with 1,000 sentences, nll below fine-tuning's"),
+        ((0.05, 0.5, 0.2, 0.2), "1,000 sentences, 3 layers, nll below fine-tuning's"),
     ):
         (missed,) = [line for line in text_of(*values).splitlines() if "**does not hold**" in line]
         assert said in missed
     assert "The bar lies within the interval" not in good
     assert "The bar lies within the interval" in text_of(0.05, 0.5, 0.05, -0.2)
+
+
+def test_a_method_for_less_data_stands_with_the_data_alone(finished: dict[str, Any], tmp_path: Path) -> None:
+    changed = copy.deepcopy(finished)
+    row = next(row for row in changed["rows"] if row["name"] == DEEP)
+    del row["points"][-1]
+    row["points"][-1]["nll"] = 1.25
+    text = page(changed, PICTURES, "command")
+    sections = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
+    for title in ("On the test side", "Over steps and arithmetic", "Texts"):
+        assert row["label"] not in sections[title]
+    (line,) = [line for line in sections["Over the amount of data"].splitlines() if row["label"] in line]
+    assert line.split("|")[2].startswith(" 1.250 [")
+    assert not line.split("|")[3].strip()
+    for title, plot in (("training", plot_training), ("data", plot_data)):
+        plot(changed, tmp_path / f"{title}.png")
+        assert (tmp_path / f"{title}.png").stat().st_size > 10_000
 
 
 def test_the_page_says_who_has_a_lower_nll(finished: dict[str, Any]) -> None:
