@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from auxkern.model.base import cache_argument, counts_positions, mask_with_cache, positions_of, transformer
 from auxkern.model.config import AuxTunedConfig
 from auxkern.model.interface import AuxiliaryCache, AuxiliaryInputs, AuxiliaryOutput, AuxiliaryTraits
 from auxkern.model.native import final_states, use_native_kernels
+from auxkern.model.packing import MOST, PackedRow, packing_refusal, read_packed
 from auxkern.model.pointer import Pointer
-from auxkern.model.prefix import read_behind
+from auxkern.model.prefix import PrefixStates, read_behind
 
+_log = logging.getLogger(__name__)
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ADAPTER = "default"
 _READ = 128  # width of what the pointer reads
@@ -47,6 +51,7 @@ class LastLayers(AuxiliaryTraits, nn.Module):
         self._own: Any = None  # past nn.Module's registration where its weights are the base's
         self._merged: Any = None
         self._compute: str | None = None  # of the merged layers
+        self._packs: bool | None = None  # whether they can read packed texts, once it was tried
         if config.lora_rank:
             body = self._with_adapters()
             object.__setattr__(self, "_own", body)
@@ -217,8 +222,11 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             vectors = vectors + size * self.tells(coverage.marks)
         vectors = self.embedded(vectors.to(self._dtype()))
         mask = inputs.attention_mask[:, -T:]
-        if inputs.prefix:
-            before = inputs.prefix.last(self._body_config.num_hidden_layers)
+        before = inputs.prefix.last(self._body_config.num_hidden_layers) if inputs.prefix else None
+        attention = None
+        if first and self._is_packed(inputs, vectors, mask, before):
+            hidden = self._packed(vectors, mask, before)
+        elif before is not None:
             read = read_behind(before, vectors, mask, self._run, keeps=inputs.use_cache)
             (hidden,), attention, mask = read
         else:
@@ -256,6 +264,53 @@ class LastLayers(AuxiliaryTraits, nn.Module):
             options["attention_mask"] = mask_with_cache(cache, mask, T)
         hidden, attention, _ = final_states(body, options, cache_argument(body) if keeps else None)
         return (hidden,), attention
+
+    def _is_packed(
+        self, inputs: AuxiliaryInputs, vectors: Tensor, mask: Tensor, before: PrefixStates | None
+    ) -> bool:
+        """Whether a batch that is trained on is read packed: on a CPU, where a step is its arithmetic."""
+        if inputs.use_cache or not self.training or len(mask) == 1 or vectors.device.type != "cpu":
+            return False
+        if self._packs is None:
+            refusal = self._packing_refusal(vectors, mask, before)
+            if refusal is not None:
+                _log.info("batches are padded: %s", refusal)
+            self._packs = refusal is None
+        return self._packs
+
+    def _packing_refusal(self, vectors: Tensor, mask: Tensor, before: PrefixStates | None) -> str | None:
+        kinds = {type(layer) for layer in DynamicCache(config=self._body_config).layers}
+        if not self.counts_positions or kinds != {DynamicLayer}:
+            return "not all layers attend to all tokens, by positions that they are given"
+
+        def padded() -> Tensor:
+            if before is None:
+                return self._run(vectors, mask, None, keeps=False)[0][0]
+            return read_behind(before, vectors, mask, self._run, keeps=False).outputs[0]
+
+        body = self.transformer
+        body.eval()  # dropout would draw twice
+        try:
+            return packing_refusal(lambda: self._packed(vectors, mask, before), padded, mask)
+        finally:
+            body.train()
+
+    def _packed(self, vectors: Tensor, mask: Tensor, before: PrefixStates | None) -> Tensor:
+        """Final states (B, T, D) of vectors (B, T, D), with a mask (B, T)."""
+        body = self.transformer
+
+        def run(vectors: Tensor, row: PackedRow) -> Tensor:
+            cache = {} if before is None else {cache_argument(body): before.cache(1)}
+            made: Tensor = body(
+                inputs_embeds=vectors,
+                attention_mask=row.seen,
+                position_ids=row.positions,
+                use_cache=before is not None,
+                **cache,
+            ).last_hidden_state
+            return made
+
+        return read_packed(vectors, mask, run, 0 if before is None else len(before), MOST)
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self.transformer.parameters()).dtype

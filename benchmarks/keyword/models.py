@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 import auxkern
 from auxkern.core.seeds import mixed_seed
 from auxkern.core.terms import Head
 from auxkern.model import AuxTunedForCausalLM, use_native_kernels
-from auxkern.model.base import freeze
+from auxkern.model.base import cache_argument, freeze
 from auxkern.model.native import native_refusal
+from auxkern.model.packing import PackedRow, read_packed
+from auxkern.model.prefix import PrefixStates
 from auxkern.model.text import IGNORED
 from benchmarks.keyword.presets import Preset
 
@@ -52,9 +55,9 @@ def silent_pair(lm: Any, prefix: Sequence[int] = ()) -> AuxTunedForCausalLM:
 class FineTunedLM(nn.Module):
     """A language model that is trained itself, whole or through LoRA, behind a prompt that it reads too.
 
-    The prompt and all texts of a batch are one row, in which a text sees the prompt and itself: nothing is
-    padded, the prompt is read once, and gradients go through it. Layers train in bfloat16 mixed
-    precision, with weights, head and loss in float32. ``state_dict()`` holds what is trained.
+    The prompt is read once for a batch, and gradients go through it; the texts behind it are one row. Layers
+    train in bfloat16 mixed precision, with weights, head and loss in float32. ``state_dict()`` holds what is
+    trained.
 
     Args:
         lm: a causal LM with all its own layers (``load_base(native=False)``); it is changed.
@@ -83,10 +86,16 @@ class FineTunedLM(nn.Module):
         object.__setattr__(self, "causal_lm", lm)
         object.__setattr__(self, "_whole", whole)
         trained = {name: one for name, one in lm.named_parameters() if one.requires_grad}
+        self._kept: PrefixStates | None = None
         self.trained = nn.ParameterDict({name.replace(".", "-"): one for name, one in trained.items()})
 
     causal_lm: Any
     _whole: Any
+
+    def train(self, mode: bool = True) -> FineTunedLM:
+        self._kept = None
+        self.causal_lm.train(mode)
+        return super().train(mode)
 
     def forward(
         self,
@@ -97,15 +106,36 @@ class FineTunedLM(nn.Module):
         **_: Any,
     ) -> CausalLMOutput:
         """The summed nll of the labels (B, T), over ``num_items_in_batch``; the keyword is in the ids."""
-        kept = attention_mask.bool()
-        packed = _packed(self.prefix, input_ids, kept)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.training):
-            states = self.causal_lm.base_model(**packed, use_cache=False).last_hidden_state[0]
-        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[kept]
+            prefix = self._prefix_states(input_ids.device)
+
+            def run(ids: Tensor, row: PackedRow) -> Tensor:
+                return self._run(ids, row.positions, row.seen, prefix.cache(1))
+
+            states = read_packed(input_ids, attention_mask, run, len(prefix), input_ids.numel())
+        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         scored = target != IGNORED
-        head = Head(states[len(self.prefix) :][scored].float(), self.causal_lm.get_output_embeddings().weight)
+        head = Head(states[scored].float(), self.causal_lm.get_output_embeddings().weight)
         loss = auxkern.cross_entropy([head], target[scored], reduction="sum", normalizer=num_items_in_batch)
         return CausalLMOutput(loss=loss)
+
+    def _prefix_states(self, device: torch.device) -> PrefixStates:
+        """Of the prompt; while nothing is trained they stay the same."""
+        if self._kept is not None:
+            return self._kept
+        ids, cache = torch.tensor([self.prefix], device=device), DynamicCache()
+        self._run(ids, torch.arange(len(self.prefix), device=device)[None], None, cache)
+        states = PrefixStates([(layer.keys, layer.values) for layer in cache.layers])
+        if not self.training:
+            self._kept = states
+        return states
+
+    def _run(self, ids: Tensor, positions: Tensor, seen: Tensor | None, cache: Any) -> Tensor:
+        """Final hidden states (1, N, D) of ids (1, N) behind what is in the cache, to which it adds."""
+        body = self.causal_lm.base_model
+        known = {cache_argument(body): cache, "position_ids": positions}
+        states: Tensor = body(input_ids=ids, attention_mask=seen, use_cache=True, **known).last_hidden_state
+        return states
 
     def merged(self) -> Any:
         """The causal LM as it is now, to write texts with; it can be trained no more."""
@@ -114,30 +144,6 @@ class FineTunedLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_model(self, str(Path(folder) / "model.safetensors"))
-
-
-def _packed(prefix: Sequence[int], ids: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """One row of the prefix and all texts, none of which sees another one.
-
-    Args:
-        prefix: ids before every text, P of them.
-        ids: (B, T) texts.
-        kept: (B, T) whether each is one of a text's own.
-
-    Returns:
-        input_ids and position_ids (1, P + N), and attention_mask (1, 1, P + N, P + N).
-    """
-    before = torch.tensor(prefix, dtype=torch.int64, device=ids.device)
-    row, column = kept.nonzero(as_tuple=True)
-    first = kept.int().argmax(1)
-    positions = torch.cat([torch.arange(len(before), device=ids.device), len(before) + column - first[row]])
-    owner = torch.cat([torch.full_like(before, -1), row])
-    seen = ((owner == owner[:, None]) | (owner == -1)).tril()
-    return {
-        "input_ids": torch.cat([before, ids[kept]])[None],
-        "position_ids": positions[None],
-        "attention_mask": seen[None, None],
-    }
 
 
 def new_fine_tuned(preset: Preset, lm: Any, prefix: Sequence[int], seed: int, *, lora: bool) -> FineTunedLM:
