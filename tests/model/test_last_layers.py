@@ -191,7 +191,11 @@ def test_a_base_that_caps_its_logits_is_refused() -> None:
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("fields", [{}, TOLD], ids=["plain", "prefix"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, TOLD, {"last_layers": 3}, {"last_layers": 3, **TOLD}],
+    ids=["plain", "prefix", "all layers", "all layers and prefix"],
+)
 def test_at_weight_1_the_base_ends_where_they_begin(fields: dict[str, Any], native: bool) -> None:
     lm = use_native_kernels(tiny_lm()) if native else tiny_lm()
     model, batch = last_layers(lm, **fields), ragged_batch()
@@ -201,7 +205,7 @@ def test_at_weight_1_the_base_ends_where_they_begin(fields: dict[str, Any], nati
     hook = lm.model.norm.register_forward_hook(lambda *_: calls.append("norm"))
 
     with torch.no_grad():
-        if fields:
+        if "base_prefix_ids" in fields:
             model.base_prefix.states()
         calls.clear()
         short = model(ids, mask).logits
@@ -231,8 +235,9 @@ def test_a_view_of_a_base_follows_it() -> None:
     assert abs(float(model(**batch).loss - before)) > 1e-3
 
 
+@pytest.mark.parametrize("last_of_three", [2, 3])
 @pytest.mark.parametrize("native", [False, True])
-def test_requests_of_all_kinds_do_not_depend_on_each_other(native: bool) -> None:
+def test_requests_of_all_kinds_do_not_depend_on_each_other(native: bool, last_of_three: int) -> None:
     text = TextFormat(word_tokenizer(), base_prompt="{condition} w90")
     prefix = text.base_prefix([Example("w3", "w4 w3")])
     lm = word_lm(hidden_size=64)  # heads that native attention takes

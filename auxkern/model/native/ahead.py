@@ -142,7 +142,7 @@ class Stack:
         now = [layer.native_step.packed for layer in each]
         known = self._packed
         if known is None or any(one is not of for one, of in zip(now, known.packed, strict=True)):
-            if any(one is None for one in now):
+            if not now or any(one is None for one in now):
                 return None
             known = PackedStack(self.layers, now)
             self._packed = known if known.may_run(x) else None
