@@ -22,6 +22,7 @@ from auxkern.training.progress import duration
 from benchmarks.shared import record_head, write_json
 
 FACTS = "facts.json"  # in the folder of a job, written when it is complete
+_TAKEN = "seconds"  # in the folder of a study: what its commands have taken so far
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def run_study(
     kind: str,
     results: Callable[[], dict[str, Any]],
 ) -> int:
-    """Does what is left of a study, and writes its record.
+    """Does what is left of a study, and writes its record, with the seconds of all commands that it took.
 
     Args:
         module, options, stages, facts_of: as of ``run_stages``.
@@ -99,10 +100,16 @@ def run_study(
     Returns:
         0; 1 if a job failed.
     """
-    began = time.monotonic()
-    if not run_stages(module, options, stages, facts_of):
+    began, taken = time.monotonic(), options.output / _TAKEN
+    before = float(taken.read_text(encoding="utf-8")) if taken.is_file() else 0.0
+    try:
+        done = run_stages(module, options, stages, facts_of)
+    finally:
+        seconds = before + time.monotonic() - began
+        options.output.mkdir(parents=True, exist_ok=True)
+        replace_file(taken, f"{seconds:.1f}\n")
+    if not done:
         return 1
-    seconds = time.monotonic() - began
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {
         **record_head(kind, f"python -m {module}", arguments, device),

@@ -628,3 +628,11 @@ def test_the_command_does_the_jobs_that_are_left_and_writes_the_record(
     written = json.loads(path.read_text())
     assert written["rows"] == json.loads(json.dumps(finished["rows"]))
     assert written["command"].startswith("python -m benchmarks.keyword --output")
+    (folder / "seconds").write_text("4000.4\n")  # of commands that were stopped
+    monkeypatch.setattr("benchmarks.studies.run_stages", lambda *_: False)
+    assert command.main(["--output", str(folder.parent), "--json", str(path)]) == 1
+    monkeypatch.undo()
+    assert float((folder / "seconds").read_text()) >= 4000.4
+    monkeypatch.setattr(command, "PRESETS", {"cpu": dataclasses.replace(preset, name=folder.name)})
+    assert command.main(["--output", str(folder.parent), "--json", str(path)]) == 0
+    assert 4000 <= json.loads(path.read_text())["seconds of this command"] < 4100
