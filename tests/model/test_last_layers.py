@@ -235,8 +235,7 @@ def test_a_view_of_a_base_follows_it() -> None:
     assert abs(float(model(**batch).loss - before)) > 1e-3
 
 
-@pytest.mark.parametrize("last_of_three", [2, 3])
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(("native", "last_of_three"), [(False, 2), (True, 2), (True, 3)])
 def test_requests_of_all_kinds_do_not_depend_on_each_other(native: bool, last_of_three: int) -> None:
     text = TextFormat(word_tokenizer(), base_prompt="{condition} w90")
     prefix = text.base_prefix([Example("w3", "w4 w3")])
