@@ -266,3 +266,26 @@ def test_requests_of_all_kinds_do_not_depend_on_each_other(native: bool, last_of
         [replace(requests[0], logprobs=True), replace(requests[5], logprobs=True)]
     )
     assert [one.text for one in with_logprobs] == [alone[0].text, alone[5].text]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_pair_of_all_layers_writes_what_the_whole_base_would(native: bool) -> None:
+    text = TextFormat(word_tokenizer(), base_prompt="{condition} w90")
+    prefix = text.base_prefix([Example("w3", "w4 w3")])
+    lm = word_lm(hidden_size=64)  # heads that native attention takes
+    model = last_layers(
+        use_native_kernels(lm) if native else lm,
+        last_layers=3,
+        base_prompt=text.base_prompt,
+        base_prefix_ids=prefix,
+        pointer=True,
+    )
+    model = model.use_native_kernels() if native else model
+    request = Request("1", condition="w7", seed=1, max_new_tokens=6)
+    # Log-probabilities need the whole base: another way to the same numbers.
+    short, whole = (
+        Engine(model, text, slots=2, max_length=32).generate([one])[0]
+        for one in (request, replace(request, logprobs=True))
+    )
+    assert short.token_ids == whole.token_ids
+    assert len(short.token_ids) > 1
