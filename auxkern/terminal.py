@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from auxkern.core.files import is_descriptor
-
 # The others are imported where they are needed: a usage line waits for none of them.
+from auxkern.core.files import is_descriptor
+from auxkern.core.unicode import check_unicode
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -28,8 +29,6 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """First what was given and means nothing: argparse would name what is missing instead."""
-        from auxkern.model.text import check_unicode
-
         given = list(sys.argv[1:] if args is None else args)
         for word in given:
             try:

@@ -89,3 +89,12 @@ def test_windows_is_refused_with_the_way_out() -> None:
     assert done.returncode == 1
     assert "no build for Windows" in done.stderr
     assert "install it in WSL" in done.stderr
+
+
+def test_commands_of_the_core_need_torch_alone() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['safetensors'] = None\n"
+        "from auxkern.terminal import command_parser\n"
+        "command_parser('prog', 'About.', '').parse_args([])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from auxkern.core.terms import as_number
-from auxkern.model.text import check_unicode
+from auxkern.core.unicode import check_unicode
 
 BASE = "base"  # the name of a pair's language model among members
 FIRST = "the base's first layers"  # what a pair of last layers needs of it, at weight 1; no member's model

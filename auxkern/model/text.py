@@ -82,21 +82,6 @@ def check_condition_template(template: str, name: str = "condition_template") ->
         )
 
 
-def check_unicode(name: str, text: str) -> None:
-    """Refuses text that no encoding has: JSON may hold half of a pair of surrogates.
-
-    Raises:
-        ValueError: there is one; the message says where.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half a character, {text[error.start]!r}, at {error.start}; write the whole one, or "
-            "leave it out"
-        ) from error
-
-
 class TextFormat:
     """How conditions, prompts and texts become token ids: the same in training and in generation.
 

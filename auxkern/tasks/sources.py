@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
-from auxkern.model.text import check_unicode
+from auxkern.core.unicode import check_unicode
 from auxkern.tasks import austen
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
 

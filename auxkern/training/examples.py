@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 
 from auxkern.core.files import replace_file
 from auxkern.core.seeds import drawn
-from auxkern.model.text import IGNORED, Example, TextFormat, check_unicode
+from auxkern.core.unicode import check_unicode
+from auxkern.model.text import IGNORED, Example, TextFormat
 
 _IDENTIFYING = ("input_ids", "labels", "condition_ids")
 _KNOWN = tuple(field.name for field in fields(Example))

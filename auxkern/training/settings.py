@@ -20,7 +20,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from auxkern.core.packed import COMPUTES
-from auxkern.model.text import check_unicode
+from auxkern.core.unicode import check_unicode
 from auxkern.tasks.registry import TASKS, load_task
 from auxkern.training.frozen import frozen_sources
 from auxkern.training.yaml_values import parsed_yaml, written_yaml
