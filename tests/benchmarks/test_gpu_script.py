@@ -340,7 +340,8 @@ def test_facts_of_a_machine_without_a_gpu(capsys):
     reading = stages.read_device(capsys.readouterr().out, None)
     assert reading.problem is None
     assert reading.figures["machine"]["driver"] == "none"
-    assert reading.figures["peers"]["torch"] == torch.__version__
+    # The name of a build (+cu130) is not in every package's metadata.
+    assert reading.figures["peers"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert set(reading.figures["peers"]) == set(device.PEERS.values())
 
 

@@ -322,7 +322,10 @@ def test_a_task_has_100_samples_of_as_many_conditions_as_there_are(
     [
         (["--samples", "21"], "--samples 21, but there are 20 examples"),
         (["--max-length", "2"], "leaves no room for text"),
-        (["--base", "/no/such/base"], "the base /no/such/base is no folder"),
+        (
+            ["--base", "/no/such/base"],
+            "the base '/no/such/base' cannot be loaded: there is no folder /no/such/base; if it has moved",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_status_2(
