@@ -19,7 +19,7 @@ from auxkern.bench.runner import NORMAL, OPERATORS, QUICK, Progress, backends_fo
 from auxkern.bench.timing import Effort
 from auxkern.model.smollm2 import load_smollm2
 from auxkern.tasks.wordnet import DEBIAN_FOLDER, read_synsets
-from auxkern.terminal import INTERRUPTED, command_parser, device_from, positive
+from auxkern.terminal import INTERRUPTED, command_parser, device_from, positive, sentence
 
 T = 16  # positions per sentence; shorter ones are padded
 LARGEST_DIFFERENCE = 1e-5
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         print("loading SmolLM2-135M (the first time it is converted, about a minute)", file=sys.stderr)
         batch = real_batch(options.wordnet, options.n // T, device)
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -153,8 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     wrong = [f"{op} of backend {name} is further than {LARGEST_DIFFERENCE} from float64" for op, name in bad]
     strange = [key for key, agreement in tokens.items() if not agreement.passed]
     wrong += [f"tokens of backend {name} differ, {filters}" for filters, name in strange]
-    for sentence in wrong:
-        print(f"{parser.prog}: {sentence}", file=sys.stderr)
+    for line in wrong:
+        print(f"{parser.prog}: {line}", file=sys.stderr)
     return status or int(bool(wrong))
 
 

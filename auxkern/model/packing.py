@@ -6,17 +6,15 @@ B copies of its keys and values. Attention multiplies all pairs of a row's token
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MOST = 1_024  # tokens of a row of several texts: from there on attention costs more than padding
-_EXACT, _ROUNDED = 1e-3, 0.2  # relative difference of a trial that is rounding, as in ``refusals``
+from auxkern.model.trials import EXACT, ROUNDED, farthest
 
-_log = logging.getLogger(__name__)
+MOST = 1_024  # tokens of a row of several texts: from there on attention costs more than padding
 
 
 class PackedRow(NamedTuple):
@@ -105,9 +103,7 @@ def packing_refusal(packed: Callable[[], Tensor], padded: Callable[[], Tensor], 
             # Whatever a family does with such a mask, it reads padded batches: nothing is lost.
             return f"it does not run with a mask for each token ({type(error).__name__}: {error})"
     real = mask != 0
-    close = _EXACT if expected.dtype in (torch.float32, torch.float64) else _ROUNDED
-    expected, found = expected[real].float(), found[real].float()
-    differences = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
-    if not bool(differences.max() <= close):
-        return f"texts in one row change each other by {float(differences.max()):.1e}"
+    difference = farthest(expected[real], found[real])
+    if not difference <= (EXACT if expected.dtype in (torch.float32, torch.float64) else ROUNDED):
+        return f"texts in one row change each other by {difference:.1e}"
     return None

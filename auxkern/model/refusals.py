@@ -21,11 +21,9 @@ from auxkern.model.frozen import base_side
 from auxkern.model.inputs import PairInputs
 from auxkern.model.interface import AuxiliaryInputs
 from auxkern.model.pair_terms import DEFAULT
-from auxkern.model.trials import LENGTH, PADDING, Reading, Trial, trial_ids
+from auxkern.model.trials import EXACT, LENGTH, PADDING, ROUNDED, Reading, Trial, trial_ids
 
 _log = logging.getLogger(__name__)
-_EXACT = 1e-3  # relative; float32 arithmetic in another order stays below 1e-5
-_ROUNDED = 0.2  # 16 bits and quantised activations through many layers
 _OTHER = "use a decoder-only language model with a mask for padding, such as a Llama, Qwen or GPT-2"
 _flaws: dict[str, str | None] = {}  # what twins have shown
 
@@ -174,7 +172,7 @@ def _base_trial(lm: Any, config: AuxTunedConfig, ids: Tensor, layers: tuple[int,
 
 def _tolerance(module: nn.Module) -> float:
     exact = all(p.dtype in (torch.float32, torch.float64) for p in module.parameters())
-    return _EXACT if exact else _ROUNDED
+    return EXACT if exact else ROUNDED
 
 
 def _remembered(lm: Any, config: AuxTunedConfig) -> str | None:
