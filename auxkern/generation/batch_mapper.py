@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from auxkern.generation.completion import Completion
 from auxkern.generation.engine import Engine
-from auxkern.generation.request import REQUEST_FIELDS, Completion, Request, check_id
+from auxkern.generation.request import REQUEST_FIELDS, Request, check_id
 from auxkern.model.opening import open_models, open_pair
 
 _WRITTEN = ("sample", "text", "finish_reason", "prompt_tokens", "new_tokens", "seed", "token_ids", "error")

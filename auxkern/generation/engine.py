@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from auxkern.generation import limits
+from auxkern.generation.completion import Completion
 from auxkern.generation.drawing import Drawn, Pending, check_drawable
 from auxkern.generation.graphs import CudaRecorder, Record
 from auxkern.generation.members import BASE, FIRST, Part, check_reads
-from auxkern.generation.request import Completion, Request, Sequence, Sequences
+from auxkern.generation.request import Request, Sequence, Sequences
 from auxkern.generation.runner import Room, Runner
 from auxkern.generation.scheduler import Move, Scheduler
 from auxkern.generation.slots import columns_for

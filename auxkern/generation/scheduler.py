@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from auxkern.generation.request import Completion, Sequence
+    from auxkern.generation.completion import Completion
+    from auxkern.generation.request import Sequence
 
 
 class Move(NamedTuple):

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from auxkern.core.files import lock_file, replace_file, write_whole
-from auxkern.generation.request import Completion, Request, check_id
+from auxkern.generation.completion import Completion
+from auxkern.generation.request import Request, check_id
 
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends would be read as a whole
 _BLOCK = 2**20

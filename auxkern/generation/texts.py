@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from auxkern.generation.completion import Completion, FinishReason, TokenLogprobs
 from auxkern.generation.drawing import Logprob
-from auxkern.generation.request import Completion, FinishReason, Sequence, TokenLogprobs
+from auxkern.generation.request import Sequence
 from auxkern.generation.stops import TextStream
 from auxkern.model.text import TextFormat
 

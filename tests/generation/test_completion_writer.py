@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from auxkern.generation.request import Completion, Request
+from auxkern.generation.completion import Completion
+from auxkern.generation.request import Request
 from auxkern.generation.stream import BadLine, CompletionWriter
 from tests.support.limits import limited_files
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from auxkern.generation.request import Completion, Request, Sequence, TokenLogprobs
+from auxkern.generation.completion import Completion, TokenLogprobs
+from auxkern.generation.request import Request, Sequence
 from auxkern.ops.sampling_params import SamplingParams
 
 DEFAULTS = Request(

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from auxkern.generation import stream
-from auxkern.generation.request import Completion, Request
+from auxkern.generation.completion import Completion
+from auxkern.generation.request import Request
 from auxkern.generation.stops import TextStream
 from auxkern.generation.stream import BadLine, CompletionWriter, file_fingerprint, read_requests
 from auxkern.model.text import TextFormat
