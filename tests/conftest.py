@@ -23,6 +23,7 @@ _FIRST = (
     "test_traffic",
     "test_vocabulary_parallel",
     "test_keyword_study",
+    "test_keyword_record",
     "test_launched",
     "test_generate_ranks",
     "test_train_command",
