@@ -63,11 +63,19 @@ Clock = WallClock | CudaClock
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds start until so many seconds have gone by; bounds on their number."""
+    """How long to measure.
+
+    Attributes:
+        seconds: rounds start until so many have gone by.
+        min_rounds: fewest rounds.
+        max_rounds: most rounds.
+        attempts: how often a measurement is made, at most, until its times do not scatter.
+    """
 
     seconds: float
     min_rounds: int
     max_rounds: int
+    attempts: int = 1
 
 
 def clock_for(device: torch.device) -> Clock:

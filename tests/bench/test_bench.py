@@ -61,10 +61,10 @@ def eager(inputs):
     return F.cross_entropy((lm + aux).float(), inputs.target)
 
 
-def measured(*implementations, dtype=torch.float32):
+def measured(*implementations, dtype=torch.float32, effort=SHORT):
     case = CaseResult("cross_entropy", "made up", V, N, str(dtype).removeprefix("torch."), terms=2)
     inputs = made_inputs(dtype)
-    return measure_inputs(inputs, case, implementations, CPU, SHORT, lambda share, doing: None)
+    return measure_inputs(inputs, case, implementations, CPU, effort, lambda share, doing: None)
 
 
 def stored_run():
@@ -320,6 +320,35 @@ def test_floor_is_measured():
     case = measured(implementation("eager", eager))
     assert set(case.floor) == set(PASSES)
     assert all(timing.median > 0 for timing in case.floor.values())
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "busy", "kept"),
+    [
+        ((2, 0), (False, False), 1),  # the first that is calm, and none after it
+        ((2, 1, 1), (False, False, False), 1),
+        ((0, 3, 2), (True, False, False), 2),  # other programs are worse than times that scatter
+    ],
+)
+def test_times_that_scatter_are_measured_again(monkeypatch, disturbed, busy, kept):
+    calm, scattered = summary([1.0, 1.0, 1.0]), summary([1.0, 1.0, 1.5, 2.0])
+    made = []
+
+    def measure(calls, *_):
+        wild = disturbed[len(made)]
+        # Later attempts are slower: the speed says nothing about which one is kept.
+        made.append([summary([len(made) + 1.0])] + [scattered] * wild + [calm] * (len(calls) - 1 - wild))
+        return made[-1]
+
+    monkeypatch.setattr(runner, "measure_in_turns", measure)
+    monkeypatch.setattr(
+        OtherWork, "remark", lambda _: "Busy: they computed." if busy[len(made) - 1] else None
+    )
+    rivals = [implementation("eager", eager), implementation("other", eager)]
+    case = measured(*rivals, effort=Effort(0.0, 2, 2, attempts=3))
+    assert len(made) == len(disturbed)
+    assert case.results[0].passes["forward"].time.median == kept + 1.0
+    assert [note.split(":")[0] for note in case.notes] == ["Noisy"] * (disturbed[kept] > 0)
 
 
 def test_calls_take_turns_and_faster_ones_run_more_often():
