@@ -92,8 +92,9 @@ def measure_in_turns(
 
     A machine that slows down for a while slows every call alike, so ratios keep their meaning
     where absolute times drift. A round times a call that is k times faster than the slowest k
-    times, and at most ``MAX_REPEATS``. The first run of each call warms up and is not counted.
-    ``on_round`` is told the share of the work that is done, in [0, 1].
+    times, and at most ``MAX_REPEATS``; before several times in a row there is one more that is not
+    counted, since it finds the caches full of another's data and the threads asleep. The first run of
+    each call warms up and is not counted. ``on_round`` is told the share of the work that is done, in [0, 1].
     """
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
@@ -113,6 +114,8 @@ def measure_in_turns(
             on_round(min(1.0, max(elapsed / (effort.seconds or 1.0), done / effort.max_rounds)))
             shuffle(order)
             for index in order:
+                if repeats[index] > 1:
+                    clock.seconds(calls[index])
                 samples[index] += [clock.seconds(calls[index]) for _ in range(repeats[index])]
     finally:
         if collecting:
