@@ -127,10 +127,8 @@ class Engine:
             self._add(sequences)
             while left and (self.scheduler.sequences or not self._told):
                 self._work()
-                mine = [done for done in self.scheduler.unanswered if (done.id, done.sample) in left]
-                completions |= {(done.id, done.sample): done for done in mine}
-                left -= {(done.id, done.sample) for done in mine}
-                self._forget(mine)
+                # No comprehension stands here: from Python 3.12 on an interrupt in one can pass this try by.
+                self._move_answers(left, completions)
         except BaseException:
             self._discard(sequences)
             raise
@@ -243,6 +241,16 @@ class Engine:
         self.scheduler.torn = True
         self._end(sequences)
         self.scheduler.torn = False
+
+    def _move_answers(
+        self, left: set[tuple[str | int, int]], completions: dict[tuple[str | int, int], Completion]
+    ) -> None:
+        """Takes the finished texts of ``left`` out of those that nobody got yet, into ``completions``."""
+        mine = [done for done in self.scheduler.unanswered if (done.id, done.sample) in left]
+        for done in mine:
+            completions[done.id, done.sample] = done
+            left.discard((done.id, done.sample))
+        self._forget(mine)
 
     def _forget(self, done: list[Completion]) -> None:
         """Takes finished texts out of those that nobody got yet."""
