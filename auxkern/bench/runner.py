@@ -149,15 +149,17 @@ def _calmest(
     for _ in range(effort.attempts):
         what = "timing again, for times that do not scatter" if attempts else "timing in turns"
         other_work = OtherWork()
-        timings = measure_in_turns(
-            calls, clock_for(device), effort, lambda share, what=what: progress(share, what)
-        )
+        timings = measure_in_turns(calls, clock_for(device), effort, partial(_told, progress, what))
         busy = other_work.remark() if device.type == "cpu" else None
         attempts.append(((busy is not None, sum(timing.noisy for timing in timings)), timings, busy))
         if attempts[-1][0] == (False, 0):
             break
     _, timings, busy = min(attempts, key=lambda one: one[0])
     return timings, busy
+
+
+def _told(progress: Progress, what: str, share: float) -> None:
+    progress(share, what)
 
 
 def _check(
