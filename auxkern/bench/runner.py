@@ -115,7 +115,7 @@ def measure_inputs(
         [*calls.values(), *(Call(floor.run, drop) for floor in floors.values())],
         device,
         effort,
-        lambda share, what: progress(0.5 + share / 2, what),
+        lambda what, share: progress(0.5 + share / 2, what),
     )
     case.notes += [busy] if busy else []
     drop()
@@ -133,14 +133,14 @@ def measure_inputs(
 
 
 def _calmest(
-    calls: Sequence[Call], device: torch.device, effort: Effort, progress: Progress
+    calls: Sequence[Call], device: torch.device, effort: Effort, on_round: Callable[[str, float], None]
 ) -> tuple[list[Timing], str | None]:
     """Times of every call from the first attempt that nothing disturbed, or else of the least disturbed one.
 
     Which attempt is kept depends on how the times scatter, not on who is fast.
 
     Args:
-        progress: told the share of an attempt that is done, in [0, 1].
+        on_round: told what happens, and the share of the attempt that is done, in [0, 1].
 
     Returns:
         The times, and what to tell the reader of other programs that ran meanwhile.
@@ -149,17 +149,13 @@ def _calmest(
     for _ in range(effort.attempts):
         what = "timing again, for times that do not scatter" if attempts else "timing in turns"
         other_work = OtherWork()
-        timings = measure_in_turns(calls, clock_for(device), effort, partial(_told, progress, what))
+        timings = measure_in_turns(calls, clock_for(device), effort, partial(on_round, what))
         busy = other_work.remark() if device.type == "cpu" else None
         attempts.append(((busy is not None, sum(timing.noisy for timing in timings)), timings, busy))
         if attempts[-1][0] == (False, 0):
             break
     _, timings, busy = min(attempts, key=lambda one: one[0])
     return timings, busy
-
-
-def _told(progress: Progress, what: str, share: float) -> None:
-    progress(share, what)
 
 
 def _check(

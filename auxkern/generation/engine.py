@@ -127,7 +127,7 @@ class Engine:
             self._add(sequences)
             while left and (self.scheduler.sequences or not self._told):
                 self._work()
-                # No comprehension stands here: from Python 3.12 on an interrupt in one can pass this try by.
+                # Not a comprehension: see tests/test_interrupts.py.
                 self._move_answers(left, completions)
         except BaseException:
             self._discard(sequences)

@@ -141,6 +141,7 @@ class CompletionWriter:
         self.run_path = path.with_name(path.name + ".run.json")
         self._out = _Appender(path, sync_seconds)
         self._errors: _Appender | None = None
+        # Generators and loops below, no comprehensions: see tests/test_interrupts.py.
         try:
             if errors_path is not None:
                 self._errors = _Appender(errors_path, sync_seconds)
@@ -163,13 +164,13 @@ class CompletionWriter:
                 self._done -= failed
                 failed.clear()
             if besides is not None:
-                self._done |= {_record_key(besides, n, record) for n, _, record in _whole_lines(besides)}
+                self._done.update(_record_key(besides, n, record) for n, _, record in _whole_lines(besides))
             self.done, self.failed = len(self._done), len(failed)
-            self._reported = set()
+            self._reported: set[int | str] = set()
             if self._errors is not None:
-                self._reported = {
+                self._reported.update(
                     _id_field(errors_path, n, record, "line") for n, record in self._errors.recover()
-                }
+                )
         except BaseException:
             for file in (self._out, self._errors):
                 if file is not None:
