@@ -14,7 +14,9 @@ import torch
 from auxkern.bench.results import Timing
 
 L2_FLUSH_BYTES = 256 * 2**20  # as in triton.testing.do_bench; larger than any GPU's L2
-MAX_REPEATS = 5
+MAX_REPEATS = 5  # runs in a row of a call that is fast beside the others
+TURN_SECONDS = 0.005  # that a short call's turn lasts: the wake-up of a thread is no longer seen in it
+MAX_SHORT = 50  # runs in a row of a short call
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,12 @@ def measure_in_turns(
 ) -> list[Timing]:
     """Times every call in each round, in a new order each round; one ``Timing`` per call.
 
-    A machine that slows down for a while slows every call alike, so ratios keep their meaning
-    where absolute times drift. A round times a call that is k times faster than the slowest k
-    times, and at most ``MAX_REPEATS``; before several times in a row there is one more that is not
-    counted, since it finds the caches full of another's data and the threads asleep. The first run of
-    each call warms up and is not counted. ``on_round`` is told the share of the work that is done, in [0, 1].
+    A machine that slows down for a while slows every call alike, so ratios keep their meaning where
+    absolute times drift. In its turn a call that is k times faster than the slowest runs k times in a row,
+    at most ``MAX_REPEATS``, and a short one for ``TURN_SECONDS``, at most ``MAX_SHORT`` times; what is kept
+    of the turn is the mean. Before several runs in a row there is one more that is not counted, since it
+    finds the caches full of another's data and the threads asleep. The first run of each call warms up and
+    is not counted. ``on_round`` is told the share of the work that is done, in [0, 1].
     """
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
@@ -105,7 +108,7 @@ def measure_in_turns(
     gc.disable()
     try:
         warm = [clock.seconds(call) for call in calls]
-        repeats = [min(MAX_REPEATS, max(1, round(max(warm) / max(w, 1e-9)))) for w in warm]
+        repeats = [_runs_in_a_row(seconds, max(warm)) for seconds in warm]
         start = time.perf_counter()
         for done in range(effort.max_rounds):
             elapsed = time.perf_counter() - start
@@ -116,11 +119,19 @@ def measure_in_turns(
             for index in order:
                 if repeats[index] > 1:
                     clock.seconds(calls[index])
-                samples[index] += [clock.seconds(calls[index]) for _ in range(repeats[index])]
+                turn = [clock.seconds(calls[index]) for _ in range(repeats[index])]
+                samples[index].append(statistics.fmean(turn))
     finally:
         if collecting:
             gc.enable()
     return [summary(sample) for sample in samples]
+
+
+def _runs_in_a_row(seconds: float, slowest: float) -> int:
+    """How often a call that takes ``seconds`` runs in a turn, beside one that takes ``slowest``."""
+    seconds = max(seconds, 1e-9)
+    fast, short = min(MAX_REPEATS, round(slowest / seconds)), min(MAX_SHORT, round(TURN_SECONDS / seconds))
+    return max(1, fast, short)
 
 
 def summary(seconds: Sequence[float]) -> Timing:

@@ -351,22 +351,42 @@ def test_times_that_scatter_are_measured_again(monkeypatch, disturbed, busy, kep
     assert [note.split(":")[0] for note in case.notes] == ["Noisy"] * (disturbed[kept] > 0)
 
 
+class ToldClock:
+    """Takes a call's own word for its time."""
+
+    def seconds(self, call):
+        return call.run()
+
+
 def test_calls_take_turns_and_faster_ones_run_more_often():
     log = []
-
-    class Clock:
-        def seconds(self, call):
-            return call.run()
 
     def call(name, seconds):
         return Call(run=lambda: (log.append(name), seconds)[1], before=lambda: None)
 
-    slow, fast = measure_in_turns([call("slow", 0.3), call("fast", 0.1)], Clock(), Effort(0, 4, 9))
-    assert (slow.repeats, fast.repeats) == (4, 12)
+    calls = [call("slow", 0.3), call("fast", 0.1)]
+    slow, fast = measure_in_turns(calls, ToldClock(), Effort(0, 4, 9))
+    assert (slow.repeats, fast.repeats) == (4, 4)
     assert log[:2] == ["slow", "fast"]  # the warm-up
     # A fast call's first in a row is not counted.
     rounds = [log[2:][i : i + 5] for i in range(0, 20, 5)]
     assert all(sorted(r) == ["fast"] * 4 + ["slow"] for r in rounds)
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.02, 1), (0.0025, 2), (0.001, 5), (1e-5, 50), (0.0, 50)])
+def test_a_short_call_runs_until_its_turn_is_long(seconds, runs):
+    log = []
+    call = Call(run=lambda: (log.append(None), seconds)[1], before=lambda: None)
+    measure_in_turns([call], ToldClock(), Effort(0, 3, 3))
+    assert len(log) == 1 + 3 * (runs + (runs > 1))
+
+
+def test_what_is_kept_of_a_turn_is_its_mean():
+    # The warm-up, then turns of one run that is not counted and two that are.
+    times = iter([0.0025, 9.0, 1.0, 3.0, 9.0, 2.0, 6.0, 9.0, 0.0, 20.0])
+    call = Call(run=lambda: next(times), before=lambda: None)
+    (timing,) = measure_in_turns([call], ToldClock(), Effort(0, 3, 3))
+    assert (timing.minimum, timing.median, timing.maximum) == (2.0, 4.0, 10.0)
 
 
 def test_wall_clock_leaves_preparation_out():
