@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,8 +16,8 @@ from auxkern.bench.results import Timing
 
 L2_FLUSH_BYTES = 256 * 2**20  # as in triton.testing.do_bench; larger than any GPU's L2
 MAX_REPEATS = 5  # runs in a row of a call that is fast beside the others
-TURN_SECONDS = 0.005  # that a short call's turn lasts: the wake-up of a thread is no longer seen in it
-MAX_SHORT = 50  # runs in a row of a short call
+TURN_SECONDS = 0.02  # that a short call's turn lasts: a wake-up of threads and caches is no longer seen in it
+MAX_SHORT = 100  # runs in a row of a short call
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def measure_in_turns(
     A machine that slows down for a while slows every call alike, so ratios keep their meaning where
     absolute times drift. In its turn a call that is k times faster than the slowest runs k times in a row,
     at most ``MAX_REPEATS``, and a short one for ``TURN_SECONDS``, at most ``MAX_SHORT`` times; what is kept
-    of the turn is the mean. Before several runs in a row there is one more that is not counted, since it
+    of the turn is the median. Before several runs in a row there is one more that is not counted, since it
     finds the caches full of another's data and the threads asleep. The first run of each call warms up and
     is not counted. ``on_round`` is told the share of the work that is done, in [0, 1].
     """
@@ -107,8 +108,8 @@ def measure_in_turns(
     # A collection in the middle of a measurement would be charged to whoever ran then (as timeit).
     gc.disable()
     try:
-        warm = [clock.seconds(call) for call in calls]
-        repeats = [_runs_in_a_row(seconds, max(warm)) for seconds in warm]
+        warm = list(map(clock.seconds, calls))
+        repeats = list(map(partial(_runs_in_a_row, slowest=max(warm)), warm))
         start = time.perf_counter()
         for done in range(effort.max_rounds):
             elapsed = time.perf_counter() - start
@@ -119,8 +120,8 @@ def measure_in_turns(
             for index in order:
                 if repeats[index] > 1:
                     clock.seconds(calls[index])
-                turn = [clock.seconds(calls[index]) for _ in range(repeats[index])]
-                samples[index].append(statistics.fmean(turn))
+                turn = (clock.seconds(calls[index]) for _ in range(repeats[index]))
+                samples[index].append(statistics.median(turn))
     finally:
         if collecting:
             gc.enable()

@@ -17,7 +17,7 @@ from auxkern.model.inputs import BaseSide, PairInputs
 from auxkern.model.pair_terms import DEFAULT
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
-from auxkern.training.collator import AuxCollator
+from auxkern.training.collator import AuxCollator, moved
 from auxkern.training.examples import Items
 from auxkern.training.fit import checked_lengths
 from auxkern.training.lm_states import LMStates
@@ -124,7 +124,7 @@ def evaluate_nll(
     try:
         done.add(0)
         for chosen in _token_batches(lengths, batch_tokens):
-            batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in chosen]).items()}
+            batch = moved(collate(list(map(examples.__getitem__, chosen))), model.device)
             nll = _row_nll(model, batch, float(scale))
             sums += nll.double().sum(1).cpu()
             tokens += nll.shape[1]
@@ -164,7 +164,7 @@ def plain_nll(
     collate, own = AuxCollator(model.config.pad_token_id or 0), model.config.lm_term == "logits"
     total, tokens, done = 0.0, 0, PartsDone(progress, sum(lengths))
     for chosen in _token_batches(lengths, batch_tokens):
-        batch = {k: v.to(lm.device) for k, v in collate([encoded[i] for i in chosen]).items()}
+        batch = moved(collate([encoded[i] for i in chosen]), lm.device)
         states, logits, *_ = run_base(lm, batch["input_ids"], batch["attention_mask"], want_logits=own)
         term = lm_term(lm, states[:, :, 0], logits)
         total += float(cross_entropy([term], batch["labels"], shift=True, reduction="sum", vocab_size=V))

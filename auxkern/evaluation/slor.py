@@ -262,7 +262,7 @@ def slor(
         done.add(0)
         for first in range(0, len(rows), batch_size):
             chosen = order[first : first + batch_size]
-            some = [rows[i] for i in chosen]
+            some = list(map(rows.__getitem__, chosen))
             values = _log_probs(lm, some, text_format.pad_id, counts.vocab_size, lm_term)
             for i, value in zip(chosen, values, strict=True):
                 lm_log_probs[i] = value

@@ -145,3 +145,11 @@ def _check_fields(i: int, item: Mapping[str, Any]) -> None:
             f"item {i} has {length} input_ids but {_STATES} of shape {tuple(states.shape)}; "
             "they must be (T, 1 + L, D) of the same sequence"
         )
+
+
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch of ``AuxCollator`` on a device, with what is known of auxiliaries held frozen."""
+    return {
+        name: moved(value, device) if isinstance(value, Mapping) else value.to(device)
+        for name, value in batch.items()
+    }

@@ -13,6 +13,7 @@ from auxkern.model.inputs import PairInputs
 from auxkern.model.text import IGNORED
 from auxkern.ops.cross_entropy import cross_entropy
 from auxkern.training.checkpoint import Score
+from auxkern.training.collator import moved
 from auxkern.training.examples import ExampleSet
 from auxkern.training.ranks import Ranks
 from auxkern.training.signals import StopSignals
@@ -48,7 +49,7 @@ class Scorer:
         """The batches among ``groups`` that are this rank's; one that does not count has no labels."""
         own = []
         for place, group, counts in self._ranks.mine(groups):
-            batch = _moved(self._collate([example(i) for i in group]), self._device)
+            batch = moved(self._collate([example(i) for i in group]), self._device)
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             own.append(Batch(batch, place, group))
@@ -98,14 +99,6 @@ def label_count(batch: Mapping[str, Any]) -> int:
     """Labels of a batch that are scored."""
     # Nothing predicts position 0.
     return int((batch["labels"][:, 1:] != IGNORED).sum().item())
-
-
-def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same on a device; what is known of auxiliaries held frozen is a mapping of its own."""
-    return {
-        name: _moved(value, device) if isinstance(value, Mapping) else value.to(device)
-        for name, value in batch.items()
-    }
 
 
 @torch.no_grad()
