@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from auxkern.bench.results import CaseResult, GenerateRun, Result, Run
-from benchmarks.pages import RESULTS, committed, committed_run, save_figure, table
+from benchmarks.pages import RESULTS, committed, committed_run, save_figure, table, unfit
 
 PICTURE = RESULTS / "front.png"
 _CPU, _H100 = "two CPU cores", "an H100"
@@ -88,12 +88,8 @@ def _times(name: str, case: CaseResult, kind: str, *compared: Result) -> list[fl
     words = {"forward_backward": "fwd + bwd", "draw": "draw"}[kind]
     for note in case.notes:
         if note.startswith("Busy") or any(f"{one.name} ({words})" in note for one in compared):
-            raise _unfit(name, note)
+            raise unfit(name, note)
     return [one.passes[kind].time.median for one in compared]
-
-
-def _unfit(name: str, note: str) -> ValueError:
-    return ValueError(f"{RESULTS / name}.json is not for the front page: {note} Run it again.")
 
 
 def _named(case: CaseResult, name: str) -> Result:
@@ -128,7 +124,7 @@ def _speeds(name: str) -> dict[tuple[str, int], float]:
     """Tokens/s by implementation and batch."""
     run: GenerateRun = committed_run(name)
     if busy := next((note for note in run.notes if note.startswith("Busy")), None):
-        raise _unfit(name, busy)
+        raise unfit(name, busy)
     return {(one.implementation, one.batch): one.tokens / one.seconds for one in run.results}
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from auxkern.bench import tables
 from auxkern.bench.report import between_markers
+from auxkern.bench.results import Run
 from auxkern.core.files import replace_file
 from benchmarks.front import front_table
-from benchmarks.pages import RESULTS, committed, committed_run, interval, table
+from benchmarks.pages import RESULTS, committed, committed_run, interval, table, unfit
 
 DOCS, README = Path("docs"), Path("README.md")
 _MARKER = re.compile(r"<!-- bench:([a-z0-9_]+) -->")
@@ -39,8 +40,18 @@ def updated(text: str) -> str:
 
 
 def _run(name: str) -> str:
-    """The tables of a run of auxkern.bench."""
-    return tables.markdown(committed_run(name))
+    """The tables of a run of auxkern.bench.
+
+    Raises:
+        ValueError: on a CPU, the machine was busy or times scattered. A GPU's runs keep such notes.
+    """
+    run = committed_run(name)
+    if run.machine["device"] == "cpu":
+        cases = run.cases if isinstance(run, Run) else []
+        for note in [*run.notes, *(note for case in cases for note in case.notes)]:
+            if note.startswith(("Busy", "Noisy")):
+                raise unfit(name, note)
+    return tables.markdown(run)
 
 
 def _scaling() -> str:
@@ -219,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments after the program's name; those of the process when None.
 
     Returns:
-        0. A marker that names no table, or a record that is missing, exits with 2.
+        0. A marker that names no table, and a record that is missing or of a machine that was not quiet,
+        exit with 2.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.page_tables",

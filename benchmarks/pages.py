@@ -31,6 +31,11 @@ def committed_run(name: str) -> Any:
     return results.read(path.read_text(encoding="utf-8"), path)
 
 
+def unfit(name: str, note: str) -> ValueError:
+    """What to raise for a committed record that a note says is of a machine that was not quiet."""
+    return ValueError(f"{RESULTS / name}.json is not for a page: {note} Run it again.")
+
+
 @dataclass(frozen=True)
 class Page:
     """How a study's record becomes its page.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page_tables
+from benchmarks import page_tables, pages
+from benchmarks.pages import committed_run
 from tests.docs.pages import PAGES
 from tests.support.launching import ROOT
 
@@ -26,6 +27,21 @@ def test_every_record_s_table_and_picture_is_on_a_page() -> None:
     assert set(re.findall("<!-- bench:(.*) -->", pages)) == set(page_tables.TABLES)
     pictures = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.png")}
     assert pictures == set(re.findall(r"benchmarks/results/([a-z0-9_]+\.png)\)", pages))
+
+
+@pytest.mark.parametrize("word", ["Noisy", "Busy"])
+@pytest.mark.parametrize("where", ["case", "run"])
+def test_a_disturbed_run_on_a_cpu_is_refused(
+    word, where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = committed_run("linear_cpu")
+    (run.cases[-1] if where == "case" else run).notes.append(f"{word}: by the test.")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    (tmp_path / "linear_cpu.json").write_text(run.to_json(), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=f"linear_cpu.json is not for a page: {word}: by the test. Run it again"
+    ):
+        page_tables.TABLES["linear"]()
 
 
 def test_only_what_has_changed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
