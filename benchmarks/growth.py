@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Few rounds: a point takes seconds, and what is shown spans orders of magnitude.
-_EFFORT = Effort(seconds=4.0, min_rounds=3, max_rounds=20)
+_EFFORT = Effort(seconds=4.0, min_rounds=3, max_rounds=20, attempts=3)
 # Facts of the machine that may differ between the points of one file.
 _MAY_DIFFER = ("load before",)
 _COLOURS = {"ours": "#1f6fb4", "eager": "#7f7f7f", "floor": "#c8102e"}
