@@ -32,7 +32,7 @@ def test_every_record_s_table_and_picture_is_on_a_page() -> None:
 @pytest.mark.parametrize("word", ["Noisy", "Busy"])
 @pytest.mark.parametrize("where", ["case", "run"])
 def test_a_disturbed_run_on_a_cpu_is_refused(
-    word, where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    word: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = committed_run("linear_cpu")
     (run.cases[-1] if where == "case" else run).notes.append(f"{word}: by the test.")
